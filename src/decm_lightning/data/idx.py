@@ -1,0 +1,85 @@
+"""Folders of IDX files, the format of MNIST and Fashion-MNIST: four files, gzipped or not."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decm_lightning.data.images import InMemoryImages, LabelledImages
+
+UNSIGNED_BYTE = 0x08
+
+
+class IDXImages(InMemoryImages):
+    """Grey images with labels from `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files.
+
+    Pixels are scaled from 0..255 to [-1, 1], (1, h, w). The training files train; the `t10k` files, which training
+    never sees, are the reference.
+
+    Args:
+        folder: where the four files are, each plain or with .gz.
+        batch_size: images per training batch on each device, at least 1.
+        reference_size: at most so many reference images; None for all.
+        num_workers: loading processes; 0 is fastest for images in memory.
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self, folder: str, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0
+    ) -> None:
+        """Keep the settings."""
+        super().__init__(batch_size, reference_size, num_workers)
+        self.folder = Path(folder)
+
+    def setup(self, stage: str) -> None:
+        """Load both sets.
+
+        Raises:
+            FileNotFoundError: if the folder or a file is missing.
+            ValueError: if a file is not in the IDX format, is cut short, or does not fit its partner.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no folder {self.folder}: give --data.folder the folder of the four IDX files")
+        self.train = self._load("train")
+        self.reference = self._load("t10k")
+
+    def _load(self, part: str) -> LabelledImages:
+        images = read_idx(self._find(f"{part}-images-idx3-ubyte"))
+        labels = read_idx(self._find(f"{part}-labels-idx1-ubyte"))
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            shapes = f"{tuple(images.shape)} images, {tuple(labels.shape)} labels"
+            raise ValueError(f"{part} files in {self.folder} do not fit each other: {shapes}")
+        if labels.max() >= self.num_classes:
+            row = int((labels >= self.num_classes).nonzero()[0])
+            raise ValueError(f"{part} labels in {self.folder}: row {row} is {labels[row]}, above {self.num_classes - 1}")
+        return LabelledImages(images[:, None].float() / 127.5 - 1, labels.long())
+
+    def _find(self, name: str) -> Path:
+        for file in (self.folder / f"{name}.gz", self.folder / name):
+            if file.is_file():
+                return file
+        raise FileNotFoundError(f"no file {name} or {name}.gz in {self.folder}")
+
+
+def read_idx(file: Path) -> Tensor:
+    """Return the bytes of an IDX file as a tensor of the shape that its header gives.
+
+    Raises:
+        ValueError: if the header is not IDX with unsigned bytes, or the file is cut short or too long.
+    """
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is not a whole gzip file: {error}") from error
+    if len(content) < 4 or content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+        raise ValueError(f"{file} is not an IDX file of unsigned bytes: it begins with {content[:4].hex()}")
+    axes = content[3]
+    shape = struct.unpack_from(f">{axes}I", content, 4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    if len(values) != np.prod(shape):
+        raise ValueError(f"{file} holds {len(values)} values: its header says {shape}")
+    return torch.from_numpy(values.reshape(shape).copy())

@@ -1,0 +1,31 @@
+"""The exact derivative by forward-mode automatic differentiation, torch.func.jvp: the reference of all engines."""
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from decm_lightning.derivatives.jet import Jet, Tangent, first_rows
+from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
+
+
+def functional(
+    network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
+) -> Jet:
+    """Return u by an ordinary forward pass and du by a second, forward-mode pass without a graph.
+
+    Keeping one graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP and
+    gradient checkpointing; two passes cost about the same time and fail under neither. Attention runs on the math
+    kernel in the second pass, the only one with a forward derivative.
+    """
+    u = network(x_t, t, s, condition)
+    if tangent is None:
+        return Jet(u, None)
+    rows = len(tangent.t)
+    known = first_rows(condition, rows)
+
+    def network_of(x: Sample, start: Time, landing: Time) -> Sample:
+        return network(x, start, landing, known)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        primals = (x_t[:rows], t[:rows], s[:rows])
+        _, du = torch.func.jvp(network_of, primals, (tangent.x, tangent.t, tangent.s))
+    return Jet(u, du)

@@ -1,0 +1,95 @@
+"""What every engine takes and gives: a direction in (x, t, s), and a student's value with its derivative along it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """A direction over (x, t, s): shapes (b, *d), (b,) and (b,)."""
+
+    x: Sample
+    t: Time
+    s: Time
+
+
+@dataclass(frozen=True)
+class Jump:
+    """Rows of jumps with where they start, and the direction in which the student is to be differentiated, if any."""
+
+    x_t: Sample
+    t: Time
+    s: Time
+    condition: Condition
+    tangent: Tangent | None = None
+
+
+@dataclass(frozen=True)
+class Jet:
+    """The mean velocity u with its autograd graph, and its directional derivative du without one (None: not asked)."""
+
+    u: Sample
+    du: Sample | None
+
+
+class Engine(Protocol):
+    """Computes a Jet in one call. The tangent covers the first rows of the batch; du has as many rows as it."""
+
+    def __call__(
+        self, network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
+    ) -> Jet:
+        """Return u for all rows (graph kept) and du for the rows of the tangent (no graph)."""
+
+
+def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> list[Jet]:
+    """Run all jumps through the network as one batch, and give each its own Jet, in the order of `jumps`.
+
+    One batch instead of several: the network is called once per step, which is faster and what DDP and FSDP expect.
+    Rows with a tangent are put first, because an engine differentiates only those.
+    """
+    order = sorted(range(len(jumps)), key=lambda i: jumps[i].tangent is None)
+    rows = [jumps[i] for i in order]
+    tangents = [row.tangent for row in rows if row.tangent is not None]
+    jet = engine(
+        network,
+        torch.cat([row.x_t for row in rows]),
+        torch.cat([row.t for row in rows]),
+        torch.cat([row.s for row in rows]),
+        join([row.condition for row in rows]),
+        _join_tangents(tangents) if tangents else None,
+    )
+    sizes = [len(row.t) for row in rows]
+    values = jet.u.split(sizes)
+    derivatives = jet.du.split(sizes[: len(tangents)]) if jet.du is not None else ()
+    jets = {i: Jet(values[k], derivatives[k] if k < len(derivatives) else None) for k, i in enumerate(order)}
+    return [jets[i] for i in range(len(jumps))]
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """Concatenate conditions along the batch; None (unconditional) stays None.
+
+    Raises:
+        ValueError: if some are None and others are not.
+    """
+    given = [condition for condition in conditions if condition is not None]
+    if given and len(given) != len(conditions):
+        raise ValueError("conditions must be given for all rows or for none")
+    return torch.cat(given) if given else None
+
+
+def first_rows(condition: Condition, count: int) -> Condition:
+    """Return the condition of the first `count` rows."""
+    return None if condition is None else condition[:count]
+
+
+def _join_tangents(tangents: Sequence[Tangent]) -> Tangent:
+    return Tangent(
+        torch.cat([tangent.x for tangent in tangents]),
+        torch.cat([tangent.t for tangent in tangents]),
+        torch.cat([tangent.s for tangent in tangents]),
+    )

@@ -1,0 +1,123 @@
+"""Dual-End Consistency Models (arXiv 2602.10764): a fast student from a slow teacher."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from decm_lightning import path
+from decm_lightning.derivatives import ENGINES, EngineName, Jump, evaluate
+from decm_lightning.guidance import Guidance, GuidedField
+from decm_lightning.losses import DualEndLoss, LossTerm, Objective, recommended, tangent
+from decm_lightning.samplers import flow_map_of
+from decm_lightning.teachers import Teacher
+from decm_lightning.training import FlowTraining
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+
+
+class Distiller(FlowTraining):
+    """Trains a student u(x_t, t, s) on edges of the (t, s) triangle against a frozen teacher's guided velocity.
+
+    Args:
+        teacher: the frozen teacher. It is no part of the checkpoint: it is made again from the config.
+        student: the flow map to train; None for a copy of the teacher with a zero-initialised landing time.
+        objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own.
+        guidance: how the teacher is guided; the student learns the guided velocity and needs no second pass.
+        derivative: the engine for du: "functional" (exact) or "central" (a difference).
+        optimizer: makes the optimiser from the student's parameters.
+        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
+        ema_decay: decay of the student's average, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: nn.Module | None = None,
+        objective: Objective = recommended(),  # noqa: B008 - frozen
+        guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+        derivative: EngineName = "functional",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float = 0.999,
+    ) -> None:
+        """Keep the parts."""
+        super().__init__(teacher.student() if student is None else student, optimizer, lr_scheduler, ema_decay)
+        self.teacher = teacher
+        self.velocity = GuidedField(teacher, teacher.null, guidance)
+        self.objective = objective
+        self.derivative = ENGINES[derivative]
+        self.terms: dict[str, LossTerm] = {}
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self.network
+
+    def models(self) -> dict[str, FlowMapNetwork]:
+        """Return the averaged student, and the guided teacher as its own Euler sampler."""
+        return {"student": self.average, "teacher": flow_map_of(self.velocity)}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the sum of the losses that are due: DE-CM's algorithm."""
+        x_1, condition = batch
+        step, generator = self.global_step, self.generator(batch_idx)
+
+        # A point x_t of the path for each row, and there the teacher's velocity, once for all losses that start there.
+        x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
+        t = self.objective.times.draw(len(x_1), generator)
+        x_t = path.interpolate(x_0, x_1, t)
+        with self.phase("teacher"):
+            v_t = self.velocity(x_t, t, condition)
+
+        # Each loss draws its jumps from its edge of the triangle; the noise edge starts at points of its own.
+        losses = self.objective.due(step)
+        jumps: dict[str, Jump] = {}
+        v_left: dict[str, Sample | None] = {}
+        for name, loss in losses.items():
+            times = loss.edge.draw(t, step, generator)
+            start = x_t if loss.edge.shares_start else path.interpolate(x_0, x_1, times.t)
+            v_left[name] = v_t if loss.edge.shares_start else self.at_start(loss, start, times.t, condition)
+            along = tangent(v_left[name], start, times.t, loss.left, loss.right) if loss.edge.has_length else None
+            jumps[name] = Jump(start, times.t, times.s, condition, along)
+
+        # One pass of the student over all rows: its mean velocities u, and their derivatives du along the tangents.
+        with self.phase("derivative"):
+            jets = dict(zip(jumps, evaluate(self.derivative, self.student, list(jumps.values())), strict=True))
+
+        # The residual of every jump, and the pull of the student toward its root.
+        self.terms = {}
+        for name, loss in losses.items():
+            v_right = self.at_landing(loss, jumps[name], jets[name].u.detach())
+            self.terms[name] = self.objective.term(loss, jumps[name], jets[name], v_left[name], v_right, step)
+        return self.total(batch_idx)
+
+    def at_start(self, loss: DualEndLoss, x_t: Sample, t: Time, condition: Condition) -> Sample | None:
+        """Return the teacher's velocity where jumps with a start of their own begin; None if it has no weight."""
+        if not loss.left:
+            return None
+        with self.phase("teacher"):
+            return self.velocity(x_t, t, condition)
+
+    def at_landing(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
+        """Return the teacher's velocity where the student lands; None if it has no weight."""
+        if not loss.right:
+            return None
+        with self.phase("teacher"):
+            return self.velocity(path.jump(jump.x_t, u, jump.t, jump.s), jump.s, jump.condition)
+
+    def total(self, batch_idx: int) -> Tensor:
+        """Return the sum of this step's losses, logged one by one and checked to be finite."""
+        values = {name: term.value for name, term in self.terms.items()}
+        self.check_losses(values, batch_idx)
+        total = torch.stack(list(values.values())).sum()
+        self.log_dict({f"loss/{name}": value for name, value in values.items()})
+        self.log_dict({f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
+        self.log("loss/total", total, prog_bar=True)
+        return total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The teacher is outside the module registry, yet must follow every move and cast of this module.
+        self.teacher.apply(fn, recurse)
+        return super()._apply(fn, recurse)

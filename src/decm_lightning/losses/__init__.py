@@ -1,0 +1,30 @@
+"""One residual, a few edges: every few-step distillation loss of this family, and the presets that name them."""
+
+from decm_lightning.losses.dual_end import DualEndLoss, LossTerm, Objective
+from decm_lightning.losses.presets import (
+    consistency_and_flow_matching,
+    consistency_only,
+    facm,
+    flow_matching_only,
+    lagrangian,
+    mean_flow,
+    paper,
+    recommended,
+)
+from decm_lightning.losses.residual import residual, tangent
+
+__all__ = [
+    "DualEndLoss",
+    "LossTerm",
+    "Objective",
+    "consistency_and_flow_matching",
+    "consistency_only",
+    "facm",
+    "flow_matching_only",
+    "lagrangian",
+    "mean_flow",
+    "paper",
+    "recommended",
+    "residual",
+    "tangent",
+]

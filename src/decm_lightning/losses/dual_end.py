@@ -1,0 +1,116 @@
+"""A loss is an edge of the triangle, two end weights, and a weighting. An objective is a few of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from decm_lightning.derivatives.jet import Jet, Jump
+from decm_lightning.losses.residual import residual
+from decm_lightning.losses.weighting import (
+    NORMALISERS,
+    TIME_WEIGHTS,
+    NormaliserName,
+    TimeWeightName,
+    direction,
+    pull,
+    warm_up,
+)
+from decm_lightning.triangle import Edge, TimeLaw, Uniform
+from decm_lightning.types import Sample
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One loss of one step: its weighted value (a scalar with a graph) and the RMS of its residual before N(g)."""
+
+    value: Tensor
+    residual_rms: Tensor
+
+
+@dataclass(frozen=True)
+class DualEndLoss:
+    """The dual-end residual on one edge of the triangle.
+
+    Args:
+        edge: where jumps start and land.
+        left: weight of the start identity (the paper's gamma), at least 0.
+        right: weight of the landing identity (the paper's lambda), at least 0.
+        weight: factor of this loss in the sum, above 0.
+        every: compute it only at every n-th step, at least 1.
+        direction: factor of the cosine-direction loss added to the square error, at least 0.
+        time_weight: factor of each row by its start time t: "constant" 1 or "cosine" cos(pi t / 2) (FACM).
+
+    Raises:
+        ValueError: if a value is out of its range, or both ends weigh 0.
+    """
+
+    edge: Edge
+    left: float = 1.0
+    right: float = 0.0
+    weight: float = 1.0
+    every: int = 1
+    direction: float = 0.0
+    time_weight: TimeWeightName = "constant"
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        if self.left < 0 or self.right < 0 or self.left + self.right == 0:
+            raise ValueError(f"left and right must be at least 0, and one above 0: got {self.left} and {self.right}")
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0 (leave the loss out instead): got {self.weight}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1: got {self.every}")
+        if self.direction < 0:
+            raise ValueError(f"direction must be at least 0: got {self.direction}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student is trained on: named losses, and the one normalisation N(g) that all of them share.
+
+    Args:
+        losses: the losses by name; the names appear in the log.
+        normaliser: "plain", "clamp", "tangent_norm" or "adaptive_l2" (see `weighting`).
+        times: the law of the batch's start times t.
+        warmup_steps: steps over which the derivative term grows from 0 to its full size; 0 for none.
+
+    Raises:
+        ValueError: if there is no loss, or warmup_steps is negative.
+    """
+
+    losses: Mapping[str, DualEndLoss]
+    normaliser: NormaliserName = "plain"
+    times: TimeLaw = field(default_factory=Uniform)
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse an empty objective."""
+        if not self.losses:
+            raise ValueError("an objective needs at least one loss")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
+
+    def due(self, step: int) -> dict[str, DualEndLoss]:
+        """Return the losses to compute at training step `step`."""
+        return {name: loss for name, loss in self.losses.items() if step % loss.every == 0}
+
+    def term(
+        self, loss: DualEndLoss, jump: Jump, jet: Jet, v_left: Sample | None, v_right: Sample | None, step: int
+    ) -> LossTerm:
+        """Return one loss's term from the student's Jet and the teacher's velocities at the two ends."""
+        g = residual(
+            jet.u.detach(),
+            jet.du,
+            v_left,
+            v_right,
+            jump.t,
+            jump.s,
+            loss.left,
+            loss.right,
+            warm_up(step, self.warmup_steps),
+        )
+        value = pull(jet.u, NORMALISERS[self.normaliser](g), TIME_WEIGHTS[loss.time_weight](jump.t))
+        if loss.direction:
+            value = value + loss.direction * direction(jet.u, g)
+        return LossTerm(loss.weight * value, g.square().mean().sqrt())

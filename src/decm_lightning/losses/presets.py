@@ -1,0 +1,87 @@
+"""DE-CM and its rivals: each a row of the same table (edge, left, right, weighting)."""
+
+from decm_lightning.losses.dual_end import DualEndLoss, Objective
+from decm_lightning.losses.weighting import NormaliserName
+from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
+
+
+def paper(n2n_every: int = 3, r_start: float = 0.1, r_decay_steps: int = 20_000) -> Objective:
+    """DE-CM as published (arXiv 2602.10764): three edges, unit weights, N2N with ends (1, 0.5) at every third step.
+
+    Args:
+        n2n_every: steps between two N2N losses (the paper: 3; 1 is unstable, 5 worse at few steps).
+        r_start: start time of the noise edge at step 0, in [0, 1).
+        r_decay_steps: steps until the noise edge has reached the noise.
+    """
+    return Objective(
+        {
+            "consistency": DualEndLoss(DataEdge()),
+            "flow_matching": DualEndLoss(Diagonal(), direction=1.0),
+            "noise_to_noisy": DualEndLoss(NoiseEdge(r_start, r_decay_steps), left=1.0, right=0.5, every=n2n_every),
+        },
+        normaliser="clamp",
+    )
+
+
+def recommended(normaliser: NormaliserName = "tangent_norm", n2n_every: int = 1) -> Objective:
+    """DE-CM as we would train it: N2N by its landing end alone, at t = 0, and one normalisation for all losses.
+
+    The landing end is a well-posed equation in s that stays inside its own edge; the start end at t = 0 asks for
+    derivatives in x and t there, which no loss trains (see docs/method.md).
+
+    Args:
+        normaliser: N(g) of all three losses.
+        n2n_every: steps between two N2N losses.
+    """
+    return Objective(
+        {
+            "consistency": DualEndLoss(DataEdge()),
+            "flow_matching": DualEndLoss(Diagonal()),
+            "noise_to_noisy": DualEndLoss(NoiseEdge(), left=0.0, right=1.0, every=n2n_every),
+        },
+        normaliser=normaliser,
+    )
+
+
+def consistency_only(normaliser: NormaliserName = "tangent_norm") -> Objective:
+    """Continuous-time consistency distillation: the data edge alone."""
+    return Objective({"consistency": DualEndLoss(DataEdge())}, normaliser=normaliser)
+
+
+def flow_matching_only(normaliser: NormaliserName = "tangent_norm") -> Objective:
+    """Flow matching to the guided teacher: the diagonal alone, which only burns guidance in."""
+    return Objective({"flow_matching": DualEndLoss(Diagonal())}, normaliser=normaliser)
+
+
+def consistency_and_flow_matching(normaliser: NormaliserName = "tangent_norm") -> Objective:
+    """The data edge and the diagonal, without N2N."""
+    return Objective(
+        {"consistency": DualEndLoss(DataEdge()), "flow_matching": DualEndLoss(Diagonal())}, normaliser=normaliser
+    )
+
+
+def facm() -> Objective:
+    """FACM (arXiv 2507.03738): data edge weighted by cos(pi t / 2), and the diagonal; clamped residual."""
+    return Objective(
+        {
+            "consistency": DualEndLoss(DataEdge(), time_weight="cosine"),
+            "flow_matching": DualEndLoss(Diagonal(), direction=1.0),
+        },
+        normaliser="clamp",
+    )
+
+
+def mean_flow() -> Objective:
+    """MeanFlow (arXiv 2505.13447) with a teacher: the whole triangle by its start end; adaptive L2."""
+    return Objective(
+        {"mean_flow": DualEndLoss(Triangle()), "flow_matching": DualEndLoss(Diagonal())},
+        normaliser="adaptive_l2",
+        times=LogitNormal(-0.4, 1.0),
+    )
+
+
+def lagrangian() -> Objective:
+    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by its landing end."""
+    return Objective(
+        {"lagrangian": DualEndLoss(Triangle(), left=0.0, right=1.0), "flow_matching": DualEndLoss(Diagonal())}
+    )

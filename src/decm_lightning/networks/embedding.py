@@ -1,0 +1,52 @@
+"""Embeddings: of a time, of a class, and of a position on the grid."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from decm_lightning.types import Time
+
+
+class TimeEmbedding(nn.Module):
+    """An MLP over sinusoids of a time in [0, 1]: cosines first, periods from 2 pi to 2 pi * 10,000.
+
+    The time is not multiplied by 1000: an embedding that is smooth over [0, 1] keeps the derivative in t small.
+    """
+
+    def __init__(self, width: int, sinusoids: int = 256) -> None:
+        """Make the MLP."""
+        super().__init__()
+        self.sinusoids = sinusoids
+        self.mlp = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Time) -> Float[Tensor, "b d"]:
+        """Return the embedding of each time."""
+        half = self.sinusoids // 2
+        exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
+        angles = t[:, None] * torch.exp(-math.log(10_000) * exponents)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class ClassEmbedding(nn.Module):
+    """A table of classes and, in its last row, the null class of classifier-free guidance."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        """Make the table."""
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Return the embedding of each label."""
+        return self.embedding_table(labels)
+
+
+def sin_cos_positions(width: int, grid: int) -> Float[Tensor, "1 n d"]:
+    """Return fixed sine and cosine embeddings of a square grid: the first half of the width for columns, then rows."""
+    frequencies = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], -1)
+    columns = line[None, :, :].expand(grid, grid, -1)
+    rows = line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], -1).reshape(1, grid * grid, width).float()

@@ -1,0 +1,128 @@
+"""The parts of a DiT: normalisation, attention with rotary positions, SwiGLU, and the adaptive block around them."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+Tokens = Float[Tensor, "b n d"]
+Embedding = Float[Tensor, "b d"]
+
+
+def modulate(x: Tokens, shift: Embedding, scale: Embedding) -> Tokens:
+    """Return x (1 + scale) + shift, with one shift and scale per sample."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis, times a learnt weight (arXiv 1910.07467).
+
+    The root mean square is taken in at least float32, and the weight applied after the cast back, as LightningDiT does.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        """Start with weight 1."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with (a, b) = w12(x) (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Make the two projections."""
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Return the tokens' update."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(functional.silu(gate) * value)
+
+
+class Rotary(nn.Module):
+    """Rotary positions on a square grid (RoPE, arXiv 2104.09864): half of a head turns with the row, half with the column.
+
+    Neighbouring elements form the pairs that are rotated; frequencies are 10000^(-2i / (d / 2)) for a head of size d.
+    """
+
+    def __init__(self, head_width: int, grid: int) -> None:
+        """Tabulate cosine and sine, (grid * grid, head_width) each."""
+        super().__init__()
+        half = head_width // 2
+        frequencies = 10_000 ** (-torch.arange(0, half, 2)[: half // 2].float() / half)
+        angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
+        rows = angles[:, None, :].expand(grid, grid, -1)
+        columns = angles[None, :, :].expand(grid, grid, -1)
+        table = rearrange(torch.cat([rows, columns], -1), "row column d -> (row column) d")
+        self.register_buffer("freqs_cos", table.cos())
+        self.register_buffer("freqs_sin", table.sin())
+
+    def forward(self, x: Float[Tensor, "b heads n d"]) -> Float[Tensor, "b heads n d"]:
+        """Return x rotated by the angles of each token's position."""
+        even, odd = rearrange(x, "b heads n (pair two) -> two b heads n pair", two=2)
+        turned = rearrange([-odd, even], "two b heads n pair -> b heads n (pair two)")
+        return (x * self.freqs_cos + turned * self.freqs_sin).type_as(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys (arXiv 2302.05442) and rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Make the projections and the two norms."""
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tokens, rotary: Rotary) -> Tokens:
+        """Return the tokens' update."""
+        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        q, k = rotary(self.q_norm(q)), rotary(self.k_norm(k))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(mixed, "b heads n d -> b n (heads d)"))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each shifted, scaled and gated by the embedding (adaLN-Zero, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        """Make the two halves and their modulation."""
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, int(2 / 3 * mlp_ratio * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary) -> Tokens:
+        """Return the tokens after both halves."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(embedding).chunk(6, dim=-1)
+        x = x + gate_1[:, None] * self.attn(modulate(self.norm1(x), shift_1, scale_1), rotary)
+        return x + gate_2[:, None] * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+
+
+class FinalLayer(nn.Module):
+    """The projection from tokens to patches, modulated by the embedding."""
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        """Make the norm, the modulation and the projection."""
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tokens, embedding: Embedding) -> Tokens:
+        """Return the tokens' patches, flattened."""
+        shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

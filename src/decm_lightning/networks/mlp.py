@@ -1,0 +1,46 @@
+"""A small MLP flow map for points in a plane: the student of the notebooks and of the exact tests."""
+
+import torch
+from torch import nn
+
+from decm_lightning.networks.embedding import ClassEmbedding
+from decm_lightning.types import Condition, Sample, Time
+
+
+class MLP(nn.Module):
+    """u(x_t, t, s, condition) for x of shape (b, dimensions), by SiLU layers over (x, t, s, class).
+
+    Times enter raw, and s by weights that start at zero, so that the network at first ignores s.
+
+    Args:
+        dimensions: size of x.
+        width: hidden width.
+        depth: hidden layers, at least 1.
+        num_classes: classes; 0 for an unconditional flow. Index num_classes is the null class.
+    """
+
+    def __init__(self, dimensions: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.y_embedder = ClassEmbedding(num_classes, width) if num_classes else None
+        self.start = nn.Linear(dimensions + 1, width)
+        self.landing = nn.Linear(1, width, bias=False)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.end = nn.Linear(width, dimensions)
+        nn.init.zeros_(self.landing.weight)
+
+    def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
+        """Return the mean velocity u over (t, s), (b, dimensions)."""
+        h = self.start(torch.cat([x_t, t[:, None]], 1)) + self.landing(s[:, None])
+        if self.y_embedder is not None and condition is not None:
+            h = h + self.y_embedder(condition)
+        for layer in self.hidden:
+            h = layer(nn.functional.silu(h))
+        return self.end(nn.functional.silu(h))
+
+    def null(self, condition: Condition) -> Condition:
+        """Return as many null classes as there are labels."""
+        return None if condition is None else torch.full_like(condition, self.num_classes)
+
+

@@ -1,0 +1,76 @@
+"""Networks to and from disk: a folder with config.json and model.safetensors, or a training checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from decm_lightning.networks.dit import DiT
+
+CLASSES: dict[str, type[DiT]] = {"DiT": DiT}
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> DiT:
+    """Return a network ready to sample: in eval mode, and from a checkpoint its averaged (EMA) weights.
+
+    Args:
+        path: a folder written by `save`, or a .ckpt file written while training.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if it is not a folder or checkpoint of this package.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint or folder at {path}")
+    network = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
+    return network.to(device).eval()
+
+
+def save(network: DiT, folder: str | Path) -> None:
+    """Write config.json and model.safetensors into `folder`, made if need be."""
+    network.save_pretrained(folder, config=describe(network))
+
+
+def describe(network: nn.Module) -> dict[str, Any]:
+    """Return what is needed to build the network again: its class name and its arguments."""
+    return {"_class_name": type(network).__name__, **getattr(network, "config", {})}
+
+
+def build(description: dict[str, Any]) -> DiT:
+    """Return a new network from what `describe` gave.
+
+    Raises:
+        ValueError: if the class is unknown.
+    """
+    arguments = dict(description)
+    name = arguments.pop("_class_name", None)
+    if name not in CLASSES:
+        raise ValueError(f"unknown network class {name!r}: expected one of {', '.join(CLASSES)}")
+    return CLASSES[name](**arguments)
+
+
+def _from_folder(folder: Path) -> DiT:
+    from safetensors.torch import load_file
+
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    for file in (config, weights):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: a network folder holds config.json and model.safetensors")
+    network = build(json.loads(config.read_text()))
+    network.load_state_dict(load_file(weights))
+    return network
+
+
+def _from_checkpoint(file: Path) -> DiT:
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if "network" not in checkpoint:
+        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it does not describe its network")
+    network = build(checkpoint["network"])
+    prefix = "average."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    network.load_state_dict(weights)
+    return network

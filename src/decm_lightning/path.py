@@ -1,0 +1,34 @@
+"""The convention: t = 0 is noise, t = 1 is data, and the path between them is straight.
+
+This is the one file that knows which end is noise. Foreign conventions are converted in ``teachers``.
+Symbols, here and everywhere: ``t`` start time, ``s`` landing time, ``x_0`` noise, ``x_1`` data, ``x_t`` a point on
+the way, ``v`` instantaneous velocity, ``u`` mean velocity from t to s (the paper's F).
+"""
+
+from torch import Tensor
+
+from decm_lightning.types import Sample, Time
+
+NOISE = 0.0
+DATA = 1.0
+
+
+def expand(time: Time, x: Sample) -> Tensor:
+    """Give times of shape (b,) the trailing axes of x, so that the two broadcast."""
+    return time.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def interpolate(x_0: Sample, x_1: Sample, t: Time) -> Sample:
+    """Return x_t = (1 - t) x_0 + t x_1 (DE-CM, arXiv 2602.10764, section 2)."""
+    t = expand(t, x_0)
+    return (1 - t) * x_0 + t * x_1
+
+
+def velocity(x_0: Sample, x_1: Sample) -> Sample:
+    """Return the conditional velocity d x_t / dt = x_1 - x_0, the target of flow matching."""
+    return x_1 - x_0
+
+
+def jump(x_t: Sample, u: Sample, t: Time, s: Time) -> Sample:
+    """Return the landing point f(x_t, t, s) = x_t + (s - t) u of a jump with mean velocity u."""
+    return x_t + expand(s - t, x_t) * u

@@ -1,0 +1,35 @@
+"""Samplers: plain functions from (student, noise, condition, steps) to samples."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+
+from decm_lightning.samplers.consistency import consistency
+from decm_lightning.samplers.euler import euler, flow_map_of
+from decm_lightning.samplers.mix import mix, mix_renoised
+from decm_lightning.types import Sample
+
+SamplerName = Literal["euler", "consistency", "mix", "mix_renoised"]
+
+
+def sampler(name: SamplerName, generator: torch.Generator | None = None, **options: object) -> Callable[..., Sample]:
+    """Return the named sampler as a function of (student, x_0, condition, steps).
+
+    Args:
+        name: "euler", "consistency", "mix" or "mix_renoised".
+        generator: the source of noise for the samplers that put noise back.
+        options: the sampler's own, such as s1 or times.
+
+    Raises:
+        ValueError: if there is no such sampler.
+    """
+    if name in ("euler", "mix"):
+        return partial({"euler": euler, "mix": mix}[name], **options)
+    if name in ("consistency", "mix_renoised"):
+        return partial({"consistency": consistency, "mix_renoised": mix_renoised}[name], generator=generator, **options)
+    raise ValueError(f"sampler must be euler, consistency, mix or mix_renoised: got {name!r}")
+
+
+__all__ = ["SamplerName", "consistency", "euler", "flow_map_of", "mix", "mix_renoised", "sampler"]

@@ -1,0 +1,42 @@
+"""A flow with a closed-form velocity as a teacher: for tests and notebooks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from decm_lightning.flows import GaussianMixture
+from decm_lightning.teachers.teacher import Teacher
+from decm_lightning.types import Condition, Sample, Time
+
+
+class ExactTeacher(Teacher):
+    """The exact velocity of a Gaussian mixture, whose components are its classes.
+
+    Args:
+        flow: the mixture.
+    """
+
+    def __init__(self, flow: GaussianMixture) -> None:
+        """Keep the flow."""
+        self.flow = flow
+
+    def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
+        """Return the flow's own velocity."""
+        return self.flow(x_t, t, condition)
+
+    def null(self, condition: Condition) -> Condition:
+        """Return the condition that leaves the mixture whole."""
+        return self.flow.null(condition)
+
+    def student(self) -> nn.Module:
+        """Refuse: a formula has no weights to start from.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("an exact flow has no network to start a student from: give Distiller(student=...)")
+
+    def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Do nothing: the flow follows the device and dtype of its input."""
+        return self

@@ -1,0 +1,45 @@
+"""What a teacher is: a frozen velocity field in this package's convention, and the start of a student."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decm_lightning.types import Condition, Sample, Time
+
+
+class Teacher:
+    """A frozen network u(x_t, t, s, condition) asked on its diagonal, v = u(x_t, t, t, condition).
+
+    It is not an nn.Module: a LightningModule that holds one neither trains it, nor changes its mode, nor puts it into a
+    checkpoint. Families with another time, sign or prediction type override `velocity`.
+
+    Args:
+        network: the network; it is put into eval mode and its parameters are frozen.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Freeze the network."""
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
+        """Return v(x_t, t), without a graph."""
+        return self.velocity(x_t, t, condition)
+
+    def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
+        """Return v(x_t, t) in the convention of `path`."""
+        return self.network(x_t, t, t, condition)
+
+    def null(self, condition: Condition) -> Condition:
+        """Return the condition of an unconditional pass."""
+        return self.network.null(condition)
+
+    def student(self) -> nn.Module:
+        """Return a trainable flow map that equals the teacher for every landing time."""
+        return self.network.with_landing_time().train().requires_grad_(True)
+
+    def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast the network along with the module that holds the teacher."""
+        return self.network._apply(function, recurse)

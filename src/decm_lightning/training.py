@@ -1,0 +1,137 @@
+"""What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from numpy.random import SeedSequence
+from torch import Tensor, nn
+
+from decm_lightning import samplers
+from decm_lightning.callbacks.ema import EMA
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.networks import describe
+from decm_lightning.samplers import SamplerName
+from decm_lightning.types import Condition, FlowMapNetwork, Sample
+
+
+class FlowTraining(L.LightningModule):
+    """A network in training and its exponential moving average, which is what is tested, sampled and exported.
+
+    Args:
+        network: what is trained.
+        optimizer: makes the optimiser from the parameters.
+        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
+        ema_decay: decay of the average per optimiser step, in [0, 1); it warms up as (1 + n) / (10 + n).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        ema_decay: float,
+    ) -> None:
+        """Make the average a copy of the network."""
+        super().__init__()
+        self.network = network
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.make_optimizer = optimizer
+        self.make_schedule = lr_scheduler
+        self.ema_decay = ema_decay
+        self.seed = torch.initial_seed()
+        # Parts of a step announce themselves here, so that a callback can time them.
+        self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+
+    def models(self) -> dict[str, FlowMapNetwork]:
+        """Return what can be sampled, by name."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser over the trained network and its per-step schedule."""
+        optimizer = self.make_optimizer(self.network.parameters())
+        if self.make_schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.make_schedule(optimizer), "interval": "step"}]
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the averaging: a student without it would be tested as it began."""
+        return [EMA(self.ema_decay)]
+
+    def generator(self, batch_idx: int) -> torch.Generator:
+        """Return this batch's own source of randomness.
+
+        It depends on the run's seed, the rank, the step and the batch alone, so that a resumed run draws what an
+        unbroken one would have drawn.
+        """
+        parts = (self.seed, self.global_rank, self.global_step, batch_idx)
+        return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x_0: Sample,
+        condition: Condition,
+        model: str = "student",
+        sampler: SamplerName = "mix",
+        steps: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Return samples of one of `models()` from noise x_0.
+
+        Raises:
+            ValueError: if there is no such model or sampler, or steps is below 1.
+        """
+        models = self.models()
+        if model not in models:
+            raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
+        return samplers.sampler(sampler, generator)(models[model], x_0, condition, steps)
+
+    def check_losses(self, values: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Stop if a loss is not finite.
+
+        Raises:
+            NonFiniteError: naming the loss, the step and the batch.
+        """
+        stacked = torch.stack([value.detach() for value in values.values()])
+        if torch.isfinite(stacked).all():
+            return
+        bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
+        raise NonFiniteError(self._stopped(bad, batch_idx))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop if the gradient is not finite, before the weights take it in.
+
+        Raises:
+            NonFiniteError: naming the parameters, the step and the batch.
+        """
+        norms = {name: p.grad.norm() for name, p in self.network.named_parameters() if p.grad is not None}
+        if not norms or torch.isfinite(torch.stack(list(norms.values()))).all():
+            return
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm.item())]
+        first = f"the gradient of {bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else f"the gradient of {bad[0]}"
+        raise NonFiniteError(self._stopped(first, self.trainer.fit_loop.batch_idx))
+
+    def _stopped(self, what: str, batch_idx: int) -> str:
+        where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"
+        return f"{what} is not finite {where}: lower the learning rate, clip gradients, or check the data"
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: the real images go to the evaluation callback."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: the real images go to the evaluation callback."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the seed, and what `load` needs to build the network again."""
+        checkpoint["network"] = describe(self.network)
+        checkpoint["seed"] = self.seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run that is resumed."""
+        self.seed = checkpoint["seed"]

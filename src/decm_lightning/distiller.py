@@ -5,12 +5,13 @@ from typing import Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from decm_lightning import path
 from decm_lightning.derivatives import ENGINES, EngineName, Jump, evaluate
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, LossTerm, Objective, recommended, tangent
+from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
 from decm_lightning.training import FlowTraining
@@ -34,7 +35,7 @@ class Distiller(FlowTraining):
     def __init__(
         self,
         teacher: Teacher,
-        student: nn.Module | None = None,
+        student: Network | None = None,
         objective: Objective = recommended(),  # noqa: B008 - frozen
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         derivative: EngineName = "functional",
@@ -42,7 +43,6 @@ class Distiller(FlowTraining):
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
     ) -> None:
-        """Keep the parts."""
         super().__init__(teacher.student() if student is None else student, optimizer, lr_scheduler, ema_decay)
         self.teacher = teacher
         self.velocity = GuidedField(teacher, teacher.null, guidance)
@@ -51,7 +51,7 @@ class Distiller(FlowTraining):
         self.terms: dict[str, LossTerm] = {}
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> Network:
         """The network that is trained."""
         return self.network
 

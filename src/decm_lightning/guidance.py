@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decm_lightning.derivatives.jet import join
+from decm_lightning.conditions import join
 from decm_lightning.path import expand
 from decm_lightning.types import Condition, Sample, Time, VelocityField
 
@@ -33,7 +33,6 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
         if self.scale < 0:
             raise ValueError(f"guidance scale must be at least 0: got {self.scale}")
         if self.limit is not None and self.limit <= 0:
@@ -53,7 +52,6 @@ class GuidedField:
     """
 
     def __init__(self, field: VelocityField, null: Callable[[Condition], Condition], guidance: Guidance) -> None:
-        """Keep the parts."""
         self.field = field
         self.null = null
         self.guidance = guidance

@@ -2,10 +2,11 @@
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from decm_lightning import path
 from decm_lightning.guidance import Guidance, GuidedField
+from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.training import FlowTraining
 from decm_lightning.triangle import TimeLaw, Uniform
@@ -30,7 +31,7 @@ class TeacherTraining(FlowTraining):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         class_dropout: float = 0.1,
@@ -38,7 +39,6 @@ class TeacherTraining(FlowTraining):
         times: TimeLaw = Uniform(),  # noqa: B008 - frozen
         ema_decay: float = 0.999,
     ) -> None:
-        """Keep the parts."""
         super().__init__(network, optimizer, lr_scheduler, ema_decay)
         if not 0 <= class_dropout < 1:
             raise ValueError(f"class_dropout must be in [0, 1): got {class_dropout}")
@@ -58,7 +58,7 @@ class TeacherTraining(FlowTraining):
         t = self.times.draw(len(x_1), generator)
         x_t = path.interpolate(x_0, x_1, t)
         dropped = torch.rand(len(x_1), generator=generator, device=x_1.device) < self.class_dropout
-        condition = None if labels is None else torch.where(dropped, self.network.null(labels), labels)
+        condition = None if labels is None else labels.where(~dropped, self.network.num_classes)
         loss = (self.network(x_t, t, t, condition) - path.velocity(x_0, x_1)).square().mean()
         self.check_losses({"flow_matching": loss}, batch_idx)
         self.log("loss/flow_matching", loss, prog_bar=True)

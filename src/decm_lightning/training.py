@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from numpy.random import SeedSequence
-from torch import Tensor, nn
+from torch import Tensor
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.ema import EMA
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.networks import describe
+from decm_lightning.networks import Network, describe
 from decm_lightning.samplers import SamplerName
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
@@ -32,21 +32,22 @@ class FlowTraining(L.LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         ema_decay: float,
     ) -> None:
-        """Make the average a copy of the network."""
         super().__init__()
         self.network = network
-        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.average: Network = copy.deepcopy(network).requires_grad_(False)
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
         self.ema_decay = ema_decay
         self.seed = torch.initial_seed()
-        # Parts of a step announce themselves here, so that a callback can time them.
-        self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Announce a part of the step, "teacher" or "derivative"; a callback that times them replaces this method."""
+        return nullcontext()
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""

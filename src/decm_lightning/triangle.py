@@ -118,7 +118,6 @@ class NoiseEdge(Edge):
     shares_start = False
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
         if not 0 <= self.start < 1:
             raise ValueError(f"start must be in [0, 1): got {self.start}")
         if self.decay_steps < 1:

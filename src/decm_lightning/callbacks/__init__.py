@@ -1,5 +1,7 @@
 """Callbacks: averaging, evaluation, gradient norms, sample grids, throughput."""
 
 from decm_lightning.callbacks.ema import EMA
+from decm_lightning.callbacks.gradient_norms import GradientNorms
+from decm_lightning.callbacks.throughput import Throughput
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "GradientNorms", "Throughput"]

@@ -22,7 +22,6 @@ class EMA(L.Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        """Keep the decay."""
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1): got {decay}")
         self.decay = decay
@@ -41,7 +40,7 @@ class EMA(L.Callback):
             return
         self.last_step = trainer.global_step
         decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
-        average, network = _tensors(pl_module.average), _tensors(pl_module.network)
+        average, network = _tensors(pl_module.get_submodule("average")), _tensors(pl_module.get_submodule("network"))
         torch._foreach_lerp_(average, network, 1 - decay)
 
 

@@ -17,7 +17,6 @@ class Digits(InMemoryImages):
     num_classes = 10
 
     def __init__(self, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0) -> None:
-        """Keep the settings."""
         super().__init__(batch_size, reference_size, num_workers)
 
     def setup(self, stage: str) -> None:

@@ -31,7 +31,6 @@ class IDXImages(InMemoryImages):
     def __init__(
         self, folder: str, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0
     ) -> None:
-        """Keep the settings."""
         super().__init__(batch_size, reference_size, num_workers)
         self.folder = Path(folder)
 
@@ -55,7 +54,9 @@ class IDXImages(InMemoryImages):
             raise ValueError(f"{part} files in {self.folder} do not fit each other: {shapes}")
         if labels.max() >= self.num_classes:
             row = int((labels >= self.num_classes).nonzero()[0])
-            raise ValueError(f"{part} labels in {self.folder}: row {row} is {labels[row]}, above {self.num_classes - 1}")
+            raise ValueError(
+                f"{part} labels in {self.folder}: row {row} is {labels[row]}, above {self.num_classes - 1}"
+            )
         return LabelledImages(images[:, None].float() / 127.5 - 1, labels.long())
 
     def _find(self, name: str) -> Path:

@@ -20,7 +20,6 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        """Keep both."""
         self.images = images
         self.labels = labels
 
@@ -53,7 +52,6 @@ class InMemoryImages(L.LightningDataModule):
     reference: LabelledImages
 
     def __init__(self, batch_size: int, reference_size: int | None = None, num_workers: int = 0) -> None:
-        """Keep the settings."""
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")

@@ -4,9 +4,9 @@ from typing import Literal
 
 from decm_lightning.derivatives.central import central
 from decm_lightning.derivatives.functional import functional
-from decm_lightning.derivatives.jet import Engine, Jet, Jump, Tangent, evaluate, join
+from decm_lightning.derivatives.jet import Engine, Jet, Jump, Tangent, evaluate
 
 EngineName = Literal["functional", "central"]
 ENGINES: dict[EngineName, Engine] = {"functional": functional, "central": central}
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Jet", "Jump", "Tangent", "central", "evaluate", "functional", "join"]
+__all__ = ["ENGINES", "Engine", "EngineName", "Jet", "Jump", "Tangent", "central", "evaluate", "functional"]

@@ -2,7 +2,8 @@
 
 import torch
 
-from decm_lightning.derivatives.jet import Jet, Tangent, first_rows
+from decm_lightning.conditions import first_rows
+from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 

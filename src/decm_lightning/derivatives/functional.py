@@ -3,7 +3,8 @@
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from decm_lightning.derivatives.jet import Jet, Tangent, first_rows
+from decm_lightning.conditions import first_rows
+from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
@@ -27,5 +28,5 @@ def functional(
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         primals = (x_t[:rows], t[:rows], s[:rows])
-        _, du = torch.func.jvp(network_of, primals, (tangent.x, tangent.t, tangent.s))
+        du = torch.func.jvp(network_of, primals, (tangent.x, tangent.t, tangent.s))[1]
     return Jet(u, du)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from decm_lightning.conditions import join
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
@@ -68,23 +69,6 @@ def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> 
     derivatives = jet.du.split(sizes[: len(tangents)]) if jet.du is not None else ()
     jets = {i: Jet(values[k], derivatives[k] if k < len(derivatives) else None) for k, i in enumerate(order)}
     return [jets[i] for i in range(len(jumps))]
-
-
-def join(conditions: Sequence[Condition]) -> Condition:
-    """Concatenate conditions along the batch; None (unconditional) stays None.
-
-    Raises:
-        ValueError: if some are None and others are not.
-    """
-    given = [condition for condition in conditions if condition is not None]
-    if given and len(given) != len(conditions):
-        raise ValueError("conditions must be given for all rows or for none")
-    return torch.cat(given) if given else None
-
-
-def first_rows(condition: Condition, count: int) -> Condition:
-    """Return the condition of the first `count` rows."""
-    return None if condition is None else condition[:count]
 
 
 def _join_tangents(tangents: Sequence[Tangent]) -> Tangent:

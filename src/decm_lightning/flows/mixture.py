@@ -1,6 +1,7 @@
 """The exact flow of a Gaussian mixture: closed-form velocity, flow map by an adaptive Runge-Kutta solver."""
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Tensor, std: float, weights: Tensor | None = None) -> None:
-        """Keep the parameters."""
         self.means = means
         self.std = std
         self.weights = torch.full((len(means),), 1 / len(means), dtype=means.dtype) if weights is None else weights
 
     @classmethod
-    def ring(cls, components: int = 8, radius: float = 2.0, std: float = 0.2, dtype: torch.dtype = torch.float32):
+    def ring(
+        cls, components: int = 8, radius: float = 2.0, std: float = 0.2, dtype: torch.dtype = torch.float32
+    ) -> Self:
         """Return equal components on a circle in the plane, the test bed of the docs and the tests."""
         angles = torch.arange(components, dtype=dtype) * (2 * math.pi / components)
         return cls(radius * torch.stack([angles.cos(), angles.sin()], 1), std)

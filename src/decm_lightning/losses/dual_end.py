@@ -54,7 +54,6 @@ class DualEndLoss:
     time_weight: TimeWeightName = "constant"
 
     def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
         if self.left < 0 or self.right < 0 or self.left + self.right == 0:
             raise ValueError(f"left and right must be at least 0, and one above 0: got {self.left} and {self.right}")
         if self.weight <= 0:
@@ -85,7 +84,6 @@ class Objective:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse an empty objective."""
         if not self.losses:
             raise ValueError("an objective needs at least one loss")
         if self.warmup_steps < 0:

@@ -1,10 +1,10 @@
 """The dual-end residual: the one equation that every loss of this family is a case of."""
 
+import torch
+
 from decm_lightning.derivatives.jet import Tangent
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
-
-import torch
 
 
 def tangent(v_left: Sample | None, x_t: Sample, t: Time, left: float, right: float) -> Tangent:

@@ -2,6 +2,7 @@
 
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
+from decm_lightning.networks.network import Network
 from decm_lightning.networks.pretrained import describe, load, save
 
-__all__ = ["MLP", "DiT", "describe", "load", "save"]
+__all__ = ["MLP", "DiT", "Network", "describe", "load", "save"]

@@ -4,19 +4,19 @@ Submodules and parameters are named as in LightningDiT (arXiv 2501.01423), so th
 are; `r_embedder` is its name for the embedder of the landing time s.
 """
 
-import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from decm_lightning.networks.embedding import ClassEmbedding, TimeEmbedding, sin_cos_positions
+from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import Block, FinalLayer, Rotary
+from decm_lightning.networks.network import Network
 from decm_lightning.types import Condition, Sample, Time
 
 
-class DiT(nn.Module, PyTorchModelHubMixin, library_name="decm-lightning", license="apache-2.0"):
+class DiT(Network):
     """u(x_t, t, s, condition) on square images or latents: adaLN-Zero blocks with RMSNorm, QK norm, RoPE and SwiGLU.
 
+    Weights begin as in DiT (arXiv 2212.09748): Xavier projections, zero modulation and output, embeddings of std 0.02.
     With `landing_time` the embedding of s is added to those of t and of the class. Its output layer starts at zero, so
     that a student begun from a teacher's weights is the teacher for every s.
 
@@ -47,7 +47,6 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="decm-lightning", licens
         num_classes: int = 1000,
         landing_time: bool = False,
     ) -> None:
-        """Build the layers and initialise them."""
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
@@ -69,36 +68,14 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="decm-lightning", licens
         self.side = grid
         self.patch_size = patch_size
         self.num_classes = num_classes
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, width, patch_size, stride=patch_size)})
+        self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
-        self.r_embedder = TimeEmbedding(width) if landing_time else None
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, grid), requires_grad=False)
         self.feat_rope = Rotary(width // heads, grid)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Set the weights as DiT does (arXiv 2212.09748): Xavier; zero modulation, output and landing time."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patches = self.x_embedder["proj"]
-        nn.init.xavier_uniform_(patches.weight.data.flatten(1))
-        nn.init.zeros_(patches.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        embedders = [self.t_embedder] if self.r_embedder is None else [self.t_embedder, self.r_embedder]
-        for embedder in embedders:
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        layers = [block.adaLN_modulation[1] for block in self.blocks]
-        layers += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        layers += [] if self.r_embedder is None else [self.r_embedder.mlp[2]]
-        for layer in layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -111,7 +88,7 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="decm-lightning", licens
         embedding = self.t_embedder(t) + self.y_embedder(condition)
         if self.r_embedder is not None:
             embedding = embedding + self.r_embedder(s)
-        tokens = rearrange(self.x_embedder["proj"](x_t), "b c h w -> b (h w) c") + self.pos_embed
+        tokens = self.x_embedder(x_t) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens, embedding, self.feat_rope)
         return self.unpatchify(self.final_layer(tokens, embedding))
@@ -121,10 +98,6 @@ class DiT(nn.Module, PyTorchModelHubMixin, library_name="decm-lightning", licens
         return rearrange(
             tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, q=self.patch_size
         )
-
-    def null(self, condition: Condition) -> Condition:
-        """Return as many null classes as there are labels."""
-        return None if condition is None else torch.full_like(condition, self.num_classes)
 
     def with_landing_time(self) -> "DiT":
         """Return a copy that also embeds s, and at first equals this network for every s."""

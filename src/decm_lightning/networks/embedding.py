@@ -3,23 +3,39 @@
 import math
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from decm_lightning.networks.layers import linear
 from decm_lightning.types import Time
+
+
+class PatchEmbedding(nn.Module):
+    """Square patches of an image, each projected to one token."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return the tokens, row by row."""
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class TimeEmbedding(nn.Module):
     """An MLP over sinusoids of a time in [0, 1]: cosines first, periods from 2 pi to 2 pi * 10,000.
 
     The time is not multiplied by 1000: an embedding that is smooth over [0, 1] keeps the derivative in t small.
+    With `zero_output` it is at first 0 for every time.
     """
 
-    def __init__(self, width: int, sinusoids: int = 256) -> None:
-        """Make the MLP."""
+    def __init__(self, width: int, sinusoids: int = 256, zero_output: bool = False) -> None:
         super().__init__()
         self.sinusoids = sinusoids
-        self.mlp = nn.Sequential(nn.Linear(sinusoids, width), nn.SiLU(), nn.Linear(width, width))
+        output = linear(width, width, 0.0 if zero_output else 0.02)
+        self.mlp = nn.Sequential(linear(sinusoids, width, 0.02), nn.SiLU(), output)
 
     def forward(self, t: Time) -> Float[Tensor, "b d"]:
         """Return the embedding of each time."""
@@ -33,9 +49,9 @@ class ClassEmbedding(nn.Module):
     """A table of classes and, in its last row, the null class of classifier-free guidance."""
 
     def __init__(self, classes: int, width: int) -> None:
-        """Make the table."""
         super().__init__()
         self.embedding_table = nn.Embedding(classes + 1, width)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """Return the embedding of each label."""

@@ -10,6 +10,14 @@ Tokens = Float[Tensor, "b n d"]
 Embedding = Float[Tensor, "b d"]
 
 
+def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
+    """Return a projection with bias 0 and weights of standard deviation `std`, 0 included; None for Xavier's."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight) if std is None else nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def modulate(x: Tokens, shift: Embedding, scale: Embedding) -> Tokens:
     """Return x (1 + scale) + shift, with one shift and scale per sample."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -22,7 +30,6 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
-        """Start with weight 1."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
@@ -37,10 +44,9 @@ class SwiGLU(nn.Module):
     """w3(silu(a) * b) with (a, b) = w12(x) (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        """Make the two projections."""
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = linear(width, 2 * hidden)
+        self.w3 = linear(hidden, width)
 
     def forward(self, x: Tokens) -> Tokens:
         """Return the tokens' update."""
@@ -49,13 +55,12 @@ class SwiGLU(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions on a square grid (RoPE, arXiv 2104.09864): half of a head turns with the row, half with the column.
+    """Rotary positions on a square grid (arXiv 2104.09864): half of a head turns with the row, half with the column.
 
     Neighbouring elements form the pairs that are rotated; frequencies are 10000^(-2i / (d / 2)) for a head of size d.
     """
 
     def __init__(self, head_width: int, grid: int) -> None:
-        """Tabulate cosine and sine, (grid * grid, head_width) each."""
         super().__init__()
         half = head_width // 2
         frequencies = 10_000 ** (-torch.arange(0, half, 2)[: half // 2].float() / half)
@@ -63,6 +68,8 @@ class Rotary(nn.Module):
         rows = angles[:, None, :].expand(grid, grid, -1)
         columns = angles[None, :, :].expand(grid, grid, -1)
         table = rearrange(torch.cat([rows, columns], -1), "row column d -> (row column) d")
+        self.freqs_cos: Tensor
+        self.freqs_sin: Tensor
         self.register_buffer("freqs_cos", table.cos())
         self.register_buffer("freqs_sin", table.sin())
 
@@ -77,13 +84,12 @@ class Attention(nn.Module):
     """Self-attention with normalised queries and keys (arXiv 2302.05442) and rotary positions."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Make the projections and the two norms."""
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = linear(width, width)
 
     def forward(self, x: Tokens, rotary: Rotary) -> Tokens:
         """Return the tokens' update."""
@@ -97,13 +103,12 @@ class Block(nn.Module):
     """Attention and SwiGLU, each shifted, scaled and gated by the embedding (adaLN-Zero, arXiv 2212.09748)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        """Make the two halves and their modulation."""
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, int(2 / 3 * mlp_ratio * width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, 0.0))
 
     def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary) -> Tokens:
         """Return the tokens after both halves."""
@@ -116,11 +121,10 @@ class FinalLayer(nn.Module):
     """The projection from tokens to patches, modulated by the embedding."""
 
     def __init__(self, width: int, patch_values: int) -> None:
-        """Make the norm, the modulation and the projection."""
         super().__init__()
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = linear(width, patch_values, 0.0)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, 0.0))
 
     def forward(self, x: Tokens, embedding: Embedding) -> Tokens:
         """Return the tokens' patches, flattened."""

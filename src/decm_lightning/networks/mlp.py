@@ -1,13 +1,16 @@
 """A small MLP flow map for points in a plane: the student of the notebooks and of the exact tests."""
 
+import copy
+
 import torch
 from torch import nn
 
 from decm_lightning.networks.embedding import ClassEmbedding
+from decm_lightning.networks.network import Network
 from decm_lightning.types import Condition, Sample, Time
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """u(x_t, t, s, condition) for x of shape (b, dimensions), by SiLU layers over (x, t, s, class).
 
     Times enter raw, and s by weights that start at zero, so that the network at first ignores s.
@@ -20,8 +23,9 @@ class MLP(nn.Module):
     """
 
     def __init__(self, dimensions: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
-        """Build the layers."""
         super().__init__()
+        self.config = {"dimensions": dimensions, "width": width, "depth": depth, "num_classes": num_classes}
+        self.sample_shape = (dimensions,)
         self.num_classes = num_classes
         self.y_embedder = ClassEmbedding(num_classes, width) if num_classes else None
         self.start = nn.Linear(dimensions + 1, width)
@@ -39,8 +43,6 @@ class MLP(nn.Module):
             h = layer(nn.functional.silu(h))
         return self.end(nn.functional.silu(h))
 
-    def null(self, condition: Condition) -> Condition:
-        """Return as many null classes as there are labels."""
-        return None if condition is None else torch.full_like(condition, self.num_classes)
-
-
+    def with_landing_time(self) -> "MLP":
+        """Return a copy: this network always reads s."""
+        return copy.deepcopy(self)

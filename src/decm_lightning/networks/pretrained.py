@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 from decm_lightning.networks.dit import DiT
+from decm_lightning.networks.mlp import MLP
+from decm_lightning.networks.network import Network
 
-CLASSES: dict[str, type[DiT]] = {"DiT": DiT}
+CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP}
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> DiT:
+def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """Return a network ready to sample: in eval mode, and from a checkpoint its averaged (EMA) weights.
 
     Args:
@@ -30,17 +32,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DiT:
     return network.to(device).eval()
 
 
-def save(network: DiT, folder: str | Path) -> None:
+def save(network: Network, folder: str | Path) -> None:
     """Write config.json and model.safetensors into `folder`, made if need be."""
     network.save_pretrained(folder, config=describe(network))
 
 
-def describe(network: nn.Module) -> dict[str, Any]:
+def describe(network: Network) -> dict[str, Any]:
     """Return what is needed to build the network again: its class name and its arguments."""
-    return {"_class_name": type(network).__name__, **getattr(network, "config", {})}
+    return {"_class_name": type(network).__name__, **network.config}
 
 
-def build(description: dict[str, Any]) -> DiT:
+def build(description: dict[str, Any]) -> Network:
     """Return a new network from what `describe` gave.
 
     Raises:
@@ -53,9 +55,7 @@ def build(description: dict[str, Any]) -> DiT:
     return CLASSES[name](**arguments)
 
 
-def _from_folder(folder: Path) -> DiT:
-    from safetensors.torch import load_file
-
+def _from_folder(folder: Path) -> Network:
     config, weights = folder / "config.json", folder / "model.safetensors"
     for file in (config, weights):
         if not file.is_file():
@@ -65,7 +65,7 @@ def _from_folder(folder: Path) -> DiT:
     return network
 
 
-def _from_checkpoint(file: Path) -> DiT:
+def _from_checkpoint(file: Path) -> Network:
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if "network" not in checkpoint:
         raise ValueError(f"{file} is not a checkpoint of decm-lightning: it does not describe its network")

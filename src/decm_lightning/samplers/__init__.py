@@ -12,6 +12,8 @@ from decm_lightning.samplers.mix import mix, mix_renoised
 from decm_lightning.types import Sample
 
 SamplerName = Literal["euler", "consistency", "mix", "mix_renoised"]
+NOISELESS: dict[str, Callable[..., Sample]] = {"euler": euler, "mix": mix}
+RENOISING: dict[str, Callable[..., Sample]] = {"consistency": consistency, "mix_renoised": mix_renoised}
 
 
 def sampler(name: SamplerName, generator: torch.Generator | None = None, **options: object) -> Callable[..., Sample]:
@@ -25,11 +27,11 @@ def sampler(name: SamplerName, generator: torch.Generator | None = None, **optio
     Raises:
         ValueError: if there is no such sampler.
     """
-    if name in ("euler", "mix"):
-        return partial({"euler": euler, "mix": mix}[name], **options)
-    if name in ("consistency", "mix_renoised"):
-        return partial({"consistency": consistency, "mix_renoised": mix_renoised}[name], generator=generator, **options)
-    raise ValueError(f"sampler must be euler, consistency, mix or mix_renoised: got {name!r}")
+    if name in NOISELESS:
+        return partial(NOISELESS[name], **options)
+    if name in RENOISING:
+        return partial(RENOISING[name], generator=generator, **options)
+    raise ValueError(f"sampler must be one of {', '.join(NOISELESS | RENOISING)}: got {name!r}")
 
 
 __all__ = ["SamplerName", "consistency", "euler", "flow_map_of", "mix", "mix_renoised", "sampler"]

@@ -1,6 +1,7 @@
 """CM: jump to data, put noise back, jump again, along the data edge of the triangle."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -51,5 +52,5 @@ def renoise(x_hat: Sample, time: float, generator: torch.Generator | None) -> Sa
 def check_times(times: Sequence[float], steps: int) -> None:
     """Refuse times that do not fit `steps`, or do not increase within (0, 1)."""
     bounds = [NOISE, *times, DATA]
-    if len(times) != steps - 1 or any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if len(times) != steps - 1 or any(b <= a for a, b in pairwise(bounds)):
         raise ValueError(f"times must be {steps - 1} increasing values between 0 and 1: got {list(times)}")

@@ -1,5 +1,7 @@
 """Euler: the student as an ordinary velocity field, along the diagonal of the triangle."""
 
+from itertools import pairwise
+
 import torch
 
 from decm_lightning.path import DATA, NOISE, jump
@@ -24,7 +26,7 @@ def euler(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int
     check_steps(steps)
     grid = torch.linspace(NOISE, DATA, steps + 1).tolist()
     x_t = x_0
-    for start, end in zip(grid, grid[1:], strict=False):
+    for start, end in pairwise(grid):
         t = at(start, x_t)
         x_t = jump(x_t, student(x_t, t, t, condition), t, at(end, x_t))
     return x_t

@@ -1,5 +1,7 @@
 """Mix: each part of a trajectory on the edge of the triangle where the student was trained for it."""
 
+from itertools import pairwise
+
 import torch
 
 from decm_lightning.path import DATA, NOISE, jump
@@ -31,7 +33,7 @@ def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, 
         return land(student, x_0, NOISE, DATA, condition)
     grid = torch.linspace(s1, DATA, steps).tolist()
     x_t = land(student, x_0, NOISE, s1, condition)
-    for start, end in zip(grid, grid[1:-1], strict=False):
+    for start, end in pairwise(grid[:-1]):
         t = at(start, x_t)
         x_t = jump(x_t, student(x_t, t, t, condition), t, at(end, x_t))
     return land(student, x_t, grid[-2], DATA, condition)

@@ -12,5 +12,4 @@ class DiTTeacher(Teacher):
     """
 
     def __init__(self, path: str) -> None:
-        """Load the network."""
         super().__init__(load(path))

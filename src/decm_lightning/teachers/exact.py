@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from decm_lightning.flows import GaussianMixture
+from decm_lightning.networks import Network
 from decm_lightning.teachers.teacher import Teacher
 from decm_lightning.types import Condition, Sample, Time
 
@@ -18,7 +19,6 @@ class ExactTeacher(Teacher):
     """
 
     def __init__(self, flow: GaussianMixture) -> None:
-        """Keep the flow."""
         self.flow = flow
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
@@ -29,7 +29,7 @@ class ExactTeacher(Teacher):
         """Return the condition that leaves the mixture whole."""
         return self.flow.null(condition)
 
-    def student(self) -> nn.Module:
+    def student(self) -> Network:
         """Refuse: a formula has no weights to start from.
 
         Raises:

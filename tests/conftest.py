@@ -1,0 +1,41 @@
+"""What all tests share: shapes checked at run time, one thread, seeded generators and the exact Gaussian flow."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+install_import_hook("decm_lightning", "beartype.beartype")
+
+# Imported after the hook, which checks only what is imported later.
+from decm_lightning.derivatives import Jump  # noqa: E402
+from decm_lightning.flows import Gaussian  # noqa: E402
+from decm_lightning.path import interpolate  # noqa: E402
+from decm_lightning.triangle import Edge, Uniform  # noqa: E402
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def flow() -> Gaussian:
+    """An exact flow in three dimensions, in float64."""
+    return Gaussian(torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64), 0.4)
+
+
+@pytest.fixture
+def draw_jump(flow: Gaussian, generator: torch.Generator) -> Callable[..., Jump]:
+    """A function from an edge to jumps of the exact flow that lie on it, in float64 and without a tangent."""
+
+    def draw(edge: Edge, rows: int = 64) -> Jump:
+        times = edge.draw(Uniform().draw(rows, generator).double(), 0, generator)
+        x_0 = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+        x_1 = flow.sample(rows, 3, generator, torch.float64)
+        return Jump(interpolate(x_0, x_1, times.t), times.t, times.s, None)
+
+    return draw

@@ -37,7 +37,7 @@ def rows(generator):
 @pytest.fixture
 def ends(rows):
     """The class's velocity, from the closed form of its Gaussian, and the whole mixture's."""
-    x_t, t, labels = rows
+    x_t, t, _ = rows
     v_cond = torch.stack(
         [Gaussian(MIXTURE.means[k], MIXTURE.std).velocity(x[None], u[None])[0] for x, u, k in zip(*rows, strict=True)]
     )

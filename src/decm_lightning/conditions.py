@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from decm_lightning.types import Condition
 
-
-def join(conditions: Sequence[Condition]) -> Condition:
+def join(conditions: Sequence[Tensor | None]) -> Tensor | None:
     """Concatenate conditions along the batch; None (unconditional) stays None.
 
     Raises:
@@ -19,6 +18,6 @@ def join(conditions: Sequence[Condition]) -> Condition:
     return torch.cat(given) if given else None
 
 
-def first_rows(condition: Condition, count: int) -> Condition:
+def first_rows(condition: Tensor | None, count: int) -> Tensor | None:
     """Return the condition of the first `count` rows."""
     return None if condition is None else condition[:count]

@@ -1,7 +1,6 @@
 """Dual-End Consistency Models (arXiv 2602.10764): a fast student from a slow teacher."""
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -66,7 +65,7 @@ class Distiller(FlowTraining):
 
         # A point x_t of the path for each row, and there the teacher's velocity, once for all losses that start there.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        t = self.objective.times.draw(len(x_1), generator)
+        t = self.draw_times(self.objective.times, x_1, generator)
         x_t = path.interpolate(x_0, x_1, t)
         with self.phase("teacher"):
             v_t = self.velocity(x_t, t, condition)
@@ -117,7 +116,7 @@ class Distiller(FlowTraining):
         self.log("loss/total", total, prog_bar=True)
         return total
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         # The teacher is outside the module registry, yet must follow every move and cast of this module.
         self.teacher.apply(fn, recurse)
         return super()._apply(fn, recurse)

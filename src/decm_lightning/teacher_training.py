@@ -55,7 +55,7 @@ class TeacherTraining(FlowTraining):
         x_1, labels = batch
         generator = self.generator(batch_idx)
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        t = self.times.draw(len(x_1), generator)
+        t = self.draw_times(self.times, x_1, generator)
         x_t = path.interpolate(x_0, x_1, t)
         dropped = torch.rand(len(x_1), generator=generator, device=x_1.device) < self.class_dropout
         condition = None if labels is None else labels.where(~dropped, self.network.num_classes)

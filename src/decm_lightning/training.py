@@ -17,7 +17,8 @@ from decm_lightning.callbacks.ema import EMA
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import Network, describe
 from decm_lightning.samplers import SamplerName
-from decm_lightning.types import Condition, FlowMapNetwork, Sample
+from decm_lightning.triangle import TimeLaw
+from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
 class FlowTraining(L.LightningModule):
@@ -72,6 +73,10 @@ class FlowTraining(L.LightningModule):
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
+
+    def draw_times(self, law: TimeLaw, x_1: Sample, generator: torch.Generator) -> Time:
+        """Return one start time for each row, in float32 or wider: narrower ones would spoil the derivative in t."""
+        return law.draw(len(x_1), generator).to(torch.promote_types(x_1.dtype, torch.float32))
 
     @torch.no_grad()
     def sample(

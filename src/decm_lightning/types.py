@@ -3,7 +3,7 @@
 Shapes are jaxtyping annotations. They cost nothing in use; the test suite checks them at run time.
 """
 
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     condition: Condition
 
 
+@runtime_checkable
 class VelocityField(Protocol):
     """An instantaneous velocity v(x_t, t), such as a teacher, guided or not."""
 
@@ -32,6 +33,7 @@ class VelocityField(Protocol):
         """Return v, shaped like x_t."""
 
 
+@runtime_checkable
 class FlowMapNetwork(Protocol):
     """A mean velocity u(x_t, t, s) over the jump from t to s, such as a student."""
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from decm_lightning.types import Batch
@@ -58,13 +58,25 @@ class InMemoryImages(L.LightningDataModule):
         self.batch_size = batch_size
         self.reference_size = reference_size
         self.num_workers = num_workers
+        self.seed = torch.initial_seed() % 2**31
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Return shuffled training batches, the last incomplete one left out."""
+        """Return shuffled training batches, the last incomplete one left out; each process gets its own share."""
+        # Its order follows from the seed and the epoch alone, unlike a RandomSampler's, which a resumed run cannot
+        # repeat beyond its first epoch.
+        trainer = self.trainer
+        sampler = DistributedSampler(
+            self.train,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+        # Lightning sets the epoch only from the next one on when it resumes in the middle of one.
+        sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
             self.train,
-            self.batch_size,
-            shuffle=True,
+            batch_size=self.batch_size,
+            sampler=sampler,
             drop_last=True,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
@@ -75,11 +87,19 @@ class InMemoryImages(L.LightningDataModule):
         rows = self.reference
         if self.reference_size is not None:
             rows = LabelledImages(rows.images[: self.reference_size], rows.labels[: self.reference_size])
-        return StatefulDataLoader(rows, 256, num_workers=self.num_workers, collate_fn=_as_it_is)
+        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=_as_it_is)
 
     def test_dataloader(self) -> StatefulDataLoader:
         """Return the reference images of the Fréchet distance, in order."""
         return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed of the order."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with the order of the run that is resumed."""
+        self.seed = state_dict["seed"]
 
 
 def _as_it_is(batch: Batch) -> Batch:

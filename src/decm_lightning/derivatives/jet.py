@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from decm_lightning.conditions import join
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
@@ -35,9 +37,10 @@ class Jet:
     """The mean velocity u with its autograd graph, and its directional derivative du without one (None: not asked)."""
 
     u: Sample
-    du: Sample | None
+    du: Float[Tensor, "rows *d"] | None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Computes a Jet in one call. The tangent covers the first rows of the batch; du has as many rows as it."""
 

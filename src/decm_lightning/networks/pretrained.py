@@ -1,6 +1,7 @@
 """Networks to and from disk: a folder with config.json and model.safetensors, or a training checkpoint."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def _from_folder(folder: Path) -> Network:
 
 
 def _from_checkpoint(file: Path) -> Network:
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    if "network" not in checkpoint:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it cannot be read") from error
+    if not isinstance(checkpoint, dict) or "network" not in checkpoint:
         raise ValueError(f"{file} is not a checkpoint of decm-lightning: it does not describe its network")
     network = build(checkpoint["network"])
     prefix = "average."

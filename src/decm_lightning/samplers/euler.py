@@ -24,7 +24,7 @@ def euler(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int
         ValueError: if steps is below 1.
     """
     check_steps(steps)
-    grid = torch.linspace(NOISE, DATA, steps + 1).tolist()
+    grid = torch.linspace(NOISE, DATA, steps + 1, dtype=torch.float64).tolist()
     x_t = x_0
     for start, end in pairwise(grid):
         t = at(start, x_t)

@@ -31,7 +31,7 @@ def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, 
     check_s1(s1)
     if steps == 1:
         return land(student, x_0, NOISE, DATA, condition)
-    grid = torch.linspace(s1, DATA, steps).tolist()
+    grid = torch.linspace(s1, DATA, steps, dtype=torch.float64).tolist()
     x_t = land(student, x_0, NOISE, s1, condition)
     for start, end in pairwise(grid[:-1]):
         t = at(start, x_t)

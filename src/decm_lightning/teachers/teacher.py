@@ -38,7 +38,7 @@ class Teacher:
 
     def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""
-        return self.network.with_landing_time().train().requires_grad_(True)
+        return self.network.with_landing_time().train()
 
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the network along with the module that holds the teacher."""

@@ -1,0 +1,117 @@
+"""The table of quality as files: quality.md, quality.json and samples.png."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from einops import rearrange
+from torch import Tensor
+
+from decm_lightning.callbacks.cells import Cell
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell and how far its samples are from real images.
+
+    Args:
+        cell: model, sampler and steps.
+        evaluations: network evaluations a sample; None if not known.
+        fd: Fréchet distance, 0 for equal distributions.
+        kid: kernel distance, 0 in the mean for equal distributions.
+    """
+
+    cell: Cell
+    evaluations: float | None
+    fd: float
+    kid: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured, and how.
+
+    Args:
+        features: name of the feature network.
+        protocol: every setting that the figures depend on, by name.
+        rows: the cells.
+    """
+
+    features: str
+    protocol: Mapping[str, str | int]
+    rows: Sequence[Row]
+
+    def markdown(self) -> str:
+        """Return the table with its protocol as Markdown."""
+        lines = [
+            f"# Fréchet distance on {self.features}",
+            "",
+            *(f"- {name}: {value}" for name, value in self.protocol.items()),
+            "",
+            "| model | sampler | steps | evaluations | fd | kid |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for row in self.rows:
+            cell, cost = row.cell, "-" if row.evaluations is None else f"{row.evaluations:g}"
+            lines.append(f"| {cell.model} | {cell.sampler} | {cell.steps} | {cost} | {row.fd:.4g} | {row.kid:.3g} |")
+        return "\n".join(lines) + "\n"
+
+    def json(self) -> str:
+        """Return {"metric", "protocol", "rows"} as JSON, with figures in full."""
+        rows = [
+            {
+                "model": row.cell.model,
+                "sampler": row.cell.sampler,
+                "steps": row.cell.steps,
+                "evaluations": row.evaluations,
+                "fd": row.fd,
+                "kid": row.kid,
+            }
+            for row in self.rows
+        ]
+        content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def write(self, folder: Path, images: Tensor) -> list[Path]:
+        """Write the three files into `folder`, made if need be, and return where they are.
+
+        Args:
+            folder: where to.
+            images: uint8 (rows, columns, c, h, w), the samples to show of each row.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
+        files[0].write_text(self.markdown(), encoding="utf-8")
+        files[1].write_text(self.json(), encoding="utf-8")
+        write_grid(files[2], images, [str(row.cell) for row in self.rows])
+        return files
+
+
+def write_grid(file: Path, images: Tensor, names: Sequence[str]) -> None:
+    """Write a PNG with a strip of images a row, named at its left.
+
+    Args:
+        file: the file to write.
+        images: uint8 (rows, columns, 1 or 3, h, w).
+        names: one a row.
+    """
+    # A figure of its own, without pyplot: no window, and no backend changed under a notebook.
+    from matplotlib.figure import Figure
+
+    rows, columns = images.shape[:2]
+    figure = Figure(figsize=(0.7 * columns, 0.75 * rows))
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for axis, strip, name in zip(axes, images.cpu(), names, strict=True):
+        pixels = rearrange(strip, "columns c h w -> h (columns w) c").numpy()
+        axis.imshow(
+            pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            interpolation="nearest",
+        )
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation="horizontal", ha="right", va="center")
+    # Tight, or long names would be cut off.
+    figure.savefig(file, dpi=120, bbox_inches="tight")

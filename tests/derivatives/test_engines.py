@@ -1,0 +1,217 @@
+"""The engines: they agree with each other and the truth, and du is a number without a graph."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from decm_lightning.derivatives import ENGINES, Jump, Tangent, central, evaluate, functional
+from decm_lightning.networks import MLP, DiT
+
+ENGINE_LIST = [functional, central]
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Return the network in float64 with random weights, none of them zero."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return network.double()
+
+
+@pytest.fixture
+def mlp():
+    """A flow map of points with three classes, in which s matters."""
+    return randomised(MLP(dimensions=2, width=32, depth=3, num_classes=3))
+
+
+@pytest.fixture
+def dit():
+    """A flow map of images with three classes, in which s matters."""
+    return randomised(DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, landing_time=True))
+
+
+@pytest.fixture(params=["mlp", "dit"])
+def network(request):
+    """Either of the two."""
+    return request.getfixturevalue(request.param)
+
+
+def draw(network: nn.Module, rows: int, seed: int = 0, tangent_rows: int | None = None) -> Jump:
+    """Return random jumps for the network, with a tangent over the first rows (None: over all, 0: none)."""
+    generator = torch.Generator().manual_seed(seed)
+    size = getattr(network, "sample_shape", (2,))
+    x_t, along = torch.randn(2, rows, *size, generator=generator, dtype=torch.float64)
+    t, s = torch.rand(2, rows, generator=generator, dtype=torch.float64).sort(0).values
+    along_t, along_s = torch.randn(2, rows, generator=generator, dtype=torch.float64)
+    condition = torch.randint(0, 4, (rows,), generator=generator)
+    covered = rows if tangent_rows is None else tangent_rows
+    tangent = Tangent(along[:covered], along_t[:covered], along_s[:covered]) if covered else None
+    return Jump(x_t, t, s, condition, tangent)
+
+
+def apply(engine, network, jump, **options):
+    """Run an engine on jumps."""
+    return engine(network, jump.x_t, jump.t, jump.s, jump.condition, jump.tangent, **options)
+
+
+def to_float32(jump: Jump) -> Jump:
+    """Return the same jumps in single precision."""
+    tangent = Tangent(jump.tangent.x.float(), jump.tangent.t.float(), jump.tangent.s.float())
+    return Jump(jump.x_t.float(), jump.t.float(), jump.s.float(), jump.condition, tangent)
+
+
+def test_functional_is_exact_on_a_polynomial():
+    """u = x^2 t + s^3 has du = 2 x t dx + x^2 dt + 3 s^2 ds."""
+
+    def network(x_t, t, s, condition):
+        return x_t**2 * t[:, None] + s[:, None] ** 3
+
+    x, dx = torch.tensor([[2.0, -1.0], [0.5, 1.5]], dtype=torch.float64).split(1)
+    t, s, dt, ds = torch.tensor([0.3, 0.8, 0.7, -0.4], dtype=torch.float64).split(1)
+    tangent = Tangent(dx, dt, ds)
+    expected = 2 * x * t * dx + x**2 * dt + 3 * s**2 * ds
+    du = functional(network, x, t, s, None, tangent).du
+    torch.testing.assert_close(du, expected, rtol=0, atol=1e-14)
+
+
+def test_functional_is_the_full_jacobian_times_the_tangent(network):
+    """du equals the Jacobians over x, t and s, by reverse mode, applied to the tangent."""
+    jump = draw(network, 2)
+
+    def of(x_t, t, s):
+        return network(x_t, t, s, jump.condition)
+
+    over_x, over_t, over_s = torch.autograd.functional.jacobian(of, (jump.x_t, jump.t, jump.s))
+    tangent = jump.tangent
+    expected = (over_x.flatten(jump.x_t.ndim) @ tangent.x.flatten()) + over_t @ tangent.t + over_s @ tangent.s
+    torch.testing.assert_close(apply(functional, network, jump).du, expected, rtol=0, atol=1e-12)
+
+
+def test_central_agrees_with_functional_in_float64(network):
+    """At a small step the difference is the derivative."""
+    jump = draw(network, 6)
+    exact, difference = apply(functional, network, jump), apply(central, network, jump, h=1e-5)
+    assert torch.equal(exact.u, difference.u)
+    assert exact.du.abs().max() > 0.1
+    torch.testing.assert_close(difference.du, exact.du, rtol=0, atol=1e-8)
+
+
+def test_central_converges_at_order_two(network):
+    """Halving the step quarters the error."""
+    jump = draw(network, 6)
+    exact = apply(functional, network, jump).du
+    errors = [(apply(central, network, jump, h=h).du - exact).norm().item() for h in (4e-3, 2e-3, 1e-3)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
+
+
+def test_central_is_within_its_documented_error_in_float32(network):
+    """At the default step the error in float32 is at most about 2e-4 of the derivative's size."""
+    jump = draw(network, 32)
+    exact = apply(functional, network, jump).du
+    du = apply(central, copy.deepcopy(network).float(), to_float32(jump)).du
+    assert du.dtype == torch.float32
+    assert (du - exact).square().mean().sqrt() < 2e-4 * exact.square().mean().sqrt()
+
+
+def test_functional_in_float32_is_exact_up_to_rounding(network):
+    """Single precision costs six digits, not four."""
+    jump = draw(network, 32)
+    exact = apply(functional, network, jump).du
+    du = apply(functional, copy.deepcopy(network).float(), to_float32(jump)).du
+    assert (du - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+def test_u_has_a_graph_and_du_has_none(engine, network):
+    """A loss differentiates u; du is a constant of it."""
+    jet = apply(engine, network, draw(network, 3))
+    assert jet.u.requires_grad
+    assert not jet.du.requires_grad
+    assert jet.du.grad_fn is None
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+def test_u_and_its_gradients_are_the_plain_forwards(engine, network):
+    """The engine changes neither the value nor the gradient of u."""
+    jump = draw(network, 4, tangent_rows=2)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    jet = apply(engine, network, jump)
+    plain = network(jump.x_t, jump.t, jump.s, jump.condition)
+    assert torch.equal(jet.u, plain)
+    through_engine = torch.autograd.grad(jet.u.square().sum(), parameters)
+    through_plain = torch.autograd.grad(plain.square().sum(), parameters)
+    assert any(gradient.abs().max() > 0.1 for gradient in through_plain)
+    for gradient, expected in zip(through_engine, through_plain, strict=True):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+def test_the_tangent_may_cover_only_the_first_rows(engine, network):
+    """u is given for all rows, du for the tangent's, as if these stood alone."""
+    jump = draw(network, 5, tangent_rows=2)
+    jet = apply(engine, network, jump)
+    alone = Jump(jump.x_t[:2], jump.t[:2], jump.s[:2], jump.condition[:2], jump.tangent)
+    assert len(jet.u) == 5
+    torch.testing.assert_close(jet.du, apply(engine, network, alone).du, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+def test_without_a_tangent_there_is_no_derivative(engine, network):
+    """du is None and the network is called once."""
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    jet = apply(engine, network, draw(network, 3, tangent_rows=0))
+    assert jet.du is None
+    assert len(calls) == 1
+
+
+def test_central_refuses_bfloat16():
+    """Its rounding would be half of the difference; the message names the dtype."""
+    network = MLP(width=8).bfloat16()
+    x, t = torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 or wider.*torch\.bfloat16"):
+        central(network, x, t, t, None, Tangent(x, t, t))
+
+
+def test_engines_are_found_by_name():
+    """The names of the config are those of the functions."""
+    assert {"functional": functional, "central": central} == ENGINES
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 3, 2), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_jumps_evaluated_together_are_those_evaluated_alone(engine, order, network):
+    """In any order, with and without tangents, and of different lengths, each jump gets its own u and du."""
+    jumps = [
+        draw(network, 3, seed=1),
+        draw(network, 2, seed=2, tangent_rows=0),
+        draw(network, 4, seed=3),
+        draw(network, 1, seed=4, tangent_rows=0),
+    ]
+    jets = evaluate(engine, network, [jumps[i] for i in order])
+    assert len(jets) == 4
+    for i, jet in zip(order, jets, strict=True):
+        alone = apply(engine, network, jumps[i])
+        torch.testing.assert_close(jet.u, alone.u, rtol=0, atol=1e-12)
+        assert (jet.du is None) == (jumps[i].tangent is None)
+        if jet.du is not None:
+            torch.testing.assert_close(jet.du, alone.du, rtol=0, atol=1e-10)
+
+
+def test_jumps_are_evaluated_in_one_call_with_a_graph(network):
+    """The whole step is one call of the network for u: what DDP and FSDP expect."""
+    calls = []
+    network.register_forward_hook(lambda _, inputs, u: calls.append((len(inputs[0]), u.requires_grad)))
+    evaluate(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2)])
+    assert [rows for rows, graph in calls if graph] == [5]
+
+
+def test_jumps_without_any_tangent_have_no_derivative(network):
+    """Flow matching alone costs no second pass."""
+    jets = evaluate(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2, tangent_rows=0)])
+    assert [jet.du for jet in jets] == [None, None]
+    assert [len(jet.u) for jet in jets] == [3, 2]

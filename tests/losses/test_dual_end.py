@@ -1,0 +1,177 @@
+"""Every loss of every preset: zero on the truth, and with the gradient that its formula says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decm_lightning.derivatives import Jump, evaluate, functional
+from decm_lightning.losses import DualEndLoss, Objective, presets, residual, tangent
+from decm_lightning.losses.weighting import NORMALISERS, TIME_WEIGHTS
+from decm_lightning.networks import MLP
+from decm_lightning.path import expand, jump
+from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
+
+PRESETS = {
+    "paper": presets.paper(),
+    "recommended": presets.recommended(),
+    "consistency_only": presets.consistency_only(),
+    "flow_matching_only": presets.flow_matching_only(),
+    "consistency_and_flow_matching": presets.consistency_and_flow_matching(),
+    "facm": presets.facm(),
+    "mean_flow": presets.mean_flow(),
+    "lagrangian": presets.lagrangian(),
+}
+CASES = [(preset, name) for preset, objective in PRESETS.items() for name in objective.losses]
+
+
+@pytest.fixture
+def student():
+    """A tiny flow map that is far from the truth, in float64."""
+    torch.manual_seed(0)
+    network = MLP(dimensions=3, width=5, depth=2).double()
+    torch.nn.init.normal_(network.landing.weight)
+    return network
+
+
+def prepare(flow, student, loss: DualEndLoss, row: Jump):
+    """Return jumps with their tangent, the student's Jet, and the teacher's velocities that have a weight."""
+    v_left = flow.velocity(row.x_t, row.t) if loss.left else None
+    along = tangent(v_left, row.x_t, row.t, loss.left, loss.right) if loss.edge.has_length else None
+    row = replace(row, tangent=along)
+    (jet,) = evaluate(functional, student, [row])
+    landing = jump(row.x_t, jet.u.detach(), row.t, row.s)
+    return row, jet, v_left, flow.velocity(landing, row.s) if loss.right else None
+
+
+def jacobian(u, parameters):
+    """Return du/dtheta, (elements of u, parameters), one backward pass an element."""
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in u.flatten()]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+
+def direction_gradient(u, g):
+    """Return the gradient over u of mean(1 - cosine) to the fixed target u - g, in closed form."""
+    target = u - g
+    length, reach = u.norm(dim=1, keepdim=True), target.norm(dim=1, keepdim=True)
+    cosine = (u * target).sum(1, keepdim=True) / (length * reach)
+    return (cosine * u / length**2 - target / (length * reach)) / len(u)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize(("preset", "name"), CASES)
+def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normaliser, flow, draw_jump):
+    """The exact student has no residual and no loss."""
+    objective = replace(PRESETS[preset], normaliser=normaliser)
+    loss = objective.losses[name]
+    term = objective.term(loss, *prepare(flow, flow, loss, draw_jump(loss.edge)), step=0)
+    assert term.residual_rms < 1e-12
+    assert abs(term.value) < 1e-14
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize(("preset", "name"), CASES)
+def test_every_loss_has_the_gradient_of_its_formula(preset, name, normaliser, flow, student, draw_jump):
+    """The gradient is du/dtheta^T (2 w N(g) / elements, and the direction's part), by an explicit Jacobian."""
+    objective = replace(PRESETS[preset], normaliser=normaliser)
+    loss = objective.losses[name]
+    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge, rows=6))
+    term = objective.term(loss, row, jet, v_left, v_right, step=0)
+    u = jet.u.detach()
+    g = residual(u, jet.du, v_left, v_right, row.t, row.s, loss.left, loss.right)
+    weight = expand(TIME_WEIGHTS[loss.time_weight](row.t), u)
+    over_u = 2 * weight * NORMALISERS[normaliser](g) / u.numel() + loss.direction * direction_gradient(u, g)
+    parameters = list(student.parameters())
+    expected = loss.weight * over_u.flatten() @ jacobian(jet.u, parameters)
+    actual = torch.cat([part.flatten() for part in torch.autograd.grad(term.value, parameters)])
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_value_and_residual_are_those_of_the_formula(normaliser, flow, student, draw_jump):
+    """value = weight mean(w N(g)^2); residual_rms = rms(g), before N and without the weight."""
+    loss = DualEndLoss(Triangle(), left=0.7, right=1.2, weight=3.0, time_weight="cosine")
+    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge))
+    term = Objective({"loss": loss}, normaliser).term(loss, row, jet, v_left, v_right, step=0)
+    g = residual(jet.u.detach(), jet.du, v_left, v_right, row.t, row.s, 0.7, 1.2)
+    weight = torch.cos(torch.pi / 2 * row.t)[:, None]
+    torch.testing.assert_close(term.value.detach(), 3 * (weight * NORMALISERS[normaliser](g) ** 2).mean())
+    torch.testing.assert_close(term.residual_rms, g.square().mean().sqrt())
+    assert not term.residual_rms.requires_grad
+
+
+def test_warm_up_enters_the_residual(flow, student, draw_jump):
+    """A quarter of the way into the warm-up a quarter of the derivative counts."""
+    loss = DualEndLoss(DataEdge())
+    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge))
+    term = Objective({"loss": loss}, warmup_steps=400).term(loss, row, jet, v_left, v_right, step=100)
+    g = jet.u.detach() - v_left - 0.25 * (1 - row.t)[:, None] * jet.du
+    torch.testing.assert_close(term.value.detach(), g.square().mean())
+
+
+def test_paper_asks_for_noise_to_noisy_at_every_third_step():
+    """The other two losses are due at every step."""
+    due = [set(presets.paper().due(step)) for step in range(5)]
+    both, three = {"consistency", "flow_matching"}, {"consistency", "flow_matching", "noise_to_noisy"}
+    assert due == [three, both, both, three, both]
+    assert all(len(presets.recommended().due(step)) == 3 for step in range(5))
+
+
+def test_presets_are_the_rows_of_the_table():
+    """Each loss's edge and end weights (left, right) are those of its method."""
+    table = {
+        (preset, name): (loss.edge, loss.left, loss.right)
+        for preset, objective in PRESETS.items()
+        for name, loss in objective.losses.items()
+        if name != "flow_matching"
+    }
+    assert table == {
+        ("paper", "consistency"): (DataEdge(), 1, 0),
+        ("paper", "noise_to_noisy"): (NoiseEdge(0.1, 20_000), 1, 0.5),
+        ("recommended", "consistency"): (DataEdge(), 1, 0),
+        ("recommended", "noise_to_noisy"): (NoiseEdge(0.0), 0, 1),
+        ("consistency_only", "consistency"): (DataEdge(), 1, 0),
+        ("consistency_and_flow_matching", "consistency"): (DataEdge(), 1, 0),
+        ("facm", "consistency"): (DataEdge(), 1, 0),
+        ("mean_flow", "mean_flow"): (Triangle(), 1, 0),
+        ("lagrangian", "lagrangian"): (Triangle(), 0, 1),
+    }
+    diagonals = [o.losses["flow_matching"] for o in PRESETS.values() if "flow_matching" in o.losses]
+    assert len(diagonals) == 7
+    assert all((loss.edge, loss.left, loss.right) == (Diagonal(), 1, 0) for loss in diagonals)
+
+
+def test_presets_have_the_published_weightings():
+    """The paper and FACM clamp and add the direction to flow matching; MeanFlow has adaptive L2 and its time law."""
+    paper, facm, mean_flow = PRESETS["paper"], PRESETS["facm"], PRESETS["mean_flow"]
+    assert (paper.normaliser, facm.normaliser, mean_flow.normaliser) == ("clamp", "clamp", "adaptive_l2")
+    assert paper.losses["flow_matching"].direction == facm.losses["flow_matching"].direction == 1
+    assert facm.losses["consistency"].time_weight == "cosine"
+    assert mean_flow.times == LogitNormal(-0.4, 1.0)
+    assert PRESETS["recommended"].normaliser == "tangent_norm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ({"left": -1.0}, "-1.0 and 0.0"),
+        ({"right": -0.5}, "1.0 and -0.5"),
+        ({"left": 0.0}, "0.0 and 0.0"),
+        ({"weight": 0.0}, "0.0"),
+        ({"every": 0}, "0"),
+        ({"direction": -2.0}, "-2.0"),
+    ],
+)
+def test_loss_refuses_what_is_out_of_range(arguments, value):
+    """The message holds the value."""
+    with pytest.raises(ValueError, match=f"got {value}$"):
+        DualEndLoss(DataEdge(), **arguments)
+
+
+def test_objective_refuses_what_is_out_of_range():
+    """An objective has a loss, and a warm-up of no negative length."""
+    with pytest.raises(ValueError, match="at least one loss"):
+        Objective({})
+    with pytest.raises(ValueError, match=r"got -1$"):
+        Objective({"loss": DualEndLoss(DataEdge())}, warmup_steps=-1)

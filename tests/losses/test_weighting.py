@@ -1,0 +1,135 @@
+"""The normalisers by hand-made numbers, the time weights, and the two pulls by their gradients."""
+
+import math
+
+import pytest
+import torch
+
+from decm_lightning.losses.weighting import (
+    NORMALISERS,
+    TIME_WEIGHTS,
+    adaptive_l2,
+    clamp,
+    direction,
+    plain,
+    pull,
+    tangent_norm,
+    warm_up,
+)
+
+
+def test_plain_is_the_residual_itself():
+    """N(g) = g."""
+    g = torch.tensor([[3.0, -40.0]])
+    assert torch.equal(plain(g), g)
+
+
+def test_clamp_cuts_each_element():
+    """N(g) lies in [-1, 1], and what is inside stays."""
+    assert clamp(torch.tensor([[3.0, -40.0, 0.25]])).tolist() == [[1.0, -1.0, 0.25]]
+
+
+def test_tangent_norm_divides_by_the_rms_plus_a_tenth():
+    """rms(3, 4) = sqrt(12.5)."""
+    g = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.stack([g[0] / (math.sqrt(12.5) + 0.1), torch.zeros(2, dtype=torch.float64)])
+    torch.testing.assert_close(tangent_norm(g), expected, rtol=0, atol=1e-14)
+
+
+def test_adaptive_l2_divides_by_the_root_of_the_mean_square():
+    """mean(9, 16) = 12.5."""
+    g = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = torch.stack([g[0] / math.sqrt(12.501), torch.zeros(2, dtype=torch.float64)])
+    torch.testing.assert_close(adaptive_l2(g), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("normaliser", [tangent_norm, adaptive_l2])
+def test_normalisers_take_the_mean_over_all_elements_of_a_sample(normaliser, generator):
+    """An image is normalised as one vector of its elements, and rows do not mix."""
+    g = (
+        torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64)
+        * torch.tensor([0.01, 1, 10, 1e3])[:, None, None, None]
+    )
+    torch.testing.assert_close(normaliser(g).flatten(1), normaliser(g.flatten(1)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(normaliser(g)[2:3], normaliser(g[2:3]), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("normaliser", [tangent_norm, adaptive_l2])
+def test_normalised_residuals_are_bounded_and_keep_their_direction(normaliser, generator):
+    """However large g, its rms becomes at most 1, near 1, and N(g) stays parallel to g."""
+    g = 1e4 * torch.randn(16, 8, generator=generator, dtype=torch.float64)
+    normalised = normaliser(g)
+    rms = normalised.square().mean(1).sqrt()
+    assert rms.max() <= 1
+    assert rms.min() > 0.999
+    cosine = torch.nn.functional.cosine_similarity(g, normalised)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-12)
+
+
+def test_names_are_those_of_the_config():
+    """Each name finds its function."""
+    names = {"plain": plain, "clamp": clamp, "tangent_norm": tangent_norm, "adaptive_l2": adaptive_l2}
+    assert names == NORMALISERS
+
+
+def test_time_weights_are_one_or_a_quarter_of_a_cosine():
+    """cos(pi t / 2) falls from 1 at the noise to 0 at data."""
+    t = torch.tensor([0.0, 0.5, 2 / 3, 1.0], dtype=torch.float64)
+    assert TIME_WEIGHTS["constant"](t).tolist() == [1, 1, 1, 1]
+    expected = torch.tensor([1.0, math.sqrt(0.5), 0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(TIME_WEIGHTS["cosine"](t), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "factor"), [(0, 100, 0), (25, 100, 0.25), (100, 100, 1), (500, 100, 1), (0, 0, 1), (7, 0, 1)]
+)
+def test_warm_up_rises_linearly_from_0_to_1(step, steps, factor):
+    """It stays at 1 after its steps, and from the start where there are none."""
+    assert warm_up(step, steps) == factor
+
+
+def test_pull_is_the_weighted_mean_square_with_gradient_2_g(generator):
+    """Value mean(w g^2); gradient 2 w g / number of elements: the target moves with nothing."""
+    u, g = torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
+    u.requires_grad_(True)
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    value = pull(u, g, weight)
+    w = weight[:, None, None, None]
+    torch.testing.assert_close(value, (w * g**2).mean())
+    (gradient,) = torch.autograd.grad(value, u)
+    torch.testing.assert_close(gradient, 2 * w * g / g.numel(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("g", "value"), [([[0.5, 0.0]], 0.0), ([[1.0, -1.0]], 1.0), ([[2.0, 0.0]], 2.0)])
+def test_direction_is_0_along_1_across_and_2_against(g, value):
+    """With u = (1, 0), the targets u - g are (0.5, 0), (0, 1) and (-1, 0)."""
+    u = torch.tensor([[1.0, 0.0]])
+    assert direction(u, torch.tensor(g)).item() == pytest.approx(value)
+
+
+def test_direction_compares_channels_at_each_place(generator):
+    """In an image the similarity is over axis 1, place by place, then averaged."""
+    u, g = torch.randn(2, 2, 5, 3, 3, generator=generator, dtype=torch.float64)
+    target = u - g
+    by_place = (u * target).sum(1) / (u.norm(dim=1) * target.norm(dim=1))
+    torch.testing.assert_close(direction(u, g), (1 - by_place).mean())
+
+
+def test_direction_moves_u_alone(generator):
+    """Its gradient is that of the cosine to a fixed target, and it is across u: the length is not pulled."""
+    u, g = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    target = u - g
+    u.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(direction(u, g), u)
+    length, reach = u.norm(dim=1, keepdim=True), target.norm(dim=1, keepdim=True)
+    cosine = (u * target).sum(1, keepdim=True) / (length * reach)
+    expected = -(target / (length * reach) - cosine * u / length**2) / 6
+    torch.testing.assert_close(gradient, expected.detach(), rtol=0, atol=1e-14)
+    assert (gradient * u).sum(1).abs().max() < 1e-14
+
+
+def test_direction_of_one_channel_has_no_gradient():
+    """A similarity of numbers is a sign."""
+    u = torch.tensor([[2.0], [-1.0]], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(direction(u, torch.tensor([[0.5], [-3.0]], dtype=torch.float64)), u)
+    assert gradient.abs().max() < 1e-12

@@ -1,0 +1,172 @@
+"""The DiT: the published network to rounding, a student that starts as its teacher, and honest sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+
+from decm_lightning.networks import DiT
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
+TINY = {"input_size": 8, "in_channels": 4, "patch_size": 1, "width": 48, "depth": 3, "heads": 4, "num_classes": 10}
+
+
+def randomised(network: DiT) -> DiT:
+    """Return the network in eval mode with random, non-zero trained weights."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=0.05, std=0.2)
+    return network.eval()
+
+
+@pytest.fixture
+def inputs(generator):
+    """Latents, ordered times, and labels that include the null class 10."""
+    x_t = torch.randn(5, 4, 8, 8, generator=generator)
+    t, s = torch.rand(2, 5, generator=generator).sort(0).values
+    return x_t, t, s, torch.tensor([0, 3, 9, 10, 10])
+
+
+def test_network_is_lightningdit():
+    """With its weights, loaded strictly, the output is that of the public code."""
+    tensors = load_file(FIXTURE)
+    network = DiT(**TINY, landing_time=True).eval()
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    network.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        u = network(tensors["input.x"], tensors["input.t"], tensors["input.r"], tensors["input.y"])
+    torch.testing.assert_close(u, tensors["output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("table", ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"])
+def test_fixed_tables_are_those_of_lightningdit(table):
+    """Positions are not only loaded rightly: a new network has them."""
+    expected = load_file(FIXTURE)[f"weight.{table}"]
+    torch.testing.assert_close(DiT(**TINY).state_dict()[table], expected, rtol=0, atol=1e-6)
+
+
+def test_start_and_landing_time_are_not_interchangeable():
+    """The agreement above depends on the order of the times and on the labels: it is no accident."""
+    tensors = load_file(FIXTURE)
+    network = DiT(**TINY, landing_time=True).eval()
+    network.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
+    x, t, s, y = (tensors[f"input.{name}"] for name in "xtry")
+    with torch.no_grad():
+        assert (network(x, s, t, y) - tensors["output"]).abs().max() > 1e-2
+        assert (network(x, t, s, y.roll(1)) - tensors["output"]).abs().max() > 1e-2
+
+
+def test_xl_has_the_published_number_of_parameters():
+    """LightningDiT-XL/1 for 16 x 16 x 32 latents: 675,260,768, the fixed positions included."""
+    with torch.device("meta"):
+        network = DiT(16, 32, patch_size=1, width=1152, depth=28, heads=16, num_classes=1000)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 675_260_768
+
+
+def test_student_starts_as_its_teacher_for_every_landing_time(inputs):
+    """The copy with a landing time equals the teacher whatever s is, and asks nothing else of its weights."""
+    x_t, t, s, labels = inputs
+    teacher = randomised(DiT(**TINY))
+    student = teacher.with_landing_time().eval()
+    expected = teacher(x_t, t, t, labels)
+    assert expected.abs().max() > 0.1
+    for landing in (s, t, torch.zeros(5), torch.ones(5), 1 - s):
+        torch.testing.assert_close(student(x_t, t, landing, labels), expected, rtol=0, atol=1e-6)
+
+
+def test_student_is_a_copy(inputs):
+    """Training it leaves the teacher alone; s then matters."""
+    x_t, t, s, labels = inputs
+    teacher = randomised(DiT(**TINY))
+    before = teacher(x_t, t, t, labels)
+    student = randomised(teacher.with_landing_time())
+    assert torch.equal(teacher(x_t, t, t, labels), before)
+    assert (student(x_t, t, s, labels) - student(x_t, t, t, labels)).abs().max() > 1e-2
+
+
+def test_landing_time_of_a_student_is_kept_when_copied_again(inputs):
+    """A network that already embeds s is copied as it is."""
+    student = randomised(DiT(**TINY, landing_time=True))
+    assert torch.equal(student.with_landing_time().eval()(*inputs), student(*inputs))
+
+
+def test_landing_time_is_trained_from_the_first_step(inputs):
+    """Its zero output layer has a gradient, or it would stay zero for ever."""
+    student = randomised(DiT(**TINY)).with_landing_time()
+    student(*inputs).square().sum().backward()
+    assert student.r_embedder.mlp[2].weight.grad.abs().max() > 1e-3
+
+
+def test_network_without_landing_time_ignores_it(inputs):
+    """A teacher's velocity does not depend on s, to the bit."""
+    x_t, t, s, labels = inputs
+    teacher = randomised(DiT(**TINY))
+    assert torch.equal(teacher(x_t, t, s, labels), teacher(x_t, t, t, labels))
+    assert teacher.r_embedder is None
+
+
+def test_new_network_is_zero(inputs):
+    """Zero modulation and output: training starts from u = 0."""
+    assert not DiT(**TINY, landing_time=True)(*inputs).any()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_unpatchify_puts_patches_back(patch_size, generator):
+    """It inverts the cut into patches, with channels last in each."""
+    network = DiT(8, 3, patch_size=patch_size, width=16, depth=1, heads=2, num_classes=2)
+    image = torch.randn(2, 3, 8, 8, generator=generator)
+    tokens = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    assert torch.equal(network.unpatchify(tokens), image)
+
+
+def test_tokens_are_read_and_written_at_the_same_place(generator):
+    """With no block at work, a patch of the input moves the same patch of the output, and only that."""
+    network = DiT(8, 3, patch_size=2, width=16, depth=1, heads=2, num_classes=2)
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    t, labels = torch.zeros(1), torch.tensor([0])
+    x_t = torch.randn(1, 3, 8, 8, generator=generator)
+    changed = x_t.clone()
+    changed[:, :, 2:4, 6:8] += 1
+    moved = (network(changed, t, t, labels) - network(x_t, t, t, labels)).abs().sum((0, 1)) > 1e-6
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[2:4, 6:8] = True
+    assert torch.equal(moved, expected)
+
+
+def test_rows_do_not_mix(inputs):
+    """A row's velocity is the same alone and in a batch."""
+    network = randomised(DiT(**TINY, landing_time=True))
+    alone = torch.cat([network(*(part[i : i + 1] for part in inputs)) for i in range(5)])
+    torch.testing.assert_close(network(*inputs), alone, rtol=0, atol=1e-4)
+
+
+def test_null_is_the_class_after_the_last():
+    """Unconditional rows have label num_classes."""
+    network = DiT(**TINY)
+    assert network.null(torch.tensor([1, 2])).tolist() == [10, 10]
+    assert network.null(None) is None
+
+
+def test_missing_labels_are_refused_with_the_remedy(inputs):
+    """There is no unconditional pass without the null class."""
+    x_t, t, s, _ = inputs
+    with pytest.raises(ValueError, match="null"):
+        DiT(**TINY)(x_t, t, s, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"),
+    [
+        ({"input_size": 9, "patch_size": 2}, "got 9 and 2"),
+        ({"width": 50}, "got 50 / 4"),
+        ({"width": 24}, "got 24 / 4"),
+        ({"heads": 5}, "got 48 / 5"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(changed, value):
+    """The message holds both sizes."""
+    with pytest.raises(ValueError, match=value):
+        DiT(**TINY | changed)

@@ -1,0 +1,112 @@
+"""Networks come back from disk to the bit, and what is no network of ours is refused."""
+
+import json
+
+import pytest
+import torch
+
+from decm_lightning.networks import MLP, DiT, describe, load, save
+
+
+@pytest.fixture
+def network():
+    """A small network with random weights."""
+    torch.manual_seed(0)
+    network = DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, mlp_ratio=3.0, num_classes=3, landing_time=True)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether all tensors of two networks are equal to the bit."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_saved_network_comes_back_to_the_bit(network, tmp_path):
+    """Weights, arguments and output survive the round trip, in a folder that is made."""
+    save(network, tmp_path / "new" / "folder")
+    loaded = load(tmp_path / "new" / "folder")
+    assert same_weights(loaded, network)
+    assert loaded.config == network.config
+    x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([0.1, 0.6])
+    inputs = (x_t, t, torch.ones(2), torch.tensor([0, 3]))
+    assert torch.equal(loaded(*inputs), network.eval()(*inputs))
+
+
+def test_saved_mlp_comes_back_to_the_bit(tmp_path):
+    """The network of points is kept in the same way."""
+    network = MLP(dimensions=3, width=8, depth=2, num_classes=4)
+    torch.nn.init.normal_(network.landing.weight)
+    save(network, tmp_path)
+    loaded = load(tmp_path)
+    assert isinstance(loaded, MLP)
+    assert same_weights(loaded, network)
+    assert loaded.config == network.config
+
+
+def test_loaded_network_is_ready_to_sample(network, tmp_path):
+    """It is in eval mode."""
+    save(network.train(), tmp_path)
+    assert not load(tmp_path).training
+
+
+def test_folder_holds_a_readable_description(network, tmp_path):
+    """config.json names the class and its arguments."""
+    save(network, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"_class_name": "DiT", **network.config}
+    assert config == describe(network)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_checkpoint_gives_the_averaged_weights(network, tmp_path):
+    """Of the two sets in a training checkpoint, the average is loaded."""
+    trained = DiT(**network.config)
+    state = {f"average.{k}": v for k, v in network.state_dict().items()}
+    state |= {f"network.{k}": v for k, v in trained.state_dict().items()}
+    torch.save({"network": describe(network), "state_dict": state}, tmp_path / "last.ckpt")
+    loaded = load(str(tmp_path / "last.ckpt"))
+    assert same_weights(loaded, network)
+    assert not same_weights(loaded, trained)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.ckpt"])
+def test_missing_path_is_named(name, tmp_path):
+    """The message holds the path."""
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint or folder at .*{name}$"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_file_of_a_folder_is_named(file, network, tmp_path):
+    """The message holds the file that is missing."""
+    save(network, tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+        load(tmp_path)
+
+
+def test_folder_of_another_class_is_refused(network, tmp_path):
+    """A description that names no network of ours is refused, with the names of ours."""
+    save(network, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
+    with pytest.raises(ValueError, match="unknown network class 'UNet2DModel': expected one of DiT, MLP"):
+        load(tmp_path)
+
+
+def test_foreign_checkpoint_is_refused(tmp_path):
+    """A checkpoint that does not describe its network is refused by name."""
+    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=r"foreign.ckpt is not a checkpoint of decm-lightning"):
+        load(tmp_path / "foreign.ckpt")
+
+
+def test_file_that_is_no_checkpoint_is_refused(tmp_path):
+    """A file of another kind is refused by name too."""
+    (tmp_path / "notes.ckpt").write_text("weights are elsewhere")
+    with pytest.raises(ValueError, match=r"notes.ckpt is not a checkpoint of decm-lightning"):
+        load(tmp_path / "notes.ckpt")

@@ -1,0 +1,214 @@
+"""The samplers on the exact Gaussian: exact where they only jump, of first order where they step."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from decm_lightning.samplers import consistency, euler, flow_map_of, mix, mix_renoised, sampler
+
+SAMPLERS = [euler, consistency, mix, mix_renoised]
+
+
+@pytest.fixture
+def x_0(generator):
+    """Noise for the exact flow."""
+    return torch.randn(64, 3, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def x_1(flow, x_0):
+    """Where the exact flow carries that noise."""
+    return flow.mean + flow.std * x_0
+
+
+class Recorder:
+    """A student that remembers the jumps it was asked for."""
+
+    def __init__(self, student):
+        self.student = student
+        self.jumps = []
+
+    def __call__(self, x_t, t, s, condition):
+        assert (t == t[0]).all()
+        assert (s == s[0]).all()
+        self.jumps.append((t[0].item(), s[0].item()))
+        return self.student(x_t, t, s, condition)
+
+
+def error(samples, x_1) -> float:
+    """Return the root mean square error."""
+    return (samples - x_1).square().mean().sqrt().item()
+
+
+def test_euler_converges_at_order_one(flow, x_0, x_1):
+    """Halving the step halves the error."""
+    errors = [error(euler(flow, x_0, None, steps), x_1) for steps in (32, 64, 128)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+    assert errors[2] > 1e-4
+
+
+def test_mix_converges_at_order_one(flow, x_0, x_1):
+    """Its Euler part is all of its error."""
+    errors = [error(mix(flow, x_0, None, steps, s1=0.5), x_1) for steps in (34, 66, 130)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8, 16])
+def test_mix_is_nearer_than_euler(steps, flow, x_0, x_1):
+    """With an exact flow map, the two jumps leave less of the way to Euler."""
+    assert error(mix(flow, x_0, None, steps), x_1) < error(euler(flow, x_0, None, steps), x_1) / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [(consistency, 1), (mix, 1), (mix, 2), (mix_renoised, 1), (mix_renoised, 2)]
+)
+def test_samplers_that_only_jump_are_exact(method, steps, flow, x_0, x_1):
+    """With the exact flow map the jumps land on x_1."""
+    torch.testing.assert_close(method(flow, x_0, None, steps), x_1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("s1", [0.05, 0.35, 0.7, 0.99])
+def test_two_jumps_are_exact_for_any_first_landing(s1, flow, x_0, x_1):
+    """Jumps compose, wherever they meet."""
+    torch.testing.assert_close(mix(flow, x_0, None, 2, s1), x_1, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mix_renoised(flow, x_0, None, 2, s1=s1), x_1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [consistency, mix_renoised])
+@pytest.mark.parametrize("steps", [2, 3, 4, 6])
+def test_renoised_samples_have_the_mean_and_std_of_data(method, steps, flow, generator):
+    """Noise put back at the right scale leaves the law of x_1 as it is: within five standard errors."""
+    x_0 = torch.randn(100_000, 3, generator=generator, dtype=torch.float64)
+    samples = method(flow, x_0, None, steps, generator=generator)
+    torch.testing.assert_close(samples.mean(0), flow.mean, rtol=0, atol=5 * flow.std / math.sqrt(1e5))
+    torch.testing.assert_close(
+        samples.std(0), torch.full_like(flow.mean, flow.std), rtol=0, atol=5 * flow.std / math.sqrt(2e5)
+    )
+
+
+@pytest.mark.parametrize(("method", "steps"), [(consistency, 2), (mix_renoised, 3)])
+def test_renoising_draws_new_noise_from_the_generator_alone(method, steps, flow, x_0, x_1):
+    """The same seed gives the same samples, another seed others, and none is the deterministic one."""
+    first, again, other = (
+        method(flow, x_0, None, steps, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert error(first, other) > 0.05
+    assert error(first, x_1) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "options", "jumps"),
+    [
+        (euler, 2, {}, [(0, 0), (0.5, 0.5)]),
+        (consistency, 1, {}, [(0, 1)]),
+        (consistency, 2, {}, [(0, 1), (0.7, 1)]),
+        (consistency, 4, {}, [(0, 1), (0.7, 1), (0.8, 1), (0.9, 1)]),
+        (consistency, 3, {"times": [0.2, 0.6]}, [(0, 1), (0.2, 1), (0.6, 1)]),
+        (mix, 1, {}, [(0, 1)]),
+        (mix, 2, {}, [(0, 0.75), (0.75, 1)]),
+        (mix, 4, {}, [(0, 0.7), (0.7, 0.7), (0.8, 0.8), (0.9, 1)]),
+        (mix, 3, {"s1": 0.5}, [(0, 0.5), (0.5, 0.5), (0.75, 1)]),
+        (mix_renoised, 1, {}, [(0, 1)]),
+        (mix_renoised, 2, {}, [(0, 0.7), (0.7, 1)]),
+        (mix_renoised, 4, {}, [(0, 0.7), (0.7, 1), (0.8, 1), (0.9, 1)]),
+    ],
+)
+def test_samplers_ask_for_the_stated_jumps(method, steps, options, jumps, flow, x_0):
+    """One network evaluation a step, on the edges and at the times of the docstring."""
+    student = Recorder(flow)
+    method(student, x_0, None, steps, **options)
+    assert student.jumps == [pytest.approx(jump, abs=1e-12) for jump in jumps]
+
+
+def test_mix_lands_first_at_its_default_times(flow, x_0):
+    """0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on."""
+    landings = []
+    for steps in (2, 3, 4, 7, 8, 50):
+        student = Recorder(flow)
+        mix(student, x_0, None, steps)
+        landings.append(student.jumps[0][1])
+    assert landings == [0.75, 0.75, 0.7, 0.7, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_samplers_pass_the_condition_on(method):
+    """Each row goes where its class says: u = class number has f = x + class number."""
+
+    def student(x_t, t, s, condition):
+        return condition.double()[:, None].expand_as(x_t)
+
+    x_0, labels = torch.zeros(3, 2, dtype=torch.float64), torch.tensor([0, 1, 5])
+    samples = method(student, x_0, labels, 1)
+    assert samples.tolist() == [[0, 0], [1, 1], [5, 5]]
+
+
+def test_a_velocity_field_becomes_a_student_that_ignores_s(flow, x_0, x_1):
+    """Euler samples it as a teacher; a single jump of it misses."""
+    student = flow_map_of(flow.velocity)
+    torch.testing.assert_close(euler(student, x_0, None, 16), euler(flow, x_0, None, 16), rtol=0, atol=1e-12)
+    assert error(consistency(student, x_0, None, 1), x_1) > 0.1
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("steps", [0, -3])
+def test_samplers_refuse_fewer_than_one_step(method, steps, flow, x_0):
+    """The message holds the value."""
+    with pytest.raises(ValueError, match=f"steps must be at least 1: got {steps}$"):
+        method(flow, x_0, None, steps)
+
+
+@pytest.mark.parametrize("method", [mix, mix_renoised])
+@pytest.mark.parametrize("s1", [0.0, 1.0, -0.25, 1.5])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_mix_refuses_a_first_landing_outside_the_interval(method, s1, steps, flow, x_0):
+    """The message holds the value, at one step too."""
+    with pytest.raises(ValueError, match=f"s1 must be between 0 and 1.*got {s1}$"):
+        method(flow, x_0, None, steps, s1=s1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [
+        (2, [0.0]),
+        (2, [1.0]),
+        (2, [-0.1]),
+        (2, [1.2]),
+        (3, [0.6, 0.4]),
+        (3, [0.5, 0.5]),
+        (3, [0.5]),
+        (1, [0.5]),
+        (2, []),
+    ],
+)
+def test_consistency_refuses_times_that_do_not_fit(steps, times, flow, x_0):
+    """The message holds the times, and how many there must be."""
+    with pytest.raises(ValueError, match=rf"times must be {steps - 1} .*got \[{', '.join(map(str, times))}\]$"):
+        consistency(flow, x_0, None, steps, times=times)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("euler", euler, {}),
+        ("mix", mix, {"s1": 0.6}),
+        ("consistency", consistency, {}),
+        ("mix_renoised", mix_renoised, {}),
+    ],
+)
+def test_samplers_are_found_by_name(name, method, options, flow, x_0):
+    """The named sampler is the function, with the generator and the options bound."""
+    named = sampler(name, torch.Generator().manual_seed(5), **options)
+    seeded = {"generator": torch.Generator().manual_seed(5)} if method in (consistency, mix_renoised) else {}
+    assert torch.equal(named(flow, x_0, None, 4), method(flow, x_0, None, 4, **options, **seeded))
+
+
+def test_unknown_sampler_is_refused_by_name():
+    """The message lists the samplers and holds the name."""
+    # Unwrapped, because the run-time check of the tests would refuse the name first.
+    with pytest.raises(ValueError, match="euler, mix, consistency, mix_renoised: got 'heun'"):
+        inspect.unwrap(sampler)("heun")

@@ -1,0 +1,261 @@
+"""The distiller: its algorithm against the exact flow, its checkpoint, its teacher, and a resumed run."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from decm_lightning import Distiller, TeacherTraining, load, losses, path
+from decm_lightning.data import Digits
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.flows import Gaussian, GaussianMixture
+from decm_lightning.guidance import Guidance
+from decm_lightning.networks import MLP, DiT
+from decm_lightning.teachers import ExactTeacher, Teacher
+from decm_lightning.types import Batch
+
+OBJECTIVES = {
+    "paper": losses.paper(r_decay_steps=5),
+    "recommended": losses.recommended(),
+    "facm": losses.facm(),
+    "mean_flow": losses.mean_flow(),
+    "lagrangian": losses.lagrangian(),
+}
+
+
+def tiny_teacher(seed: int = 0) -> Teacher:
+    """A digits-sized DiT with random weights everywhere, so that no path through it is zero."""
+    torch.manual_seed(seed)
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return Teacher(network)
+
+
+def trainer(tmp_path, **options) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **options,
+    )
+
+
+class ExactStudent(MLP):
+    """The flow map of a Gaussian, with one useless weight so that there is something to differentiate."""
+
+    def __init__(self, flow: Gaussian) -> None:
+        super().__init__(dimensions=3, width=4, depth=1)
+        self.flow = flow
+        self.bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x_t, t, s, condition):
+        return self.flow(x_t, t, s) + self.bias
+
+
+class GaussianTeacher(Teacher):
+    """The velocity of the same Gaussian."""
+
+    def __init__(self, flow: Gaussian) -> None:
+        super().__init__(MLP(dimensions=3, width=4, depth=1))
+        self.flow = flow
+
+    def velocity(self, x_t, t, condition):
+        return self.flow.velocity(x_t, t)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_zero_on_the_exact_flow_map(name, monkeypatch):
+    flow = Gaussian(mean=torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64), std=0.6)
+    distiller = Distiller(GaussianTeacher(flow), ExactStudent(flow), OBJECTIVES[name]).double()
+    monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
+    monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
+    x_1 = flow.sample(64, 3, torch.Generator().manual_seed(0), torch.float64)
+    # The zero step is the one at which every loss is due.
+    loss = distiller.training_step(Batch(x_1, None), 0)
+    loss.backward()
+    assert set(distiller.terms) == set(OBJECTIVES[name].losses)
+    assert all(term.residual_rms < 1e-12 for term in distiller.terms.values())
+    assert distiller.student.bias.grad.abs().max() < 1e-12
+
+
+def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
+    flow = Gaussian(std=0.6)
+    student = ExactStudent(flow)
+    distiller = Distiller(GaussianTeacher(flow), student, losses.paper()).double()
+    nn.init.constant_(student.bias, 0.1)
+    monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
+    monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
+    distiller.training_step(Batch(torch.randn(64, 3, dtype=torch.float64), None), 0)
+    assert distiller.terms["consistency"].residual_rms == pytest.approx(0.1, abs=1e-12)
+    assert distiller.terms["flow_matching"].residual_rms == pytest.approx(0.1, abs=1e-12)
+    assert distiller.terms["noise_to_noisy"].residual_rms > 0.05
+
+
+def test_the_student_begins_as_the_teacher_at_every_landing_time():
+    teacher = tiny_teacher()
+    student = Distiller(teacher).student
+    x, t, labels = torch.randn(6, 1, 8, 8), torch.rand(6), torch.arange(6)
+    for s in (t, torch.ones(6), (t + 1) / 2):
+        torch.testing.assert_close(student(x, t, s, labels), teacher(x, t, labels), rtol=0, atol=0)
+
+
+def test_the_teacher_never_trains_moves_with_the_module_and_stays_out_of_the_checkpoint(tmp_path):
+    teacher = tiny_teacher()
+    before = copy.deepcopy(teacher.network.state_dict())
+    distiller = Distiller(teacher, guidance=Guidance(2.0))
+    run = trainer(tmp_path, max_steps=5)
+    run.fit(distiller, Digits(batch_size=16))
+    assert not teacher.network.training
+    assert all(not p.requires_grad for p in teacher.network.parameters())
+    for name, value in teacher.network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    keys = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert {key.split(".")[0] for key in keys} == {"network", "average"}
+    assert next(distiller.double().teacher.network.parameters()).dtype == torch.float64
+
+
+def test_the_average_follows_its_formula_and_is_what_load_returns(tmp_path):
+    distiller = Distiller(tiny_teacher(), ema_decay=0.5)
+    weights = [p.detach().clone() for p in distiller.average.parameters()]
+
+    class Reference(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            n = trainer.global_step
+            decay = min(0.5, (1 + n) / (10 + n))
+            for mean, p in zip(weights, pl_module.network.parameters(), strict=True):
+                mean.mul_(decay).add_(p.detach(), alpha=1 - decay)
+
+    run = trainer(tmp_path, max_steps=4, callbacks=[Reference()])
+    run.fit(distiller, Digits(batch_size=16))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    for expected, loaded in zip(weights, load(tmp_path / "run.ckpt").parameters(), strict=True):
+        torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_waits_for_accumulated_batches(tmp_path):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(pl_module.average.final_layer.linear.weight.clone())
+
+    distiller = Distiller(tiny_teacher(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, callbacks=[Watch()]).fit(distiller, Digits(16))
+    # The watcher looks before the average moves: what it sees changes one batch after every second one.
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_accumulated_batches_draw_their_own_noise(tmp_path):
+    draws = []
+
+    class Recorded(Distiller):
+        def generator(self, batch_idx):
+            generator = super().generator(batch_idx)
+            draws.append(generator.initial_seed())
+            return generator
+
+    trainer(tmp_path, max_steps=2, accumulate_grad_batches=3).fit(Recorded(tiny_teacher()), Digits(16))
+    assert len(set(draws)) == len(draws) == 6
+
+
+@pytest.mark.parametrize("what", ["teacher", "student"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
+    def fit(folder, steps, checkpoint=None):
+        L.seed_everything(3, verbose=False)
+        options = {
+            "optimizer": lambda p: torch.optim.AdamW(p, 1e-2),
+            "lr_scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40),
+            "ema_decay": 0.9,
+        }
+        if what == "student":
+            module = Distiller(tiny_teacher(), objective=losses.paper(r_decay_steps=30), **options)
+        else:
+            module = TeacherTraining(DiT(8, 1, 4, 16, 1, 2, num_classes=10), **options)
+        if checkpoint:
+            torch.rand(7)  # a resumed process has another global random state
+        saving = ModelCheckpoint(folder, every_n_train_steps=20, save_top_k=-1, filename="{step}")
+        # 1,797 digits in batches of 96 are 18 steps: both stops are in the middle of an epoch.
+        trainer(folder, max_steps=steps, callbacks=[saving]).fit(module, Digits(batch_size=96), ckpt_path=checkpoint)
+        return torch.load(folder / f"step={steps}.ckpt", weights_only=True)
+
+    whole = fit(tmp_path / "whole", 40)
+    fit(tmp_path / "half", 20)
+    resumed = fit(tmp_path / "resumed", 40, tmp_path / "half" / "step=20.ckpt")
+    assert whole["global_step"] == resumed["global_step"] == 40
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    assert whole["lr_schedulers"] == resumed["lr_schedulers"]
+    torch.testing.assert_close(whole["optimizer_states"], resumed["optimizer_states"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(value, tmp_path):
+    class Poisoned(Distiller):
+        def at_landing(self, loss, jump, u):
+            v_right = super().at_landing(loss, jump, u)
+            return v_right * value if v_right is not None and self.global_step == 2 else v_right
+
+    distiller = Poisoned(tiny_teacher())
+    with pytest.raises(NonFiniteError, match=r"loss/noise_to_noisy = (nan|inf) .* step 2, batch 2 of epoch 0"):
+        trainer(tmp_path, max_steps=5).fit(distiller, Digits(batch_size=64))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
+    class Poisoned(Distiller):
+        def on_after_backward(self):
+            if self.global_step == 1:
+                self.student.final_layer.linear.bias.grad[0] = float("nan")
+
+    distiller = Poisoned(tiny_teacher())
+    with pytest.raises(NonFiniteError, match=r"gradient of final_layer.linear.bias .* step 1, batch 1"):
+        trainer(tmp_path, max_steps=5).fit(distiller, Digits(batch_size=64))
+    assert all(p.isfinite().all() for p in distiller.parameters())
+
+
+def test_the_teacher_is_asked_once_for_all_losses_that_start_at_the_same_point(monkeypatch):
+    asked = []
+
+    class Counting(GaussianTeacher):
+        def velocity(self, x_t, t, condition):
+            asked.append(len(t))
+            return super().velocity(x_t, t, condition)
+
+    def calls(objective):
+        asked.clear()
+        distiller = Distiller(Counting(Gaussian(std=0.5)), MLP(3, 8, 1), objective)
+        monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
+        monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
+        distiller.training_step(Batch(torch.randn(4, 3), None), 0)
+        return len(asked)
+
+    assert calls(losses.consistency_and_flow_matching()) == 1
+    assert calls(losses.recommended()) == 2  # and at the landing point
+    assert calls(losses.paper()) == 3  # and at the noise edge's own start
+
+
+def test_sampling_a_teacher_by_one_euler_step_is_its_velocity():
+    distiller = Distiller(tiny_teacher(), guidance=Guidance(1.5))
+    x_0, labels = torch.randn(5, 1, 8, 8), torch.arange(5)
+    expected = path.jump(x_0, distiller.velocity(x_0, torch.zeros(5), labels), torch.zeros(5), torch.ones(5))
+    torch.testing.assert_close(distiller.sample(x_0, labels, "teacher", "euler", 1), expected)
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="student, teacher: got 'pupil'"):
+        Distiller(tiny_teacher()).sample(torch.randn(1, 1, 8, 8), torch.zeros(1, dtype=torch.long), "pupil")
+
+
+def test_an_exact_flow_has_no_student_of_its_own():
+    with pytest.raises(ValueError, match=r"give Distiller\(student="):
+        Distiller(ExactTeacher(GaussianMixture.ring()))

@@ -71,15 +71,20 @@ class Distiller(FlowTraining):
             v_t = self.velocity(x_t, t, condition)
 
         # Each loss draws its jumps from its edge of the triangle; the noise edge starts at points of its own.
-        losses = self.objective.due(step)
+        losses, shares = self.objective.due(step), self.objective.rows(len(x_1))
         jumps: dict[str, Jump] = {}
         v_left: dict[str, Sample | None] = {}
         for name, loss in losses.items():
-            times = loss.edge.draw(t, step, generator)
-            start = x_t if loss.edge.shares_start else path.interpolate(x_0, x_1, times.t)
-            v_left[name] = v_t if loss.edge.shares_start else self.at_start(loss, start, times.t, condition)
+            rows = shares[name].to(x_1.device)
+            labels = None if condition is None else condition[rows]
+            times = loss.edge.draw(t[rows], step, generator)
+            if loss.edge.shares_start:
+                start, v_left[name] = x_t[rows], v_t[rows]
+            else:
+                start = path.interpolate(x_0[rows], x_1[rows], times.t)
+                v_left[name] = self.at_start(loss, start, times.t, labels)
             along = tangent(v_left[name], start, times.t, loss.left, loss.right) if loss.edge.has_length else None
-            jumps[name] = Jump(start, times.t, times.s, condition, along)
+            jumps[name] = Jump(start, times.t, times.s, labels, along)
 
         # One pass of the student over all rows: its mean velocities u, and their derivatives du along the tangents.
         with self.phase("derivative"):

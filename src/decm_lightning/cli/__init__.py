@@ -1,6 +1,7 @@
 """The command line, `decm`: a thin front that knows the subcommands and imports what one needs only when it runs."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,36 +13,36 @@ train and test, each with --config FILE and dotted overrides such as --trainer.m
   fit        train a teacher or distil a student, or go on with --ckpt_path
   validate   measure a checkpoint as during training
   test       measure a checkpoint and write the table of quality by sampler and steps
-  predict    draw samples for the labels of the data module
+  predict    draw samples for the labels of the reference images, into a folder
 
 use what was trained:
   sample     draw images from a checkpoint or folder: a grid, or one file each
   export     write a checkpoint's averaged weights as a folder (config.json, model.safetensors)
 
-decm COMMAND --help lists a command's options. decm fit --print_config prints a config with every default.
+decm COMMAND --help lists a command's options. decm fit --config FILE --print_config shows the whole config.
 Errors are one line with exit code 2; set DECM_TRACEBACK=1 for the traceback as well.
 """
 
 
-def _train(argv: Sequence[str]) -> None:
+def _train(command: str, argv: Sequence[str]) -> None:
     from decm_lightning.cli.trainer import run
 
-    run(argv)
+    run([command, *argv])
 
 
-def _sample(argv: Sequence[str]) -> None:
+def _sample(command: str, argv: Sequence[str]) -> None:
     from decm_lightning.cli.sample import run
 
     run(argv)
 
 
-def _export(argv: Sequence[str]) -> None:
+def _export(command: str, argv: Sequence[str]) -> None:
     from decm_lightning.cli.export import run
 
     run(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
     "fit": _train,
     "validate": _train,
     "test": _train,
@@ -51,31 +52,41 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after one line on standard error that says what was wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
+def main() -> int:
+    """Run the command that sys.argv names; return 0, or 2 after one line on standard error that says what was wrong."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(HELP, end="")
         return 0
-    command, rest = argv[0], argv[1:]
+    command, *argv = sys.argv[1:]
     if command not in COMMANDS:
         return _refuse(f"no command {command!r}: expected one of {', '.join(COMMANDS)}")
     try:
-        # The trainer's own parser reads the command, the others do not.
-        COMMANDS[command](argv if COMMANDS[command] is _train else rest)
+        COMMANDS[command](command, argv)
     except Exception as error:
         if os.environ.get("DECM_TRACEBACK") or not _is_for_the_user(error):
             raise
-        return _refuse(str(error))
+        return _refuse(essence(str(error)))
     return 0
 
 
+def essence(message: str) -> str:
+    """Return the parser's message on one line: the key and what is wrong with it, without the layers around it."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
+    layers = r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
+    faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(layers, line)]
+    what = "; ".join(dict.fromkeys(fault for fault in faults if fault))
+    return f"{'.'.join(keys)}: {what}" if keys else what
+
+
 def _is_for_the_user(error: Exception) -> bool:
+    from argparse import ArgumentError
+
     from decm_lightning.errors import NonFiniteError
 
-    return isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, NonFiniteError))
+    return isinstance(error, (ArgumentError, ValueError, OSError, ImportError, NonFiniteError))
 
 
 def _refuse(message: str) -> int:
-    print(f"decm: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"decm: error: {message}", file=sys.stderr)
     return 2

@@ -20,4 +20,4 @@ def export(checkpoint: str, out: str) -> None:
 
 def run(argv: Sequence[str]) -> None:
     """Parse and export."""
-    auto_cli(export, args=list(argv), prog="decm export")
+    auto_cli(export, args=list(argv), prog="decm export", exit_on_error=False)

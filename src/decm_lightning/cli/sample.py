@@ -85,7 +85,7 @@ def write_folder(images: np.ndarray, labels: torch.Tensor, folder: Path) -> None
 
 def run(argv: Sequence[str]) -> None:
     """Parse and draw."""
-    auto_cli(draw, args=list(argv), prog="decm sample")
+    auto_cli(draw, args=list(argv), prog="decm sample", exit_on_error=False)
 
 
 def _labels(classes: list[int] | None, per_class: int, num_classes: int) -> torch.Tensor:

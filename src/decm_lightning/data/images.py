@@ -65,7 +65,7 @@ class InMemoryImages(L.LightningDataModule):
         # Its order follows from the seed and the epoch alone, unlike a RandomSampler's, which a resumed run cannot
         # repeat beyond its first epoch.
         trainer = self.trainer
-        sampler = DistributedSampler(
+        sampler: DistributedSampler[Batch] = DistributedSampler(
             self.train,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,

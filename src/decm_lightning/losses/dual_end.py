@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.jet import Jet, Jump
@@ -38,6 +39,7 @@ class DualEndLoss:
         right: weight of the landing identity (the paper's lambda), at least 0.
         weight: factor of this loss in the sum, above 0.
         every: compute it only at every n-th step, at least 1.
+        share: part of the batch's rows that it takes, in (0, 1].
         direction: factor of the cosine-direction loss added to the square error, at least 0.
         time_weight: factor of each row by its start time t: "constant" 1 or "cosine" cos(pi t / 2) (FACM).
 
@@ -50,6 +52,7 @@ class DualEndLoss:
     right: float = 0.0
     weight: float = 1.0
     every: int = 1
+    share: float = 1.0
     direction: float = 0.0
     time_weight: TimeWeightName = "constant"
 
@@ -60,6 +63,8 @@ class DualEndLoss:
             raise ValueError(f"weight must be above 0 (leave the loss out instead): got {self.weight}")
         if self.every < 1:
             raise ValueError(f"every must be at least 1: got {self.every}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1]: got {self.share}")
         if self.direction < 0:
             raise ValueError(f"direction must be at least 0: got {self.direction}")
 
@@ -92,6 +97,19 @@ class Objective:
     def due(self, step: int) -> dict[str, DualEndLoss]:
         """Return the losses to compute at training step `step`."""
         return {name: loss for name, loss in self.losses.items() if step % loss.every == 0}
+
+    def rows(self, count: int) -> dict[str, Tensor]:
+        """Return which of `count` rows each loss takes, at least one: consecutive ones, each loss after the other.
+
+        Shares of 1 give every row to every loss, as the paper does. Shares that sum to 1 divide the batch: a step then
+        costs a third, and a loss is the mean over its own rows, so that weights mean the same.
+        """
+        rows, first = {}, 0
+        for name, loss in self.losses.items():
+            taken = max(1, round(loss.share * count))
+            rows[name] = torch.arange(first, first + taken) % count
+            first += taken
+        return rows
 
     def term(
         self, loss: DualEndLoss, jump: Jump, jet: Jet, v_left: Sample | None, v_right: Sample | None, step: int

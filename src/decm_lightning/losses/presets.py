@@ -23,7 +23,11 @@ def paper(n2n_every: int = 3, r_start: float = 0.1, r_decay_steps: int = 20_000)
     )
 
 
-def recommended(normaliser: NormaliserName = "tangent_norm", n2n_every: int = 1) -> Objective:
+def recommended(
+    normaliser: NormaliserName = "tangent_norm",
+    n2n_every: int = 1,
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Objective:
     """DE-CM as we would train it: N2N by its landing end alone, at t = 0, and one normalisation for all losses.
 
     The landing end is a well-posed equation in s that stays inside its own edge; the start end at t = 0 asks for
@@ -32,12 +36,14 @@ def recommended(normaliser: NormaliserName = "tangent_norm", n2n_every: int = 1)
     Args:
         normaliser: N(g) of all three losses.
         n2n_every: steps between two N2N losses.
+        shares: parts of the batch for consistency, flow matching and N2N; (0.5, 0.25, 0.25) costs a third of all ones.
     """
+    consistency, flow_matching, n2n = shares
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge()),
-            "flow_matching": DualEndLoss(Diagonal()),
-            "noise_to_noisy": DualEndLoss(NoiseEdge(), left=0.0, right=1.0, every=n2n_every),
+            "consistency": DualEndLoss(DataEdge(), share=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), share=flow_matching),
+            "noise_to_noisy": DualEndLoss(NoiseEdge(), left=0.0, right=1.0, every=n2n_every, share=n2n),
         },
         normaliser=normaliser,
     )

@@ -13,12 +13,13 @@ from numpy.random import SeedSequence
 from torch import Tensor
 
 from decm_lightning import samplers
+from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import Network, describe
 from decm_lightning.samplers import SamplerName
 from decm_lightning.triangle import TimeLaw
-from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 
 
 class FlowTraining(L.LightningModule):
@@ -45,6 +46,7 @@ class FlowTraining(L.LightningModule):
         self.make_schedule = lr_scheduler
         self.ema_decay = ema_decay
         self.seed = torch.initial_seed()
+        self.draws: Cell | None = None
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Announce a part of the step, "teacher" or "derivative"; a callback that times them replaces this method."""
@@ -126,6 +128,19 @@ class FlowTraining(L.LightningModule):
     def _stopped(self, what: str, batch_idx: int) -> str:
         where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"
         return f"{what} is not finite {where}: lower the learning rate, clip gradients, or check the data"
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return samples for the batch's labels; the `SampleWriter` callback says of which model and how.
+
+        Raises:
+            ValueError: if there is no such callback.
+        """
+        if self.draws is None:
+            raise ValueError("predict needs the callback decm_lightning.callbacks.SampleWriter")
+        generator = self.generator(batch_idx)
+        x_0 = torch.randn(len(batch.x_1), *self.average.sample_shape, generator=generator, device=self.device)
+        drawn = self.sample(x_0, batch.condition, self.draws.model, self.draws.sampler, self.draws.steps, generator)
+        return Batch(drawn, batch.condition)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: the real images go to the evaluation callback."""

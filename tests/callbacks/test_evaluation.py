@@ -13,8 +13,9 @@ from decm_lightning.callbacks.evaluation import Evaluation
 from decm_lightning.data import Digits
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance
-from decm_lightning.metrics import DigitsFeatures, Quality, to_uint8
+from decm_lightning.metrics import DigitsFeatures, Quality
 from decm_lightning.networks import DiT
+from decm_lightning.pictures import to_uint8
 from decm_lightning.teachers import Teacher
 
 CELLS = ["student/mix/2", "student/consistency/2"]

@@ -4,7 +4,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from decm_lightning.metrics import Quality, to_uint8
+from decm_lightning.metrics import Quality
+from decm_lightning.pictures import to_uint8
 
 
 @pytest.fixture

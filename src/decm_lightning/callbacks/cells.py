@@ -12,8 +12,8 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.metrics import to_uint8
 from decm_lightning.networks import Network
+from decm_lightning.pictures import to_uint8
 from decm_lightning.samplers import SamplerName
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from decm_lightning.callbacks.cells import Cell, check, draw, draw_grid, evaluations
 from decm_lightning.callbacks.table import Row, Table
-from decm_lightning.metrics import Quality, to_uint8
+from decm_lightning.metrics import Quality
 from decm_lightning.metrics.quality import KID_SUBSET_SIZE, KID_SUBSETS
+from decm_lightning.pictures import to_uint8
 
 COLUMNS = 10
 

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 from jsonargparse import auto_cli
-from PIL import Image
 from rich.progress import track
 
 from decm_lightning.networks import load
+from decm_lightning.pictures import save_files, save_grid, to_uint8
 from decm_lightning.samplers import SamplerName
 from decm_lightning.samplers import sampler as make_sampler
-from decm_lightning.types import Sample
 
 BATCH = 256
 
@@ -23,6 +20,7 @@ def draw(
     out: str = "samples.png",
     sampler: SamplerName = "mix",
     steps: int = 1,
+    s1: float | None = None,
     classes: list[int] | None = None,
     per_class: int = 8,
     seed: int = 0,
@@ -36,6 +34,7 @@ def draw(
         out: a .png file for one grid (a row for each class), or a folder for one PNG each.
         sampler: euler, consistency, mix or mix_renoised.
         steps: network evaluations per image, at least 1.
+        s1: where mix lands first, in (0, 1); its own choice by default.
         classes: labels to draw; all of them by default.
         per_class: images of each class, at least 1.
         seed: the same seed gives the same images.
@@ -48,39 +47,17 @@ def draw(
     labels = _labels(classes, per_class, network.num_classes)
     generator = torch.Generator(device).manual_seed(seed)
     x_0 = torch.randn(len(labels), *network.sample_shape, generator=generator, device=device)
-    run_sampler = make_sampler(sampler, generator)
+    run_sampler = make_sampler(sampler, generator, **({} if s1 is None else {"s1": s1}))
     parts = []
     with torch.no_grad():
         for noise, part in track(list(zip(x_0.split(BATCH), labels.to(device).split(BATCH), strict=True)), "sampling"):
             parts.append(run_sampler(network, noise, part, steps))
-    images = to_bytes(torch.cat(parts).cpu())
+    images = to_uint8(torch.cat(parts))
     if Path(out).suffix == ".png":
-        write_grid(images, per_class, scale, Path(out))
+        save_grid(images, per_class, scale, Path(out))
     else:
-        write_folder(images, labels, Path(out))
+        save_files(images, labels, Path(out))
     print(f"wrote {len(images)} images to {out}")
-
-
-def to_bytes(images: Sample) -> np.ndarray:
-    """Return images (n, c, h, w) in [-1, 1] as bytes (n, h, w, c), rounded."""
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have 1 or 3 channels: got {images.shape[1]} (latents need a decoder)")
-    return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
-
-
-def write_grid(images: np.ndarray, columns: int, scale: int, file: Path) -> None:
-    """Write all images as one picture with `columns` images in a row."""
-    grid = rearrange(images, "(row column) h w c -> (row h) (column w) c", column=columns)
-    grid = grid.repeat(scale, 0).repeat(scale, 1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(file)
-
-
-def write_folder(images: np.ndarray, labels: torch.Tensor, folder: Path) -> None:
-    """Write each image as <number>_class<label>.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:06d}_class{label}.png")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -93,6 +93,10 @@ class InMemoryImages(L.LightningDataModule):
         """Return the reference images of the Fréchet distance, in order."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> StatefulDataLoader:
+        """Return the reference images, of which `decm predict` reads the labels."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the order."""
         return {"seed": self.seed}

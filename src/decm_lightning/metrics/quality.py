@@ -8,15 +8,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from decm_lightning.types import Sample
-
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
-
-
-def to_uint8(x: Sample) -> Tensor:
-    """Return images in [-1, 1] as uint8, round(127.5 (x + 1)) clamped to 0..255: rounded, where a cast truncates."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Quality:

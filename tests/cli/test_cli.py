@@ -1,0 +1,210 @@
+"""The command line as a person uses it: what it does, and what it says when it cannot."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from decm_lightning import cli
+from decm_lightning.networks import DiT, save
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs/digits/decm.yaml")
+TINY = [
+    *("--trainer.max_steps", "2"),
+    *("--trainer.enable_progress_bar", "false"),
+    *("--trainer.logger.init_args.name", "trial"),
+    *("--data.init_args.batch_size", "16"),
+    *("--data.init_args.reference_size", "32"),
+]
+
+
+@pytest.fixture
+def decm(monkeypatch, tmp_path, capsys):
+    """A function that runs one command in an empty folder with a tiny teacher in `teacher`: (exit code, out, err)."""
+    torch.manual_seed(0)
+    save(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10), tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    # Lightning's log handler keeps the standard error of the first test, which pytest has closed.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["decm", *argv])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def digits(command: str, *argv: str) -> list[str]:
+    return [command, "--config", DIGITS, "--model.init_args.teacher.init_args.path", "teacher", *TINY, *argv]
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys; from decm_lightning import cli; cli.main(); sys.exit('torch' in sys.modules)"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 3
+    assert all(command in result.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["sample", "export"])
+def test_each_command_has_help_of_its_own(command, decm):
+    with pytest.raises(SystemExit) as stopped:
+        decm(command, "--help")
+    assert stopped.value.code == 0
+
+
+def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    by_name = {callback["class_path"].split(".")[-1]: callback for callback in config["trainer"]["callbacks"]}
+    by_name["ModelCheckpoint"]["init_args"]["every_n_train_steps"] = 1
+    by_name["Evaluation"]["init_args"] |= {"test_cells": ["student/mix/1", "student/euler/2"], "test_samples": 20}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+
+    def run(command: str, *argv: str) -> tuple[int, str, str]:
+        return decm(*(part if part != DIGITS else "config.yaml" for part in digits(command, *argv)))
+
+    assert run("fit")[0] == 0
+    last = "runs/trial/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert run("fit", "--ckpt_path", last, "--trainer.max_steps", "3")[0] == 0
+    assert torch.load(last.replace("_0", "_1"), weights_only=True)["global_step"] == 3
+    code, out, _ = run("test", "--ckpt_path", last)
+    assert code == 0
+    assert "| student | mix | 1 | 1 |" in out
+    written = next(Path("runs/trial").glob("version_*/quality.json"))
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [("mix", 1), ("euler", 2)]
+    assert Image.open(written.with_name("samples.png")).width > 100
+
+    assert decm("sample", last, "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "grid.png")[0] == 0
+    assert Image.open("grid.png").size == (5 * 8 * 4, 2 * 8 * 4)
+    assert decm("export", last, "student")[0] == 0
+    assert (
+        decm("sample", "student", "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "again.png")[0]
+        == 0
+    )
+    assert Image.open("again.png").tobytes() == Image.open("grid.png").tobytes()
+
+
+def test_predict_writes_a_picture_for_each_label(decm):
+    writer = {
+        "class_path": "decm_lightning.callbacks.SampleWriter",
+        "init_args": {"folder": "drawn", "cell": "teacher/euler/2"},
+    }
+    code, *_ = decm(*digits("predict", "--trainer.callbacks", json.dumps([writer])))
+    assert code == 0
+    files = sorted(file.name for file in Path("drawn").iterdir())
+    # The first 32 digits are 0, 1, 2, ... 9, 0, 1, ...
+    assert len(files) == 32
+    assert files[:3] == ["000000_class0.png", "000001_class1.png", "000002_class2.png"]
+
+
+def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
+    for folder in ("a", "b"):
+        assert (
+            decm("sample", "teacher", "--sampler", "consistency", "--steps", "2", "--per_class", "1", "--out", folder)[
+                0
+            ]
+            == 0
+        )
+    names = sorted(file.name for file in Path("a").iterdir())
+    assert names == [f"{i:06d}_class{i}.png" for i in range(10)]
+    assert all((Path("a") / name).read_bytes() == (Path("b") / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "no command 'train': expected one of fit"),
+        (["sample", "nowhere"], "no checkpoint or folder at nowhere"),
+        (["sample", "teacher", "--steps", "0"], "steps must be at least 1: got 0"),
+        (["sample", "teacher", "--steps", "two"], "steps: Expected a <class 'int'>. Got value: two"),
+        (["sample", "teacher", "--classes", "[3, 11]"], "classes must be from 0 to 9: got 11"),
+        (["sample", "teacher", "--sampler", "heun"], "sampler: Expected a typing.Literal"),
+        (["sample", "teacher", "--per_class", "0"], "per_class and scale must be at least 1: got 0 and 4"),
+        (["sample", "teacher", "--s1", "1.5", "--steps", "2"], "s1 must be between 0 and 1, both excluded: got 1.5"),
+        (["export", "nowhere.ckpt", "out"], "no checkpoint or folder at nowhere.ckpt"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml"),
+        (digits("fit", "--model.init_args.ema_deca", "0.9"), "Option 'ema_deca' is not accepted"),
+        (digits("fit", "--model.init_args.ema_decay", "1.5"), "ema_decay must be in [0, 1): got 1.5"),
+        (digits("fit", "--data.init_args.batch_size", "0"), "batch_size must be at least 1: got 0"),
+        (digits("fit", "--model.init_args.guidance.scale", "-1"), "guidance scale must be at least 0: got -1.0"),
+        (digits("fit", "--model.init_args.teacher.init_args.path", "gone"), "no checkpoint or folder at gone"),
+        (
+            digits("fit", "--model.init_args.objective.init_args.normaliser", "l3"),
+            "normaliser: Expected a typing.Literal",
+        ),
+        (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
+        (digits("predict"), "predict needs the callback decm_lightning.callbacks.SampleWriter"),
+        (digits("test", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
+    ],
+)
+def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
+    code, _, err = decm(*argv)
+    lines = [line for line in err.splitlines() if line.startswith("decm: error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_a_typo_in_a_yaml_is_named_with_its_place(decm):
+    config = yaml.safe_load(Path(DIGITS).read_text())
+    config["model"]["init_args"]["guidance"] = {"scal": 2.0}
+    Path("typo.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = decm("fit", "--config", "typo.yaml")
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("decm: error: model")
+    assert "scal" in err
+
+
+def test_a_bug_is_no_bad_input_and_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise AssertionError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "sample", broken)
+    monkeypatch.setattr(sys, "argv", ["decm", "sample"])
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main()
+
+
+def test_the_traceback_is_there_for_the_asking(monkeypatch):
+    monkeypatch.setenv("DECM_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["decm", "sample", "nowhere"])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+def test_a_checkpoint_never_overrides_the_command_line():
+    # Lightning's hook is private: this fails if a new version renames it.
+    from lightning.pytorch.cli import LightningCLI
+
+    from decm_lightning.cli.trainer import TrainerCLI
+
+    assert "_parse_ckpt_path" in vars(LightningCLI)
+    assert "_parse_ckpt_path" in vars(TrainerCLI)
+
+
+@pytest.mark.slow
+def test_the_installed_command_reports_by_its_exit_code(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "decm_lightning.cli", "sample", "nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "decm: error: no checkpoint or folder at nowhere\n"

@@ -5,19 +5,27 @@ from decm_lightning.losses.weighting import NormaliserName
 from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
 
 
-def paper(n2n_every: int = 3, r_start: float = 0.1, r_decay_steps: int = 20_000) -> Objective:
+def paper(
+    n2n_every: int = 3,
+    r_start: float = 0.1,
+    r_decay_steps: int = 20_000,
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Objective:
     """DE-CM as published (arXiv 2602.10764): three edges, unit weights, N2N with ends (1, 0.5) at every third step.
 
     Args:
         n2n_every: steps between two N2N losses (the paper: 3; 1 is unstable, 5 worse at few steps).
         r_start: start time of the noise edge at step 0, in [0, 1).
         r_decay_steps: steps until the noise edge has reached the noise.
+        shares: parts of the batch for consistency, flow matching and N2N; the paper gives each the whole.
     """
+    consistency, flow_matching, n2n = shares
+    noise_edge = NoiseEdge(r_start, r_decay_steps)
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge()),
-            "flow_matching": DualEndLoss(Diagonal(), direction=1.0),
-            "noise_to_noisy": DualEndLoss(NoiseEdge(r_start, r_decay_steps), left=1.0, right=0.5, every=n2n_every),
+            "consistency": DualEndLoss(DataEdge(), share=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), direction=1.0, share=flow_matching),
+            "noise_to_noisy": DualEndLoss(noise_edge, left=1.0, right=0.5, every=n2n_every, share=n2n),
         },
         normaliser="clamp",
     )
@@ -59,10 +67,22 @@ def flow_matching_only(normaliser: NormaliserName = "tangent_norm") -> Objective
     return Objective({"flow_matching": DualEndLoss(Diagonal())}, normaliser=normaliser)
 
 
-def consistency_and_flow_matching(normaliser: NormaliserName = "tangent_norm") -> Objective:
-    """The data edge and the diagonal, without N2N."""
+def consistency_and_flow_matching(
+    normaliser: NormaliserName = "tangent_norm", shares: tuple[float, float] = (1.0, 1.0)
+) -> Objective:
+    """The data edge and the diagonal, without N2N.
+
+    Args:
+        normaliser: N(g) of both losses.
+        shares: parts of the batch for consistency and flow matching.
+    """
+    consistency, flow_matching = shares
     return Objective(
-        {"consistency": DualEndLoss(DataEdge()), "flow_matching": DualEndLoss(Diagonal())}, normaliser=normaliser
+        {
+            "consistency": DualEndLoss(DataEdge(), share=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), share=flow_matching),
+        },
+        normaliser=normaliser,
     )
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
@@ -26,10 +27,19 @@ def run(argv: Sequence[str]) -> None:
     """Run one of the trainer's commands; argv[0] is its name."""
     # A usage line of its own, or the parser's would list hundreds of options; errors are shortened by the front.
     usage = {name: {"usage": f"decm {name} --config FILE [options]", "exit_on_error": False} for name in COMMANDS}
+    _cli(argv, parser_kwargs={"prog": "decm", "exit_on_error": False} | usage)
+
+
+def build(*argv: str) -> TrainerCLI:
+    """Return what a config and its overrides name, without running it: `.trainer`, `.model` and `.datamodule`."""
+    return _cli(argv, parser_kwargs={"exit_on_error": False}, run=False)
+
+
+def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
     # An objective may come from a function that returns one, such as losses.recommended.
     set_parsing_settings(subclasses_enabled=[Objective])
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-    TrainerCLI(
+    return TrainerCLI(
         FlowTraining,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -38,6 +48,6 @@ def run(argv: Sequence[str]) -> None:
         load_from_checkpoint_support=False,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"prog": "decm", "usage": "decm COMMAND --config FILE [options]", "exit_on_error": False} | usage,
         args=list(argv),
+        **options,
     )

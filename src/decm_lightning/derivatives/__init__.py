@@ -3,10 +3,11 @@
 from typing import Literal
 
 from decm_lightning.derivatives.central import central
+from decm_lightning.derivatives.dual import dual
 from decm_lightning.derivatives.functional import functional
 from decm_lightning.derivatives.jet import Engine, Jet, Jump, Tangent, evaluate
 
-EngineName = Literal["functional", "central"]
-ENGINES: dict[EngineName, Engine] = {"functional": functional, "central": central}
+EngineName = Literal["functional", "dual", "central"]
+ENGINES: dict[EngineName, Engine] = {"functional": functional, "dual": dual, "central": central}
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Jet", "Jump", "Tangent", "central", "evaluate", "functional"]
+__all__ = ["ENGINES", "Engine", "EngineName", "Jet", "Jump", "Tangent", "central", "dual", "evaluate", "functional"]

@@ -1,0 +1,155 @@
+"""python -m benchmarks.ablation digits: what each loss is for, measured as docs/results.md reports it.
+
+Distils the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
+presets), by the data set's own config and at equal rows a step; measures every student by the config's protocol; and
+writes the table and the curves of the gradient norm. A run that is done is kept: started again, the study goes on where
+it stopped.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+
+from decm_lightning.callbacks import Evaluation, GradientNorms, SampleGrid, Throughput
+from decm_lightning.callbacks.cells import Cell
+from decm_lightning.cli.trainer import build
+
+OBJECTIVES = {
+    "consistency only": {"class_path": "consistency_only"},
+    "flow matching + consistency": {
+        "class_path": "consistency_and_flow_matching",
+        "init_args": {"shares": [0.67, 0.33]},
+    },
+    "all three, paper": {"class_path": "paper", "init_args": {"shares": [0.5, 0.25, 0.25]}},
+    "all three, recommended": {"class_path": "recommended", "init_args": {"shares": [0.5, 0.25, 0.25]}},
+}
+STUDENT = ["mix/1", "mix/2", "mix/4", "mix/8", "mix/16", "mix_renoised/4", "euler/8", "euler/16", "euler/50"]
+TEACHER = ["euler/1", "euler/2", "euler/4", "euler/8", "euler/16", "euler/50"]
+STEPS = (1, 2, 4, 8, 16, 50)
+
+
+class Curve(L.Callback):
+    """Keeps the total gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Read what GradientNorms logged."""
+        self.norms.append(trainer.callback_metrics["grad_norm/total"].item())
+
+
+def measure(config: str, objective: str, seed: int, steps: int) -> dict[str, object]:
+    """Distil and test one student; return its distances by cell and its gradient norms by step."""
+    spec = dict(OBJECTIVES[objective])
+    spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
+    if objective.endswith("paper"):
+        # The noise edge reaches the noise at the same part of training as in the paper.
+        spec["init_args"] = {**spec["init_args"], "r_decay_steps": max(1, steps // 4)}
+    scheduler = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": steps}}
+    cli = build(
+        *("--config", config, "--seed_everything", str(seed), "--trainer.max_steps", str(steps)),
+        *("--trainer.accelerator", "auto", "--trainer.logger", "false", "--trainer.val_check_interval", "null"),
+        *("--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"),
+        *("--model.init_args.objective", json.dumps(spec), "--model.init_args.lr_scheduler", json.dumps(scheduler)),
+    )
+    unused = (LearningRateMonitor, ModelCheckpoint, SampleGrid, Throughput, GradientNorms)
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
+    evaluation.test_cells = [Cell.parse(f"student/{cell}") for cell in STUDENT]
+    norms, curve = GradientNorms(every_n_steps=0), Curve()
+    cli.trainer.callbacks = [c for c in cli.trainer.callbacks if not isinstance(c, unused)] + [norms, curve]
+    cli.trainer.fit(cli.model, cli.datamodule)
+    return {"distances": test(cli), "norms": curve.norms, "spikes": norms.spikes}
+
+
+def teacher(config: str) -> dict[str, object]:
+    """Test the teacher by itself."""
+    cli = build("--config", config, "--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
+    evaluation.test_cells = [Cell.parse(f"teacher/{cell}") for cell in TEACHER]
+    cli.trainer.callbacks = [evaluation]
+    return {"distances": test(cli)}
+
+
+def test(cli: object) -> dict[str, dict[str, float]]:
+    """Return the distances of every test cell, "sampler/steps" -> {fd, kid}."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    (logged,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    for name, value in logged.items():
+        _, distance, _, sampler, steps = name.split("/")
+        found[f"{sampler}/{steps}"][distance] = value
+    return found
+
+
+def best(runs: list[dict], steps: int) -> tuple[str, list[float], list[float]]:
+    """Return the sampler with the least mean distance at `steps`, and its fd and kid in each run."""
+    samplers = {cell.split("/")[0] for cell in runs[0]["distances"] if cell.endswith(f"/{steps}")}
+    values = {s: [run["distances"][f"{s}/{steps}"]["fd"] for run in runs] for s in samplers}
+    winner = min(values, key=lambda s: mean(values[s]))
+    return winner, values[winner], [run["distances"][f"{winner}/{steps}"]["kid"] for run in runs]
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Return the table: a row for each model, a column for each number of steps, the best sampler of each."""
+    lines = ["| model | " + " | ".join(str(n) for n in STEPS) + " | spikes |", "|---" * (len(STEPS) + 2) + "|"]
+    for name, runs in results.items():
+        cells = []
+        for steps in STEPS:
+            sampler, fd, kid = best(runs, steps)
+            spread = f" ± {stdev(fd):.2g}" if len(fd) > 1 else ""
+            cells.append(f"{mean(fd):.3f}{spread} ({sampler}; KID {mean(kid):.4f})")
+        spikes = ", ".join(str(run["spikes"]) for run in runs) if "spikes" in runs[0] else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {spikes} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_norms(results: dict[str, list[dict]], file: Path) -> None:
+    """Draw the gradient norm of every step, a colour for each objective and a line for each seed (paper, Figure 4)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    names = [name for name, runs in results.items() if "norms" in runs[0]]
+    for colour, name in enumerate(names):
+        for i, run in enumerate(results[name]):
+            axis.semilogy(run["norms"], color=f"C{colour}", lw=0.5, alpha=0.7, label=name if i == 0 else None)
+    axis.set(xlabel="training step", ylabel="gradient norm before clipping")
+    axis.legend(loc="upper right")
+    figure.savefig(file, dpi=120)
+
+
+def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int] = [0, 1, 2], threads: int = 2) -> None:  # noqa: B006
+    """Run the study.
+
+    Args:
+        data: which data set.
+        steps: training steps of each student.
+        seeds: one run of each objective for each seed.
+        threads: processor threads.
+    """
+    torch.set_num_threads(threads)
+    config, folder = f"configs/{data}/decm.yaml", Path("runs/ablation") / data
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [("teacher", None)] + [(name, seed) for seed in seeds for name in OBJECTIVES]
+    results: dict[str, list[dict]] = defaultdict(list)
+    for name, seed in jobs:
+        file = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
+        if not file.exists():
+            found = teacher(config) if seed is None else measure(config, name, seed, steps)
+            file.write_text(json.dumps(found))
+        results[name].append(json.loads(file.read_text()))
+        print(f"{name}, seed {seed}: {results[name][-1]['distances']}", flush=True)
+    Path(f"docs/results-{data}.md").write_text(table(results))
+    draw_norms(results, Path(f"docs/gradient-norms-{data}.png"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    auto_cli(study)

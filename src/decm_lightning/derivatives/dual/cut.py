@@ -1,0 +1,60 @@
+"""Tangents that are shorter than their values: they are zero beyond their end, and every rule may rely on that."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The one axis on which a tangent is shorter than its value.
+
+    Attributes:
+        axis: the axis, counted from the right and so negative: where broadcasting aligns shapes.
+        rows: the tangent's size on that axis.
+        whole: the value's size on that axis.
+    """
+
+    axis: int
+    rows: int
+    whole: int
+
+    @classmethod
+    def between(cls, whole: Tensor, part: Tensor) -> "Cut | None":
+        """Return where a tangent is shorter than its value; None if nowhere."""
+        if whole.shape == part.shape:
+            return None
+        differs = [i for i in range(-whole.ndim, 0) if whole.shape[i] != part.shape[i]]
+        assert whole.ndim == part.ndim and len(differs) == 1, (whole.shape, part.shape)
+        return cls(differs[0], part.shape[differs[0]], whole.shape[differs[0]])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return what of a tensor belongs to the tangent's rows: all of it, if it is broadcast along the axis."""
+        if whole.ndim < -self.axis or whole.shape[self.axis] != self.whole:
+            return whole
+        return whole.narrow(self.axis, 0, self.rows)
+
+    def after_reshape(self, before: Sequence[int], after: Sequence[int]) -> list[int] | None:
+        """Return the tangent's shape when its value goes from shape `before` to `after`; None if it has none.
+
+        The rows stay the first ones of an axis if as many elements stand before that axis as stood before the old one.
+        """
+        outside = math.prod(before[: self.axis])
+        for i, size in enumerate(after):
+            if size > 1 and math.prod(after[:i]) == outside:
+                rows, rest = divmod(size * self.rows, self.whole)
+                return None if rest else [*after[:i], rows, *after[i + 1 :]]
+        return None
+
+
+def pad(part: Tensor, whole: Tensor) -> Tensor:
+    """Return the tangent `part` in the shape of its value `whole`, with the zeros written out."""
+    cut = Cut.between(whole, part)
+    if cut is None:
+        return part
+    shape = list(part.shape)
+    shape[cut.axis] = cut.whole - cut.rows
+    return torch.cat([part, part.new_zeros(shape)], cut.axis)

@@ -1,0 +1,124 @@
+"""Tangents of products, convolutions, softmax and normalisation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decm_lightning.derivatives.dual.cut import Cut
+from decm_lightning.derivatives.dual.dispatch import forward_mode, rule
+from decm_lightning.derivatives.dual.structure import apart
+from decm_lightning.derivatives.dual.value import Dual
+
+BY_SAMPLE = {
+    *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d", "group_norm"),
+    *("instance_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle"),
+}
+"""Operations along all axes but the first, which is the batch."""
+
+
+def _only_dual_is_first(*args: Any, **kwargs: Any) -> bool:
+    return not any(isinstance(value, Dual) for value in (*args[1:], *kwargs.values()))
+
+
+def _on_first_axis(cut: Cut, func: Callable, value: Any, x: Dual, *args: Any, **kwargs: Any) -> bool:
+    return cut.axis == -x.ndim and _only_dual_is_first(x, *args, **kwargs)
+
+
+def _not_on_last_axis(cut: Cut, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> bool:
+    return cut.axis != -1 and _only_dual_is_first(x, *args, **kwargs)
+
+
+def _before_matrices(cut: Cut, func: Callable, value: Any, *factors: Any, **kwargs: Any) -> bool:
+    return cut.axis < -2 and all(factor.ndim > 1 for factor in factors)
+
+
+def _outside_norm(cut: Cut, func: Callable, value: Any, x: Any, shape: Sequence[int], *_: Any, **__: Any) -> bool:
+    return cut.axis < -len(shape)
+
+
+@rule("linear", keeps=_not_on_last_axis)
+def linear(cut: Cut | None, func: Callable, value: Tensor, x: Any, weight: Any, bias: Any = None) -> Tensor:
+    """Dx W^T; by forward mode if the weight depends on the input too."""
+    if not _only_dual_is_first(x, weight, bias):
+        return forward_mode(func, x, weight, bias)
+    return func(x.tangent, weight)
+
+
+@rule("conv1d", "conv2d", "conv3d", keeps=_on_first_axis)
+def convolution(
+    cut: Cut | None, func: Callable, value: Tensor, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The convolution of dx, without the bias."""
+    if not _only_dual_is_first(x, weight, bias):
+        return forward_mode(func, x, weight, bias, *args, **kwargs)
+    return func(x.tangent, weight, None, *args, **kwargs)
+
+
+@rule(*BY_SAMPLE, keeps=_on_first_axis)
+def of_a_sample(cut: Cut | None, func: Callable, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent by forward mode, in the samples that have one."""
+    return forward_mode(func, *args, **kwargs)
+
+
+@rule("matmul", "bmm", "mm", keeps=_before_matrices, broadcasts=True)
+def matmul(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any) -> Tensor:
+    """DA B + A dB."""
+    left = func(a.tangent, b.primal if isinstance(b, Dual) else b) if isinstance(a, Dual) else None
+    right = func(a.primal if isinstance(a, Dual) else a, b.tangent) if isinstance(b, Dual) else None
+    terms = [term for term in (left, right) if term is not None]
+    return sum(terms[1:], terms[0])
+
+
+@rule("softmax", keeps=apart("softmax"))
+def softmax(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""
+    dim = kwargs.get("dim", args[0] if args else None)
+    if dim is None:
+        return forward_mode(func, x, *args, **kwargs)
+    known = value if cut is None else cut.of(value)
+    return torch._softmax_backward_data(x.tangent.to(known.dtype), known, dim, known.dtype)  # type: ignore[union-attr]
+
+
+@rule("layer_norm", keeps=_outside_norm)
+def layer_norm(
+    cut: Cut | None,
+    func: Callable,
+    value: Tensor,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """W (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
+    if not _only_dual_is_first(x, weight, bias):
+        return forward_mode(func, x, normalized_shape, weight, bias, eps)
+    shape = list(normalized_shape)
+    point, tangent = x.primal.detach(), x.tangent
+    _, mean, scale = torch.native_layer_norm(point, shape, None, None, eps)
+    only_x = [True, False, False]
+    moved = torch.ops.aten.native_layer_norm_backward(tangent, point, shape, mean, scale, None, None, only_x)[0]
+    return moved if weight is None else moved * weight
+
+
+@rule("rms_norm", keeps=_outside_norm)
+def rms_norm(
+    cut: Cut | None,
+    func: Callable,
+    value: Tensor,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    eps: float | None = None,
+) -> Tensor:
+    """W (dx - n mean(n dx)) / rms, with n the normalised x."""
+    if not _only_dual_is_first(x, weight):
+        return forward_mode(func, x, normalized_shape, weight, eps)
+    axes = tuple(range(-len(normalized_shape), 0))
+    smallest = torch.finfo(x.primal.dtype).eps if eps is None else eps
+    scale = torch.rsqrt(x.primal.square().mean(axes, keepdim=True) + smallest)
+    unit = x.primal * scale
+    moved = scale * torch.addcmul(x.tangent, unit, (unit * x.tangent).mean(axes, keepdim=True), value=-1)
+    return moved if weight is None else moved * weight

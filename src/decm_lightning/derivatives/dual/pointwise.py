@@ -1,0 +1,106 @@
+"""Tangents of operations that act on each element alone, or broadcast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decm_lightning.derivatives.dual.cut import Cut
+from decm_lightning.derivatives.dual.dispatch import COMPOSITES, forward_mode, rule
+from decm_lightning.derivatives.dual.value import Dual
+
+aten = torch.ops.aten
+
+# For a function of one element, the kernel that multiplies a gradient by its derivative does the same to a tangent.
+DERIVATIVES: dict[str, Callable[..., Tensor]] = {
+    "silu": lambda dx, x, _, inplace=False: aten.silu_backward(dx, x),
+    "gelu": lambda dx, x, _, approximate="none": aten.gelu_backward(dx, x, approximate=approximate),
+    "softplus": lambda dx, x, _, beta=1, threshold=20: aten.softplus_backward(dx, x, beta, threshold),
+    "sigmoid": lambda dx, _, value: aten.sigmoid_backward(dx, value),
+    "tanh": lambda dx, _, value: aten.tanh_backward(dx, value),
+    "exp": lambda dx, _, value: dx * value,
+    "sin": lambda dx, x, _: dx * x.cos(),
+    "cos": lambda dx, x, _: (dx * x.sin()).neg_(),
+    "sqrt": lambda dx, _, value: dx / value / 2,
+    "rsqrt": lambda dx, _, value: (dx * value**3).mul_(-0.5),
+    "square": lambda dx, x, _: (dx * x).mul_(2),
+    "neg": lambda dx, *_: -dx,
+}
+BY_FORWARD_MODE = {
+    *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "celu", "clamp", "clip", "cosh", "elu", "erf"),
+    *("expm1", "fmod", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "lerp", "log", "log10", "log1p", "log2"),
+    *("logaddexp", "logsigmoid", "masked_fill", "maximum", "minimum", "mish", "nan_to_num", "pow", "reciprocal"),
+    *("relu", "relu6", "remainder", "selu", "sinc", "sinh", "softsign", "tan", "where", "xlogy", "__rpow__"),
+}
+
+
+def _shape(cut: Cut | None, value: Tensor) -> torch.Size:
+    return value.shape if cut is None else cut.of(value).shape
+
+
+@rule(*DERIVATIVES, broadcasts=True)
+def of_one_element(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """f'(x) dx."""
+    known = value if cut is None else cut.of(value)
+    return DERIVATIVES[func.__name__](x.tangent, x.primal, known, *args, **kwargs)
+
+
+@rule(*BY_FORWARD_MODE, broadcasts=True)
+def of_several_elements(cut: Cut | None, func: Callable, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent by forward mode, in the rows that have one."""
+    return forward_mode(func, *args, **kwargs)
+
+
+@rule("add", broadcasts=True)
+def add(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """da + alpha db."""
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return torch.add(a.tangent, b.tangent, alpha=alpha)
+    tangent = a.tangent if isinstance(a, Dual) else alpha * b.tangent if alpha != 1 else b.tangent
+    return tangent.expand(_shape(cut, value))
+
+
+@rule("sub", broadcasts=True)
+def sub(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """da - alpha db."""
+    return add(cut, func, value, a, b, alpha=-alpha)
+
+
+@rule("rsub", "__rsub__", broadcasts=True)
+def rsub(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """db - alpha da."""
+    return add(cut, func, value, b, a, alpha=-alpha)
+
+
+@rule("mul", broadcasts=True)
+def mul(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any) -> Tensor:
+    """da b + a db."""
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return torch.addcmul(a.tangent * b.primal, a.primal, b.tangent)
+    return a.tangent * b if isinstance(a, Dual) else a * b.tangent
+
+
+@rule("div", broadcasts=True)
+def div(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, rounding_mode: str | None = None) -> Tensor:
+    """(da - (a / b) db) / b."""
+    if rounding_mode is not None:
+        return forward_mode(func, a, b, rounding_mode=rounding_mode)
+    if not isinstance(b, Dual):
+        return a.tangent / b
+    quotient = value if cut is None else cut.of(value)
+    return ((a.tangent if isinstance(a, Dual) else 0) - quotient * b.tangent) / b.primal
+
+
+@rule("__rdiv__", "__rtruediv__", broadcasts=True)
+def rdiv(cut: Cut | None, func: Callable, value: Tensor, b: Any, a: Any) -> Tensor:
+    """The tangent of a / b with the arguments the other way round."""
+    return div(cut, func, value, a, b)
+
+
+def dropout(func: Callable, x: Dual, *args: Any, **kwargs: Any) -> Dual:
+    """X times the mask that the dropout of ones is: the tangent sees the very mask of the value."""
+    return x * func(torch.ones_like(x.primal), *args, **kwargs)
+
+
+COMPOSITES.update(dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout))

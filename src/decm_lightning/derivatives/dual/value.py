@@ -1,0 +1,136 @@
+"""The dual value: a tensor with its derivative, which a network's ordinary code takes for a tensor."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+from einops._backends import TorchBackend
+from torch import Tensor
+from torch.utils import _pytree
+
+from decm_lightning.derivatives.dual.cut import pad
+
+METADATA = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_nested"}
+
+
+@dataclass(eq=False)
+class Dual:
+    """A tensor and its derivative along a tangent; torch's functions and methods apply to it as to a tensor.
+
+    No subclass of Tensor, whose tangent FSDP2 would lose silently, but a dataclass and a pytree: the containers in
+    which DDP, FSDP and gradient checkpointing look for tensors.
+
+    Attributes:
+        primal: the value, with its autograd graph.
+        tangent: the derivative, without a graph; on at most one axis shorter than the value, and zero beyond. None once
+            the pass is over.
+        family: all living duals of the pass.
+    """
+
+    primal: Tensor
+    tangent: Tensor | None
+    family: "WeakSet[Dual]"
+
+    apply = staticmethod(lambda func, args, kwargs: refuse("everything", "the rules are not loaded"))
+    """How functions of torch act on duals: set by `dispatch`, which needs this class."""
+
+    def __post_init__(self) -> None:
+        self.family.add(self)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        """Apply a function of torch to arguments of which at least one is dual."""
+        return cls.apply(func, tuple(args), kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in self.__dataclass_fields__:
+            raise AttributeError(name)
+        member = getattr(Tensor, name)
+        if callable(member):
+            return partial(_call, member, self)
+        if name in METADATA:
+            return getattr(self.primal, name)
+        return self.transpose(-2, -1) if name == "mT" else refuse(name, "no rule for this attribute")
+
+    def __len__(self) -> int:
+        return len(self.primal)
+
+    def __iter__(self) -> Iterator["Dual"]:
+        return iter(self.unbind(0))
+
+    def __bool__(self) -> NoReturn:
+        refuse("__bool__", "a branch on a value has no derivative")
+
+    def __rmatmul__(self, other: Tensor) -> "Dual":
+        return _call(torch.matmul, other, self)
+
+    def padded(self) -> Tensor:
+        """Return the tangent in the shape of the value."""
+        assert self.tangent is not None
+        return pad(self.tangent, self.primal)
+
+
+def refuse(name: str, reason: str) -> NoReturn:
+    """Raise for an operation that has no tangent: a silent zero would be a wrong derivative."""
+    raise NotImplementedError(f"the dual engine has no tangent for torch's {name}: {reason}")
+
+
+def _call(func: Callable, *args: Any, **kwargs: Any) -> Any:
+    return Dual.apply(func, args, kwargs)
+
+
+def _operator(func: Callable) -> Callable:
+    # A partial is no method: it would not be bound to the instance.
+    return lambda *args: Dual.apply(func, args, {})
+
+
+def _in_place(name: str) -> Callable:
+    return lambda *_: refuse(name, "operations in place are not carried")
+
+
+OPERATORS = {
+    "add": Tensor.add,
+    "sub": Tensor.sub,
+    "mul": Tensor.mul,
+    "truediv": Tensor.div,
+    "pow": Tensor.pow,
+    "mod": Tensor.remainder,
+    "matmul": Tensor.matmul,
+    "neg": Tensor.neg,
+    "abs": Tensor.abs,
+    "radd": Tensor.add,
+    "rmul": Tensor.mul,
+    "rsub": Tensor.__rsub__,
+    "rtruediv": Tensor.__rtruediv__,
+    "rpow": Tensor.__rpow__,
+    "getitem": Tensor.__getitem__,
+    "eq": Tensor.eq,
+    "ne": Tensor.ne,
+    "lt": Tensor.lt,
+    "le": Tensor.le,
+    "gt": Tensor.gt,
+    "ge": Tensor.ge,
+}
+for _name, _function in OPERATORS.items():
+    setattr(Dual, f"__{_name}__", _operator(_function))
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "setitem"):
+    setattr(Dual, f"__{_name}__", _in_place(f"__{_name}__"))
+# Setting __eq__ took the identity hash away from nothing but this: a WeakSet needs it.
+Dual.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class _DualBackend(TorchBackend):
+    """Makes einops take duals: it finds a backend among the subclasses of its own, by the type of the tensor."""
+
+    framework_name = __name__
+
+    def is_appropriate_type(self, tensor: Any) -> bool:
+        return isinstance(tensor, Dual)
+
+
+_pytree.register_pytree_node(
+    Dual, lambda value: ([value.primal, value.tangent], value.family), lambda parts, family: Dual(*parts, family)
+)

@@ -1,0 +1,45 @@
+"""The notebooks run from top to bottom, and each is the same in its two forms."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+@named(NOTEBOOKS)
+def test_it_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("DECM_NOTEBOOK_STEPS", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+
+
+def test_each_has_both_forms():
+    assert NOTEBOOKS
+    assert [path.stem for path in NOTEBOOKS] == sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@named(NOTEBOOKS)
+def test_its_two_forms_have_the_same_cells(path):
+    script, notebook = jupytext.read(path.with_suffix(".py")), jupytext.read(path)
+    assert [(cell.cell_type, cell.source) for cell in script.cells] == [
+        (cell.cell_type, cell.source) for cell in notebook.cells
+    ], f"{path.name} and its .py differ: run jupytext --sync {path}"
+
+
+@named(NOTEBOOKS)
+def test_it_is_small_and_was_run_without_an_error(path):
+    assert path.stat().st_size < 1_000_000
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

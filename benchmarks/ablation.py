@@ -10,18 +10,20 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from decm_lightning.callbacks import Evaluation, GradientNorms, SampleGrid, Throughput
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.cli.trainer import build
+from decm_lightning.networks import save
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "consistency only": {"class_path": "consistency_only"},
     "flow matching + consistency": {
         "class_path": "consistency_and_flow_matching",
@@ -46,14 +48,15 @@ class Curve(L.Callback):
         self.norms.append(trainer.callback_metrics["grad_norm/total"].item())
 
 
-def measure(config: str, objective: str, seed: int, steps: int) -> dict[str, object]:
-    """Distil and test one student; return its distances by cell and its gradient norms by step."""
+def measure(config: str, objective: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+    """Distil, keep in `folder` and test one student; return its distances by cell and its gradient norms by step."""
     spec = dict(OBJECTIVES[objective])
     spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
     if objective.endswith("paper"):
         # The noise edge reaches the noise at the same part of training as in the paper.
         spec["init_args"] = {**spec["init_args"], "r_decay_steps": max(1, steps // 4)}
-    scheduler = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": steps}}
+    scheduler = yaml.safe_load(Path(config).read_text())["model"]["init_args"]["lr_scheduler"]
+    scheduler["init_args"]["total_steps"] = steps
     cli = build(
         *("--config", config, "--seed_everything", str(seed), "--trainer.max_steps", str(steps)),
         *("--trainer.accelerator", "auto", "--trainer.logger", "false", "--trainer.val_check_interval", "null"),
@@ -66,6 +69,7 @@ def measure(config: str, objective: str, seed: int, steps: int) -> dict[str, obj
     norms, curve = GradientNorms(every_n_steps=0), Curve()
     cli.trainer.callbacks = [c for c in cli.trainer.callbacks if not isinstance(c, unused)] + [norms, curve]
     cli.trainer.fit(cli.model, cli.datamodule)
+    save(cli.model.average, folder)
     return {"distances": test(cli), "norms": curve.norms, "spikes": norms.spikes}
 
 
@@ -125,7 +129,7 @@ def draw_norms(results: dict[str, list[dict]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int] = [0, 1, 2], threads: int = 2) -> None:  # noqa: B006
+def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], threads: int = 2) -> None:
     """Run the study.
 
     Args:
@@ -137,19 +141,20 @@ def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int] = [0,
     torch.set_num_threads(threads)
     config, folder = f"configs/{data}/decm.yaml", Path("runs/ablation") / data
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [("teacher", None)] + [(name, seed) for seed in seeds for name in OBJECTIVES]
+    jobs = [("teacher", None)] + [(name, seed) for seed in seeds for name in reversed(OBJECTIVES)]
     results: dict[str, list[dict]] = defaultdict(list)
     for name, seed in jobs:
         file = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
         if not file.exists():
-            found = teacher(config) if seed is None else measure(config, name, seed, steps)
+            found = teacher(config) if seed is None else measure(config, name, seed, steps, file.with_suffix(""))
             file.write_text(json.dumps(found))
         results[name].append(json.loads(file.read_text()))
         print(f"{name}, seed {seed}: {results[name][-1]['distances']}", flush=True)
+    results = {name: results[name] for name in ("teacher", *OBJECTIVES)}
     Path(f"docs/results-{data}.md").write_text(table(results))
     draw_norms(results, Path(f"docs/gradient-norms-{data}.png"))
     print(table(results))
 
 
 if __name__ == "__main__":
-    auto_cli(study)
+    auto_cli(study, as_positional=False)

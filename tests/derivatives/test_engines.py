@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from decm_lightning.derivatives import ENGINES, Jump, Tangent, central, evaluate, functional
+from decm_lightning.derivatives import ENGINES, Jump, Tangent, central, dual, evaluate, functional
 from decm_lightning.networks import MLP, DiT
 
-ENGINE_LIST = [functional, central]
+ENGINE_LIST = [functional, dual, central]
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -179,7 +179,7 @@ def test_central_refuses_bfloat16():
 
 def test_engines_are_found_by_name():
     """The names of the config are those of the functions."""
-    assert {"functional": functional, "central": central} == ENGINES
+    assert {"functional": functional, "dual": dual, "central": central} == ENGINES
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)

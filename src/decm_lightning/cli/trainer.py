@@ -13,6 +13,15 @@ from decm_lightning.losses import Objective
 from decm_lightning.training import FlowTraining
 
 COMMANDS = ("fit", "validate", "test", "predict")
+# Warnings of libraries about each other, in which a user's own would be lost.
+NOISE = (
+    "LightningCLI's args parameter",
+    "'set_vital' is deprecated",
+    ".*LeafSpec.* is deprecated",
+    "The number of training batches .* is smaller than the logging interval",
+    "The '.*_dataloader' does not have many workers",
+    ".*does not have many workers which may be a bottleneck",
+)
 
 
 class TrainerCLI(LightningCLI):
@@ -38,7 +47,8 @@ def build(*argv: str) -> TrainerCLI:
 def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
     # An objective may come from a function that returns one, such as losses.recommended.
     set_parsing_settings(subclasses_enabled=[Objective])
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
     return TrainerCLI(
         FlowTraining,
         L.LightningDataModule,

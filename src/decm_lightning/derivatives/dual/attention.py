@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.dispatch import rule
-from decm_lightning.derivatives.dual.value import Dual, refuse
+from decm_lightning.derivatives.dual.dispatch import Pair, rule
+from decm_lightning.derivatives.dual.value import refuse
 
 BLOCK = 256
-"""Queries in a block: at 1,024 tokens twice as fast as forward mode through the whole matrix, in a quarter of its memory."""
+"""Queries in a block: at 1,024 tokens half the time and a quarter of the memory of forward mode."""
 
 
 def _before_matrices(cut: Cut, *_: Any, **__: Any) -> bool:
@@ -24,6 +24,7 @@ def attention(
     cut: Cut | None,
     func: Callable,
     value: Tensor,
+    /,
     query: Any,
     key: Any,
     content: Any,
@@ -34,7 +35,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Return P dV + dP V, with P = softmax(S), dP = P dS - P rowsum(P dS), S = c Q K^T, dS = c (dQ K^T + Q dK^T)."""
-    if dropout_p or isinstance(attn_mask, Dual):
+    if dropout_p or isinstance(attn_mask, Pair):
         refuse("scaled_dot_product_attention", "with dropout or with a mask that has a tangent")
     (q, dq), (k, dk), (v, dv) = (_split(value) for value in (query, key, content))
     if enable_gqa:
@@ -53,11 +54,8 @@ def attention(
     return torch.cat(blocks, -2)
 
 
-def _split(value: Dual | Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(value, Dual):
-        assert value.tangent is not None
-        return value.primal, value.tangent
-    return value, torch.zeros_like(value)
+def _split(value: Pair | Tensor) -> tuple[Tensor, Tensor]:
+    return (value.primal, value.tangent) if isinstance(value, Pair) else (value, torch.zeros_like(value))
 
 
 def _mask(mask: Tensor | None, is_causal: bool, rows: slice, q: Tensor, k: Tensor) -> Tensor | None:

@@ -27,8 +27,9 @@ class Cut:
         """Return where a tangent is shorter than its value; None if nowhere."""
         if whole.shape == part.shape:
             return None
+        assert whole.ndim == part.ndim, (whole.shape, part.shape)
         differs = [i for i in range(-whole.ndim, 0) if whole.shape[i] != part.shape[i]]
-        assert whole.ndim == part.ndim and len(differs) == 1, (whole.shape, part.shape)
+        assert len(differs) == 1, (whole.shape, part.shape)
         return cls(differs[0], part.shape[differs[0]], whole.shape[differs[0]])
 
     def of(self, whole: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.value import Dual, refuse
+from decm_lightning.derivatives.dual.value import Dual, Family, refuse
 
 SPELLINGS = {
     "concat": "cat",
@@ -28,7 +28,17 @@ SHAPE_ONLY = {
     *("is_contiguous", "element_size", "get_device", "zeros_like", "ones_like", "empty_like", "full_like"),
     *("rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
 }
+LEADING = ("input", "tensors", "other", "query", "key")
+"""Arguments that rules take by position, wherever torch also takes them by name."""
 LEAKS = {"item", "tolist", "numpy", "data_ptr", "backward", "batch_norm"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a rule sees of a dual: the tangent, and the value in the tangent's rows."""
+
+    primal: Tensor
+    tangent: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,10 @@ class Rule:
     """The derivative of one operation.
 
     Attributes:
-        derivative: from (cut, func, value, *args, **kwargs), in which the duals' values are as short as their tangents,
-            to the tangent of value, or to a sequence of one for each part of it.
-        keeps: from the same, with whole values: whether the operation can be done on the cut tangents alone. If not,
-            they are padded first, which is always right and costs the work on zeros.
+        derivative: from (cut, func, value, *args, **kwargs), with pairs among the arguments, to the tangent of value,
+            or to a sequence of one for each part of it.
+        keeps: from the same, with the duals themselves: whether the operation can be done on the cut tangents alone.
+            If not, they are padded first, which is always right and costs the work on zeros.
         broadcasts: tensors among the arguments are aligned with the duals, and are cut as they are.
     """
 
@@ -69,8 +79,8 @@ def rule(*names: str, keeps: Callable[..., bool] = always, broadcasts: bool = Fa
 
 
 def replace(values: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the tensors and duals among arguments, those in lists and tuples included."""
-    if isinstance(values, Dual | Tensor):
+    """Apply a function to the tensors, duals and pairs among arguments, those in lists and tuples included."""
+    if isinstance(values, Tensor | Dual | Pair):
         return function(values)
     if isinstance(values, tuple | list):
         return type(values)([replace(value, function) for value in values])
@@ -80,24 +90,37 @@ def replace(values: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return the tangent of one operation, by torch.func.jvp over its duals.
+    """Return the tangent of one operation, by torch's forward mode over its pairs.
 
     Raises:
         NotImplementedError: if the operation has no forward derivative.
     """
-    duals = _duals((args, kwargs))
 
-    def of(*values: Tensor) -> Any:
-        given = dict(zip(map(id, duals), values, strict=True))
-        every, named = replace((args, kwargs), lambda value: given.get(id(value), _primal(value)))
-        return func(*every, **named)
+    def to_forward(given: Any) -> Any:
+        return forward_ad.make_dual(given.primal.detach(), given.tangent) if isinstance(given, Pair) else given
 
-    points = tuple(dual.primal.detach() for dual in duals)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(of, points, tuple(dual.padded() for dual in duals))[1]
-    except (NotImplementedError, RuntimeError) as error:
-        raise NotImplementedError(f"the dual engine has no tangent for torch's {_name(func)}: {error}") from error
+    def to_tangent(result: Tensor) -> Tensor:
+        if not result.is_floating_point():
+            return result
+        tangent = forward_ad.unpack_dual(result).tangent
+        # Operations registered without a derivative drop the tangent and do not raise.
+        return refuse(_name(func), "it gave none in forward mode") if tangent is None else tangent
+
+    with forward_ad.dual_level():
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                result = func(*replace(args, to_forward), **replace(kwargs, to_forward))
+        except (NotImplementedError, RuntimeError) as error:
+            raise NotImplementedError(f"the dual engine has no tangent for torch's {_name(func)}: {error}") from error
+        return replace(result, to_tangent)
+
+
+FALLBACK = Rule(
+    lambda cut, func, value, /, *args, **kwargs: forward_mode(func, *args, **kwargs),
+    keeps=lambda *_, **__: False,
+    broadcasts=False,
+)
+"""For every operation without a rule: rows may be mixed."""
 
 
 def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -109,11 +132,16 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     name = _name(func)
     if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") or kwargs.get("out") is not None:
         refuse(name, "operations in place are not carried")
+    leading = LEADING if name != "scaled_dot_product_attention" else (*LEADING, "value")
+    args = (*args, *(kwargs[key] for key in leading if key in kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in leading}
     if name in COMPOSITES:
         return COMPOSITES[name](func, *args, **kwargs)
     duals = _duals((args, kwargs))
     if duals and name in LEAKS:
         refuse(name, "no rule for this operation")
+    if duals and duals[0].family.recorded and not torch.is_grad_enabled():
+        refuse(name, "under no_grad, in reentrant checkpointing or an autograd.Function u would lose its graph")
     fallback = bool(duals) and name not in RULES and name not in SHAPE_ONLY
     before = _random_state(duals[0]) if fallback else None
     value = func(*replace(args, _primal), **replace(kwargs, _primal))
@@ -122,9 +150,8 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not duals or name in SHAPE_ONLY or not _is_differentiable(value):
         return value
     with torch.no_grad():
-        if fallback:
-            return _pair(value, forward_mode(func, *args, **kwargs), duals[0].family)
-        return _pair(value, _derive(RULES[name], duals, func, value, args, kwargs), duals[0].family)
+        tangent = _derive(FALLBACK if fallback else RULES[name], duals, func, value, args, kwargs)
+        return _pair(value, tangent, duals[0].family)
 
 
 def _derive(rule: Rule, duals: list[Dual], func: Callable, value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -133,17 +160,16 @@ def _derive(rule: Rule, duals: list[Dual], func: Callable, value: Any, args: tup
     if cut is not None and not rule.keeps(cut, func, value, *args, **kwargs):
         cut = None
 
-    def shorten(given: Dual | Tensor) -> Dual | Tensor:
+    def shorten(given: Dual | Tensor) -> Pair | Tensor:
         if isinstance(given, Dual) and given.tangent is not None:
-            tangent = given.padded() if cut is None else given.tangent
-            return Dual(given.primal if cut is None else cut.of(given.primal), tangent, given.family)
+            return Pair(given.primal, given.padded()) if cut is None else Pair(cut.of(given.primal), given.tangent)
         constant = _primal(given)
         return cut.of(constant) if cut is not None and rule.broadcasts else constant
 
     return rule.derivative(cut, func, value, *replace(args, shorten), **replace(kwargs, shorten))
 
 
-def _pair(value: Any, tangent: Any, family: "WeakSet[Dual]") -> Any:
+def _pair(value: Any, tangent: Any, family: Family) -> Any:
     if isinstance(value, tuple | list):
         return type(value)([_pair(part, along, family) for part, along in zip(value, tangent, strict=True)])
     if not _is_differentiable(value):

@@ -1,10 +1,10 @@
 """The engine: one pass of dual values over the network."""
 
-from weakref import WeakSet
+from typing import Any
 
 import torch
 
-from decm_lightning.derivatives.dual.value import Dual
+from decm_lightning.derivatives.dual.value import Dual, Family
 from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
@@ -13,9 +13,9 @@ def dual(network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Cond
     """Return u with its ordinary graph and du without any, both from one pass over the network.
 
     Every operation gives its value as always and beside it, under no_grad, its derivative along the tangent in the rows
-    that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. What
-    forward mode refuses is refused here too, and so are operations in place, compiled networks and attention with
-    dropout. A torch.autograd.Function of the network's own is not seen and must not be used.
+    that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. The
+    network's code must be eager and made of torch's operations, none in place; dropout is carried but in attention,
+    checkpointing unless it is reentrant, and an autograd.Function is not.
 
     Raises:
         NotImplementedError: if an operation has no tangent; the message names it.
@@ -23,13 +23,13 @@ def dual(network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Cond
     if tangent is None:
         return Jet(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
-    family: WeakSet[Dual] = WeakSet()
-    inputs = [
+    family = Family()
+    inputs: list[Any] = [
         Dual(value, along.detach().to(value), family)
         for value, along in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
     ]
     try:
-        end = network(*inputs, condition)
+        end: Any = network(inputs[0], inputs[1], inputs[2], condition)
         if not isinstance(end, Dual):
             return Jet(end, torch.zeros_like(end[:rows]))
         return Jet(end.primal, end.padded()[:rows])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.dispatch import forward_mode, rule
+from decm_lightning.derivatives.dual.dispatch import Pair, forward_mode, rule
 from decm_lightning.derivatives.dual.structure import apart
 from decm_lightning.derivatives.dual.value import Dual
 
@@ -19,28 +19,28 @@ BY_SAMPLE = {
 
 
 def _only_dual_is_first(*args: Any, **kwargs: Any) -> bool:
-    return not any(isinstance(value, Dual) for value in (*args[1:], *kwargs.values()))
+    return not any(isinstance(value, Dual | Pair) for value in (*args[1:], *kwargs.values()))
 
 
-def _on_first_axis(cut: Cut, func: Callable, value: Any, x: Dual, *args: Any, **kwargs: Any) -> bool:
+def _on_first_axis(cut: Cut, func: Callable, value: Any, /, x: Dual, *args: Any, **kwargs: Any) -> bool:
     return cut.axis == -x.ndim and _only_dual_is_first(x, *args, **kwargs)
 
 
-def _not_on_last_axis(cut: Cut, func: Callable, value: Any, x: Any, *args: Any, **kwargs: Any) -> bool:
+def _not_on_last_axis(cut: Cut, func: Callable, value: Any, /, x: Any, *args: Any, **kwargs: Any) -> bool:
     return cut.axis != -1 and _only_dual_is_first(x, *args, **kwargs)
 
 
-def _before_matrices(cut: Cut, func: Callable, value: Any, *factors: Any, **kwargs: Any) -> bool:
+def _before_matrices(cut: Cut, func: Callable, value: Any, /, *factors: Any, **kwargs: Any) -> bool:
     return cut.axis < -2 and all(factor.ndim > 1 for factor in factors)
 
 
-def _outside_norm(cut: Cut, func: Callable, value: Any, x: Any, shape: Sequence[int], *_: Any, **__: Any) -> bool:
+def _outside_norm(cut: Cut, func: Callable, value: Any, /, x: Any, shape: Sequence[int], *_: Any, **__: Any) -> bool:
     return cut.axis < -len(shape)
 
 
 @rule("linear", keeps=_not_on_last_axis)
-def linear(cut: Cut | None, func: Callable, value: Tensor, x: Any, weight: Any, bias: Any = None) -> Tensor:
-    """Dx W^T; by forward mode if the weight depends on the input too."""
+def linear(cut: Cut | None, func: Callable, value: Tensor, /, x: Any, weight: Any, bias: Any = None) -> Tensor:
+    """Return dx W^T; by forward mode if the weight depends on the input too."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, weight, bias)
     return func(x.tangent, weight)
@@ -48,7 +48,7 @@ def linear(cut: Cut | None, func: Callable, value: Tensor, x: Any, weight: Any, 
 
 @rule("conv1d", "conv2d", "conv3d", keeps=_on_first_axis)
 def convolution(
-    cut: Cut | None, func: Callable, value: Tensor, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+    cut: Cut | None, func: Callable, value: Tensor, /, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """The convolution of dx, without the bias."""
     if not _only_dual_is_first(x, weight, bias):
@@ -57,28 +57,28 @@ def convolution(
 
 
 @rule(*BY_SAMPLE, keeps=_on_first_axis)
-def of_a_sample(cut: Cut | None, func: Callable, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def of_a_sample(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent by forward mode, in the samples that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
 @rule("matmul", "bmm", "mm", keeps=_before_matrices, broadcasts=True)
-def matmul(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any) -> Tensor:
-    """DA B + A dB."""
-    left = func(a.tangent, b.primal if isinstance(b, Dual) else b) if isinstance(a, Dual) else None
-    right = func(a.primal if isinstance(a, Dual) else a, b.tangent) if isinstance(b, Dual) else None
+def matmul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
+    """Return dA B + A dB."""
+    left = func(a.tangent, b.primal if isinstance(b, Pair) else b) if isinstance(a, Pair) else None
+    right = func(a.primal if isinstance(a, Pair) else a, b.tangent) if isinstance(b, Pair) else None
     terms = [term for term in (left, right) if term is not None]
     return sum(terms[1:], terms[0])
 
 
 @rule("softmax", keeps=apart("softmax"))
-def softmax(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
-    """P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""
+def softmax(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+    """Return P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""
     dim = kwargs.get("dim", args[0] if args else None)
     if dim is None:
         return forward_mode(func, x, *args, **kwargs)
     known = value if cut is None else cut.of(value)
-    return torch._softmax_backward_data(x.tangent.to(known.dtype), known, dim, known.dtype)  # type: ignore[union-attr]
+    return torch._softmax_backward_data(x.tangent.to(known.dtype), known, dim, known.dtype)
 
 
 @rule("layer_norm", keeps=_outside_norm)
@@ -86,13 +86,14 @@ def layer_norm(
     cut: Cut | None,
     func: Callable,
     value: Tensor,
+    /,
     x: Any,
     normalized_shape: Sequence[int],
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """W (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
+    """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, normalized_shape, weight, bias, eps)
     shape = list(normalized_shape)
@@ -108,12 +109,13 @@ def rms_norm(
     cut: Cut | None,
     func: Callable,
     value: Tensor,
+    /,
     x: Any,
     normalized_shape: Sequence[int],
     weight: Any = None,
     eps: float | None = None,
 ) -> Tensor:
-    """W (dx - n mean(n dx)) / rms, with n the normalised x."""
+    """Return w (dx - n mean(n dx)) / rms, with n the normalised x."""
     if not _only_dual_is_first(x, weight):
         return forward_mode(func, x, normalized_shape, weight, eps)
     axes = tuple(range(-len(normalized_shape), 0))

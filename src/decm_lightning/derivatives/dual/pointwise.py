@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.dispatch import COMPOSITES, forward_mode, rule
+from decm_lightning.derivatives.dual.dispatch import COMPOSITES, Pair, forward_mode, rule
 from decm_lightning.derivatives.dual.value import Dual
 
 aten = torch.ops.aten
@@ -40,66 +40,66 @@ def _shape(cut: Cut | None, value: Tensor) -> torch.Size:
 
 
 @rule(*DERIVATIVES, broadcasts=True)
-def of_one_element(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
-    """f'(x) dx."""
+def of_one_element(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+    """Return f'(x) dx."""
     known = value if cut is None else cut.of(value)
     return DERIVATIVES[func.__name__](x.tangent, x.primal, known, *args, **kwargs)
 
 
 @rule(*BY_FORWARD_MODE, broadcasts=True)
-def of_several_elements(cut: Cut | None, func: Callable, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def of_several_elements(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent by forward mode, in the rows that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
 @rule("add", broadcasts=True)
-def add(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
-    """da + alpha db."""
-    if isinstance(a, Dual) and isinstance(b, Dual):
+def add(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """Return da + alpha db."""
+    if isinstance(a, Pair) and isinstance(b, Pair):
         return torch.add(a.tangent, b.tangent, alpha=alpha)
-    tangent = a.tangent if isinstance(a, Dual) else alpha * b.tangent if alpha != 1 else b.tangent
+    tangent = a.tangent if isinstance(a, Pair) else alpha * b.tangent if alpha != 1 else b.tangent
     return tangent.expand(_shape(cut, value))
 
 
 @rule("sub", broadcasts=True)
-def sub(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
-    """da - alpha db."""
+def sub(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """Return da - alpha db."""
     return add(cut, func, value, a, b, alpha=-alpha)
 
 
 @rule("rsub", "__rsub__", broadcasts=True)
-def rsub(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, alpha: float = 1) -> Tensor:
-    """db - alpha da."""
+def rsub(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    """Return db - alpha da."""
     return add(cut, func, value, b, a, alpha=-alpha)
 
 
 @rule("mul", broadcasts=True)
-def mul(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any) -> Tensor:
-    """da b + a db."""
-    if isinstance(a, Dual) and isinstance(b, Dual):
+def mul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
+    """Return da b + a db."""
+    if isinstance(a, Pair) and isinstance(b, Pair):
         return torch.addcmul(a.tangent * b.primal, a.primal, b.tangent)
-    return a.tangent * b if isinstance(a, Dual) else a * b.tangent
+    return a.tangent * b if isinstance(a, Pair) else a * b.tangent
 
 
 @rule("div", broadcasts=True)
-def div(cut: Cut | None, func: Callable, value: Tensor, a: Any, b: Any, rounding_mode: str | None = None) -> Tensor:
+def div(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, rounding_mode: str | None = None) -> Tensor:
     """(da - (a / b) db) / b."""
     if rounding_mode is not None:
         return forward_mode(func, a, b, rounding_mode=rounding_mode)
-    if not isinstance(b, Dual):
+    if not isinstance(b, Pair):
         return a.tangent / b
     quotient = value if cut is None else cut.of(value)
-    return ((a.tangent if isinstance(a, Dual) else 0) - quotient * b.tangent) / b.primal
+    return ((a.tangent if isinstance(a, Pair) else 0) - quotient * b.tangent) / b.primal
 
 
 @rule("__rdiv__", "__rtruediv__", broadcasts=True)
-def rdiv(cut: Cut | None, func: Callable, value: Tensor, b: Any, a: Any) -> Tensor:
+def rdiv(cut: Cut | None, func: Callable, value: Tensor, /, b: Any, a: Any) -> Tensor:
     """The tangent of a / b with the arguments the other way round."""
     return div(cut, func, value, a, b)
 
 
 def dropout(func: Callable, x: Dual, *args: Any, **kwargs: Any) -> Dual:
-    """X times the mask that the dropout of ones is: the tangent sees the very mask of the value."""
+    """Return x times the mask that the dropout of ones is: the tangent sees the very mask of the value."""
     return x * func(torch.ones_like(x.primal), *args, **kwargs)
 
 

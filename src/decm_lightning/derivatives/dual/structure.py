@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.dispatch import replace, rule
+from decm_lightning.derivatives.dual.dispatch import Pair, replace, rule
 from decm_lightning.derivatives.dual.value import Dual, refuse
 
 RESHAPES = ("reshape", "reshape_as", "view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel")
@@ -30,17 +30,17 @@ def apart(name: str) -> Callable[..., bool]:
     """Return whether the operation works along other axes than the cut."""
     position, default = ALONG_DIM[name]
 
-    def keeps(cut: Cut, func: Callable, value: Any, *args: Any, **kwargs: Any) -> bool:
+    def keeps(cut: Cut, func: Callable, value: Any, /, *args: Any, **kwargs: Any) -> bool:
         dims = kwargs.get("dim", args[position] if len(args) > position else default)
         first = args[0] if args else kwargs["input"]
         ndim = first[0].ndim if isinstance(first, tuple | list) else first.ndim
-        every = (dims,) if isinstance(dims, int) else dims
-        return bool(every) and cut.axis not in [dim if dim < 0 else dim - ndim for dim in every]
+        every = (dims,) if isinstance(dims, int) else dims or range(ndim)
+        return cut.axis not in [dim if dim < 0 else dim - ndim for dim in every]
 
     return keeps
 
 
-def _same(cut: Cut | None, func: Callable, value: Any, x: Dual, *args: Any, **kwargs: Any) -> Any:
+def _same(cut: Cut | None, func: Callable, value: Any, /, x: Pair, *args: Any, **kwargs: Any) -> Any:
     """The operation is linear: do the same to the tangent."""
     return func(x.tangent, *args, **kwargs)
 
@@ -51,46 +51,48 @@ for _name in ("chunk", "split", "split_with_sizes", "unbind", "select", "narrow"
 
 
 @rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
-def cast(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+def cast(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent follows the value to its dtype and device."""
-    return x.tangent.to(value)  # type: ignore[union-attr]
+    return x.tangent.to(value)
 
 
-def _keeps_reshape(cut: Cut, func: Callable, value: Tensor, x: Dual, *_: Any, **__: Any) -> bool:
+def _keeps_reshape(cut: Cut, func: Callable, value: Tensor, /, x: Dual, *_: Any, **__: Any) -> bool:
     return cut.after_reshape(x.primal.shape, value.shape) is not None
 
 
 @rule(*RESHAPES, keeps=_keeps_reshape)
-def reshape(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+def reshape(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent in the shape of the value, which is known by now; arguments would count the value's rows."""
     if value.dtype != x.primal.dtype:
         refuse(func.__name__, "a view in another dtype is no linear map")
     if cut is None:
-        return x.tangent.reshape(value.shape)  # type: ignore[union-attr]
+        return x.tangent.reshape(value.shape)
     whole = list(x.primal.shape)
     whole[cut.axis] = cut.whole
-    return x.tangent.reshape(cut.after_reshape(whole, value.shape))  # type: ignore[union-attr]
+    shape = cut.after_reshape(whole, value.shape)
+    assert shape is not None
+    return x.tangent.reshape(shape)
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(cut: Cut | None, func: Callable, value: Tensor, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+def expand(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent repeated along the same axes."""
-    return x.tangent.expand((value if cut is None else cut.of(value)).shape)  # type: ignore[union-attr]
+    return x.tangent.expand((value if cut is None else cut.of(value)).shape)
 
 
 @rule("cat", keeps=apart("cat"), broadcasts=True)
-def cat(cut: Cut | None, func: Callable, value: Tensor, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+def cat(cut: Cut | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The tangents joined, with zeros for what has none."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
 @rule("stack", broadcasts=True)
-def stack(cut: Cut | None, func: Callable, value: Tensor, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+def stack(cut: Cut | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The tangents stacked, with zeros for what has none."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
-def _keeps_index(cut: Cut, func: Callable, value: Tensor, x: Dual, index: Any) -> bool:
+def _keeps_index(cut: Cut, func: Callable, value: Tensor, /, x: Dual, index: Any) -> bool:
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items):
         return False
@@ -102,12 +104,12 @@ def _keeps_index(cut: Cut, func: Callable, value: Tensor, x: Dual, index: Any) -
 
 
 @rule("__getitem__", keeps=_keeps_index)
-def getitem(cut: Cut | None, func: Callable, value: Tensor, x: Dual, index: Any) -> Tensor:
+def getitem(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, index: Any) -> Tensor:
     """The same elements of the tangent."""
-    if not isinstance(x, Dual):
+    if not isinstance(x, Pair):
         refuse("__getitem__", "an index has no derivative")
-    return x.tangent[index]  # type: ignore[index]
+    return x.tangent[index]
 
 
-def _tangent(value: Dual | Tensor) -> Tensor:
-    return value.tangent if isinstance(value, Dual) else torch.zeros_like(value)  # type: ignore[return-value]
+def _tangent(value: Pair | Tensor) -> Tensor:
+    return value.tangent if isinstance(value, Pair) else torch.zeros_like(value)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -14,6 +14,14 @@ from torch.utils import _pytree
 from decm_lightning.derivatives.dual.cut import pad
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_nested"}
+
+
+class Family(WeakSet):
+    """All living duals of one pass, and whether autograd records it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded = torch.is_grad_enabled()
 
 
 @dataclass(eq=False)
@@ -32,10 +40,10 @@ class Dual:
 
     primal: Tensor
     tangent: Tensor | None
-    family: "WeakSet[Dual]"
+    family: Family
 
-    apply = staticmethod(lambda func, args, kwargs: refuse("everything", "the rules are not loaded"))
-    """How functions of torch act on duals: set by `dispatch`, which needs this class."""
+    apply: ClassVar[Callable[[Callable, tuple, dict[str, Any]], Any]]
+    """How functions of torch act on duals: set by `dispatch`, whose rules need this class."""
 
     def __post_init__(self) -> None:
         self.family.add(self)
@@ -91,7 +99,7 @@ def _in_place(name: str) -> Callable:
     return lambda *_: refuse(name, "operations in place are not carried")
 
 
-OPERATORS = {
+OPERATORS: dict[str, Any] = {
     "add": Tensor.add,
     "sub": Tensor.sub,
     "mul": Tensor.mul,
@@ -118,8 +126,6 @@ for _name, _function in OPERATORS.items():
     setattr(Dual, f"__{_name}__", _operator(_function))
 for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "setitem"):
     setattr(Dual, f"__{_name}__", _in_place(f"__{_name}__"))
-# Setting __eq__ took the identity hash away from nothing but this: a WeakSet needs it.
-Dual.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 class _DualBackend(TorchBackend):
@@ -132,5 +138,7 @@ class _DualBackend(TorchBackend):
 
 
 _pytree.register_pytree_node(
-    Dual, lambda value: ([value.primal, value.tangent], value.family), lambda parts, family: Dual(*parts, family)
+    Dual,
+    lambda value: ([value.primal, value.tangent], value.family),
+    lambda parts, family: Dual(*parts, family),  # type: ignore[call-arg, arg-type]
 )

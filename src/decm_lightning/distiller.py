@@ -1,6 +1,7 @@
 """Dual-End Consistency Models (arXiv 2602.10764): a fast student from a slow teacher."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,6 +16,24 @@ from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
 from decm_lightning.training import FlowTraining
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where a batch's jumps may start: noise x_0, data x_1, the point x_t between them at time t, and v(x_t, t)."""
+
+    x_0: Sample
+    x_1: Sample
+    condition: Condition
+    t: Time
+    x_t: Sample
+    v_t: Sample
+
+    def rows(self, rows: Tensor) -> "Points":
+        """Return some of the rows."""
+        rows = rows.to(self.t.device)
+        condition = None if self.condition is None else self.condition[rows]
+        return Points(self.x_0[rows], self.x_1[rows], condition, self.t[rows], self.x_t[rows], self.v_t[rows])
 
 
 class Distiller(FlowTraining):
@@ -69,40 +88,38 @@ class Distiller(FlowTraining):
         x_t = path.interpolate(x_0, x_1, t)
         with self.phase("teacher"):
             v_t = self.velocity(x_t, t, condition)
+        points = Points(x_0, x_1, condition, t, x_t, v_t)
 
-        # Each loss draws its jumps from its edge of the triangle; the noise edge starts at points of its own.
+        # Each loss draws its jumps from its edge of the triangle, with the direction its residual differentiates in.
         losses, shares = self.objective.due(step), self.objective.rows(len(x_1))
-        jumps: dict[str, Jump] = {}
-        v_left: dict[str, Sample | None] = {}
-        for name, loss in losses.items():
-            rows = shares[name].to(x_1.device)
-            labels = None if condition is None else condition[rows]
-            times = loss.edge.draw(t[rows], step, generator)
-            if loss.edge.shares_start:
-                start, v_left[name] = x_t[rows], v_t[rows]
-            else:
-                start = path.interpolate(x_0[rows], x_1[rows], times.t)
-                v_left[name] = self.at_start(loss, start, times.t, labels)
-            along = tangent(v_left[name], start, times.t, loss.left, loss.right) if loss.edge.has_length else None
-            jumps[name] = Jump(start, times.t, times.s, labels, along)
+        aims = {name: self.aim(loss, points.rows(shares[name]), step, generator) for name, loss in losses.items()}
 
-        # One pass of the student over all rows: its mean velocities u, and their derivatives du along the tangents.
+        # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.
         with self.phase("derivative"):
-            jets = dict(zip(jumps, evaluate(self.derivative, self.student, list(jumps.values())), strict=True))
+            jets = evaluate(self.derivative, self.student, [jump for jump, _ in aims.values()])
 
         # The residual of every jump, and the pull of the student toward its root.
         self.terms = {}
-        for name, loss in losses.items():
-            v_right = self.at_landing(loss, jumps[name], jets[name].u.detach())
-            self.terms[name] = self.objective.term(loss, jumps[name], jets[name], v_left[name], v_right, step)
+        for (name, loss), (jump, v_left), jet in zip(losses.items(), aims.values(), jets, strict=True):
+            v_right = self.at_landing(loss, jump, jet.u.detach())
+            self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
         return self.total(batch_idx)
 
-    def at_start(self, loss: DualEndLoss, x_t: Sample, t: Time, condition: Condition) -> Sample | None:
-        """Return the teacher's velocity where jumps with a start of their own begin; None if it has no weight."""
-        if not loss.left:
-            return None
-        with self.phase("teacher"):
-            return self.velocity(x_t, t, condition)
+    def aim(
+        self, loss: DualEndLoss, points: Points, step: int, generator: torch.Generator
+    ) -> tuple[Jump, Sample | None]:
+        """Return a loss's jumps, and the teacher's velocity where they start (None if it has no weight there)."""
+        times = loss.edge.draw(points.t, step, generator)
+        if loss.edge.shares_start:
+            x_t, v_left = points.x_t, points.v_t
+        else:
+            # The noise edge starts at points of its own, on the same lines from noise to data.
+            x_t, v_left = path.interpolate(points.x_0, points.x_1, times.t), None
+            if loss.left:
+                with self.phase("teacher"):
+                    v_left = self.velocity(x_t, times.t, points.condition)
+        along = tangent(v_left, x_t, times.t, loss.left, loss.right) if loss.edge.has_length else None
+        return Jump(x_t, times.t, times.s, points.condition, along), v_left
 
     def at_landing(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
         """Return the teacher's velocity where the student lands; None if it has no weight."""

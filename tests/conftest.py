@@ -1,10 +1,11 @@
 """What all tests share: shapes checked at run time, one thread, seeded generators and the exact Gaussian flow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 torch.set_num_threads(1)
 # The method's modules only: tests of the rest pass it flows and networks of their own.
@@ -27,6 +28,27 @@ from decm_lightning.derivatives import Jump  # noqa: E402
 from decm_lightning.flows import Gaussian  # noqa: E402
 from decm_lightning.path import interpolate  # noqa: E402
 from decm_lightning.triangle import Edge, Uniform  # noqa: E402
+
+METHOD = (
+    "derivatives",
+    "flows",
+    "losses",
+    "networks",
+    "samplers",
+    "test_conditions",
+    "test_guidance",
+    "test_path",
+    "test_triangle",
+)
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check shapes in the method's tests, except the dual engine's, whose values networks take for tensors."""
+    inside = request.path.relative_to(Path(__file__).parent).parts[0].startswith(METHOD)
+    config.update("jaxtyping_disable", not inside or "dual" in request.node.nodeid)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

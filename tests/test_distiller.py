@@ -99,6 +99,17 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
     assert distiller.terms["noise_to_noisy"].residual_rms > 0.05
 
 
+@pytest.mark.parametrize("engine", ["functional", "dual", "central"])
+def test_a_run_is_the_same_with_every_engine(engine, tmp_path):
+    def fit(name):
+        L.seed_everything(0, verbose=False)
+        distiller = Distiller(tiny_teacher(), derivative=name, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+        trainer(tmp_path, max_steps=5).fit(distiller, Digits(batch_size=32))
+        return torch.cat([p.detach().flatten() for p in distiller.network.parameters()])
+
+    torch.testing.assert_close(fit(engine), fit("functional"), rtol=0, atol=1e-4)
+
+
 def test_the_student_begins_as_the_teacher_at_every_landing_time():
     teacher = tiny_teacher()
     student = Distiller(teacher).student

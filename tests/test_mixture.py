@@ -15,7 +15,7 @@ from decm_lightning.teachers import ExactTeacher
 from decm_lightning.types import Batch
 
 FLOW = GaussianMixture.ring()
-STEPS = 1200
+STEPS = 2000
 
 
 class Stream(IterableDataset):
@@ -70,9 +70,9 @@ def measure(student: MLP) -> Errors:
 def errors() -> dict[str, Errors]:
     """Three students, trained alike but for their losses: about 20 seconds each."""
     return {
-        "consistency": train(losses.consistency_only()),
-        "without N2N": train(losses.consistency_and_flow_matching()),
-        "all three": train(losses.recommended()),
+        "consistency": train(losses.consistency_only("adaptive_l2")),
+        "without N2N": train(losses.consistency_and_flow_matching("adaptive_l2")),
+        "all three": train(losses.recommended("adaptive_l2")),
     }
 
 
@@ -85,4 +85,4 @@ def test_all_three_losses_beat_consistency_alone_in_the_map_and_under_euler(erro
 @pytest.mark.slow
 def test_n2n_lowers_the_error_of_the_jump_from_noise_to_the_middle(errors):
     assert errors["all three"].half < 0.5 * errors["consistency"].half
-    assert errors["all three"].half < 0.85 * errors["without N2N"].half
+    assert errors["all three"].half < 0.5 * errors["without N2N"].half

@@ -44,7 +44,8 @@ class Distiller(FlowTraining):
         student: the flow map to train; None for a copy of the teacher with a zero-initialised landing time.
         objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own.
         guidance: how the teacher is guided; the student learns the guided velocity and needs no second pass.
-        derivative: the engine for du: "functional" (exact) or "central" (a difference).
+        derivative: the engine for du: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference) or
+            "central" (a difference).
         optimizer: makes the optimiser from the student's parameters.
         lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
         ema_decay: decay of the student's average, in [0, 1).
@@ -56,7 +57,7 @@ class Distiller(FlowTraining):
         student: Network | None = None,
         objective: Objective = recommended(),  # noqa: B008 - frozen
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
-        derivative: EngineName = "functional",
+        derivative: EngineName = "dual",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch test test-slow test-all check lint types contracts clean
+.PHONY: help env demo demo-from-scratch test test-slow test-all study check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,10 @@ test-slow: env ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow ## every test
+
+study: env ## the runs behind docs/results.md (hours; started again it goes on)
+	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'
+	$(BIN)/python -m benchmarks.ablation --data fashion --steps 400 --seeds '[0]'
 
 check: lint types contracts test ## everything that must hold
 

@@ -21,7 +21,7 @@ class SlowTeacher(Teacher):
         return super().velocity(x_t, t, condition)
 
 
-def test_the_share_of_a_slow_teacher_is_most_of_the_step_and_images_are_counted(tmp_path):
+def test_the_teacher_s_share_holds_the_time_it_slept_and_images_are_counted(tmp_path):
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     run = L.Trainer(
         accelerator="cpu",
@@ -40,7 +40,7 @@ def test_the_share_of_a_slow_teacher_is_most_of_the_step_and_images_are_counted(
     logged = {name: value.item() for name, value in run.callback_metrics.items()}
     shares = [logged[f"throughput/{name}"] for name in ("teacher", "derivative", "backward")]
     # Two questions a step at 0.1 s each: at the batch's points and where N2N lands.
-    assert shares[0] > 0.5
+    assert shares[0] * 32 / logged["throughput/images_per_s"] >= 0.2
     assert all(share > 0 for share in shares)
     assert sum(shares) <= 1.001
     assert 6 * 32 / elapsed <= logged["throughput/images_per_s"] <= 32 / 0.2

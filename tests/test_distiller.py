@@ -270,3 +270,25 @@ def test_a_model_that_is_not_there_is_named():
 def test_an_exact_flow_has_no_student_of_its_own():
     with pytest.raises(ValueError, match=r"give Distiller\(student="):
         Distiller(ExactTeacher(GaussianMixture.ring()))
+
+
+def test_data_with_more_classes_than_the_network_are_refused(tmp_path):
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=5)
+    with pytest.raises(ValueError, match="the data have 10 classes and the network 5"):
+        trainer(tmp_path, max_steps=1).fit(Distiller(Teacher(network)), Digits(batch_size=16))
+
+
+def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):
+    asked = []
+
+    class Counting(GaussianTeacher):
+        def velocity(self, x_t, t, condition):
+            asked.append(len(t))
+            return super().velocity(x_t, t, condition)
+
+    distiller = Distiller(Counting(Gaussian(std=0.5)), MLP(3, 8, 1), losses.recommended(shares=(0.5, 0.25, 0.25)))
+    monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
+    monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
+    distiller.training_step(Batch(torch.randn(16, 3), None), 0)
+    # At 8 + 4 points of consistency and flow matching, and where the 4 jumps of N2N land.
+    assert asked == [12, 4]

@@ -87,12 +87,14 @@ class Distiller(FlowTraining):
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
         t = self.draw_times(self.objective.times, x_1, generator)
         x_t = path.interpolate(x_0, x_1, t)
+        losses, shares = self.objective.due(step), self.objective.rows(len(x_1))
+        asked = self.objective.asked(step, len(x_1)).to(x_1.device)
+        v_t = torch.zeros_like(x_t)
         with self.phase("teacher"):
-            v_t = self.velocity(x_t, t, condition)
+            v_t[asked] = self.velocity(x_t[asked], t[asked], None if condition is None else condition[asked])
         points = Points(x_0, x_1, condition, t, x_t, v_t)
 
         # Each loss draws its jumps from its edge of the triangle, with the direction its residual differentiates in.
-        losses, shares = self.objective.due(step), self.objective.rows(len(x_1))
         aims = {name: self.aim(loss, points.rows(shares[name]), step, generator) for name, loss in losses.items()}
 
         # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.

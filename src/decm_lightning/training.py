@@ -1,7 +1,6 @@
 """What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from numpy.random import SeedSequence
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
@@ -47,6 +47,7 @@ class FlowTraining(L.LightningModule):
         self.ema_decay = ema_decay
         self.seed = torch.initial_seed()
         self.draws: Cell | None = None
+        self.losses: dict[str, Tensor] = {}
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Announce a part of the step, "teacher" or "derivative"; a callback that times them replaces this method."""
@@ -106,7 +107,8 @@ class FlowTraining(L.LightningModule):
         Raises:
             NonFiniteError: naming the loss, the step and the batch.
         """
-        stacked = torch.stack([value.detach() for value in values.values()])
+        self.losses = {name: value.detach() for name, value in values.items()}
+        stacked = torch.stack(list(self.losses.values()))
         if torch.isfinite(stacked).all():
             return
         bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
@@ -116,14 +118,30 @@ class FlowTraining(L.LightningModule):
         """Stop if the gradient is not finite, before the weights take it in.
 
         Raises:
-            NonFiniteError: naming the parameters, the step and the batch.
+            NonFiniteError: naming the parameters, the losses, the step and the batch.
         """
-        norms = {name: p.grad.norm() for name, p in self.network.named_parameters() if p.grad is not None}
-        if not norms or torch.isfinite(torch.stack(list(norms.values()))).all():
+        gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
+        if get_total_norm(gradients.values()).isfinite():
             return
-        bad = [name for name, norm in norms.items() if not math.isfinite(norm.item())]
-        first = f"the gradient of {bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else f"the gradient of {bad[0]}"
-        raise NonFiniteError(self._stopped(first, self.trainer.fit_loop.batch_idx))
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        losses = ", ".join(f"loss/{name} = {value:.4g}" for name, value in self.loss_values().items())
+        what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
+        raise NonFiniteError(self._stopped(what, self.trainer.fit_loop.batch_idx))
+
+    def loss_values(self) -> dict[str, float]:
+        """Return this step's losses by name."""
+        return {name: value.item() for name, value in self.losses.items()}
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with more classes than the network has: the first label too many would be its null class.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        known, given = self.network.num_classes, getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
+        if known and given > known:
+            raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
 
     def _stopped(self, what: str, batch_idx: int) -> str:
         where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"

@@ -43,7 +43,8 @@ def test_the_teacher_s_share_holds_the_time_it_slept_and_images_are_counted(tmp_
     assert shares[0] * 32 / logged["throughput/images_per_s"] >= 0.2
     assert all(share > 0 for share in shares)
     assert sum(shares) <= 1.001
-    assert 6 * 32 / elapsed <= logged["throughput/images_per_s"] <= 32 / 0.2
+    # Three steps of 32 images within the run; and no step is shorter than what the teacher slept.
+    assert 3 * 32 / elapsed <= logged["throughput/images_per_s"] <= 32 / 0.2
 
 
 def test_values_out_of_range_are_refused():

@@ -102,8 +102,13 @@ def test_predict_writes_a_picture_for_each_label(decm):
         "class_path": "decm_lightning.callbacks.SampleWriter",
         "init_args": {"folder": "drawn", "cell": "teacher/euler/2"},
     }
-    code, *_ = decm(*digits("predict", "--trainer.callbacks", json.dumps([writer])))
-    assert code == 0
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "saved", "every_n_train_steps": 2, "filename": "two"},
+    }
+    assert decm(*digits("fit", "--trainer.callbacks", json.dumps([saving])))[0] == 0
+    predict = digits("predict", "--ckpt_path", "saved/two.ckpt", "--trainer.callbacks", json.dumps([writer]))
+    assert decm(*predict)[0] == 0
     files = sorted(file.name for file in Path("drawn").iterdir())
     # The first 32 digits are 0, 1, 2, ... 9, 0, 1, ...
     assert len(files) == 32
@@ -146,8 +151,10 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
             "normaliser: Expected a typing.Literal",
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
-        (digits("predict"), "predict needs the callback decm_lightning.callbacks.SampleWriter"),
-        (digits("test", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
+        (digits("test"), "test needs --ckpt_path: without it the student would be as it began"),
+        (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the samplers mix and mix_renoised"),
+        (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not there"),
+        (digits("fit", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
     ],
 )
 def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):

@@ -148,7 +148,7 @@ def test_presets_have_the_published_weightings():
     assert (paper.normaliser, facm.normaliser, mean_flow.normaliser) == ("clamp", "clamp", "adaptive_l2")
     assert paper.losses["flow_matching"].direction == facm.losses["flow_matching"].direction == 1
     assert facm.losses["consistency"].time_weight == "cosine"
-    assert mean_flow.times == LogitNormal(-0.4, 1.0)
+    assert mean_flow.times == LogitNormal(0.4, 1.0)
     assert PRESETS["recommended"].normaliser == "tangent_norm"
 
 

@@ -1,6 +1,8 @@
 """Networks come back from disk to the bit, and what is no network of ours is refused."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -94,7 +96,9 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
     """A description that names no network of ours is refused, with the names of ours."""
     save(network, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
-    with pytest.raises(ValueError, match="unknown network class 'UNet2DModel': expected one of DiT, MLP"):
+    with pytest.raises(
+        ValueError, match="unknown network class 'UNet2DModel': expected DiT, MLP or an importable Network"
+    ):
         load(tmp_path)
 
 
@@ -110,3 +114,19 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.ckpt").write_text("weights are elsewhere")
     with pytest.raises(ValueError, match=r"notes.ckpt is not a checkpoint of decm-lightning"):
         load(tmp_path / "notes.ckpt")
+
+
+class Foreign(MLP):
+    """A network class that the package does not know by name."""
+
+
+def test_a_network_class_from_elsewhere_is_found_by_its_module(tmp_path, monkeypatch):
+    module = types.ModuleType("elsewhere")
+    module.Foreign = Foreign
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    monkeypatch.setattr(Foreign, "__module__", "elsewhere")
+    network = Foreign(dimensions=3, width=8, depth=1)
+    save(network, tmp_path)
+    again = load(tmp_path)
+    assert type(again) is Foreign
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))

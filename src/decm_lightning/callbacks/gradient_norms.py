@@ -39,7 +39,7 @@ class GradientNorms(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Differentiate each loss by itself, where the graph still is."""
         terms = getattr(pl_module, "terms", {})
-        if not self.every_n_steps or trainer.global_step % self.every_n_steps or not terms:
+        if not self.every_n_steps or (trainer.global_step + 1) % self.every_n_steps or not terms:
             return
         parameters = [p for p in pl_module.get_submodule("network").parameters() if p.requires_grad]
         norms = {}

@@ -82,9 +82,13 @@ def essence(message: str) -> str:
 def _is_for_the_user(error: Exception) -> bool:
     from argparse import ArgumentError
 
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from safetensors import SafetensorError
+
     from decm_lightning.errors import NonFiniteError
 
-    return isinstance(error, (ArgumentError, ValueError, OSError, ImportError, NonFiniteError))
+    ours = (ArgumentError, ValueError, OSError, ImportError, NonFiniteError)
+    return isinstance(error, (*ours, MisconfigurationException, SafetensorError))
 
 
 def _refuse(message: str) -> int:

@@ -43,6 +43,12 @@ def draw(
     """
     if per_class < 1 or scale < 1:
         raise ValueError(f"per_class and scale must be at least 1: got {per_class} and {scale}")
+    if s1 is not None and sampler in ("euler", "consistency"):
+        raise ValueError(f"s1 is for the samplers mix and mix_renoised: got it with {sampler}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
     network = load(model, device)
     labels = _labels(classes, per_class, network.num_classes)
     generator = torch.Generator(device).manual_seed(seed)
@@ -66,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _labels(classes: list[int] | None, per_class: int, num_classes: int) -> torch.Tensor:
-    wanted = list(range(num_classes)) if classes is None else classes
+    wanted = classes or list(range(num_classes))
     for label in wanted:
         if not 0 <= label < num_classes:
             raise ValueError(f"classes must be from 0 to {num_classes - 1}: got {label}")

@@ -27,6 +27,16 @@ NOISE = (
 class TrainerCLI(LightningCLI):
     """Lightning's CLI, in which the config alone says what is built."""
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse to measure a network that nobody trained.
+
+        Raises:
+            ValueError: if validate, test or predict has no checkpoint.
+        """
+        command = self.subcommand
+        if command in ("validate", "test", "predict") and not self.config[command].ckpt_path:
+            raise ValueError(f"{command} needs --ckpt_path: without it the student would be as it began")
+
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyperparameters in the checkpoint override the command line, silently.
         pass

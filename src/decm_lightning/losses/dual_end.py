@@ -102,7 +102,7 @@ class Objective:
         """Return which of `count` rows each loss takes, at least one: consecutive ones, each loss after the other.
 
         Shares of 1 give every row to every loss, as the paper does. Shares that sum to 1 divide the batch: a step then
-        costs a third, and a loss is the mean over its own rows, so that weights mean the same.
+        costs about two fifths, and a loss is the mean over its own rows, so that weights mean the same.
         """
         rows, first = {}, 0
         for name, loss in self.losses.items():
@@ -110,6 +110,12 @@ class Objective:
             rows[name] = torch.arange(first, first + taken) % count
             first += taken
         return rows
+
+    def asked(self, step: int, count: int) -> Tensor:
+        """Return the rows at whose x_t a loss that is due at `step` reads the teacher's velocity."""
+        rows = self.rows(count)
+        readers = [name for name, loss in self.due(step).items() if loss.edge.shares_start and loss.left]
+        return torch.cat([rows[name] for name in readers]).unique() if readers else torch.empty(0, dtype=torch.long)
 
     def term(
         self, loss: DualEndLoss, jump: Jump, jet: Jet, v_left: Sample | None, v_right: Sample | None, step: int

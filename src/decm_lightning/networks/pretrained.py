@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def save(network: Network, folder: str | Path) -> None:
 
 def describe(network: Network) -> dict[str, Any]:
     """Return what is needed to build the network again: its class name and its arguments."""
-    return {"_class_name": type(network).__name__, **network.config}
+    cls = type(network)
+    # Classes from elsewhere are found again by their module.
+    name = cls.__name__ if cls in CLASSES.values() else f"{cls.__module__}.{cls.__qualname__}"
+    return {"_class_name": name, **network.config}
 
 
 def build(description: dict[str, Any]) -> Network:
@@ -50,10 +54,17 @@ def build(description: dict[str, Any]) -> Network:
         ValueError: if the class is unknown.
     """
     arguments = dict(description)
-    name = arguments.pop("_class_name", None)
-    if name not in CLASSES:
-        raise ValueError(f"unknown network class {name!r}: expected one of {', '.join(CLASSES)}")
-    return CLASSES[name](**arguments)
+    name = str(arguments.pop("_class_name", None))
+    if name in CLASSES:
+        return CLASSES[name](**arguments)
+    module, _, cls = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), cls) if module else None
+    except (ImportError, AttributeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Network)):
+        raise ValueError(f"unknown network class {name!r}: expected {', '.join(CLASSES)} or an importable Network")
+    return found(**arguments)
 
 
 def _from_folder(folder: Path) -> Network:

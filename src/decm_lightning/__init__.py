@@ -6,7 +6,7 @@ __all__ = ["Distiller", "TeacherTraining", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: Lightning takes seconds to import, and the method itself needs only torch.
+    # Imported on first use: Lightning takes seconds to import, and the method itself needs none of it.
     if name == "load":
         from decm_lightning.networks import load
 

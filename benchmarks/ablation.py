@@ -2,8 +2,8 @@
 
 Distils the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
 presets), by the data set's own config and at equal rows a step; measures every student by the config's protocol; and
-writes the table and the curves of the gradient norm. A run that is done is kept: started again, the study goes on where
-it stopped.
+writes the table (runs/ablation) and the curves of the gradient norm (docs). A run that is done is kept: started again,
+the study goes on where it stopped.
 """
 
 import json
@@ -184,7 +184,7 @@ def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], thre
         results[name].append(json.loads(file.read_text()))
         print(f"{name}, seed {seed}: {results[name][-1]['distances']}", flush=True)
     results = {name: results[name] for name in ("teacher", *OBJECTIVES)}
-    Path(f"docs/results-{data}.md").write_text(table(results))
+    Path(f"runs/ablation/{data}.md").write_text(table(results))
     draw_norms(results, Path(f"docs/gradient-norms-{data}.png"))
     print(table(results))
 

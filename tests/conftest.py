@@ -42,13 +42,22 @@ METHOD = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check shapes in the method's tests, except the dual engine's, whose values networks take for tensors."""
+    """Check shapes in the method's tests only: elsewhere the dual engine is at work, whose values are no tensors."""
     inside = request.path.relative_to(Path(__file__).parent).parts[0].startswith(METHOD)
-    config.update("jaxtyping_disable", not inside or "dual" in request.node.nodeid)
+    config.update("jaxtyping_disable", not inside)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_duals(request: pytest.FixtureRequest, _shapes: None) -> Iterator[None]:
+    """Leave them unchecked in the tests of that engine, too."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", before or "dual" in request.node.nodeid)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

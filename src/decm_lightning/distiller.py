@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from decm_lightning import path
-from decm_lightning.derivatives import ENGINES, EngineName, Jump, evaluate
+from decm_lightning.derivatives import ENGINES, Engine, EngineName, Jump, NoTangentError, choose, dual, evaluate
+from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, LossTerm, Objective, recommended, tangent
 from decm_lightning.networks import Network
@@ -44,11 +48,13 @@ class Distiller(FlowTraining):
         student: the flow map to train; None for a copy of the teacher with a zero-initialised landing time.
         objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own.
         guidance: how the teacher is guided; the student learns the guided velocity and needs no second pass.
-        derivative: the engine for du: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference) or
-            "central" (a difference).
+        derivative: the engine for du: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
+            "central" (a difference), or "auto": the first of them that can pass through the student; the log says why.
         optimizer: makes the optimiser from the student's parameters.
         lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
         ema_decay: decay of the student's average, in [0, 1).
+        gradient_checkpointing: compute the student's activations again in the backward pass: less memory, more time.
+        compile: compile the blocks of student and teacher.
     """
 
     def __init__(
@@ -57,22 +63,42 @@ class Distiller(FlowTraining):
         student: Network | None = None,
         objective: Objective = recommended(),  # noqa: B008 - frozen
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
-        derivative: EngineName = "dual",
+        derivative: EngineName | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(teacher.student() if student is None else student, optimizer, lr_scheduler, ema_decay)
+        network = teacher.student() if student is None else student
+        super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher = teacher
         self.velocity = GuidedField(teacher, teacher.null, guidance)
         self.objective = objective
-        self.derivative = ENGINES[derivative]
+        self.wanted: EngineName | None = None if derivative == "auto" else derivative
+        self.derivative: Engine = ENGINES[self.wanted or "dual"]
         self.terms: dict[str, LossTerm] = {}
 
     @property
     def student(self) -> Network:
         """The network that is trained."""
         return self.network
+
+    def setup(self, stage: str) -> None:
+        """Choose the engine for du.
+
+        Raises:
+            ValueError: if the wanted engine cannot pass through the student, or the data have too many classes.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            choice = choose(self.student, self.student.example(), self.wanted)
+            self.derivative = choice.engine
+            rank_zero_info(choice.reason)
+
+    def trained(self) -> list[Network]:
+        """Return the student, and the teacher's network if it has one."""
+        return [self.student, *self.teacher.networks()]
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as its own Euler sampler."""
@@ -99,14 +125,15 @@ class Distiller(FlowTraining):
 
         # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.
         with self.phase("derivative"):
-            jets = evaluate(self.derivative, self.student, [jump for jump, _ in aims.values()])
+            jumps = [jump for jump, _ in aims.values()]
+            jets = evaluate(self.derivative, self.student, jumps)
 
         # The residual of every jump, and the pull of the student toward its root.
         self.terms = {}
         for (name, loss), (jump, v_left), jet in zip(losses.items(), aims.values(), jets, strict=True):
             v_right = self.at_landing(loss, jump, jet.u.detach())
             self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
-        return self.total(batch_idx)
+        return self.total(batch_idx, jumps)
 
     def aim(
         self, loss: DualEndLoss, points: Points, step: int, generator: torch.Generator
@@ -131,15 +158,30 @@ class Distiller(FlowTraining):
         with self.phase("teacher"):
             return self.velocity(path.jump(jump.x_t, u, jump.t, jump.s), jump.s, jump.condition)
 
-    def total(self, batch_idx: int) -> Tensor:
+    def total(self, batch_idx: int, jumps: list[Jump]) -> Tensor:
         """Return the sum of this step's losses, logged one by one and checked to be finite."""
         values = {name: term.value for name, term in self.terms.items()}
-        self.check_losses(values, batch_idx)
+        try:
+            self.check_losses(values, batch_idx)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{self.origin(jumps)}") from None
         total = torch.stack(list(values.values())).sum()
         self.log_dict({f"loss/{name}": value for name, value in values.items()})
         self.log_dict({f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
         self.log("loss/total", total, prog_bar=True)
         return total
+
+    def origin(self, jumps: list[Jump]) -> str:
+        """Return the operation and layer at which the first derivative that is not finite arose, "" if not known."""
+        # One process that runs the student by itself would wait for the others forever.
+        if self.derivative is not dual or self.trainer.world_size > 1:
+            return ""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            try:
+                evaluate(partial(dual, watched=True), self.student, jumps)
+            except NoTangentError as error:
+                return f"; {error}"
+        return ""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         # The teacher is outside the module registry, yet must follow every move and cast of this module.

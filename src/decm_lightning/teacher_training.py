@@ -24,6 +24,8 @@ class TeacherTraining(FlowTraining):
         guidance: how the teacher is guided when it is sampled; training does not depend on it.
         times: the law of t.
         ema_decay: decay of the average, in [0, 1).
+        gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
+        compile: compile the network's blocks.
 
     Raises:
         ValueError: if class_dropout or ema_decay is outside its range.
@@ -38,8 +40,10 @@ class TeacherTraining(FlowTraining):
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         times: TimeLaw = Uniform(),  # noqa: B008 - frozen
         ema_decay: float = 0.999,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(network, optimizer, lr_scheduler, ema_decay)
+        super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         if not 0 <= class_dropout < 1:
             raise ValueError(f"class_dropout must be in [0, 1): got {class_dropout}")
         self.class_dropout = class_dropout

@@ -4,6 +4,7 @@ Submodules and parameters are named as in LightningDiT (arXiv 2501.01423), so th
 are; `r_embedder` is its name for the embedder of the landing time s.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -89,9 +90,14 @@ class DiT(Network):
         if self.r_embedder is not None:
             embedding = embedding + self.r_embedder(s)
         tokens = self.x_embedder(x_t) + self.pos_embed
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = block(tokens, embedding, self.feat_rope)
-        return self.unpatchify(self.final_layer(tokens, embedding))
+            tokens = block(tokens, embedding, self.feat_rope, checkpointed)
+        return self.unpatchify(self.final_layer(tokens, embedding)).to(x_t.dtype)
+
+    def units(self) -> list[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
 
     def unpatchify(self, tokens: Tensor) -> Sample:
         """Return the image whose patches the tokens (b, n, p * p * c) are."""

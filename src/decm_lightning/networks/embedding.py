@@ -21,14 +21,15 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Return the tokens, row by row."""
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        return rearrange(self.proj(x.to(self.proj.weight.dtype)), "b d h w -> b (h w) d")
 
 
 class TimeEmbedding(nn.Module):
     """An MLP over sinusoids of a time in [0, 1]: cosines first, periods from 2 pi to 2 pi * 10,000.
 
     The time is not multiplied by 1000: an embedding that is smooth over [0, 1] keeps the derivative in t small.
-    With `zero_output` it is at first 0 for every time.
+    The sinusoids are computed in the dtype of the time, which should be float32 also where weights are narrower: t
+    rounded to bfloat16 makes the derivative in t wrong. With `zero_output` the embedding is at first 0 for every time.
     """
 
     def __init__(self, width: int, sinusoids: int = 256, zero_output: bool = False) -> None:
@@ -42,7 +43,7 @@ class TimeEmbedding(nn.Module):
         half = self.sinusoids // 2
         exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
         angles = t[:, None] * torch.exp(-math.log(10_000) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(next(self.mlp.parameters()).dtype))
 
 
 class ClassEmbedding(nn.Module):

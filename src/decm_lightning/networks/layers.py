@@ -5,6 +5,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 Tokens = Float[Tensor, "b n d"]
 Embedding = Float[Tensor, "b d"]
@@ -110,8 +111,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, int(2 / 3 * mlp_ratio * width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, 0.0))
 
-    def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary) -> Tokens:
-        """Return the tokens after both halves."""
+    def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary, checkpointed: bool = False) -> Tokens:
+        """Return the tokens after both halves; `checkpointed` keeps nothing in between for the backward pass."""
+        if checkpointed:
+            return checkpoint(self.halves, x, embedding, rotary, use_reentrant=False)
+        return self.halves(x, embedding, rotary)
+
+    def halves(self, x: Tokens, embedding: Embedding, rotary: Rotary) -> Tokens:
+        """Return the tokens after attention, and then the MLP."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(embedding).chunk(6, dim=-1)
         x = x + gate_1[:, None] * self.attn(modulate(self.norm1(x), shift_1, scale_1), rotary)
         return x + gate_2[:, None] * self.mlp(modulate(self.norm2(x), shift_2, scale_2))

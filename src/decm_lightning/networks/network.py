@@ -17,11 +17,13 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         config: the arguments that build the network again.
         sample_shape: the shape of one sample, without the batch.
         num_classes: how many classes there are; index num_classes is the null class of classifier-free guidance.
+        gradient_checkpointing: keep only the inputs of each block for the backward pass, and compute the rest again.
     """
 
     config: dict[str, Any]
     sample_shape: tuple[int, ...]
     num_classes: int
+    gradient_checkpointing: bool = False
 
     @abstractmethod
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
@@ -30,6 +32,26 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     @abstractmethod
     def with_landing_time(self) -> "Network":
         """Return a copy that also reads s, and at first equals this network for every s."""
+
+    def units(self) -> list[nn.Module]:
+        """Return the repeated parts, each compiled and sharded by itself; the whole where there are none."""
+        return [self]
+
+    def compile_units(self) -> "Network":
+        """Compile each unit without graph breaks, in place and once for all that are alike; return the network.
+
+        Only its `forward` is compiled, so that hooks, such as FSDP's, stay outside, and parameters keep their names.
+        """
+        for unit in self.units():
+            unit.forward = torch.compile(unit.forward, fullgraph=True)  # type: ignore[method-assign]
+        return self
+
+    def example(self, rows: int = 2) -> tuple[Sample, Time, Time, Condition]:
+        """Return arguments that this network takes: zeros of the right shapes, and classes if it has any."""
+        parameter = next(self.parameters())
+        times = torch.full((rows,), 0.5, device=parameter.device)
+        labels = torch.zeros(rows, dtype=torch.long, device=parameter.device) if self.num_classes else None
+        return parameter.new_zeros(rows, *self.sample_shape), times, times, labels
 
     def null(self, condition: Condition) -> Condition:
         """Return as many null classes as there are labels."""

@@ -29,6 +29,10 @@ class ExactTeacher(Teacher):
         """Return the condition that leaves the mixture whole."""
         return self.flow.null(condition)
 
+    def networks(self) -> list[Network]:
+        """Return none."""
+        return []
+
     def student(self) -> Network:
         """Refuse: a formula has no weights to start from.
 

@@ -36,6 +36,10 @@ class Teacher:
         """Return the condition of an unconditional pass."""
         return self.network.null(condition)
 
+    def networks(self) -> list[Network]:
+        """Return the networks that a velocity costs a pass of."""
+        return [self.network]
+
     def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""
         return self.network.with_landing_time().train()

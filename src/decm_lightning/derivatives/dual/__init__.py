@@ -2,6 +2,7 @@
 
 from decm_lightning.derivatives.dual import attention, layers, pointwise, structure
 from decm_lightning.derivatives.dual.engine import dual
+from decm_lightning.derivatives.dual.value import NoTangentError
 
 # The modules of rules are imported for the rules that they register.
-__all__ = ["attention", "dual", "layers", "pointwise", "structure"]
+__all__ = ["NoTangentError", "attention", "dual", "layers", "pointwise", "structure"]

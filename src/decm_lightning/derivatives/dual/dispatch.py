@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.value import Dual, Family, refuse
+from decm_lightning.derivatives.dual.value import Dual, Family, NoTangentError, refuse
 
 SPELLINGS = {
     "concat": "cat",
@@ -93,8 +94,10 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
     """Return the tangent of one operation, by torch's forward mode over its pairs.
 
     Raises:
-        NotImplementedError: if the operation has no forward derivative.
+        NoTangentError: if the operation has no forward derivative.
     """
+    if torch.compiler.is_compiling():
+        refuse(_name(func), "it has no rule but forward mode, which cannot be compiled")
 
     def to_forward(given: Any) -> Any:
         return forward_ad.make_dual(given.primal.detach(), given.tangent) if isinstance(given, Pair) else given
@@ -111,7 +114,7 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
             with sdpa_kernel(SDPBackend.MATH):
                 result = func(*replace(args, to_forward), **replace(kwargs, to_forward))
         except (NotImplementedError, RuntimeError) as error:
-            raise NotImplementedError(f"the dual engine has no tangent for torch's {_name(func)}: {error}") from error
+            raise NoTangentError(f"the dual engine has no tangent for torch's {_name(func)}: {error}") from error
         return replace(result, to_tangent)
 
 
@@ -127,10 +130,11 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return what the function gives, with a tangent where it depends on one.
 
     Raises:
-        NotImplementedError: if the operation is in place, or its derivative is not known.
+        NoTangentError: if the operation is in place, its derivative is not known, or, where the pass is watched, its
+            tangent is not finite.
     """
     name = _name(func)
-    if (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") or kwargs.get("out") is not None:
+    if _in_place(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
         refuse(name, "operations in place are not carried")
     leading = LEADING if name != "scaled_dot_product_attention" else (*LEADING, "value")
     args = (*args, *(kwargs[key] for key in leading if key in kwargs))
@@ -143,7 +147,7 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if duals and duals[0].family.recorded and not torch.is_grad_enabled():
         refuse(name, "under no_grad, in reentrant checkpointing or an autograd.Function u would lose its graph")
     fallback = bool(duals) and name not in RULES and name not in SHAPE_ONLY
-    before = _random_state(duals[0]) if fallback else None
+    before = _random_state(duals[0]) if fallback and not torch.compiler.is_compiling() else None
     value = func(*replace(args, _primal), **replace(kwargs, _primal))
     if before is not None and not torch.equal(before, _random_state(duals[0])):
         refuse(name, "it draws random numbers")
@@ -151,7 +155,10 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         return value
     with torch.no_grad():
         tangent = _derive(FALLBACK if fallback else RULES[name], duals, func, value, args, kwargs)
-        return _pair(value, tangent, duals[0].family)
+        pair = _pair(value, tangent, duals[0].family)
+        if duals[0].family.watched:
+            replace(pair, partial(_watch, name))
+        return pair
 
 
 def _derive(rule: Rule, duals: list[Dual], func: Callable, value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -178,6 +185,12 @@ def _pair(value: Any, tangent: Any, family: Family) -> Any:
     return Dual(value, tangent.to(value.dtype), family)
 
 
+def _watch(name: str, pair: Dual | Tensor) -> None:
+    if isinstance(pair, Dual) and pair.tangent is not None and not pair.tangent.isfinite().all():
+        finite = "is finite" if pair.primal.isfinite().all() else "is not either"
+        raise NoTangentError(f"the tangent of torch's {name} is not finite (its value {finite})")
+
+
 def _is_differentiable(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(_is_differentiable(part) for part in value)
@@ -185,23 +198,30 @@ def _is_differentiable(value: Any) -> bool:
 
 
 def _duals(values: Any) -> list[Dual]:
-    found: dict[int, Dual] = {}
+    found: list[Dual] = []
 
     def note(value: Any) -> None:
         if isinstance(value, Dual) and value.tangent is not None:
-            found[id(value)] = value
+            found.append(value)
 
     replace(values, note)
-    return list(found.values())
+    return found
 
 
 def _primal(value: Any) -> Any:
     return value.primal if isinstance(value, Dual) else value
 
 
+# Names are the same at every call: a compiled region need not read them.
+@torch.compiler.assume_constant_result
 def _name(func: Callable) -> str:
     name = getattr(func, "__name__", str(func))
     return SPELLINGS.get(name, name)
+
+
+@torch.compiler.assume_constant_result
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _random_state(dual: Dual) -> Tensor:

@@ -3,27 +3,45 @@
 from typing import Any
 
 import torch
+from torch import nn
 
-from decm_lightning.derivatives.dual.value import Dual, Family
+from decm_lightning.derivatives.dual.value import Dual, Family, NoTangentError
 from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
-def dual(network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None) -> Jet:
+def dual(
+    network: FlowMapNetwork,
+    x_t: Sample,
+    t: Time,
+    s: Time,
+    condition: Condition,
+    tangent: Tangent | None,
+    watched: bool = False,
+) -> Jet:
     """Return u with its ordinary graph and du without any, both from one pass over the network.
 
     Every operation gives its value as always and beside it, under no_grad, its derivative along the tangent in the rows
     that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. The
-    network's code must be eager and made of torch's operations, none in place; dropout is carried but in attention,
-    checkpointing unless it is reentrant, and an autograd.Function is not.
+    network's code must be made of torch's operations, none in place, and may be compiled, whole or in parts; dropout is
+    carried but in attention, checkpointing unless it is reentrant, and an autograd.Function is not.
+
+    Args:
+        network: the student.
+        x_t: start points, (b, *d).
+        t: start times, (b,).
+        s: landing times, (b,).
+        condition: class labels, (b,), or None.
+        tangent: direction over (x, t, s) of the first rows; None to skip the derivative.
+        watched: stop at the first tangent that is not finite; it costs a look at every one of them.
 
     Raises:
-        NotImplementedError: if an operation has no tangent; the message names it.
+        NoTangentError: if an operation has no tangent, or no finite one; the message names it and its layer.
     """
     if tangent is None:
         return Jet(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
-    family = Family()
+    family = Family(watched)
     inputs: list[Any] = [
         Dual(value, along.detach().to(value), family)
         for value, along in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
@@ -33,7 +51,19 @@ def dual(network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Cond
         if not isinstance(end, Dual):
             return Jet(end, torch.zeros_like(end[:rows]))
         return Jet(end.primal, end.padded()[:rows])
+    except NoTangentError as error:
+        raise NoTangentError(f"{error}{_place(network, error)}") from error
     finally:
         # Gradient checkpointing keeps a block's inputs and runs it again in the backward pass, without tangents.
         for member in list(family):
             member.tangent = None
+
+
+def _place(network: FlowMapNetwork, error: BaseException) -> str:
+    """Return the innermost layer of the network that was at work when the error was raised."""
+    names = {id(module): name for name, module in network.named_modules()} if isinstance(network, nn.Module) else {}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = names.get(id(frame.tb_frame.f_locals.get("self")), found)
+        frame = frame.tb_next
+    return f", in layer {found}" if found else ""

@@ -12,7 +12,7 @@ from decm_lightning.derivatives.dual.structure import apart
 from decm_lightning.derivatives.dual.value import Dual
 
 BY_SAMPLE = {
-    *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d", "group_norm"),
+    *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d"),
     *("instance_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle"),
 }
 """Operations along all axes but the first, which is the batch."""
@@ -96,12 +96,35 @@ def layer_norm(
     """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, normalized_shape, weight, bias, eps)
-    shape = list(normalized_shape)
-    point, tangent = x.primal.detach(), x.tangent
-    _, mean, scale = torch.native_layer_norm(point, shape, None, None, eps)
-    only_x = [True, False, False]
-    moved = torch.ops.aten.native_layer_norm_backward(tangent, point, shape, mean, scale, None, None, only_x)[0]
+    moved = _normalised(x.primal, x.tangent, list(normalized_shape), eps)
     return moved if weight is None else moved * weight
+
+
+@rule("group_norm", keeps=_on_first_axis)
+def group_norm(
+    cut: Cut | None,
+    func: Callable,
+    value: Tensor,
+    /,
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The tangent of a layer norm of each group, times the w of its channel."""
+    if not _only_dual_is_first(x, weight, bias):
+        return forward_mode(func, x, num_groups, weight, bias, eps)
+    point, tangent = (part.reshape(len(part), num_groups, -1) for part in (x.primal, x.tangent))
+    moved = _normalised(point, tangent, [point.shape[-1]], eps).reshape(x.primal.shape)
+    return moved if weight is None else moved * weight.view(-1, *[1] * (moved.ndim - 2))
+
+
+def _normalised(x: Tensor, dx: Tensor, shape: list[int], eps: float) -> Tensor:
+    x = x.detach()
+    _, mean, scale = torch.native_layer_norm(x, shape, None, None, eps)
+    only_x = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, scale, None, None, only_x)[0]
 
 
 @rule("rms_norm", keeps=_outside_norm)

@@ -41,7 +41,9 @@ def _shape(cut: Cut | None, value: Tensor) -> torch.Size:
 
 @rule(*DERIVATIVES, broadcasts=True)
 def of_one_element(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
-    """Return f'(x) dx."""
+    """Return f'(x) dx; by forward mode in the complex plane, where a gradient takes the conjugate of f'(x)."""
+    if x.primal.is_complex():
+        return forward_mode(func, x, *args, **kwargs)
     known = value if cut is None else cut.of(value)
     return DERIVATIVES[func.__name__](x.tangent, x.primal, known, *args, **kwargs)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.dispatch import Pair, replace, rule
+from decm_lightning.derivatives.dual.dispatch import COMPOSITES, Pair, replace, rule
 from decm_lightning.derivatives.dual.value import Dual, refuse
 
 RESHAPES = ("reshape", "reshape_as", "view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel")
@@ -31,7 +31,7 @@ def apart(name: str) -> Callable[..., bool]:
     position, default = ALONG_DIM[name]
 
     def keeps(cut: Cut, func: Callable, value: Any, /, *args: Any, **kwargs: Any) -> bool:
-        dims = kwargs.get("dim", args[position] if len(args) > position else default)
+        dims = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
         first = args[0] if args else kwargs["input"]
         ndim = first[0].ndim if isinstance(first, tuple | list) else first.ndim
         every = (dims,) if isinstance(dims, int) else dims or range(ndim)
@@ -45,9 +45,19 @@ def _same(cut: Cut | None, func: Callable, value: Any, /, x: Pair, *args: Any, *
     return func(x.tangent, *args, **kwargs)
 
 
-rule("permute", "transpose", "movedim", "moveaxis", "t", "adjoint", "contiguous", "clone")(_same)
+rule("permute", "transpose", "movedim", "moveaxis", "t", "adjoint", "contiguous", "clone", "view_as_real")(_same)
 for _name in ("chunk", "split", "split_with_sizes", "unbind", "select", "narrow", "sum", "mean"):
     rule(_name, keeps=apart(_name))(_same)
+
+
+def _before_last(cut: Cut, *_: Any, **__: Any) -> bool:
+    return cut.axis < -1
+
+
+@rule("view_as_complex", keeps=_before_last)
+def view_as_complex(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair) -> Tensor:
+    """The same pairs of the tangent, which may lie in memory in another way than the value."""
+    return func(x.tangent.contiguous())
 
 
 @rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
@@ -113,3 +123,23 @@ def getitem(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, index: A
 
 def _tangent(value: Pair | Tensor) -> Tensor:
     return value.tangent if isinstance(value, Pair) else torch.zeros_like(value)
+
+
+def checkpoint(func: Callable, body: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Gradient checkpointing inside a compiled region, which takes and gives plain tensors only.
+
+    Outside of one it is no operation of torch but ordinary code.
+    """
+    family = next(value.family for value in args if isinstance(value, Dual))
+    parts = [part for value in args if isinstance(value, Dual) for part in (value.primal, value.tangent)]
+
+    def on_tensors(*parts: Any) -> Any:
+        pairs = iter(zip(parts[::2], parts[1::2], strict=True))
+        end = body(*(Dual(*next(pairs), family) if isinstance(value, Dual) else value for value in args))
+        return end.primal, end.tangent
+
+    primal, tangent = func(on_tensors, *parts, **kwargs)
+    return Dual(primal, tangent, family)
+
+
+COMPOSITES["tag_activation_checkpoint"] = checkpoint

@@ -16,12 +16,22 @@ from decm_lightning.derivatives.dual.cut import pad
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_nested"}
 
 
-class Family(WeakSet):
-    """All living duals of one pass, and whether autograd records it."""
+class NoTangentError(NotImplementedError):
+    """An operation whose tangent is not known, or not finite: a silent zero would be a wrong derivative."""
 
-    def __init__(self) -> None:
+
+class Family(WeakSet):
+    """All living duals of one pass, made outside compiled regions.
+
+    Attributes:
+        recorded: whether autograd records the pass.
+        watched: stop at the first tangent that is not finite where its value is.
+    """
+
+    def __init__(self, watched: bool = False) -> None:
         super().__init__()
         self.recorded = torch.is_grad_enabled()
+        self.watched = watched
 
 
 @dataclass(eq=False)
@@ -46,7 +56,9 @@ class Dual:
     """How functions of torch act on duals: set by `dispatch`, whose rules need this class."""
 
     def __post_init__(self) -> None:
-        self.family.add(self)
+        # A compiled region that read the set would be compiled anew for each of its states.
+        if not torch.compiler.is_compiling():
+            self.family.add(self)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
@@ -82,8 +94,8 @@ class Dual:
 
 
 def refuse(name: str, reason: str) -> NoReturn:
-    """Raise for an operation that has no tangent: a silent zero would be a wrong derivative."""
-    raise NotImplementedError(f"the dual engine has no tangent for torch's {name}: {reason}")
+    """Raise for an operation that has no tangent."""
+    raise NoTangentError(f"the dual engine has no tangent for torch's {name}: {reason}")
 
 
 def _call(func: Callable, *args: Any, **kwargs: Any) -> Any:

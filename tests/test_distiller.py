@@ -99,6 +99,42 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
     assert distiller.terms["noise_to_noisy"].residual_rms > 0.05
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [losses.paper(shares=(0.5, 0.25, 0.25)), losses.recommended(), losses.recommended(shares=(0.5, 0.25, 0.25))],
+)
+def test_the_passes_that_are_announced_are_made(objective, tmp_path):
+    """Rows through teacher and student over six steps, counted at their doors."""
+    rows = {"teacher": 0, "student": 0}
+
+    def counted(name, network):
+        network.register_forward_hook(lambda module, args, u: rows.update({name: rows[name] + len(args[1])}))
+
+    distiller = Distiller(tiny_teacher(), objective=objective, guidance=Guidance(2.0))
+    counted("teacher", distiller.teacher.network)
+    counted("student", distiller.student)
+    trainer(tmp_path, max_steps=6).fit(distiller, Digits(batch_size=64))
+    expected = losses.cost(objective, distiller.velocity.guidance.passes)
+    assert rows["teacher"] == pytest.approx(6 * 64 * expected.teacher, rel=0.02)
+    assert rows["student"] == pytest.approx(6 * 64 * expected.student, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda student: student.blocks[0].mlp.w3.weight.data.fill_(torch.nan), ["linear", "blocks.0.mlp.w3"]),
+        (lambda student: student.final_layer.norm_final.weight.data.fill_(torch.inf), ["mul", "final_layer.norm_final"]),
+    ],
+)
+def test_a_derivative_that_is_not_finite_names_operation_and_layer(break_it, named, tmp_path):
+    """The error says where the first one arose, not only which loss saw it."""
+    distiller = Distiller(tiny_teacher())
+    break_it(distiller.student)
+    with pytest.raises(NonFiniteError) as error:
+        trainer(tmp_path, max_steps=1).fit(distiller, Digits(batch_size=16))
+    assert all(word in str(error.value) for word in ("loss/consistency", "batch 0", *named)), error.value
+
+
 @pytest.mark.parametrize("engine", ["functional", "dual", "central"])
 def test_a_run_is_the_same_with_every_engine(engine, tmp_path):
     def fit(name):

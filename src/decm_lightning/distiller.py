@@ -14,7 +14,7 @@ from decm_lightning import path
 from decm_lightning.derivatives import ENGINES, Engine, EngineName, Jump, NoTangentError, choose, dual, evaluate
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import DualEndLoss, LossTerm, Objective, recommended, tangent
+from decm_lightning.losses import DualEndLoss, LossTerm, Objective, cost, recommended, tangent
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
@@ -85,7 +85,7 @@ class Distiller(FlowTraining):
         return self.network
 
     def setup(self, stage: str) -> None:
-        """Choose the engine for du.
+        """Choose the engine for du, and say what a step will cost.
 
         Raises:
             ValueError: if the wanted engine cannot pass through the student, or the data have too many classes.
@@ -95,6 +95,7 @@ class Distiller(FlowTraining):
             choice = choose(self.student, self.student.example(), self.wanted)
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
+            rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
 
     def trained(self) -> list[Network]:
         """Return the student, and the teacher's network if it has one."""

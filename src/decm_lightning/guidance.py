@@ -41,6 +41,12 @@ class Guidance:
         if not 0 <= first <= last <= 1:
             raise ValueError(f"guidance interval must lie in order within [0, 1]: got {self.interval}")
 
+    @property
+    def passes(self) -> float:
+        """Passes of the field for one guided velocity, on average over uniform times."""
+        first, last = self.interval
+        return 1.0 if self.scale == 1 else 1.0 + last - first
+
 
 class GuidedField:
     """The guided velocity. One call of the field serves conditional and null rows, the latter only in the interval.

@@ -1,5 +1,6 @@
 """One residual, a few edges: every few-step distillation loss of this family, and the presets that name them."""
 
+from decm_lightning.losses.cost import Cost, cost
 from decm_lightning.losses.dual_end import DualEndLoss, LossTerm, Objective
 from decm_lightning.losses.presets import (
     consistency_and_flow_matching,
@@ -14,11 +15,13 @@ from decm_lightning.losses.presets import (
 from decm_lightning.losses.residual import residual, tangent
 
 __all__ = [
+    "Cost",
     "DualEndLoss",
     "LossTerm",
     "Objective",
     "consistency_and_flow_matching",
     "consistency_only",
+    "cost",
     "facm",
     "flow_matching_only",
     "lagrangian",

@@ -112,7 +112,7 @@ def group_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The tangent of a layer norm of each group, times the w of its channel."""
+    """Return w (dx - mean(dx) - n mean(n dx)) / std within each group, with w that of the channel."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, num_groups, weight, bias, eps)
     point, tangent = (part.reshape(len(part), num_groups, -1) for part in (x.primal, x.tangent))

@@ -100,9 +100,12 @@ def rdiv(cut: Cut | None, func: Callable, value: Tensor, /, b: Any, a: Any) -> T
     return div(cut, func, value, a, b)
 
 
-def dropout(func: Callable, x: Dual, *args: Any, **kwargs: Any) -> Dual:
+def dropout(
+    func: Callable, x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
+) -> Dual:
     """Return x times the mask that the dropout of ones is: the tangent sees the very mask of the value."""
-    return x * func(torch.ones_like(x.primal), *args, **kwargs)
+    # Checkpointing demands that autograd keeps as many tensors as in the plain forward: where nothing drops, none.
+    return x * func(torch.ones_like(x.primal), p, True) if p and training and train else x
 
 
 COMPOSITES.update(dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout))

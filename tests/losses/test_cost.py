@@ -1,0 +1,54 @@
+"""What a step costs: the passes that are announced are the passes that are made."""
+
+import pytest
+
+from decm_lightning.guidance import Guidance
+from decm_lightning.losses import DualEndLoss, Objective, cost, facm, lagrangian, paper, recommended
+from decm_lightning.triangle import DataEdge
+
+SHARES = (0.5, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "student", "derivative"),
+    [
+        # Consistency and flow matching share the velocity; N2N asks at both of its ends, every third step.
+        (paper(), 1 + 2 / 3, 2 + 1 / 3, 1 + 1 / 3),
+        (paper(n2n_every=1, shares=SHARES), 0.75 + 0.5, 1, 0.75),
+        # N2N by its landing end asks for one velocity more.
+        (recommended(), 1 + 1, 3, 2),
+        (recommended(shares=SHARES), 0.75 + 0.25, 1, 0.75),
+        (facm(), 1, 2, 1),
+        (lagrangian(), 1 + 1, 2, 1),
+    ],
+)
+def test_passes_by_hand(objective, teacher, student, derivative):
+    """Each preset's passes, counted on paper, and two for each of the student's in the backward pass."""
+    found = cost(objective)
+    assert (found.teacher, found.student, found.derivative) == pytest.approx((teacher, student, derivative), abs=2e-3)
+    assert found.backward == 2 * found.student
+    assert found.total == pytest.approx(teacher + 3 * student + derivative, abs=1e-2)
+
+
+def test_guidance_doubles_the_teacher_in_its_interval():
+    """Null rows are asked for only where guidance is on."""
+    once = cost(facm()).teacher
+    assert cost(facm(), Guidance(2.0).passes).teacher == 2 * once
+    assert cost(facm(), Guidance(2.0, interval=(0.2, 0.7)).passes).teacher == pytest.approx(1.5 * once)
+    assert Guidance().passes == 1
+
+
+def test_facm_costs_what_is_published():
+    """Eight forward passes and one tangent for each sample."""
+    assert cost(facm(), 2.0).total == pytest.approx(9.0)
+
+
+def test_the_shares_of_the_demo_cost_less_than_two_thirds_of_facm():
+    """5.75 forward passes against 9: the arithmetic behind the benchmark's ratio."""
+    assert cost(recommended(shares=SHARES), 2.0).total == pytest.approx(5.75, abs=1e-2)
+
+
+def test_a_loss_that_is_due_seldom_costs_its_part():
+    """Every fourth step: a quarter."""
+    seldom = Objective({"consistency": DualEndLoss(DataEdge(), every=4)})
+    assert cost(seldom).total == pytest.approx(cost(Objective({"consistency": DualEndLoss(DataEdge())})).total / 4)

@@ -99,6 +99,29 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
     assert distiller.terms["noise_to_noisy"].residual_rms > 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["auto", "functional"])
+def test_a_compiled_and_checkpointed_run_equals_a_plain_one(engine, tmp_path):
+    """Weights and averages after five steps, in which N2N is due at two: the compiled blocks meet several shapes."""
+
+    def fit(**options):
+        L.seed_everything(0, verbose=False)
+        objective = losses.paper(shares=(0.5, 0.25, 0.25))
+        optimizer = lambda p: torch.optim.SGD(p, 0.1)  # noqa: E731
+        distiller = Distiller(
+            tiny_teacher(),
+            objective=objective,
+            guidance=Guidance(2.0),
+            optimizer=optimizer,
+            derivative=engine,
+            **options,
+        )
+        trainer(tmp_path, max_steps=5).fit(distiller, Digits(batch_size=32))
+        return distiller.network.state_dict() | {f"average.{k}": v for k, v in distiller.average.state_dict().items()}
+
+    torch.testing.assert_close(fit(compile=True, gradient_checkpointing=True), fit(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "objective",
     [losses.paper(shares=(0.5, 0.25, 0.25)), losses.recommended(), losses.recommended(shares=(0.5, 0.25, 0.25))],
@@ -123,7 +146,10 @@ def test_the_passes_that_are_announced_are_made(objective, tmp_path):
     ("break_it", "named"),
     [
         (lambda student: student.blocks[0].mlp.w3.weight.data.fill_(torch.nan), ["linear", "blocks.0.mlp.w3"]),
-        (lambda student: student.final_layer.norm_final.weight.data.fill_(torch.inf), ["mul", "final_layer.norm_final"]),
+        (
+            lambda student: student.final_layer.norm_final.weight.data.fill_(torch.inf),
+            ["mul", "final_layer.norm_final"],
+        ),
     ],
 )
 def test_a_derivative_that_is_not_finite_names_operation_and_layer(break_it, named, tmp_path):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from decm_lightning import path
-from decm_lightning.derivatives import ENGINES, Engine, EngineName, Jump, NoTangentError, choose, dual, evaluate
+from decm_lightning.derivatives import ENGINES, Engine, EngineName, Jump, NoTangentError, choose, dual, evaluate, functional
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, LossTerm, Objective, cost, recommended, tangent
@@ -97,9 +97,11 @@ class Distiller(FlowTraining):
             rank_zero_info(choice.reason)
             rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
 
-    def trained(self) -> list[Network]:
-        """Return the student, and the teacher's network if it has one."""
-        return [self.student, *self.teacher.networks()]
+    def compiled(self) -> list[Network]:
+        """Return the teacher's networks, and the student if its engine passes through compiled blocks."""
+        # torch.func.jvp does not.
+        student = [] if self.derivative is functional else [self.student]
+        return [*student, *self.teacher.networks()]
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as its own Euler sampler."""

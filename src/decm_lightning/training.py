@@ -63,14 +63,14 @@ class FlowTraining(L.LightningModule):
         """Return what can be sampled, by name."""
         raise NotImplementedError
 
-    def trained(self) -> list[Network]:
-        """Return the networks that a training step runs."""
+    def compiled(self) -> list[Network]:
+        """Return the networks that a training step runs, to be compiled."""
         return [self.network]
 
     def configure_model(self) -> None:
         """Compile what is trained; Lightning asks before it wraps or shards the module, and again for each run."""
         if self.compiles and self.trainer.training:
-            for network in self.trained():
+            for network in self.compiled():
                 network.compile_units()
             self.compiles = False
 

@@ -71,6 +71,20 @@ def matmul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) ->
     return sum(terms[1:], terms[0])
 
 
+@rule("einsum", keeps=lambda *_, **__: False)
+def einsum(cut: Cut | None, func: Callable, value: Tensor, /, equation: Any, *factors: Any) -> Tensor:
+    """Return the sum of the products in which one factor is replaced by its tangent."""
+    if not isinstance(equation, str):
+        return forward_mode(func, equation, *factors)
+    points = [factor.primal if isinstance(factor, Pair) else factor for factor in factors]
+    terms = [
+        func(equation, *points[:i], factor.tangent, *points[i + 1 :])
+        for i, factor in enumerate(factors)
+        if isinstance(factor, Pair)
+    ]
+    return sum(terms[1:], terms[0])
+
+
 @rule("softmax", keeps=apart("softmax"))
 def softmax(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """Return P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""

@@ -1,6 +1,6 @@
 """Tangents of operations that move elements: shapes, pieces, casts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,18 @@ def reshape(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: A
     shape = cut.after_reshape(whole, value.shape)
     assert shape is not None
     return x.tangent.reshape(shape)
+
+
+def _not_on_padded(cut: Cut, func: Callable, value: Tensor, /, x: Dual, pad: Sequence[int], *_: Any, **__: Any) -> bool:
+    return cut.axis < -(len(pad) // 2)
+
+
+@rule("pad", keeps=_not_on_padded)
+def pad(
+    cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, pad: Sequence[int], mode: str = "constant", **_: Any
+) -> Tensor:
+    """The tangent padded in the same mode, and with zeros for a constant."""
+    return func(x.tangent, pad, mode)
 
 
 @rule("expand", "expand_as", "broadcast_to")

@@ -1,0 +1,341 @@
+"""python -m benchmarks.step --network small --batch 4: what each way to the derivative costs a training step.
+
+Every variant is the distiller's own training step and its backward pass: the guided teacher's velocity (two rows for
+each sample), the student with its derivative, the residual, the gradient. Variants run in turn, round after round, in
+one process; a figure is the median over rounds, a ratio the median of the rounds' ratios. Memory is the most that
+tensors take at one time beyond what was there before the step. The last line has the ratios as name=value.
+"""
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from decm_lightning import Distiller
+from decm_lightning.conditions import first_rows
+from decm_lightning.derivatives import Engine, Jet, Tangent, central, dual, functional
+from decm_lightning.guidance import Guidance
+from decm_lightning.losses import Objective, consistency_only, facm, flow_matching_only, recommended
+from decm_lightning.networks import DiT
+from decm_lightning.teachers import Teacher
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+
+S, B, L, XL = {"width": 384, "heads": 6}, {"width": 768, "heads": 12}, {"width": 1024, "heads": 16}, {"width": 1152}
+NETWORKS: dict[str, dict[str, int]] = {
+    "tiny": {"input_size": 8, "in_channels": 4, "patch_size": 2, "width": 64, "depth": 2, "heads": 2},
+    # The size on which the marks in docs/benchmarks.md are set: 256 tokens.
+    "small": {"input_size": 16, "in_channels": 16, "depth": 12, **S},
+    "S/2": {"input_size": 32, "in_channels": 4, "patch_size": 2, "depth": 12, **S},
+    "B/2": {"input_size": 32, "in_channels": 4, "patch_size": 2, "depth": 12, **B},
+    "L/2": {"input_size": 32, "in_channels": 4, "patch_size": 2, "depth": 24, **L},
+    "XL/1": {"input_size": 16, "in_channels": 32, "depth": 28, "heads": 16, **XL},
+    "S/2 at 4096 tokens": {"input_size": 128, "in_channels": 4, "patch_size": 2, "depth": 12, **S},
+}
+NetworkName = Literal["tiny", "small", "S/2", "B/2", "L/2", "XL/1", "S/2 at 4096 tokens"]
+
+
+def facm_engine(
+    network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
+) -> Jet:
+    """FACM's way: a pass under torch.func.jvp on the math kernel, with both graphs kept, and another for the rest."""
+    if tangent is None:
+        return Jet(network(x_t, t, s, condition), None)
+    rows = len(tangent.t)
+    known = first_rows(condition, rows)
+    with sdpa_kernel(SDPBackend.MATH):
+        u, du = torch.func.jvp(
+            lambda x, start, landing: network(x, start, landing, known),
+            (x_t[:rows], t[:rows], s[:rows]),
+            (tangent.x, tangent.t, tangent.s),
+        )
+    if rows == len(t):
+        return Jet(u, du.detach())
+    rest = network(x_t[rows:], t[rows:], s[rows:], None if condition is None else condition[rows:])
+    return Jet(torch.cat([u, rest]), du.detach())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step: what it is trained on, and the engine.
+
+    Attributes:
+        title: as in the table.
+        objective: the losses.
+        engine: the way to the derivative.
+    """
+
+    title: str
+    objective: Objective
+    engine: Engine
+
+
+VARIANTS = {
+    "fm": Variant("flow matching, no derivative", flow_matching_only(), dual),
+    "jvp": Variant("consistency: torch.func.jvp with graph (FACM)", consistency_only(), facm_engine),
+    "functional": Variant("consistency: torch.func.jvp without graph + forward", consistency_only(), functional),
+    "central": Variant("consistency: central difference", consistency_only(), central),
+    "dual": Variant("consistency: dual forward (ours)", consistency_only(), dual),
+    "facm": Variant("FACM's step: two losses, each on all rows", facm(), facm_engine),
+    "decm": Variant("DE-CM's step: three losses on shares 1/2, 1/4, 1/4", recommended(shares=(0.5, 0.25, 0.25)), dual),
+}
+
+
+@dataclass
+class Measured:
+    """What was found of one variant.
+
+    Attributes:
+        variant: its key.
+        compiled: whether the blocks were compiled.
+        checkpointed: whether activations were computed again.
+        seconds: one for each round.
+        memory: the peak in bytes above what was there before.
+        failure: why it does not run, or "".
+    """
+
+    variant: str
+    compiled: bool
+    checkpointed: bool
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+    failure: str = ""
+
+
+def distiller(network: NetworkName, compiled: bool, checkpointed: bool, device: torch.device) -> Distiller:
+    """Return a distiller whose networks have random weights, none zero; it logs nowhere."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = NETWORKS[network]
+    teacher, student = DiT(**size), DiT(**size, landing_time=True)
+    for parameter in (*teacher.parameters(), *student.parameters()):
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
+    made = Distiller(Teacher(teacher), student, guidance=Guidance(2.0), gradient_checkpointing=checkpointed).to(device)
+    # The average is no part of a step's gradient, and XL's takes 2.7 GB.
+    made.average = nn.Identity()
+    for method in ("log", "log_dict"):
+        setattr(made, method, lambda *_, **__: None)
+    if compiled:
+        teacher.compile_units()
+        student.compile_units()
+    return made
+
+
+def take(step: Distiller, variant: Variant, batch: Batch, precision: str) -> None:
+    """Take one step's gradient."""
+    step.objective, step.derivative = variant.objective, variant.engine
+    step.student.zero_grad(set_to_none=True)
+    with torch.autocast(batch.x_1.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = step.training_step(batch, 0)
+    loss.backward()
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device, run: Any) -> int:
+    """Return the most bytes that tensors take during a run, above what they take before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    most = now = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def error(network: NetworkName, batch: Batch) -> float:
+    """Return the relative error of the dual engine's du in float32 against torch.func.jvp in float64."""
+    step = distiller(network, False, False, batch.x_1.device)
+    x, t = batch.x_1[:1], torch.full((1,), 0.3, device=batch.x_1.device)
+    along = Tangent(torch.randn_like(x), torch.ones_like(t), torch.full_like(t, -0.5))
+    with torch.no_grad():
+        du = dual(step.student, x, t, t + 0.5, batch.condition[:1], along).du
+        wide = [value.double() for value in (x, t, t + 0.5)]
+        exact = functional(
+            step.student.double(),
+            *wide,
+            batch.condition[:1],
+            Tangent(along.x.double(), along.t.double(), along.s.double()),
+        ).du
+    return ((du - exact).norm() / exact.norm()).item()
+
+
+def measure(
+    network: NetworkName, batch: Batch, precision: str, rounds: int, compiled: list[bool], checkpointed: list[bool]
+) -> list[Measured]:
+    """Return the figures of all variants that run, and the reasons of those that do not."""
+    device = batch.x_1.device
+    cells: list[tuple[Measured, Any]] = []
+    for c in compiled:
+        for k in checkpointed:
+            step = distiller(network, c, k, device)
+            for key, variant in VARIANTS.items():
+                found = Measured(key, c, k)
+                run = lambda step=step, variant=variant: take(step, variant, batch, precision)  # noqa: E731
+                try:
+                    start = time.perf_counter()
+                    run()
+                    found.memory = peak_memory(device, run)
+                except (RuntimeError, NotImplementedError, ValueError) as problem:
+                    found.failure = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+                    step.student.zero_grad(set_to_none=True)
+                print(
+                    f"{key:11} compiled {c!s:5} checkpointed {k!s:5} {time.perf_counter() - start:6.1f} s to begin",
+                    flush=True,
+                )
+                cells.append((found, run))
+    running = [(found, run) for found, run in cells if not found.failure]
+    for i in range(rounds):
+        for found, run in running:
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            found.seconds.append(time.perf_counter() - start)
+        print(f"round {i + 1} of {rounds} done", flush=True)
+    return [found for found, _ in cells]
+
+
+def ratio(of: Measured, to: Measured) -> float:
+    """Return the median of the rounds' ratios of time."""
+    return median(a / b for a, b in zip(of.seconds, to.seconds, strict=True))
+
+
+def table(all_found: list[Measured]) -> str:
+    """Return the table, in times of the plain flow-matching step's time and memory."""
+    base = next(f for f in all_found if (f.variant, f.compiled, f.checkpointed) == ("fm", False, False))
+    lines = ["| step | compiled | checkpointed | ms | x time | MB | x memory |", "|---|---|---|---:|---:|---:|---:|"]
+    for f in all_found:
+        marks = f"{'yes' if f.compiled else ''} | {'yes' if f.checkpointed else ''}"
+        if f.failure:
+            lines.append(f"| {VARIANTS[f.variant].title} | {marks} | fails: {f.failure[:90]} | | | |")
+            continue
+        lines.append(
+            f"| {VARIANTS[f.variant].title} | {marks} | {median(f.seconds) * 1e3:.0f} | {ratio(f, base):.2f} "
+            f"| {f.memory / 2**20:.0f} | {f.memory / base.memory:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ratios(all_found: list[Measured]) -> dict[str, float]:
+    """Return the ratios of the marks; those with compilation only if it was measured."""
+    cells = {(f.variant, f.compiled, f.checkpointed): f for f in all_found if not f.failure}
+
+    def cell(variant: str, compiled: bool = False, checkpointed: bool = False) -> Measured | None:
+        return cells.get((variant, compiled, checkpointed))
+
+    jvp, fm, ours = cell("jvp"), cell("fm"), cell("dual")
+    pairs = {
+        "time_vs_jvp": (ours, jvp),
+        "time_vs_jvp_compiled": (cell("dual", True), jvp),
+        "time_vs_fm": (ours, fm),
+        "step_vs_facm": (cell("decm"), cell("facm")),
+        "step_vs_facm_compiled": (cell("decm", True), cell("facm")),
+    }
+    found = {name: ratio(of, to) for name, (of, to) in pairs.items() if of and to}
+    memories = {
+        "memory_vs_jvp": (ours, jvp),
+        "memory_vs_fm": (ours, fm),
+        "memory_vs_jvp_compiled": (cell("dual", True), jvp),
+        "memory_vs_jvp_checkpointed": (cell("dual", False, True), jvp),
+    }
+    return found | {name: of.memory / to.memory for name, (of, to) in memories.items() if of and to}
+
+
+def draw(all_found: list[Measured], file: Path) -> None:
+    """Draw time against memory, a mark for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    base = next(f for f in all_found if (f.variant, f.compiled, f.checkpointed) == ("fm", False, False))
+    for i, key in enumerate(VARIANTS):
+        for f in (f for f in all_found if f.variant == key and not f.failure):
+            label = VARIANTS[key].title if not f.compiled and not f.checkpointed else None
+            shape = "s" if f.checkpointed else "o"
+            axis.plot(
+                ratio(f, base),
+                f.memory / base.memory,
+                shape,
+                color=f"C{i}",
+                mfc=f"C{i}" if not f.compiled else "none",
+                label=label,
+                ms=9,
+            )
+    axis.set(
+        xlabel="time, in plain flow-matching steps", ylabel="peak memory, in plain flow-matching steps", yscale="log"
+    )
+    axis.set_title("filled: eager, open: compiled; circle: plain, square: checkpointed", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def machine(device: torch.device, threads: int) -> str:
+    """Return what it ran on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {threads} threads"
+    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main(
+    network: NetworkName = "small",
+    batch: int = 4,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    rounds: int = 5,
+    compiled: list[bool] = [False, True],  # noqa: B006
+    checkpointed: list[bool] = [False, True],  # noqa: B006
+    threads: int = 2,
+    out: Path = Path("runs/benchmark"),
+) -> None:
+    """Measure, and write a table, a picture and the raw figures.
+
+    Args:
+        network: the size of teacher and student.
+        batch: samples of a step.
+        precision: weights are float32; bf16 computes in mixed precision.
+        rounds: how often each variant is timed.
+        compiled: without, with, or both.
+        checkpointed: without, with, or both.
+        threads: processor threads.
+        out: folder for the results.
+    """
+    torch.set_num_threads(threads)
+    # All variants go through the same blocks, each compiled for itself.
+    torch._dynamo.config.recompile_limit = 64
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = NETWORKS[network]
+    torch.manual_seed(1)
+    shape = (batch, size["in_channels"], size["input_size"], size["input_size"])
+    data = Batch(torch.randn(shape, device=device), torch.randint(1000, (batch,), device=device))
+    found = measure(network, data, precision, rounds, compiled, checkpointed)
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{network.replace('/', '').replace(' ', '-')}-{batch}-{precision}-{device.type}"
+    head = f"{network}, batch {batch}, {precision}, {rounds} rounds; {machine(device, threads)}\n\n"
+    (out / f"{name}.md").write_text(head + table(found))
+    (out / f"{name}.json").write_text(
+        json.dumps({"machine": head.strip(), "found": [asdict(f) for f in found]}, indent=1)
+    )
+    draw(found, out / f"{name}.png")
+    print(f"\n{head}{table(found)}\nwritten to {out / name}.md, .json and .png")
+    figures = ratios(found) | {"error": error(network, data)}
+    print(" ".join(f"{key}={value:.3g}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from decm_lightning import Distiller, TeacherTraining, load, losses, path
@@ -282,6 +283,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(value, tmp_path):
     distiller = Poisoned(tiny_teacher())
     with pytest.raises(NonFiniteError, match=r"loss/noise_to_noisy = (nan|inf) .* step 2, batch 2 of epoch 0"):
         trainer(tmp_path, max_steps=5).fit(distiller, Digits(batch_size=64))
+
+
+@pytest.mark.parametrize(("scale", "goes_on"), [(2.0**40, True), (1.0, False)])
+def test_a_gradient_scaler_may_overflow_while_it_can_still_shrink(scale, goes_on, tmp_path):
+    """In 16-mixed the scaler skips such steps and halves its scale; at a scale of 1 the gradient itself is at fault."""
+    distiller = Distiller(tiny_teacher(), optimizer=lambda p: torch.optim.SGD(p, 1e-3))
+    if not goes_on:
+        distiller.student.final_layer.linear.bias.register_hook(lambda gradient: gradient * torch.inf)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    before = distiller.student.final_layer.linear.weight.detach().clone()
+    fit = trainer(tmp_path, max_steps=3, plugins=precision)
+    if goes_on:
+        fit.fit(distiller, Digits(batch_size=16))
+        assert precision.scaler.get_scale() == scale / 8
+        assert torch.equal(distiller.student.final_layer.linear.weight, before)
+    else:
+        with pytest.raises(NonFiniteError, match=r"gradient of final_layer.linear.bias"):
+            fit.fit(distiller, Digits(batch_size=16))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):

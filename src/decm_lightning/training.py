@@ -134,11 +134,16 @@ class FlowTraining(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop if the gradient is not finite, before the weights take it in.
 
+        With a gradient scaler (16-mixed) that is routine while its scale is above 1: it skips the step and halves it.
+
         Raises:
             NonFiniteError: naming the parameters, the losses, the step and the batch.
         """
         gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
         if get_total_norm(gradients.values()).isfinite():
+            return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
             return
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -68,6 +68,7 @@ def test_grouped_attention_with_a_constant_key():
 
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 PER_ROW = torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+ROTATION = torch.polar(torch.ones(6, 3).double(), WEIGHT[:, :3])
 OPERATIONS = {
     "arithmetic": lambda x: (2 - x) * PER_ROW / (1 + x * x) + 1 / (3 + x.square()) - x / 2 + 2**x + x**3 - (-x),
     "alpha": lambda x: torch.add(x, x.exp(), alpha=3) - torch.sub(PER_ROW, x, alpha=2) + torch.rsub(x, PER_ROW),
@@ -85,7 +86,11 @@ OPERATIONS = {
     "convolution": lambda x: nnf.conv1d(x, WEIGHT[:, :, None], WEIGHT[0]) + nnf.interpolate(x[..., ::2], 6),
     "image": lambda x: nnf.conv2d(x[:, None], WEIGHT[None, None, :3, :3], padding=1)[:, 0],
     "pieces": lambda x: torch.cat([*x.chunk(2, 1), x[:, :1] * 2], 1)[:, 1:] + torch.stack(x.unbind(2), 1),
-    "pad": lambda x: nnf.pad(x, (1, 0), value=1.0)[..., :6] + torch.cat([x, torch.ones_like(x)], 1)[:, 6:],
+    "pad": lambda x: (
+        nnf.pad(x, (1, 0), value=1.0)[..., :6]
+        + nnf.pad(x, (2, 2), "circular")[..., 4:]
+        + torch.cat([x, torch.ones_like(x)], 1)[:, 6:]
+    ),
     "shapes": lambda x: x.view(4, 2, 3, 6).permute(1, 3, 0, 2).reshape(12, 12).view(2, 6, 4, 3).transpose(0, 2),
     "batch moved": lambda x: (x.permute(1, 0, 2) * PER_ROW[:, 0]).transpose(0, 1)[..., None].squeeze(-1),
     "batch split": lambda x: x.view(2, 2, 6, 6).mul(WEIGHT).flatten(0, 1).unflatten(0, (2, 2)).reshape(x.shape),
@@ -96,6 +101,12 @@ OPERATIONS = {
     "largest": lambda x: x.max(1, keepdim=True).values + x.sort(-1)[0],
     "weights from x": lambda x: torch.stack([nnf.linear(row, row + WEIGHT) for row in x]),
     "keywords": lambda x: torch.mul(input=x, other=x) + torch.softmax(input=x, dim=-1) + torch.sum(x, dim=0),
+    "batch along axis": lambda x: torch.cat([2 * x.mT.transpose(0, 2), x.permute(2, 1, 0)], axis=2)[..., 2:6].mT,
+    "rotations": lambda x: torch.view_as_real(torch.view_as_complex(x.view(4, 6, 3, 2)) * ROTATION).flatten(2),
+    "complex": lambda x: torch.complex(x, 1 + x.square()).tanh().abs() + torch.fft.irfft(torch.fft.rfft(x).exp(), 6),
+    "as a dual": lambda x: (
+        x * PER_ROW.expand_as(x) + WEIGHT.to(x) + x @ WEIGHT.type_as(x) + PER_ROW.view_as(x[:, :1, :1])
+    ),
 }
 
 
@@ -109,6 +120,16 @@ def test_operations(name, rows):
     assert torch.equal(jet.u, exact.u) or name in {"norms", "convolution"}
     assert_close(jet.u, exact.u)
     assert_close(jet.du, exact.du)
+
+
+def test_group_norm_in_any_layout():
+    """Forward mode demands contiguous memory; the rule does not."""
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    still = torch.zeros(4, dtype=torch.float64)
+    jet = dual(lambda x, t, s, c: nnf.group_norm(x.mT, 3), x, still, still, None, Tangent(along, still, still))
+    exact = torch.func.jvp(lambda x: nnf.group_norm(x.mT.contiguous(), 3), (x,), (along,))[1]
+    assert_close(jet.du, exact)
 
 
 def test_modules_of_torch():
@@ -145,6 +166,22 @@ def test_dropout_drops_the_same_of_value_and_tangent():
     torch.testing.assert_close(jet.du, 2 * plain[:3], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(("p", "training"), [(0.3, True), (0.3, False), (0.0, True)])
+def test_dropout_in_a_checkpointed_block_is_dual_too(p, training):
+    """Also where it does nothing: the backward pass runs it again as a plain one, and finds the same tensors kept."""
+    x, weight = torch.randn(4, 50, dtype=torch.float64), torch.randn(50, dtype=torch.float64, requires_grad=True)
+
+    def block(x):
+        return nnf.dropout(x * weight, p, training).square()
+
+    def gradient(function):
+        torch.manual_seed(0)
+        u = dual(lambda x, t, s, c: function(x), x, x[:, 0], x[:, 0], None, Tangent(x, x[:, 0], x[:, 0])).u
+        return torch.autograd.grad(u.sum(), weight)[0]
+
+    assert torch.equal(gradient(block), gradient(lambda x: checkpoint(block, x, use_reentrant=False)))
+
+
 REFUSED = {
     "_cdist_forward": lambda x: torch.cdist(x, x, p=3.0),
     "mul_": lambda x: x.mul_(2),
@@ -154,6 +191,12 @@ REFUSED = {
     "item": lambda x: x * x[0, 0, 0].item(),
     "__bool__": lambda x: x if x.sum() else -x,
     "data": lambda x: x.data,
+    "torch's __setitem__": lambda x: torch.zeros(4, 6, 6).__setitem__(0, x[0]),
+    "torch's tensor": lambda x: x * torch.tensor([x[0, 0, 0]]),
+    "full_like": lambda x: torch.full_like(x, x[0, 0, 0]),
+    "new_tensor": lambda x: x.new_tensor(x),
+    "long": lambda x: nnf.embedding(x[:, 0].long().clamp(0, 1), WEIGHT),
+    "to: torch.int32": lambda x: x * x.to(torch.int32),
     "rrelu": lambda x: nnf.rrelu(x, training=True),
     "alpha_dropout": lambda x: nnf.alpha_dropout(x, training=True),
     "batch_norm": lambda x: nnf.batch_norm(x, None, None, training=True),

@@ -72,10 +72,8 @@ def matmul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) ->
 
 
 @rule("einsum", keeps=lambda *_, **__: False)
-def einsum(cut: Cut | None, func: Callable, value: Tensor, /, equation: Any, *factors: Any) -> Tensor:
+def einsum(cut: Cut | None, func: Callable, value: Tensor, /, equation: str, *factors: Any) -> Tensor:
     """Return the sum of the products in which one factor is replaced by its tangent."""
-    if not isinstance(equation, str):
-        return forward_mode(func, equation, *factors)
     points = [factor.primal if isinstance(factor, Pair) else factor for factor in factors]
     terms = [
         func(equation, *points[:i], factor.tangent, *points[i + 1 :])

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch test test-slow test-all study check lint types contracts clean
+.PHONY: help env demo demo-from-scratch test test-slow test-all study bench check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,6 +54,9 @@ test-all: test test-slow ## every test
 study: env ## the runs behind docs/results.md (hours; started again it goes on)
 	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'
 	$(BIN)/python -m benchmarks.ablation --data fashion --steps 400 --seeds '[0]'
+
+bench: env ## time and memory of a training step by way to the derivative (a quarter of an hour on 2 idle cores)
+	$(BIN)/python -m benchmarks.step --network small --batch 4
 
 check: lint types contracts test ## everything that must hold
 

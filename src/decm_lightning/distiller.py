@@ -11,7 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from decm_lightning import path
-from decm_lightning.derivatives import ENGINES, Engine, EngineName, Jump, NoTangentError, choose, dual, evaluate, functional
+from decm_lightning.derivatives import (
+    ENGINES,
+    Engine,
+    EngineName,
+    Jump,
+    NoTangentError,
+    choose,
+    dual,
+    evaluate,
+    functional,
+)
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, LossTerm, Objective, cost, recommended, tangent
@@ -96,6 +106,10 @@ class Distiller(FlowTraining):
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
             rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
+
+    def sharded(self) -> list[Network]:
+        """Return student, average and teacher."""
+        return [*super().sharded(), *self.teacher.networks()]
 
     def compiled(self) -> list[Network]:
         """Return the teacher's networks, and the student if its engine passes through compiled blocks."""

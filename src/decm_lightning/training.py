@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from numpy.random import SeedSequence
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA
+from decm_lightning.callbacks.gradient_norms import total_norm
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import Network, describe
 from decm_lightning.samplers import SamplerName
@@ -67,12 +68,25 @@ class FlowTraining(L.LightningModule):
         """Return the networks that a training step runs, to be compiled."""
         return [self.network]
 
+    def sharded(self) -> list[Network]:
+        """Return the networks that are divided among devices under ModelParallelStrategy: all there are."""
+        return [self.network, self.average]
+
     def configure_model(self) -> None:
-        """Compile what is trained; Lightning asks before it wraps or shards the module, and again for each run."""
+        """Compile and shard, each once: Lightning asks for each run, before it makes the optimiser.
+
+        Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
+        """
         if self.compiles and self.trainer.training:
             for network in self.compiled():
                 network.compile_units()
             self.compiles = False
+        if self.device_mesh is None:
+            return
+        for network in self.sharded():
+            for module in (*network.units(), network):
+                if not isinstance(module, FSDPModule):
+                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the trained network and its per-step schedule."""
@@ -140,7 +154,7 @@ class FlowTraining(L.LightningModule):
             NonFiniteError: naming the parameters, the losses, the step and the batch.
         """
         gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
-        if get_total_norm(gradients.values()).isfinite():
+        if total_norm(gradients.values()).isfinite():
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:

@@ -102,6 +102,7 @@ OPERATIONS = {
     "weights from x": lambda x: torch.stack([nnf.linear(row, row + WEIGHT) for row in x]),
     "keywords": lambda x: torch.mul(input=x, other=x) + torch.softmax(input=x, dim=-1) + torch.sum(x, dim=0),
     "batch along axis": lambda x: torch.cat([2 * x.mT.transpose(0, 2), x.permute(2, 1, 0)], axis=2)[..., 2:6].mT,
+    "batch padded": lambda x: nnf.pad(x.transpose(0, 2), (2, 0), "circular")[..., 1:5].transpose(0, 2) * x,
     "rotations": lambda x: torch.view_as_real(torch.view_as_complex(x.view(4, 6, 3, 2)) * ROTATION).flatten(2),
     "complex": lambda x: torch.complex(x, 1 + x.square()).tanh().abs() + torch.fft.irfft(torch.fft.rfft(x).exp(), 6),
     "as a dual": lambda x: (

@@ -1,12 +1,16 @@
 """The gradient norm of each loss and of their sum, and a count of spikes: the paper's Figure 4 while training."""
 
 from collections import deque
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 SPIKE = 10.0
@@ -17,7 +21,8 @@ class GradientNorms(L.Callback):
 
     Norms are taken before clipping. A spike is a step whose total norm exceeds ten times the median of the last
     `window` steps. A loss's own norm costs one more backward pass, so it is taken only now and then; the losses' norms
-    need not add up to the total's, since gradients of opposite directions cancel.
+    need not add up to the total's, since gradients of opposite directions cancel. Among several processes, gradients
+    are averaged over all before their norm is taken.
 
     Args:
         every_n_steps: steps between two measurements of the losses one by one; 0 for never.
@@ -41,18 +46,18 @@ class GradientNorms(L.Callback):
         terms = getattr(pl_module, "terms", {})
         if not self.every_n_steps or (trainer.global_step + 1) % self.every_n_steps or not terms:
             return
-        parameters = [p for p in pl_module.get_submodule("network").parameters() if p.requires_grad]
-        norms = {}
-        for name, term in terms.items():
-            gradients = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
-            norms[f"grad_norm/{name}"] = _norm([g for g in gradients if g is not None])
+        network = pl_module.get_submodule("network")
+        if isinstance(network, FSDPModule) and trainer.accumulate_grad_batches > 1:
+            # The backward passes would add to what is accumulated.
+            return
+        norms = {f"grad_norm/{name}": total_norm(_gradients(term.value, network)) for name, term in terms.items()}
         pl_module.log_dict(norms)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Measure the sum, before it is clipped."""
-        total = _norm([p.grad for p in pl_module.get_submodule("network").parameters() if p.grad is not None]).item()
+        total = total_norm(p.grad for p in pl_module.get_submodule("network").parameters() if p.grad is not None).item()
         if len(self.recent) >= 10 and total > SPIKE * median(self.recent):
             self.spikes += 1
         self.recent.append(total)
@@ -69,7 +74,37 @@ class GradientNorms(L.Callback):
         self.recent.extend(state_dict["recent"])
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
+def _gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
+    """Return one loss's gradient, averaged over all processes as the sum's will be, and leave the graph in place."""
+    if isinstance(network, FSDPModule):
+        return _sharded_gradients(loss, network)
+    found = torch.autograd.grad(loss, _trained(network), retain_graph=True, allow_unused=True)
+    gradients = [gradient for gradient in found if gradient is not None]
+    if dist.is_initialized():
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return gradients
+
+
+def _sharded_gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
+    # Only the backward pass itself gathers the shards and averages their gradients. It leaves them at the shards, which
+    # are the network's parameters again once it is over.
+    loss.backward(retain_graph=True)
+    gradients = []
+    for parameter in _trained(network):
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+            parameter.grad = None
+    return gradients
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, over all devices if they are sharded."""
     norm = get_total_norm(gradients)
     # Sharded gradients give a norm that is itself distributed.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -36,7 +36,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.total:.2f} forward passes a sample and step: teacher {self.teacher:.2f}, student {self.student:.2f}, "
+            f"{self.total:.2f} forward passes a sample and step: "
+            f"teacher {self.teacher:.2f}, student {self.student:.2f}, "
             f"derivative {self.derivative:.2f}, backward {self.backward:.2f}"
         )
 

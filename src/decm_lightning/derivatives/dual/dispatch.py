@@ -31,6 +31,9 @@ SHAPE_ONLY = {
 }
 LEADING = ("input", "tensors", "other", "query", "key")
 """Arguments that rules take by position, wherever torch also takes them by name."""
+LIKE = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
+"""Operations that take only the shape or the dtype of their second argument."""
+CASTS = {"to", "type", "type_as", "byte", "char", "short", "int", "long"}
 LEAKS = {"item", "tolist", "numpy", "data_ptr", "backward", "batch_norm"}
 
 
@@ -103,7 +106,7 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
         return forward_ad.make_dual(given.primal.detach(), given.tangent) if isinstance(given, Pair) else given
 
     def to_tangent(result: Tensor) -> Tensor:
-        if not result.is_floating_point():
+        if not _is_differentiable(result):
             return result
         tangent = forward_ad.unpack_dual(result).tangent
         # Operations registered without a derivative drop the tangent and do not raise.
@@ -146,12 +149,18 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         refuse(name, "no rule for this operation")
     if duals and duals[0].family.recorded and not torch.is_grad_enabled():
         refuse(name, "under no_grad, in reentrant checkpointing or an autograd.Function u would lose its graph")
+    if name in SHAPE_ONLY and _duals((args[1:], kwargs)):
+        refuse(name, "a number taken out of a value has no derivative")
     fallback = bool(duals) and name not in RULES and name not in SHAPE_ONLY
     before = _random_state(duals[0]) if fallback and not torch.compiler.is_compiling() else None
     value = func(*replace(args, _primal), **replace(kwargs, _primal))
     if before is not None and not torch.equal(before, _random_state(duals[0])):
         refuse(name, "it draws random numbers")
+    if duals and name in CASTS and _is_whole(value):
+        refuse(name, f"{value.dtype} has no derivative")
     if not duals or name in SHAPE_ONLY or not _is_differentiable(value):
+        return value
+    if name in LIKE and not _duals(args[0]):
         return value
     with torch.no_grad():
         tangent = _derive(FALLBACK if fallback else RULES[name], duals, func, value, args, kwargs)
@@ -194,7 +203,11 @@ def _watch(name: str, pair: Dual | Tensor) -> None:
 def _is_differentiable(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(_is_differentiable(part) for part in value)
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and not _is_differentiable(value) and value.dtype != torch.bool
 
 
 def _duals(values: Any) -> list[Dual]:
@@ -221,7 +234,7 @@ def _name(func: Callable) -> str:
 
 @torch.compiler.assume_constant_result
 def _in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _random_state(dual: Dual) -> Tensor:

@@ -76,6 +76,9 @@ class Dual:
         return self.transpose(-2, -1) if name == "mT" else refuse(name, "no rule for this attribute")
 
     def __len__(self) -> int:
+        if not self.primal.ndim:
+            # torch.tensor counts a list in a list: code that took the value for a number, as it is no torch.Tensor.
+            refuse("tensor", "a number taken out of a value has no derivative")
         return len(self.primal)
 
     def __iter__(self) -> Iterator["Dual"]:

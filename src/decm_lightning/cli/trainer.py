@@ -1,5 +1,6 @@
 """decm fit | validate | test | predict: Lightning's own command line over this package's modules."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
 from decm_lightning.losses import Objective
@@ -59,6 +61,10 @@ def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
+    log = logging.getLogger("decm_lightning")
+    if rank_zero_only.rank == 0 and not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
     return TrainerCLI(
         FlowTraining,
         L.LightningDataModule,

@@ -1,5 +1,6 @@
-"""The tangent of attention, in blocks of queries: nothing of size tokens x tokens is kept beyond a block."""
+"""The tangent of attention, by a fused kernel or in blocks of queries: no matrix of tokens x tokens is kept."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import Pair, rule
+from decm_lightning.derivatives.dual.fused_attention import fused_tangent, supports
 from decm_lightning.derivatives.dual.value import refuse
 
 BLOCK = 256
 """Queries in a block: at 1,024 tokens half the time and a quarter of the memory of forward mode."""
+ANNOUNCED: set[str | None] = set()
+"""What the log has been told."""
+log = logging.getLogger(__name__)
 
 
 def _before_matrices(cut: Cut, *_: Any, **__: Any) -> bool:
@@ -37,11 +42,17 @@ def attention(
     """Return P dV + dP V, with P = softmax(S), dP = P dS - P rowsum(P dS), S = c Q K^T, dS = c (dQ K^T + Q dK^T)."""
     if dropout_p or isinstance(attn_mask, Pair):
         refuse("scaled_dot_product_attention", "with dropout or with a mask that has a tangent")
-    (q, dq), (k, dk), (v, dv) = (_split(value) for value in (query, key, content))
+    # Autocast reaches torch's attention, and no kernel of ours.
+    (q, dq), (k, dk), (v, dv) = (_split(given, value.dtype) for given in (query, key, content))
     if enable_gqa:
         groups = q.shape[-3] // k.shape[-3]
-        k, dk, v, dv = (part.repeat_interleave(groups, -3) for part in (k, dk, v, dv))
+        k, dk, v, dv = (part if part is None else part.repeat_interleave(groups, -3) for part in (k, dk, v, dv))
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    reason = "a mask" if attn_mask is not None or is_causal else supports(q, k, v)
+    _announce(reason)
+    if reason is None:
+        return fused_tangent(q, dq, k, dk, v, dv, factor)
+    dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
     keys, moved_keys = k.mT, torch.cat([k, dk], -1).mT
     blocks = []
     for start in range(0, q.shape[-2], BLOCK):
@@ -54,8 +65,17 @@ def attention(
     return torch.cat(blocks, -2)
 
 
-def _split(value: Pair | Tensor) -> tuple[Tensor, Tensor]:
-    return (value.primal, value.tangent) if isinstance(value, Pair) else (value, torch.zeros_like(value))
+def _split(given: Pair | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return (given.primal.to(dtype), given.tangent.to(dtype)) if isinstance(given, Pair) else (given.to(dtype), None)
+
+
+# The compiler runs it while it traces, and leaves it out.
+@torch.compiler.assume_constant_result
+def _announce(reason: str | None) -> None:
+    if reason not in ANNOUNCED:
+        ANNOUNCED.add(reason)
+        how = "in one fused kernel" if reason is None else f"in blocks of {BLOCK} queries ({reason})"
+        log.info("attention's tangent is computed %s", how)
 
 
 def _mask(mask: Tensor | None, is_causal: bool, rows: slice, q: Tensor, k: Tensor) -> Tensor | None:

@@ -53,10 +53,26 @@ def attention(
     if reason is None:
         return fused_tangent(q, dq, k, dk, v, dv, factor)
     dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+    return by_blocks(q, dq, k, dk, v, dv, factor, BLOCK, attn_mask, is_causal)
+
+
+def by_blocks(
+    q: Tensor,
+    dq: Tensor,
+    k: Tensor,
+    dk: Tensor,
+    v: Tensor,
+    dv: Tensor,
+    factor: float,
+    block: int,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Return the tangent of attention, `block` queries at a time; operands are (..., tokens, head size)."""
     keys, moved_keys = k.mT, torch.cat([k, dk], -1).mT
     blocks = []
-    for start in range(0, q.shape[-2], BLOCK):
-        rows = slice(start, start + BLOCK)
+    for start in range(0, q.shape[-2], block):
+        rows = slice(start, start + block)
         here, along = q[..., rows, :] * factor, dq[..., rows, :] * factor
         mask = _mask(attn_mask, is_causal, rows, here, k)
         p = _weights(here @ keys, mask)

@@ -57,7 +57,7 @@ def test_help_answers_without_importing_torch():
     assert all(command in result.stdout for command in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["sample", "export"])
+@pytest.mark.parametrize("command", ["sample", "export", "validate-data"])
 def test_each_command_has_help_of_its_own(command, decm):
     with pytest.raises(SystemExit) as stopped:
         decm(command, "--help")

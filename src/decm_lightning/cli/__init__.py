@@ -19,6 +19,9 @@ use what was trained:
   sample     draw images from a checkpoint or folder: a grid, or one file each
   export     write a checkpoint's averaged weights as a folder (config.json, model.safetensors)
 
+look at what you will train on:
+  validate-data  read a whole folder of latents, and say what is in it or what is wrong with it
+
 decm COMMAND --help lists a command's options. decm fit --config FILE --print_config shows the whole config.
 Errors are one line with exit code 2; set DECM_TRACEBACK=1 for the traceback as well.
 """
@@ -42,6 +45,12 @@ def _export(command: str, argv: Sequence[str]) -> None:
     run(argv)
 
 
+def _validate_data(command: str, argv: Sequence[str]) -> None:
+    from decm_lightning.cli.validate_data import run
+
+    run(argv)
+
+
 COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
     "fit": _train,
     "validate": _train,
@@ -49,6 +58,7 @@ COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
     "predict": _train,
     "sample": _sample,
     "export": _export,
+    "validate-data": _validate_data,
 }
 
 

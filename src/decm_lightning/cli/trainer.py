@@ -62,7 +62,7 @@ def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
     log = logging.getLogger("decm_lightning")
-    if rank_zero_only.rank == 0 and not log.handlers:
+    if getattr(rank_zero_only, "rank", 0) == 0 and not log.handlers:
         log.setLevel(logging.INFO)
         log.addHandler(logging.StreamHandler())
     return TrainerCLI(

@@ -1,4 +1,4 @@
-"""Images held in memory: batches by index, and the three loaders that every small data set shares."""
+"""A training loader that keeps its place, which all data share, and images held in memory with their loaders."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from decm_lightning.types import Batch
 
 
-class LabelledImages(Dataset):
+class Rows(Dataset[Batch]):
+    """A data set that is read a batch at a time."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        raise NotImplementedError
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """Return the batch of the given rows."""
+        raise NotImplementedError
+
+
+class LabelledImages(Rows):
     """Images in [-1, 1] with their class labels, fetched a batch at a time.
 
     Args:
@@ -33,43 +45,46 @@ class LabelledImages(Dataset):
         return Batch(self.images[index], self.labels[index])
 
 
-class InMemoryImages(L.LightningDataModule):
-    """Loaders over `train` and `reference` images, which a subclass fills in `setup`.
+class ResumableData(L.LightningDataModule):
+    """The loader over `train`, which a subclass fills in `setup`; it keeps its place.
 
-    The training loader keeps its place: a run stopped in the middle of an epoch goes on with the next batch.
+    A run stopped in the middle of an epoch goes on with the next batch.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most so many reference images; None for all.
-        num_workers: loading processes; 0 is fastest for images in memory.
+        num_workers: loading processes.
 
     Raises:
         ValueError: if batch_size is below 1.
     """
 
     num_classes: int
-    train: LabelledImages
-    reference: LabelledImages
+    train: Rows
+    sampler: type[DistributedSampler[int]] = DistributedSampler
 
-    def __init__(self, batch_size: int, reference_size: int | None = None, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")
         self.batch_size = batch_size
-        self.reference_size = reference_size
         self.num_workers = num_workers
         self.seed = torch.initial_seed() % 2**31
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Return shuffled training batches, the last incomplete one left out; each process gets its own share."""
+        """Return shuffled training batches, the last incomplete one left out; each process gets its own share.
+
+        Raises:
+            ValueError: if there are too few images for one batch in each process: Lightning would train no step.
+        """
         # Its order follows from the seed and the epoch alone, unlike a RandomSampler's, which a resumed run cannot
         # repeat beyond its first epoch.
         trainer = self.trainer
-        sampler: DistributedSampler[Batch] = DistributedSampler(
-            self.train,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            seed=self.seed,
+        world = trainer.world_size if trainer else 1
+        if len(self.train) < world * self.batch_size:
+            needed = f"{world} processes with batch_size {self.batch_size} need {world * self.batch_size}"
+            raise ValueError(f"too few training images: {needed}, got {len(self.train)}")
+        sampler = self.sampler(
+            self.train, num_replicas=world, rank=trainer.global_rank if trainer else 0, seed=self.seed
         )
         # Lightning sets the epoch only from the next one on when it resumes in the middle of one.
         sampler.set_epoch(trainer.current_epoch if trainer else 0)
@@ -81,6 +96,34 @@ class InMemoryImages(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed of the order."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with the order of the run that is resumed."""
+        self.seed = state_dict["seed"]
+
+
+class InMemoryImages(ResumableData):
+    """Loaders over `train` and `reference` images, which a subclass fills in `setup`.
+
+    Args:
+        batch_size: images per training batch on each device, at least 1.
+        reference_size: at most so many reference images; None for all.
+        num_workers: loading processes; 0 is fastest for images in memory.
+
+    Raises:
+        ValueError: if batch_size is below 1.
+    """
+
+    train: LabelledImages
+    reference: LabelledImages
+
+    def __init__(self, batch_size: int, reference_size: int | None = None, num_workers: int = 0) -> None:
+        super().__init__(batch_size, num_workers)
+        self.reference_size = reference_size
 
     def val_dataloader(self) -> StatefulDataLoader:
         """Return the reference images of the Fréchet distance, in order."""
@@ -96,14 +139,6 @@ class InMemoryImages(L.LightningDataModule):
     def predict_dataloader(self) -> StatefulDataLoader:
         """Return the reference images, of which `decm predict` reads the labels."""
         return self.val_dataloader()
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the seed of the order."""
-        return {"seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on with the order of the run that is resumed."""
-        self.seed = state_dict["seed"]
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -46,7 +46,8 @@ def attention(
     (q, dq), (k, dk), (v, dv) = (_split(given, value.dtype) for given in (query, key, content))
     if enable_gqa:
         groups = q.shape[-3] // k.shape[-3]
-        k, dk, v, dv = (part if part is None else part.repeat_interleave(groups, -3) for part in (k, dk, v, dv))
+        k, v = (x.repeat_interleave(groups, -3) for x in (k, v))
+        dk, dv = (dx if dx is None else dx.repeat_interleave(groups, -3) for dx in (dk, dv))
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     reason = "a mask" if attn_mask is not None or is_causal else supports(q, k, v)
     _announce(reason)

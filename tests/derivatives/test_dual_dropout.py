@@ -1,0 +1,95 @@
+"""Networks that drop in training: value and derivative of one pass of the dual engine see the same masks."""
+
+import pytest
+import torch
+from torch import nn
+
+from decm_lightning.derivatives import Tangent, dual
+
+ROWS, DUAL_ROWS = 6, 4
+
+
+class Dropping(nn.Module):
+    """An MLP over (x, t, s) with dropout between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        hidden = [nn.Linear(5, 64), nn.SiLU(), nn.Dropout(0.3), nn.Linear(64, 64), nn.LayerNorm(64), nn.Dropout(0.3)]
+        self.layers = nn.Sequential(*hidden, nn.GELU(), nn.Linear(64, 3)).double()
+
+    def forward(self, x, t, s, condition):
+        return self.layers(torch.cat([x, t[:, None], s[:, None]], 1))
+
+
+class Quadratic(nn.Module):
+    """A map that is quadratic in x whatever it drops, so that its derivative along x is twice its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = (nn.Linear(*sizes, bias=False).double() for sizes in ((3, 64), (64, 3)))
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x, t, s, condition):
+        return self.last(self.dropout(self.dropout(self.first(x)).square() * t[:, None].cos()))
+
+
+def draw():
+    """Return x, t, s and directions for each of them, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    x, dx = torch.randn(2, ROWS, 3, generator=generator, dtype=torch.float64)
+    t, s, dt, ds = torch.rand(4, ROWS, generator=generator, dtype=torch.float64)
+    return (x, t, s), (dx, dt, ds)
+
+
+def first_rows(directions):
+    return Tangent(*(direction[:DUAL_ROWS] for direction in directions))
+
+
+def test_du_is_the_derivative_of_the_very_u_beside_it():
+    """Forward mode and a central difference that draw the same masks give the same u and du, to 1e-12 and 1e-8."""
+    network, (points, along) = Dropping(), draw()
+    torch.manual_seed(2)
+    jet = dual(network, *points, None, first_rows(along))
+    torch.manual_seed(2)
+    u, du = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
+    torch.testing.assert_close(jet.u, u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(jet.du, du[:DUAL_ROWS], rtol=0, atol=1e-12)
+
+    def at(step):
+        torch.manual_seed(2)
+        return network(*(point + step * direction for point, direction in zip(points, along, strict=True)), None)
+
+    torch.testing.assert_close(jet.du, ((at(1e-5) - at(-1e-5)) / 2e-5)[:DUAL_ROWS], rtol=0, atol=1e-8)
+
+
+def test_another_pass_drops_others():
+    """Without the seed of the first pass neither u nor du come back: both depend on the masks by far."""
+    network, (points, along) = Dropping(), draw()
+    some, others = (dual(network, *points, None, first_rows(along)) for _ in range(2))
+    assert (some.u - others.u).norm() > 0.1 * some.u.norm()
+    assert (some.du - others.du).norm() > 0.1 * some.du.norm()
+
+
+def test_nothing_is_dropped_in_eval_mode():
+    """There u and du are those of the network without dropout."""
+    network, (points, along) = Dropping().eval(), draw()
+    jet = dual(network, *points, None, first_rows(along))
+    u, du = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
+    torch.testing.assert_close(jet.u, u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(jet.du, du[:DUAL_ROWS], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_drops_the_same_of_value_and_derivative(backend):
+    """Whatever random numbers a compiler draws: along x, du of a quadratic map is 2 u to 1e-12, mask by mask."""
+    torch.compiler.reset()
+    network, ((x, t, s), _) = Quadratic(), draw()
+    if backend:
+        network.forward = torch.compile(network.forward, fullgraph=True, backend=backend)
+    still = torch.zeros_like(t)
+    jets = [dual(network, x, t, s, None, first_rows((x, still, still))) for _ in range(2)]
+    for jet in jets:
+        torch.testing.assert_close(jet.du, 2 * jet.u[:DUAL_ROWS].detach(), rtol=0, atol=1e-12)
+    assert (jets[0].u - jets[1].u).norm() > 0.1 * jets[0].u.norm()

@@ -53,7 +53,7 @@ test-all: test test-slow ## every test
 
 study: env ## the runs behind docs/results.md (hours; started again it goes on)
 	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'
-	$(BIN)/python -m benchmarks.ablation --data fashion --steps 400 --seeds '[0]'
+	$(BIN)/python -m benchmarks.ablation --data fashion --steps 1000 --seeds '[0]'
 
 bench: env ## time and memory of a training step by way to the derivative (a quarter of an hour on 2 idle cores)
 	$(BIN)/python -m benchmarks.step --network small --batch 4

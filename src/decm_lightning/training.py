@@ -76,6 +76,9 @@ class FlowTraining(L.LightningModule):
         """Compile and shard, each once: Lightning asks for each run, before it makes the optimiser.
 
         Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
+
+        Raises:
+            ValueError: if the strategy asks for tensor parallelism, as it does by default.
         """
         if self.compiles and self.trainer.training:
             for network in self.compiled():
@@ -83,6 +86,9 @@ class FlowTraining(L.LightningModule):
             self.compiles = False
         if self.device_mesh is None:
             return
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            sizes = f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1"
+            raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
         for network in self.sharded():
             for module in (*network.units(), network):
                 if not isinstance(module, FSDPModule):

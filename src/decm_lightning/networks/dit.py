@@ -31,6 +31,8 @@ class DiT(Network):
         mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
         num_classes: classes; index num_classes is the null class.
         landing_time: embed the landing time s; without it s is ignored.
+        qk_norm: normalise queries and keys; LightningDiT's own checkpoints do not.
+        shift: let the embedding shift as well as scale and gate each half of a block.
 
     Raises:
         ValueError: if a size does not divide as it must.
@@ -47,6 +49,8 @@ class DiT(Network):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         landing_time: bool = False,
+        qk_norm: bool = True,
+        shift: bool = True,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -64,6 +68,8 @@ class DiT(Network):
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
             "landing_time": landing_time,
+            "qk_norm": qk_norm,
+            "shift": shift,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.side = grid
@@ -75,7 +81,7 @@ class DiT(Network):
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, grid), requires_grad=False)
         self.feat_rope = Rotary(width // heads, grid)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:

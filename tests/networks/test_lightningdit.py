@@ -1,0 +1,326 @@
+"""Public LightningDiT checkpoints come in whole, to the published output, or not at all."""
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from decm_lightning.derivatives import Tangent, dual, functional
+from decm_lightning.networks import DiT, load, load_lightningdit, save
+from decm_lightning.networks.lightningdit import architecture
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
+SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
+
+
+def randomised(network: DiT) -> DiT:
+    """Return the network in eval mode with random, non-zero weights."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The inputs and output of the public code, and the weights it had."""
+    tensors = load_file(FIXTURE)
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    return {k: v for k, v in tensors.items() if not k.startswith("weight.")}, weights
+
+
+@pytest.fixture
+def small():
+    """A small network whose every weight is random."""
+    return randomised(DiT(**SMALL))
+
+
+def error_of(network, inputs):
+    """Return the largest difference to the public code's output."""
+    with torch.no_grad():
+        u = network(inputs["input.x"], inputs["input.t"], inputs["input.r"], inputs["input.y"])
+    return (u - inputs["output"]).abs().max().item()
+
+
+def written(content, path):
+    """Write with torch.save and return the path."""
+    torch.save(content, path)
+    return path
+
+
+def reference(weights, x, t, y, head_width, landing=None):
+    """Return LightningDiT's output by its formulas alone, for patch size 1; float64."""
+    w = {k: v.double() for k, v in weights.items()}
+    grid = x.shape[-1]
+
+    def dense(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def rms(name, h):
+        if f"{name}.weight" not in w:
+            return h
+        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def embed(name, time):
+        angles = time.double()[:, None] * 10_000 ** -(torch.arange(128, dtype=torch.float64) / 128)
+        return dense(f"{name}.mlp.2", F.silu(dense(f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+
+    def turn(h):
+        # As complex numbers: a pair of neighbours times e^(i angle).
+        frequencies = 10_000 ** -(torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
+        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        angles = torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], 1)
+        pairs = torch.view_as_complex(h.reshape(*h.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    def attend(name, h):
+        q, k, v = dense(f"{name}.qkv", h).unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)
+        q, k = turn(rms(f"{name}.q_norm", q)), turn(rms(f"{name}.k_norm", k))
+        mixed = (q @ k.transpose(-1, -2) / math.sqrt(head_width)).softmax(-1) @ v
+        return dense(f"{name}.proj", mixed.transpose(1, 2).flatten(2))
+
+    def swiglu(name, h):
+        gate, value = dense(f"{name}.w12", h).chunk(2, -1)
+        return dense(f"{name}.w3", F.silu(gate) * value)
+
+    c = embed("t_embedder", t) + w["y_embedder.embedding_table.weight"][y]
+    if landing is not None:
+        c = c + embed("r_embedder", landing)
+    h = torch.einsum("bcn,dc->bnd", x.double().flatten(2), w["x_embedder.proj.weight"][..., 0, 0])
+    h = h + w["x_embedder.proj.bias"] + w["pos_embed"]
+    width = h.shape[-1]
+    for i in range(sum(name.endswith("w3.weight") for name in w)):
+        parts = dense(f"blocks.{i}.adaLN_modulation.1", F.silu(c))[:, None].split(width, -1)
+        if len(parts) == 4:
+            parts = (0, *parts[:2], 0, *parts[2:])
+        for update, norm, (shift, scale, gate) in (("attn", "norm1", parts[:3]), ("mlp", "norm2", parts[3:])):
+            inner = rms(f"blocks.{i}.{norm}", h) * (1 + scale) + shift
+            h = h + gate * {"attn": attend, "mlp": swiglu}[update](f"blocks.{i}.{update}", inner)
+    shift, scale = dense("final_layer.adaLN_modulation.1", F.silu(c))[:, None].chunk(2, -1)
+    u = dense("final_layer.linear", rms("final_layer.norm_final", h) * (1 + scale) + shift)
+    return u.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+def wrap(prefix):
+    return lambda weights: {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+LAYOUTS = {
+    "alone": lambda weights: weights,
+    "ema": lambda weights: {"ema": weights},
+    "model": lambda weights: {"model": weights},
+    "a whole training checkpoint": lambda weights: {
+        "model": {name: tensor + 1 for name, tensor in weights.items()},
+        "ema": weights,
+        "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "args": argparse.Namespace(lr=1e-4, data_dir="latents"),
+        "step": 80_000,
+    },
+    "facm's averages": lambda weights: {
+        "model": wrap("module.")({name: tensor + 1 for name, tensor in weights.items()}),
+        "emas": {"ema_models.0.initted": torch.tensor(True), "ema_models.0.ema_model.pos_embed": torch.zeros(1)}
+        | wrap("ema_models.1.ema_model.")(weights),
+    },
+    "module.": lambda weights: {"ema": wrap("module.")(weights)},
+    "_orig_mod.": wrap("_orig_mod."),
+    "module._orig_mod.": lambda weights: {"model": wrap("module._orig_mod.")(weights)},
+    "_orig_mod.module.": wrap("_orig_mod.module."),
+    "each block compiled": lambda weights: {
+        name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in weights.items()
+    },
+    "parameters": lambda weights: {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_is_that_of_the_public_code(layout, published, tmp_path):
+    """Wherever in the file the weights are and however they are prefixed."""
+    inputs, weights = published
+    network = load_lightningdit(written(LAYOUTS[layout](weights), tmp_path / "public.pt"))
+    assert error_of(network, inputs) <= 1e-5
+    assert network.config["landing_time"]
+    assert not network.training
+
+
+def test_safetensors_and_the_old_format_of_torch_are_read_too(published, tmp_path):
+    inputs, weights = published
+    save_file(wrap("module.")(weights), tmp_path / "public.safetensors")
+    assert error_of(load_lightningdit(str(tmp_path / "public.safetensors")), inputs) <= 1e-5
+    torch.save({"ema": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert error_of(load_lightningdit(tmp_path / "old.pt"), inputs) <= 1e-5
+
+
+@pytest.mark.parametrize("weights", ["ema", "model", None])
+def test_weights_are_those_asked_for(weights, small, tmp_path):
+    """Averaged ones unless told otherwise."""
+    state = small.state_dict()
+    trained = state | {"final_layer.linear.bias": state["final_layer.linear.bias"] + 1}
+    path = written({"model": trained, "ema": state}, tmp_path / "both.pt")
+    expected = (trained if weights == "model" else state)["final_layer.linear.bias"]
+    assert torch.equal(load_lightningdit(path, weights).final_layer.linear.bias, expected)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"landing_time": True},
+        {"qk_norm": False},
+        {"shift": False},
+        {"patch_size": 2, "input_size": 6, "in_channels": 3},
+        {"mlp_ratio": 3.0},
+        {"mlp_ratio": 2.5, "num_classes": 17},
+        {"heads": 1, "depth": 11},
+        {"width": 24, "heads": 3, "qk_norm": False, "shift": False, "landing_time": True},
+    ],
+    ids=str,
+)
+def test_architecture_is_found_from_shapes(changed, tmp_path, generator):
+    """Any network comes back with its arguments, its weights to the bit, and its output."""
+    network = randomised(DiT(**SMALL | changed))
+    loaded = load_lightningdit(written(network.state_dict(), tmp_path / "any.pt"))
+    assert loaded.config == network.config
+    own, other = network.state_dict(), loaded.state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    x_t = torch.randn(3, *network.sample_shape, generator=generator)
+    t, s = torch.rand(2, 3, generator=generator)
+    assert torch.equal(loaded(x_t, t, s, torch.tensor([0, 1, 3])), network(x_t, t, s, torch.tensor([0, 1, 3])))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("landing_time", [True, False])
+def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, landing_time):
+    """LightningDiT-XL/1, 675,260,768 with the 28 x 2 x 72 weights of QK norm, which its authors' checkpoints lack."""
+    with torch.device("meta"):
+        network = DiT(16, 32, qk_norm=qk_norm, landing_time=landing_time)
+    found = architecture(network.state_dict())
+    assert found == network.config
+    assert found == {
+        **{"input_size": 16, "in_channels": 32, "patch_size": 1, "width": 1152, "depth": 28, "heads": 16},
+        **{"mlp_ratio": 4.0, "num_classes": 1000, "landing_time": landing_time, "qk_norm": qk_norm, "shift": True},
+    }
+    count = sum(parameter.numel() for parameter in network.parameters())
+    second_embedder = 1152 * 256 + 1152 + 1152 * 1152 + 1152
+    assert count - landing_time * second_embedder + (not qk_norm) * 28 * 2 * 72 == 675_260_768
+
+
+def test_mlp_ratio_gives_back_every_hidden_width():
+    """Whatever the ratio was and however it was rounded; a round ratio is found as it was."""
+    with torch.device("meta"):
+        tensors = dict(DiT(**SMALL).state_dict())
+        for width in range(8, 1537, 8):
+            tensors["x_embedder.proj.weight"] = torch.empty(width, 2, 1, 1)
+            tensors["blocks.0.attn.q_norm.weight"] = torch.empty(width)
+            for hidden in {1, 7, width - 1, width, int(2 / 3 * 3.7 * width), int(2 / 3 * int(4.0 * width)), 8 * width}:
+                tensors["blocks.0.mlp.w3.weight"] = torch.empty(width, hidden)
+                assert int(2 / 3 * architecture(tensors)["mlp_ratio"] * width) == hidden
+            for ratio in (2.0, 2.5, 3.0, 4.0):
+                tensors["blocks.0.mlp.w3.weight"] = torch.empty(width, int(2 / 3 * ratio * width))
+                found = architecture(tensors)["mlp_ratio"]
+                assert found == ratio
+
+
+def test_formulas_are_those_of_the_public_code(published):
+    """The independent computation that the variants are held against agrees with the published output."""
+    inputs, weights = published
+    u = reference(weights, inputs["input.x"], inputs["input.t"], inputs["input.y"], 12, inputs["input.r"])
+    assert (u - inputs["output"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("landing_time", [True, False])
+def test_variants_are_those_of_the_formulas(qk_norm, shift, landing_time, tmp_path, generator):
+    """In float64 to rounding: without QK norm, and without shift, too."""
+    network = randomised(DiT(**SMALL, qk_norm=qk_norm, shift=shift, landing_time=landing_time))
+    network = load_lightningdit(written(network.state_dict(), tmp_path / "variant.pt")).double()
+    x_t = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
+    t, s = torch.rand(2, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3])
+    u = network(x_t, t, s, labels)
+    expected = reference(network.state_dict(), x_t, t, labels, 8, s if landing_time else None)
+    assert expected.abs().max() > 0.1
+    # Rotary tables are in float32 in the one and in float64 in the other.
+    assert (u - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("changed", [{"qk_norm": False}, {"shift": False}], ids=str)
+def test_dual_passes_through_variants(changed, generator):
+    """The derivative of the variants is that of torch.func.jvp."""
+    network = randomised(DiT(**SMALL | changed, landing_time=True)).double()
+    x_t, along = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
+    t, s, along_t, along_s = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    arguments = (network, x_t, t, s, torch.tensor([0, 1, 3]), Tangent(along, along_t, along_s))
+    exact, jet = functional(*arguments), dual(*arguments)
+    assert exact.du.abs().max() > 0.1
+    assert (jet.u - exact.u).abs().max() <= 1e-12 * exact.u.abs().max()
+    assert (jet.du - exact.du).abs().max() <= 1e-10 * exact.du.abs().max()
+
+
+def test_loaded_network_can_be_trained_kept_and_made_a_student(small, tmp_path):
+    """Its weights require gradients, but for the positions; `save` and `load` take it as any other."""
+    network = load_lightningdit(written(small.state_dict(), tmp_path / "small.pt"))
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["pos_embed"]
+    save(network, tmp_path / "kept")
+    kept = load(tmp_path / "kept")
+    assert kept.config == network.config
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), network.parameters(), strict=True))
+    assert network.with_landing_time().config["landing_time"]
+
+
+def test_network_does_not_hang_on_its_file(small, tmp_path):
+    """What is written over the file afterwards does not reach it."""
+    path = written(small.state_dict(), tmp_path / "small.pt")
+    network = load_lightningdit(path)
+    before = copy.deepcopy(network.state_dict())
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_read_as_float32(dtype, small, tmp_path):
+    """Weights as rounded in the file; rotary tables unrounded."""
+    state = {name: tensor.to(dtype) for name, tensor in small.state_dict().items()}
+    network = load_lightningdit(written(state, tmp_path / "rounded.pt"))
+    for name, tensor in network.state_dict().items():
+        expected = small.state_dict()[name] if name.startswith("feat_rope") else state[name].float()
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected)
+
+
+def test_rotary_tables_may_be_left_out(small, tmp_path):
+    """QK norm then tells the heads."""
+    state = {name: tensor for name, tensor in small.state_dict().items() if not name.startswith("feat_rope")}
+    network = load_lightningdit(written(state, tmp_path / "bare.pt"))
+    assert torch.equal(network.feat_rope.freqs_cos, small.feat_rope.freqs_cos)
+
+
+def test_rotary_tables_of_a_large_grid_are_those_of_the_public_formula(tmp_path):
+    """XL's heads of 72 on 32 x 32 latents: rounded in the same order, or they would be 2e-6 apart."""
+    frequencies = 1.0 / (10_000 ** (torch.arange(0, 36, 2)[:18].float() / 36))
+    turns = torch.einsum("i,f->if", torch.arange(32) / 32 * 32, frequencies).repeat_interleave(2, dim=-1)
+    angles = torch.cat([turns[:, None].expand(-1, 32, -1), turns[None].expand(32, -1, -1)], -1).reshape(1024, 72)
+    network = DiT(32, 2, width=72, depth=1, heads=1, num_classes=2)
+    assert (network.feat_rope.freqs_cos - angles.cos()).abs().max() <= 1e-7
+    assert (network.feat_rope.freqs_sin - angles.sin()).abs().max() <= 1e-7
+
+
+@pytest.mark.parametrize(("error", "accepted"), [(9e-7, True), (1e-5, False), (torch.nan, False)])
+@pytest.mark.parametrize("name", ["feat_rope.freqs_cos", "feat_rope.freqs_sin"])
+def test_other_rotary_tables_are_refused(name, error, accepted, small, tmp_path):
+    """Up to 1e-6 they are ours."""
+    state = {key: tensor.clone() for key, tensor in small.state_dict().items()}
+    state[name][5, 3] += error
+    path = written(state, tmp_path / "turned.pt")
+    if accepted:
+        assert torch.equal(load_lightningdit(path).state_dict()[name], small.state_dict()[name])
+    else:
+        with pytest.raises(ValueError, match=rf"turned.pt: {name} is not that of rotary positions .* 4 x 4 grid"):
+            load_lightningdit(path)

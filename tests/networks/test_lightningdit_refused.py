@@ -1,0 +1,198 @@
+"""What is no LightningDiT is refused: with the file's name, what was found instead, and what to do, on one line."""
+
+import pickle
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from decm_lightning.networks import DiT, load_lightningdit
+
+SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
+
+
+@pytest.fixture
+def small():
+    """A small network."""
+    return DiT(**SMALL)
+
+
+def written(content, path):
+    """Write with torch.save and return the path."""
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(("there", "asked"), [("model", "ema"), ("ema", "model")])
+def test_weights_that_are_not_there_are_refused(there, asked, small, tmp_path):
+    path = written({there: small.state_dict(), "opt": {}}, tmp_path / "one.pt")
+    with pytest.raises(
+        ValueError, match=f"one.pt: no weights '{asked}' in it, only {there}: ask for weights='{there}'"
+    ):
+        load_lightningdit(path, asked)
+
+
+def test_heads_that_cannot_be_told_are_said_to_be(tmp_path):
+    """Without QK norm and without the table."""
+    state = DiT(**SMALL, qk_norm=False).state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("feat_rope")}
+    with pytest.raises(ValueError, match=r"the number of heads cannot be told: .*q_norm.*add the table"):
+        load_lightningdit(written(state, tmp_path / "bare.pt"))
+
+
+def lose(state):
+    del state["blocks.1.attn.qkv.bias"], state["t_embedder.mlp.0.weight"]
+    return r"missing: 2 \(t_embedder.mlp.0.weight, blocks.1.attn.qkv.bias\); left over: 0; of another shape or type: 0; only"
+
+
+def add(state):
+    state |= {f"projector.{i}.weight": torch.zeros(2) for i in range(5)}
+    return r"missing: 0; left over: 5 \(projector.0.weight, .*projector.2.weight and 2 more\); of another shape or type: 0; only"
+
+
+def reshape(state):
+    state["blocks.0.attn.qkv.weight"] = torch.zeros(48, 15)
+    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\); .*take out"
+
+
+def learn_sigma(state):
+    state |= {"final_layer.linear.weight": torch.zeros(4, 16), "final_layer.linear.bias": torch.zeros(4)}
+    return r"of another shape or type: 2 \(final_layer.linear.weight \(4, 16\).*as many channels out as in"
+
+
+def quantise(state):
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].to(torch.int8)
+    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 16\) of torch.int8"
+
+
+def skip_a_block(state):
+    for name in [name for name in state if name.startswith("blocks.1.")]:
+        state[name.replace("blocks.1.", "blocks.7.")] = state.pop(name)
+    return r"missing: 14 \(blocks.1.norm1.weight, .* and 11 more\); left over: 14 \(blocks.7.norm1.weight"
+
+
+def use_gelu(state):
+    for name in [name for name in state if ".mlp.w" in name]:
+        state[name.replace("w12", "fc1").replace("w3", "fc2")] = state.pop(name)
+    return r"no LightningDiT with SwiGLU: missing .* are blocks.0.mlp.w3.weight; it holds"
+
+
+def use_layer_norm(state):
+    for name in [name for name in state if name.endswith(("norm1.weight", "norm2.weight", "norm_final.weight"))]:
+        del state[name]
+    return r"missing: 5 \(blocks.0.norm1.weight, .*\); left over: 0; .* only a LightningDiT with RMSNorm"
+
+
+def drop_qk_norm_of_a_block(state):
+    del state["blocks.1.attn.q_norm.weight"]
+    return r"missing: 1 \(blocks.1.attn.q_norm.weight\)"
+
+
+def cut_positions(state):
+    state["pos_embed"] = state["pos_embed"][:, :15]
+    return r"pos_embed must be that of a square grid: got 15 tokens"
+
+
+def flatten_patches(state):
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].flatten(1)
+    return r"missing or of other dimensions are x_embedder.proj.weight; it holds"
+
+
+def empty(state):
+    state["x_embedder.proj.weight"] = torch.zeros(0, 2, 1, 1)
+    return r"missing or of other dimensions are x_embedder.proj.weight; it holds"
+
+
+def widen_heads(state):
+    state["blocks.0.attn.q_norm.weight"] = torch.ones(1000)
+    return r"of another shape or type: 6 \(.*q_norm.weight \(1000,\)"
+
+
+def twice(state):
+    state["module.pos_embed"] = state["pos_embed"]
+    return r"pos_embed is there twice, as module.pos_embed too: keep one"
+
+
+FAULTS = [lose, add, reshape, learn_sigma, quantise, skip_a_block, use_gelu, use_layer_norm, drop_qk_norm_of_a_block]
+FAULTS += [cut_positions, flatten_patches, empty, widen_heads, twice]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensors_that_do_not_fit_are_listed(fault, small, tmp_path):
+    """Both what is missing and what is left over, in one line with the file's name."""
+    state = dict(small.state_dict())
+    message = fault(state)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_lightningdit(written({"ema": state}, tmp_path / "odd.pt"))
+    assert str(refused.value).startswith(f"{tmp_path / 'odd.pt'}: ")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+class Trap:
+    """An object whose unpickling would run a command."""
+
+    def __reduce__(self):
+        return (open, ("trapped", "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(3), "no tensors by name, but one Tensor"),
+        ([torch.zeros(3)], "no tensors by name, but one list"),
+        ({}, "got nothing"),
+        ({"ema": {}}, "got nothing"),
+        ({"ema": 0.999, "step": 3}, "got ema, step"),
+        ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "alone or under ema or model: got epoch, state_dict"),
+        ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
+        ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 2 more; it holds 0"),
+        (Trap(), "reads with weights_only=True: Weights only load failed"),
+    ],
+    ids=str,
+)
+def test_other_contents_are_refused(content, message, tmp_path, monkeypatch):
+    """With what was found instead; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_lightningdit(written(content, tmp_path / "other.pt"))
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
+@pytest.mark.parametrize("text", ["the weights are elsewhere\n", "", "PK\x03\x04 no zip", "version https://git-lfs\n"])
+def test_text_is_refused(suffix, text, tmp_path):
+    path = tmp_path / f"notes{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"notes{suffix}: neither safetensors nor what torch.load reads"):
+        load_lightningdit(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_garbage_is_refused_whatever_it_is(small, tmp_path):
+    """Random bytes, random pickles, and real files cut short or with bytes changed: a ValueError or the network."""
+    draw = random.Random(0)
+    torch.save(small.state_dict(), tmp_path / "real.pt")
+    save_file(small.state_dict(), tmp_path / "real.safetensors")
+    pickled = pickle.dumps({"ema": {"a": [1, 2.0, "b"]}})
+    refused = 0
+    for round_ in range(120):
+        suffix = draw.choice([".pt", ".safetensors"])
+        source = draw.choice([(tmp_path / f"real{suffix}").read_bytes(), pickled, draw.randbytes(300)])
+        content = bytearray(source[: draw.randrange(1, len(source))] if round_ % 2 else source)
+        for _ in range(draw.choice([1, 5, 50])):
+            content[draw.randrange(min(len(content), 2000))] = draw.randrange(256)
+        path = tmp_path / f"garbage{suffix}"
+        path.write_bytes(content)
+        try:
+            load_lightningdit(path)
+        except ValueError:
+            refused += 1
+    assert refused >= 100
+
+
+@pytest.mark.parametrize("name", ["nothing.pt", ""])
+def test_missing_file_and_folder_are_named(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file at .*: load_lightningdit reads a .pt or .safetensors file"):
+        load_lightningdit(tmp_path / name)

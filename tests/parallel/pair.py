@@ -1,0 +1,96 @@
+"""Two processes of one gloo group, which run a function on their own share and give back what it returns."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SIZE = 2
+PATIENCE = 300
+
+
+class Pair:
+    """Runs functions in two processes that live on from call to call: they take seconds to start."""
+
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what `function(*args)`, which both can import, gives in process 0 and 1.
+
+        Raises:
+            RuntimeError: with the traceback or exit code of each process that failed; the next call starts new ones.
+        """
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [self.answer(rank) for rank in range(SIZE)]
+        failures = [text for text, _ in answers if text]
+        if failures:
+            self.stop()
+            raise RuntimeError("\n".join(failures))
+        return [result for _, result in answers]
+
+    def answer(self, rank: int) -> tuple[str, Any]:
+        """Return why a process failed, or "" and its result."""
+        try:
+            return self.pipes[rank].recv() if self.pipes[rank].poll(PATIENCE) else (f"process {rank} hangs", None)
+        except EOFError:
+            self.processes[rank].join()
+            return f"process {rank} died with exit code {self.processes[rank].exitcode}", None
+
+    def start(self) -> None:
+        """Start both processes, which meet on a free port."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def stop(self) -> None:
+        """End both processes."""
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.kill()
+            process.join()
+            pipe.close()
+        self.processes, self.pipes = [], []
+
+
+def serve(rank: int, port: int, pipe: Connection) -> None:
+    """Join the group, and answer calls until one fails: the other process then sees that this one is gone."""
+    # As torchrun sets them, so that Lightning starts no processes of its own.
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    while True:
+        function, args = pipe.recv()
+        try:
+            answer = function(*args)
+        except Exception:
+            pipe.send((f"process {rank}:\n{traceback.format_exc()}", None))
+            os._exit(1)
+        pipe.send(("", answer))
+
+
+def refusal(function: Callable[..., Any], *args: Any) -> str:
+    """Return the text of the ValueError that a function raises in every process, "" if it raises none."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return ""

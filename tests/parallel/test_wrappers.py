@@ -1,0 +1,168 @@
+"""u, du and gradients through data-parallel wrappers, half of the rows in each of two processes, against one."""
+
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from decm_lightning.derivatives import ENGINES, Tangent
+from decm_lightning.networks import DiT
+from decm_lightning.networks.layers import Block
+from tests.parallel.pair import SIZE, refusal
+
+pytestmark = pytest.mark.slow
+ROWS, DUAL_ROWS = 8, 6
+
+
+class Step(NamedTuple):
+    """What an engine gives, and the gradients after a backward pass."""
+
+    u: Tensor
+    du: Tensor
+    gradients: dict[str, Tensor]
+
+
+def student() -> DiT:
+    """A small flow map in float64 in which every argument and weight matters."""
+    torch.manual_seed(0)
+    network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, landing_time=True)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return network.double()
+
+
+def run_engine(engine: str, network: nn.Module, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor]:
+    """Return u and du of every size-th row, three quarters of which have a tangent, after a backward pass."""
+    generator = torch.Generator().manual_seed(1)
+    x, dx = torch.randn(2, ROWS, 2, 4, 4, generator=generator, dtype=torch.float64)
+    t, s, dt, ds = torch.rand(4, ROWS, generator=generator, dtype=torch.float64)
+    rows, moved = slice(rank, ROWS, size), slice(rank, DUAL_ROWS, size)
+    labels = (torch.arange(ROWS) % 3)[rows]
+    jet = ENGINES[engine](network, x[rows], t[rows], s[rows], labels, Tangent(dx[moved], dt[moved], ds[moved]))
+    (jet.u.square().mean() + (jet.u[: len(jet.du)] * jet.du).mean()).backward()
+    return jet.u.detach(), jet.du
+
+
+@cache
+def alone(engine: str, rank: int = 0, size: int = 1) -> Step:
+    """One process without a wrapper, for all rows or for one share of them."""
+    network = student()
+    return Step(*run_engine(engine, network, rank, size), gradients(network))
+
+
+def in_pair(engine: str, wrapper: str, checkpointed: bool = False, backend: str | None = None) -> Step:
+    """One of two processes, with its share of the rows."""
+    torch.compiler.reset()
+    network = student()
+    network.gradient_checkpointing = checkpointed
+    if backend:
+        # compile_units with another backend than its default, inductor.
+        for unit in network.units():
+            unit.forward = torch.compile(unit.forward, fullgraph=True, backend=backend)
+    wrapped = WRAPPERS[wrapper](network)
+    return Step(*run_engine(engine, wrapped, dist.get_rank(), SIZE), gradients(wrapped))
+
+
+def by_fsdp1(network: DiT) -> nn.Module:
+    return FullyShardedDataParallel(
+        network, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def by_fsdp2(network: DiT, **options) -> nn.Module:
+    for module in (*network.units(), network):
+        fully_shard(module, mesh=init_device_mesh("cpu", (SIZE,)), **options)
+    return network
+
+
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "ddp, buffers left alone": lambda network: DistributedDataParallel(network, broadcast_buffers=False),
+    "ddp, called by its module": lambda network: DistributedDataParallel(network).module,
+    "fsdp1": by_fsdp1,
+    "fsdp2": by_fsdp2,
+}
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """Return whole gradients by the names of the bare network."""
+    if isinstance(network, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(network, with_grads=True):
+            return _named(network)
+    return _named(network)
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    whole = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g.clone() for name, g in whole.items()}
+    return {name.removeprefix("module.").replace("_fsdp_wrapped_module.", ""): g for name, g in whole.items()}
+
+
+def assert_equal(actual, expected):
+    """Compare in float64."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def assert_right(shares: list[Step], engine: str) -> None:
+    """Check that each process has its rows' values, and the gradient of all rows, which is not that of its own."""
+    whole = alone(engine)
+    for rank, share in enumerate(shares):
+        assert_equal(share.u, whole.u[rank::SIZE])
+        assert_equal(share.du, whole.du[rank::SIZE])
+        assert_equal(share.gradients, whole.gradients)
+        assert differs(share.gradients, alone(engine, rank, SIZE).gradients)
+
+
+def differs(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Return whether every gradient is another, by more than 1 %."""
+    return all((some[name] - others[name]).norm() > 0.01 * others[name].norm() for name in others)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("engine", ["dual", "central"])
+def test_engines_of_plain_passes_go_through_every_wrapper(engine, wrapper, checkpointed, pair):
+    """In float64: u, du and averaged gradients are those of one process with all rows."""
+    assert_right(pair.run(in_pair, engine, wrapper, checkpointed), engine)
+
+
+@pytest.mark.parametrize(
+    ("checkpointed", "backend"),
+    [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],
+    ids=["plain", "checkpointed", "inductor"],
+)
+def test_the_dual_engine_passes_through_compiled_blocks_that_are_sharded(checkpointed, backend, pair):
+    """FSDP2 around torch.compile: the same figures as without either."""
+    assert_right(pair.run(in_pair, "dual", "fsdp2", checkpointed, backend), "dual")
+
+
+def test_a_network_called_by_its_module_learns_alone(pair):
+    """What the other tests would see of an engine that did not call the wrapper itself: gradients of own rows only."""
+    shares = pair.run(in_pair, "dual", "ddp, called by its module")
+    for rank, share in enumerate(shares):
+        assert_equal(share.gradients, alone("dual", rank, SIZE).gradients)
+    assert differs(shares[0].gradients, shares[1].gradients)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("wrapper", ["ddp, buffers left alone", "fsdp2"])
+def test_the_functional_engine_passes_through_ddp_and_fsdp2(wrapper, checkpointed, pair):
+    """Its second pass, in forward mode and without a graph, leaves the synchronisation of the first as it is."""
+    assert_right(pair.run(in_pair, "functional", wrapper, checkpointed), "functional")
+
+
+@pytest.mark.parametrize(("wrapper", "remedy"), [("ddp", "broadcast_buffers=False"), ("fsdp1", "fully_shard")])
+def test_the_functional_engine_says_what_it_cannot_pass_through(wrapper, remedy, pair):
+    """DDP copies buffers in place, which torch.func refuses; FSDP1 under it ends the process with a fault of memory."""
+    for text in pair.run(refusal, in_pair, "functional", wrapper):
+        assert remedy in text
+        assert "derivative dual" in text

@@ -92,7 +92,8 @@ class FlowTraining(L.LightningModule):
         for network in self.sharded():
             for module in (*network.units(), network):
                 if not isinstance(module, FSDPModule):
-                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
+                    # Also the root, which would stay whole after a forward: the average is moved shard by shard.
+                    fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the trained network and its per-step schedule."""

@@ -2,13 +2,11 @@
 
 import argparse
 import copy
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from decm_lightning.derivatives import Tangent, dual, functional
 from decm_lightning.networks import DiT, load, load_lightningdit, save
@@ -52,59 +50,6 @@ def written(content, path):
     """Write with torch.save and return the path."""
     torch.save(content, path)
     return path
-
-
-def reference(weights, x, t, y, head_width, landing=None):
-    """Return LightningDiT's output by its formulas alone, for patch size 1; float64."""
-    w = {k: v.double() for k, v in weights.items()}
-    grid = x.shape[-1]
-
-    def dense(name, h):
-        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def rms(name, h):
-        if f"{name}.weight" not in w:
-            return h
-        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
-
-    def embed(name, time):
-        angles = time.double()[:, None] * 10_000 ** -(torch.arange(128, dtype=torch.float64) / 128)
-        return dense(f"{name}.mlp.2", F.silu(dense(f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
-
-    def turn(h):
-        # As complex numbers: a pair of neighbours times e^(i angle).
-        frequencies = 10_000 ** -(torch.arange(0, head_width // 2, 2, dtype=torch.float64) / (head_width // 2))
-        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        angles = torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], 1)
-        pairs = torch.view_as_complex(h.reshape(*h.shape[:-1], -1, 2).contiguous())
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-
-    def attend(name, h):
-        q, k, v = dense(f"{name}.qkv", h).unflatten(-1, (3, -1, head_width)).permute(2, 0, 3, 1, 4)
-        q, k = turn(rms(f"{name}.q_norm", q)), turn(rms(f"{name}.k_norm", k))
-        mixed = (q @ k.transpose(-1, -2) / math.sqrt(head_width)).softmax(-1) @ v
-        return dense(f"{name}.proj", mixed.transpose(1, 2).flatten(2))
-
-    def swiglu(name, h):
-        gate, value = dense(f"{name}.w12", h).chunk(2, -1)
-        return dense(f"{name}.w3", F.silu(gate) * value)
-
-    c = embed("t_embedder", t) + w["y_embedder.embedding_table.weight"][y]
-    if landing is not None:
-        c = c + embed("r_embedder", landing)
-    h = torch.einsum("bcn,dc->bnd", x.double().flatten(2), w["x_embedder.proj.weight"][..., 0, 0])
-    h = h + w["x_embedder.proj.bias"] + w["pos_embed"]
-    width = h.shape[-1]
-    for i in range(sum(name.endswith("w3.weight") for name in w)):
-        parts = dense(f"blocks.{i}.adaLN_modulation.1", F.silu(c))[:, None].split(width, -1)
-        if len(parts) == 4:
-            parts = (0, *parts[:2], 0, *parts[2:])
-        for update, norm, (shift, scale, gate) in (("attn", "norm1", parts[:3]), ("mlp", "norm2", parts[3:])):
-            inner = rms(f"blocks.{i}.{norm}", h) * (1 + scale) + shift
-            h = h + gate * {"attn": attend, "mlp": swiglu}[update](f"blocks.{i}.{update}", inner)
-    shift, scale = dense("final_layer.adaLN_modulation.1", F.silu(c))[:, None].chunk(2, -1)
-    u = dense("final_layer.linear", rms("final_layer.norm_final", h) * (1 + scale) + shift)
-    return u.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 def wrap(prefix):
@@ -227,7 +172,7 @@ def test_mlp_ratio_gives_back_every_hidden_width():
                 assert found == ratio
 
 
-def test_formulas_are_those_of_the_public_code(published):
+def test_formulas_are_those_of_the_public_code(published, reference):
     """The independent computation that the variants are held against agrees with the published output."""
     inputs, weights = published
     u = reference(weights, inputs["input.x"], inputs["input.t"], inputs["input.y"], 12, inputs["input.r"])
@@ -237,7 +182,7 @@ def test_formulas_are_those_of_the_public_code(published):
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("landing_time", [True, False])
-def test_variants_are_those_of_the_formulas(qk_norm, shift, landing_time, tmp_path, generator):
+def test_variants_are_those_of_the_formulas(qk_norm, shift, landing_time, reference, tmp_path, generator):
     """In float64 to rounding: without QK norm, and without shift, too."""
     network = randomised(DiT(**SMALL, qk_norm=qk_norm, shift=shift, landing_time=landing_time))
     network = load_lightningdit(written(network.state_dict(), tmp_path / "variant.pt")).double()

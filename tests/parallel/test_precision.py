@@ -24,7 +24,6 @@ def test_weights_gathered_in_bfloat16(kind, pair):
     """With inputs left in float32 u and du are off as in bf16-true."""
     for share in pair.run(in_pair, kind, False):
         u, du = errors(share, exact(student(kind)))
-        print(u, du)
         assert u < 0.015
         assert du < 0.02
 
@@ -34,6 +33,5 @@ def test_inputs_cast_by_fsdp2(kind, least, most, pair):
     """FSDP2's default rounds t: an embedding of 1000 t then has another's derivative, though u looks right."""
     for share in pair.run(in_pair, kind, True):
         u, du = errors(share, exact(student(kind)))
-        print(u, du)
         assert u < 0.05
         assert least <= du < most

@@ -1,7 +1,10 @@
 """The exact derivative by forward-mode automatic differentiation, torch.func.jvp: the reference of all engines."""
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from decm_lightning.conditions import first_rows
 from decm_lightning.derivatives.jet import Jet, Tangent
@@ -16,7 +19,12 @@ def functional(
     Keeping one graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP and
     gradient checkpointing; two passes cost about the same time and fail under neither. Attention runs on the math
     kernel in the second pass, the only one with a forward derivative.
+
+    Raises:
+        ValueError: if the network is in a wrapper that forward mode cannot pass through.
     """
+    if tangent is not None:
+        _check_wrappers(network)
     u = network(x_t, t, s, condition)
     if tangent is None:
         return Jet(u, None)
@@ -30,3 +38,17 @@ def functional(
         primals = (x_t[:rows], t[:rows], s[:rows])
         du = torch.func.jvp(network_of, primals, (tangent.x, tangent.t, tangent.s))[1]
     return Jet(u, du)
+
+
+def _check_wrappers(network: FlowMapNetwork) -> None:
+    if isinstance(network, DistributedDataParallel) and network.will_sync_module_buffers():
+        raise ValueError(
+            "derivative functional cannot pass through a DistributedDataParallel that copies buffers in its forward: "
+            "give it broadcast_buffers=False, or use derivative dual"
+        )
+    # It would end the process without a word.
+    if isinstance(network, nn.Module) and any(isinstance(part, FullyShardedDataParallel) for part in network.modules()):
+        raise ValueError(
+            "derivative functional cannot pass through FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2), "
+            "or derivative dual"
+        )

@@ -53,11 +53,7 @@ class DiT(Network):
         shift: bool = True,
     ) -> None:
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
-        if width % heads or width // heads % 4 or width % 4:
-            raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
-        grid = input_size // patch_size
+        _check_sizes(input_size, patch_size, width, heads)
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,
@@ -72,15 +68,15 @@ class DiT(Network):
             "shift": shift,
         }
         self.sample_shape = (in_channels, input_size, input_size)
-        self.side = grid
+        self.side = input_size // patch_size
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
         self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
         self.y_embedder = ClassEmbedding(num_classes, width)
-        self.pos_embed = nn.Parameter(sin_cos_positions(width, grid), requires_grad=False)
-        self.feat_rope = Rotary(width // heads, grid)
+        self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
+        self.feat_rope = Rotary(width // heads, self.side)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
 
@@ -117,3 +113,10 @@ class DiT(Network):
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)
+
+
+def _check_sizes(input_size: int, patch_size: int, width: int, heads: int) -> None:
+    if input_size % patch_size:
+        raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
+    if width % heads or width // heads % 4 or width % 4:
+        raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")

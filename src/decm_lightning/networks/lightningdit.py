@@ -67,7 +67,8 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     unfit = [n for n, dims in SHAPES.items() if n not in tensors or tensors[n].ndim != dims or not tensors[n].numel()]
     if unfit:
         raise ValueError(
-            f"no LightningDiT with SwiGLU: missing or of other dimensions are {_few(unfit)}; it holds {_few([*tensors])}"
+            f"no LightningDiT with SwiGLU: missing or of other dimensions are {_few(unfit)}; "
+            f"it holds {_few(list(tensors))}"
         )
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     tokens = tensors["pos_embed"].shape[1]

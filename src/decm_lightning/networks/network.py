@@ -43,7 +43,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         Only its `forward` is compiled, so that hooks, such as FSDP's, stay outside, and parameters keep their names.
         """
         for unit in self.units():
-            unit.forward = torch.compile(unit.forward, fullgraph=True)  # type: ignore[method-assign]
+            # Widths, modes and kinds of rows have graphs of their own, over all networks of a process; beyond the
+            # limit, which is 8 unless told, is an error.
+            compiled = torch.compile(unit.forward, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
+            unit.forward = compiled  # type: ignore[method-assign]
         return self
 
     def example(self, rows: int = 2) -> tuple[Sample, Time, Time, Condition]:

@@ -17,8 +17,8 @@ def functional(
     """Return u by an ordinary forward pass and du by a second, forward-mode pass without a graph.
 
     Keeping one graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP and
-    gradient checkpointing; two passes cost about the same time and fail under neither. Attention runs on the math
-    kernel in the second pass, the only one with a forward derivative.
+    gradient checkpointing; two passes cost about the same time and pass through checkpointing, FSDP2, and DDP that
+    leaves buffers alone. Attention runs on the math kernel in the second pass, the only one with a forward derivative.
 
     Raises:
         ValueError: if the network is in a wrapper that forward mode cannot pass through.

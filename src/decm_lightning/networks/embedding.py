@@ -28,8 +28,8 @@ class TimeEmbedding(nn.Module):
     """An MLP over sinusoids of a time in [0, 1]: cosines first, periods from 2 pi to 2 pi * 10,000.
 
     The time is not multiplied by 1000: an embedding that is smooth over [0, 1] keeps the derivative in t small.
-    The sinusoids are computed in the dtype of the time, which should be float32 also where weights are narrower: t
-    rounded to bfloat16 makes the derivative in t wrong. With `zero_output` the embedding is at first 0 for every time.
+    The sinusoids are computed in the dtype of the time, which is float32 also where weights are narrower. With
+    `zero_output` the embedding is at first 0 for every time.
     """
 
     def __init__(self, width: int, sinusoids: int = 256, zero_output: bool = False) -> None:

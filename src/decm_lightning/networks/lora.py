@@ -1,0 +1,108 @@
+"""A network that is trained beside its weights: they stay frozen, and LoRA and a landing time are added."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decm_lightning.networks.network import Network
+
+
+class LoRANetwork(Network):
+    """A network around a pretrained `model` whose weights never change: what trains is added by `adapt`.
+
+    Low-rank adaptation (LoRA, arXiv 2106.09685) turns a projection W x into W x + B A x, with A of shape (rank, inputs)
+    and B of (outputs, rank), which starts at zero: at first nothing is changed. Frozen weights are held once: copies of
+    the network share them and have adapters of their own. Nor are they in its state_dict: what is saved and loaded is
+    what was added, a small part of the whole, and goes over the model that the network's config names.
+
+    Args:
+        model: the pretrained model, which is frozen.
+        targets: ends of the names of the projections to adapt, unless `adapt` is given others.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str]) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False)
+        self.targets = tuple(targets)
+        self.added: frozenset[str] = frozenset()
+        """The names of the parameters that are no part of the pretrained model."""
+        self.register_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_pre_hook(_with_base)
+
+    @abstractmethod
+    def add_landing_time(self) -> None:
+        """Add an embedding of s to the model, in place, that is zero at first."""
+
+    def adapt(self, rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
+        """Add adapters and a landing time, in float32 or wider and the only parameters that train; return the network.
+
+        Args:
+            rank: of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
+            targets: ends of the names of the projections to adapt; None for the attention's.
+
+        Raises:
+            ImportError: if peft is not installed.
+            ValueError: if rank is below 1, or there is no projection of one of the names.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("LoRA needs peft: pip install 'decm-lightning[lora]'") from error
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1: got {rank}")
+        names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        targets = self.targets if targets is None else tuple(targets)
+        for target in targets:
+            # peft ignores one that is not there, if another is.
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ValueError(f"targets must end names of projections: got {target!r}, which ends none")
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), self.model)
+        self.add_landing_time()
+        self.config |= {"rank": rank, "targets": list(targets)}
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self.added = frozenset(trained)
+        return self
+
+    def with_landing_time(self, rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
+        """Return a copy that also reads s, and at first equals this network for every s; its base is this one's.
+
+        A network that has a landing time already keeps it, and its adapters.
+        """
+        student = copy.deepcopy(self)
+        if not self.added:
+            return student.adapt(rank, targets)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name in self.added)
+        return student
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoRANetwork":
+        """Copy what was added, and share the rest."""
+        memo |= {id(parameter): parameter for name, parameter in self.named_parameters() if name not in self.added}
+        # A move would give each module a buffer of its own, and SD3.5's position embeddings alone are 0.9 GB.
+        memo |= {id(module): module for module in self.modules() if any(True for _ in module.buffers(recurse=False))}
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def _without_base(network: LoRANetwork, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
+    """Leave out of a state_dict what the pretrained model has."""
+    for name in _base(network):
+        del state[prefix + name]
+
+
+def _with_base(network: LoRANetwork, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Fill in for load_state_dict what `_without_base` left out."""
+    state.update({prefix + name: tensor for name, tensor in _base(network).items()})
+
+
+def _base(network: LoRANetwork) -> dict[str, Tensor]:
+    state = network.model.state_dict(prefix="model.")
+    return {name: tensor for name, tensor in state.items() if name not in network.added}

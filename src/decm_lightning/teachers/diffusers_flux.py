@@ -1,0 +1,118 @@
+"""Flux: a rectified flow like SD3's, on latents in packs of 2 x 2, with embedded guidance instead of a second pass."""
+
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype, LandingTime
+from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
+from decm_lightning.types import Captions, Condition, Sample, Time
+
+
+class FluxLandingTime(LandingTime):
+    """Takes s beside the pooled caption: Flux rounds the time it is given to the dtype of its activations."""
+
+    def forward(self, time: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
+        """Return the sum of both embeddings, (b, width)."""
+        *guidance, (pooled, s) = args
+        return self.add(self.embedding(time, *guidance, pooled), s)
+
+
+class Flux(DiffusersNetwork):
+    """diffusers' FluxTransformer2DModel: sigma = 1 - t; it predicts noise - data.
+
+    It has no mask: its pipeline lets it read the encoder's padding, too. Its config does not say how large latents are:
+    128 x 128, as its pipeline has it, unless `side` is given.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        rank: of the LoRA adapters, which come with a landing time; None for the model alone.
+        targets: ends of the names of the projections to adapt; None for the attention's.
+        dtype: of the pretrained weights. What is added is in float32.
+        side: of the latents to draw, as sample_shape says; an even number.
+        guidance: the guidance scale that is embedded, if the model embeds one.
+    """
+
+    kind: ClassVar[str] = "FluxTransformer2DModel"
+    landing_class: ClassVar[type[LandingTime]] = FluxLandingTime
+
+    def __init__(
+        self,
+        model: str,
+        rank: int | None = None,
+        targets: list[str] | None = None,
+        dtype: Dtype = "float32",
+        side: int | None = None,
+        guidance: float = 3.5,
+    ) -> None:
+        super().__init__(model, rank, targets, dtype, side)
+        self.config |= {"guidance": guidance}
+        self.sample_shape = (self.model.config.in_channels // 4, self.side, self.side)
+        self.guidance = guidance
+
+    def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
+        """Return the mean velocity u over (t, s), (b, in_channels / 4, side, side)."""
+        return -self.predict(x_t, 1 - t, s, condition)
+
+    def call(self, x: Tensor, time: Any, captions: Captions, s: Time | None) -> Tensor:
+        """Return the predicted velocity from data to noise."""
+        height, width = x.shape[-2] // 2, x.shape[-1] // 2
+        scale = None
+        if self.model.config.guidance_embeds:
+            scale = torch.full((len(x),), self.guidance, dtype=torch.float32, device=x.device)
+        places = [torch.arange(size, device=x.device) for size in (1, height, width)]
+        predicted = self.model(
+            rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+            captions.tokens,
+            captions.pooled if s is None else (captions.pooled, s),
+            time,
+            img_ids=torch.cartesian_prod(*places),
+            txt_ids=torch.zeros(captions.tokens.shape[1], 3, dtype=torch.long, device=x.device),
+            guidance=scale,
+        ).sample
+        return rearrange(predicted, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=2, q=2)
+
+
+class DiffusersFluxTeacher(DiffusersTeacher):
+    """Flux.1, such as black-forest-labs/FLUX.1-dev; samples are latents of its VAE.
+
+    Flux.1-dev was distilled to be guided by an embedded scale: one pass gives the guided velocity, so the guidance of
+    the distiller stays 1. Latents are normalised as its pipeline does: (z - shift_factor) scaling_factor.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        rank: of the student's LoRA adapters, at least 1.
+        targets: ends of the names of the projections to adapt; None for the attention's.
+        dtype: of the pretrained weights, which teacher and student share.
+        side: of the latents to draw, an even number; None for the pipeline's 128.
+        max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
+        guidance: the guidance scale to embed.
+    """
+
+    network_class: ClassVar[type[DiffusersNetwork]] = Flux
+
+    def __init__(
+        self,
+        model: str,
+        rank: int = 64,
+        targets: list[str] | None = None,
+        dtype: Dtype = "float32",
+        side: int | None = None,
+        max_tokens: int | None = None,
+        guidance: float = 3.5,
+    ) -> None:
+        super().__init__(model, rank, targets, dtype, side, max_tokens, guidance=guidance)
+
+    def null(self, condition: Condition) -> Condition:
+        """Return the empty prompt, if the model embeds no guidance.
+
+        Raises:
+            ValueError: if it does.
+        """
+        if self.network.model.config.guidance_embeds:
+            raise ValueError(
+                "this Flux has guidance embedded: leave the guidance scale at 1, and set the teacher's own"
+            )
+        return super().null(condition)

@@ -1,0 +1,63 @@
+"""A prediction of DDPM's noise, turned into a velocity of our path."""
+
+from collections.abc import Callable
+
+import torch
+
+from decm_lightning.path import expand
+from decm_lightning.types import Sample, Time
+
+
+class NoisePrediction:
+    """The velocity that a prediction of DDPM's noise means, for linear betas.
+
+    DDPM (arXiv 2006.11239) moves z = a x_1 + b x_0 with a^2 = prod(1 - beta) up to step k, and b^2 = 1 - a^2. Where the
+    ratios of signal to noise agree, a / b = t / (1 - t), that is x_t / |(t, 1 - t)|, and the predicted noise gives
+
+        v = x_1 - x_0 = (x_t - noise) / t = (data - x_t) / (1 - t),  data = (z - b noise) / a.
+
+    Steps between the integers are found by interpolating log a^2. Before the noisiest step, t < 0.0063 with the default
+    betas, the predicted data are those it predicts there; after the cleanest, t > 0.9900, the score -noise / b is.
+
+    Args:
+        beta_start: the first beta, in (0, 1).
+        beta_end: the last beta, in (0, 1).
+        steps: how many there are, at least 2.
+
+    Raises:
+        ValueError: if the betas are outside their range.
+    """
+
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> None:
+        if not (0 < beta_start < 1 and 0 < beta_end < 1 and steps >= 2):
+            raise ValueError(
+                f"betas must be in (0, 1), and steps at least 2: got {beta_start=}, {beta_end=} and {steps=}"
+            )
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        self.log_signals = torch.log1p(-betas).cumsum(0)
+        """log a^2 at each step, falling; (steps,)."""
+        ratios = (torch.expm1(-self.log_signals)).sqrt()
+        self.latest, self.earliest = (1 / (1 + ratios[[0, -1]])).tolist()
+        """The times of the cleanest step and of the noisiest."""
+
+    def velocity(self, predict: Callable[[Sample, Time], Sample], x_t: Sample, t: Time) -> Sample:
+        """Return v(x_t, t), for t in [0, 1], of a model that predicts the noise in z at a step."""
+        # Held before anything is divided by it: the derivative there is 0, and not 0 times infinity.
+        held = t.clamp(self.earliest, self.latest)
+        log_signal = -torch.log1p(((1 - held) / held) ** 2)
+        a, b = (log_signal / 2).exp(), (-torch.expm1(log_signal)).sqrt()
+        length = (t**2 + (1 - t) ** 2).sqrt()
+        z = x_t / expand(length, x_t)
+        noise = predict(z, self.step(log_signal))
+        # Two forms of one thing, each where nothing small is divided by.
+        data = (z - expand(b, x_t) * noise) / expand(a, x_t)
+        by_data = (data - x_t) / expand((1 - t).clamp(min=0.5), x_t)
+        by_noise = (x_t - expand((1 - t) / length / b, x_t) * noise) / expand(t.clamp(min=0.5), x_t)
+        return torch.where(expand(t < 0.5, x_t), by_data, by_noise)
+
+    def step(self, log_signal: Time) -> Time:
+        """Return the step, from 0 to steps - 1 and between the integers too, at which log a^2 is this."""
+        falling = self.log_signals.to(log_signal)
+        after = torch.searchsorted(-falling, -log_signal).clamp(1, len(falling) - 1)
+        step = after - (log_signal - falling[after]) / (falling[after - 1] - falling[after])
+        return step.clamp(0, len(falling) - 1)

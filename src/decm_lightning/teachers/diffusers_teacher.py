@@ -1,0 +1,84 @@
+"""A text-to-image transformer of diffusers as a teacher, whose student is the same weights with LoRA."""
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from decm_lightning.networks import Network
+from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype
+from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
+from decm_lightning.teachers.teacher import Teacher
+from decm_lightning.types import Captions, Condition
+
+
+class DiffusersTeacher(Teacher):
+    """A frozen transformer of diffusers; `student()` shares its weights and adds LoRA and a landing time.
+
+    The two are never out of step and cost the memory of one: what the student trains is its own, and the teacher has
+    none of it. Captions are what the pipeline's `encode_prompt` gives, as `DiffusersPrompts` returns them.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        rank: of the student's LoRA adapters, at least 1.
+        targets: ends of the names of the projections to adapt; None for the attention's.
+        dtype: of the pretrained weights, which teacher and student share.
+        side: of the latents to draw; None for the model's own.
+        max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
+
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: if tensors of the model are missing or left over, or it is of another family.
+    """
+
+    network_class: ClassVar[type[DiffusersNetwork]]
+
+    def __init__(
+        self,
+        model: str,
+        rank: int = 64,
+        targets: list[str] | None = None,
+        dtype: Dtype = "float32",
+        side: int | None = None,
+        max_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1: got {rank}")
+        super().__init__(self.network_class(model, dtype=dtype, side=side, **options))
+        self.network: DiffusersNetwork
+        self.rank = rank
+        self.targets = targets
+        self.prompts = DiffusersPrompts(model, max_tokens, dtype)
+
+    @cached_property
+    def empty(self) -> Captions:
+        """The empty prompt, one row, by the pipeline's text encoders, which are loaded for it and let go."""
+        return self.prompts.empty()
+
+    def null(self, condition: Condition) -> Condition:
+        """Return as many empty prompts as there are captions, as the pipeline encodes them for guidance.
+
+        Raises:
+            ValueError: if the model's folder has no text encoders, or captions are of another length or kind.
+        """
+        if condition is None:
+            return None
+        captions = self.network.checked(condition)
+        rows, given = len(captions.tokens), captions.tokens.shape[1]
+        if self.empty.tokens.shape[1] != given:
+            has = self.empty.tokens.shape[1]
+            raise ValueError(f"the empty prompt has {has} tokens and captions {given}: encode both with one max_tokens")
+        if captions.mask is None and self.empty.mask is not None:
+            raise ValueError("the empty prompt has a mask: captions must have one too")
+        mask = None
+        if captions.mask is not None:
+            mask = torch.ones_like(captions.mask) if self.empty.mask is None else self.empty.mask.to(captions.mask)
+        tokens, pooled = self.empty.tokens.to(captions.tokens), self.empty.pooled
+        if captions.pooled is not None and pooled is not None:
+            pooled = pooled.to(captions.pooled).expand(rows, -1)
+        return Captions(tokens.expand(rows, -1, -1), mask if mask is None else mask.expand(rows, -1), pooled)
+
+    def student(self) -> Network:
+        """Return a trainable flow map that equals the teacher for every landing time, and shares its weights."""
+        return self.network.with_landing_time(self.rank, self.targets).train()

@@ -1,23 +1,51 @@
-"""What can be done to a condition whatever its kind: join several, keep the first rows."""
+"""What can be done to a condition whatever its kind: labels, captions, or none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
+
+from decm_lightning.types import Captions
+
+# No shapes here: the conditions that go in and come out have different numbers of rows.
+Condition: TypeAlias = Tensor | Captions | None
 
 
-def join(conditions: Sequence[Tensor | None]) -> Tensor | None:
+def select(condition: Condition, rows: Tensor | slice) -> Condition:
+    """Return the condition of some of the rows; None stays None."""
+    return _pytree.tree_map_only(Tensor, lambda part: part[rows], condition)
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
     """Concatenate conditions along the batch; None (unconditional) stays None.
 
     Raises:
         ValueError: if some are None and others are not.
     """
-    given = [condition for condition in conditions if condition is not None]
-    if given and len(given) != len(conditions):
+    if len({condition is None for condition in conditions}) > 1:
         raise ValueError("conditions must be given for all rows or for none")
-    return torch.cat(given) if given else None
+    return _merge(torch.cat, *conditions)
 
 
-def first_rows(condition: Tensor | None, count: int) -> Tensor | None:
-    """Return the condition of the first `count` rows."""
-    return None if condition is None else condition[:count]
+def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
+    """Return the first condition in the rows (b,) that are true, and the second in the others.
+
+    Raises:
+        ValueError: if one of the two is None and the other is not.
+    """
+    if (first is None) != (second is None):
+        raise ValueError("conditions must be given for all rows or for none")
+
+    def merge(parts: Sequence[Tensor]) -> Tensor:
+        return torch.where(rows.reshape(-1, *(1,) * (parts[0].ndim - 1)), *parts)
+
+    return _merge(merge, first, second)
+
+
+def _merge(function: Callable[[Any], Tensor], *conditions: Condition) -> Condition:
+    def merge(*parts: Any) -> Tensor | None:
+        return None if parts[0] is None else function(parts)
+
+    return _pytree.tree_map(merge, *conditions)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from decm_lightning import path
+from decm_lightning.conditions import select
 from decm_lightning.derivatives import (
     ENGINES,
     Engine,
@@ -46,7 +47,7 @@ class Points:
     def rows(self, rows: Tensor) -> "Points":
         """Return some of the rows."""
         rows = rows.to(self.t.device)
-        condition = None if self.condition is None else self.condition[rows]
+        condition = select(self.condition, rows)
         return Points(self.x_0[rows], self.x_1[rows], condition, self.t[rows], self.x_t[rows], self.v_t[rows])
 
 
@@ -134,7 +135,7 @@ class Distiller(FlowTraining):
         asked = self.objective.asked(step, len(x_1)).to(x_1.device)
         v_t = torch.zeros_like(x_t)
         with self.phase("teacher"):
-            v_t[asked] = self.velocity(x_t[asked], t[asked], None if condition is None else condition[asked])
+            v_t[asked] = self.velocity(x_t[asked], t[asked], select(condition, asked))
         points = Points(x_0, x_1, condition, t, x_t, v_t)
 
         # Each loss draws its jumps from its edge of the triangle, with the direction its residual differentiates in.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from decm_lightning.conditions import join
+from decm_lightning.conditions import join, select
 from decm_lightning.path import expand
 from decm_lightning.types import Condition, Sample, Time, VelocityField
 
@@ -68,9 +68,8 @@ class GuidedField:
         rows = torch.nonzero((t >= first) & (t <= last)).flatten()
         if condition is None or self.guidance.scale == 1 or len(rows) == 0:
             return self.field(x_t, t, condition)
-        both = self.field(
-            torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), join([condition, self.null(condition[rows])])
-        )
+        conditions = join([condition, self.null(select(condition, rows))])
+        both = self.field(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), conditions)
         v_cond, v_null = both.split([len(t), len(rows)])
         return v_cond.index_add(0, rows, self._correction(v_cond[rows] - v_null))
 

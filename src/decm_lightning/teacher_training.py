@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from decm_lightning import path
+from decm_lightning import conditions, path
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
@@ -56,13 +56,13 @@ class TeacherTraining(FlowTraining):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one batch."""
-        x_1, labels = batch
+        x_1, condition = batch
         generator = self.generator(batch_idx)
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
         t = self.draw_times(self.times, x_1, generator)
         x_t = path.interpolate(x_0, x_1, t)
         dropped = torch.rand(len(x_1), generator=generator, device=x_1.device) < self.class_dropout
-        condition = None if labels is None else labels.where(~dropped, self.network.num_classes)
+        condition = conditions.where(dropped, self.network.null(condition), condition)
         loss = (self.network(x_t, t, t, condition) - path.velocity(x_0, x_1)).square().mean()
         self.check_losses({"flow_matching": loss}, batch_idx)
         self.log("loss/flow_matching", loss, prog_bar=True)

@@ -5,7 +5,7 @@ Shapes are jaxtyping annotations. They cost nothing in use; the test suite check
 
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Sample: TypeAlias = Float[Tensor, "b *d"]
@@ -14,8 +14,23 @@ Sample: TypeAlias = Float[Tensor, "b *d"]
 Time: TypeAlias = Float[Tensor, " b"]
 """One time per row, in [0, 1]: 0 is noise, 1 is data."""
 
-Condition: TypeAlias = Int[Tensor, " b"] | None
-"""Class labels, one per row; None for an unconditional flow."""
+
+class Captions(NamedTuple):
+    """Captions as a text encoder gives them.
+
+    Attributes:
+        tokens: one vector for each token, (b, n, d).
+        mask: true where there is a token, (b, n); None where there is one everywhere.
+        pooled: one vector for each caption, (b, p); None if the network reads none.
+    """
+
+    tokens: Float[Tensor, "b n d"]
+    mask: Bool[Tensor, "b n"] | None = None
+    pooled: Float[Tensor, "b p"] | None = None
+
+
+Condition: TypeAlias = Int[Tensor, " b"] | Captions | None
+"""Class labels, one per row, or captions; None for an unconditional flow."""
 
 
 class Batch(NamedTuple):

@@ -2,7 +2,7 @@
 
 import torch
 
-from decm_lightning.conditions import first_rows
+from decm_lightning.conditions import select
 from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
@@ -40,7 +40,7 @@ def central(
     if torch.finfo(u.dtype).bits < 32:
         raise ValueError(f"central differences need float32 or wider: the network returned {u.dtype}")
     rows = len(tangent.t)
-    known = first_rows(condition, rows)
+    known = select(condition, slice(rows))
 
     def at(step: float) -> Sample:
         return network(x_t[:rows] + step * tangent.x, t[:rows] + step * tangent.t, s[:rows] + step * tangent.s, known)

@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from decm_lightning.conditions import first_rows
+from decm_lightning.conditions import select
 from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
@@ -29,7 +29,7 @@ def functional(
     if tangent is None:
         return Jet(u, None)
     rows = len(tangent.t)
-    known = first_rows(condition, rows)
+    known = select(condition, slice(rows))
 
     def network_of(x: Sample, start: Time, landing: Time) -> Sample:
         return network(x, start, landing, known)

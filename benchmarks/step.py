@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decm_lightning import Distiller
-from decm_lightning.conditions import first_rows
+from decm_lightning.conditions import select
 from decm_lightning.derivatives import Engine, Jet, Tangent, central, dual, functional
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import Objective, consistency_only, facm, flow_matching_only, recommended
@@ -49,7 +49,7 @@ def facm_engine(
     if tangent is None:
         return Jet(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
-    known = first_rows(condition, rows)
+    known = select(condition, slice(rows))
     with sdpa_kernel(SDPBackend.MATH):
         u, du = torch.func.jvp(
             lambda x, start, landing: network(x, start, landing, known),
@@ -58,7 +58,7 @@ def facm_engine(
         )
     if rows == len(t):
         return Jet(u, du.detach())
-    rest = network(x_t[rows:], t[rows:], s[rows:], None if condition is None else condition[rows:])
+    rest = network(x_t[rows:], t[rows:], s[rows:], select(condition, slice(rows, None)))
     return Jet(torch.cat([u, rest]), du.detach())
 
 

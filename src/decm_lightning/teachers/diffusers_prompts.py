@@ -62,12 +62,13 @@ class DiffusersPrompts:
             OSError: if there is no such folder or name.
             ValueError: if it is no pipeline, or one of another family.
         """
-        return self._take(self._encode(prompts, guided=False), self._places[0])
+        own, _ = self._places
+        return self._take(self._encode(prompts, guided=False), own)
 
     def empty(self) -> Captions:
         """Return the empty prompt of guidance, one row; the encoders are let go afterwards if they were not in use."""
         in_use = "pipeline" in self.__dict__
-        apart = self._places[1]
+        _, apart = self._places
         captions = self([""]) if apart is None else self._take(self._encode([""], guided=True), apart)
         if not in_use:
             del self.pipeline
@@ -82,8 +83,6 @@ class DiffusersPrompts:
             raise ValueError(f"{self.model} has no text encoders: give the folder of a pipeline, with model_index.json")
         dtype = getattr(torch, self.dtype)
         pipeline = DiffusionPipeline.from_pretrained(self.model, transformer=None, vae=None, torch_dtype=dtype)
-        if type(pipeline).__name__.startswith("StableDiffusion3") and pipeline.text_encoder_3 is None:
-            raise ValueError(f"{self.model} lacks its third text encoder (T5): SD3's captions need all three")
         return pipeline.to(self.device)
 
     @property

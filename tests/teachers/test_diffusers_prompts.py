@@ -1,0 +1,235 @@
+"""Captions by the text encoders of diffusers' pipelines: tiny random ones of the real classes, read from a folder."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from decm_lightning.guidance import Guidance, GuidedField
+from decm_lightning.teachers import (
+    DiffusersFluxTeacher,
+    DiffusersPixArtTeacher,
+    DiffusersPrompts,
+    DiffusersSanaTeacher,
+    DiffusersSD3Teacher,
+)
+from decm_lightning.types import Captions
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PROMPTS = ["a red cat", "a dog", ""]
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+PATCHES = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "num_layers": 1}
+BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+TEXT = {"joint_attention_dim": 16, "caption_projection_dim": 16}
+
+
+def vae():
+    sizes = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    return AutoencoderKL(**sizes, block_out_channels=(4,), norm_num_groups=1, shift_factor=0.1)
+
+
+def clip(kind=CLIPTextModelWithProjection):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(**sizes, vocab_size=54, max_position_embeddings=9, projection_dim=8, eos_token_id=1)
+    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    return kind(config), CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=9)
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    return T5EncoderModel(T5Config(**sizes, vocab_size=30)), T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def gemma():
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=60, query_pre_attn_scalar=8)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "▁"]
+    vocabulary = {token: place for place, token in enumerate([*special, *LETTERS, *LETTERS.upper()])}
+    return Gemma2Model(config), GemmaTokenizer(vocab=vocabulary, merges=[])
+
+
+def sd3():
+    extras = {"out_channels": 4, "pos_embed_max_size": 6, "pooled_projection_dim": 16}
+    parts = {"transformer": SD3Transformer2DModel(**HEADS, **PATCHES, **TEXT, **extras), "vae": vae()}
+    encoders = zip(("", "_2", "_3"), (clip(), clip(), t5()), strict=True)
+    for number, (encoder, tokenizer) in encoders:
+        parts |= {f"text_encoder{number}": encoder, f"tokenizer{number}": tokenizer}
+    return StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+
+
+def flux():
+    sizes = {"num_layers": 1, "num_single_layers": 0, "in_channels": 16, "axes_dims_rope": (2, 2, 4)}
+    transformer = FluxTransformer2DModel(**HEADS, **sizes, joint_attention_dim=16, pooled_projection_dim=8)
+    (first, tokenizer), (second, tokenizer_2) = clip(CLIPTextModel), t5()
+    parts = {"text_encoder": first, "text_encoder_2": second, "tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae=vae(), transformer=transformer, **parts)
+
+
+def sana():
+    crossing = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    transformer = SanaTransformer2DModel(**HEADS, **PATCHES, **crossing, out_channels=4, caption_channels=16)
+    encoder, tokenizer = gemma()
+    blocks = {
+        "encoder_block_out_channels": (4,),
+        "encoder_block_types": ("ResBlock",),
+        "encoder_layers_per_block": (1,),
+    }
+    blocks |= {key.replace("encoder_", "decoder_"): value for key, value in blocks.items()}
+    blocks |= {"encoder_qkv_multiscales": ((),), "decoder_qkv_multiscales": ((),), "decoder_norm_types": ("rms_norm",)}
+    autoencoder = AutoencoderDC(**blocks, decoder_act_fns=("silu",), latent_channels=4, attention_head_dim=2)
+    return SanaPipeline(tokenizer, encoder, autoencoder, transformer, FlowMatchEulerDiscreteScheduler())
+
+
+def pixart():
+    extras = {"out_channels": 8, "cross_attention_dim": 16, "caption_channels": 16}
+    encoder, tokenizer = t5()
+    return PixArtSigmaPipeline(
+        tokenizer, encoder, vae(), PixArtTransformer2DModel(**HEADS, **PATCHES, **extras), DDIMScheduler()
+    )
+
+
+FAMILIES = {
+    "sd3": (sd3, DiffusersSD3Teacher),
+    "flux": (flux, DiffusersFluxTeacher),
+    "sana": (sana, DiffusersSanaTeacher),
+    "pixart": (pixart, DiffusersPixArtTeacher),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request, tmp_path):
+    """A family's name, a pipeline, its folder, and the teacher's class."""
+    torch.manual_seed(0)
+    make, teacher = FAMILIES[request.param]
+    pipeline = make()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    pipeline.save_pretrained(tmp_path)
+    return request.param, pipeline, str(tmp_path), teacher
+
+
+class HandedError(Exception):
+    """What a pipeline hands to its transformer."""
+
+
+def handed(pipeline, prompt: str) -> dict[str, Tensor]:
+    """Return it for a prompt, from a run of the pipeline that stops there; with guidance, the empty prompt is first."""
+
+    def stop(module, args, kwargs):
+        raise HandedError(kwargs)
+
+    hook = pipeline.transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    options = {"clean_caption": False, "use_resolution_binning": False, "guidance_scale": 4.0, "max_sequence_length": 6}
+    known = inspect.signature(type(pipeline).__call__).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    try:
+        pipeline(prompt, height=32, width=32, num_inference_steps=1, **options)
+    except HandedError as caught:
+        return caught.args[0]
+    finally:
+        hook.remove()
+
+
+def test_captions_are_what_the_pipeline_hands_to_its_transformer(case):
+    """Of each prompt, and of the empty prompt of guidance."""
+    name, pipeline, folder, _ = case
+    prompts = DiffusersPrompts(folder, max_tokens=6)
+    captions, empty = prompts(PROMPTS), prompts.empty()
+    second = "encoder_attention_mask" if name in ("sana", "pixart") else "pooled_projections"
+    for row, prompt in enumerate(PROMPTS):
+        expected = handed(pipeline, prompt)
+        found = {"encoder_hidden_states": captions.tokens[row]}
+        found[second] = (captions.pooled if captions.mask is None else captions.mask)[row]
+        for key, value in found.items():
+            torch.testing.assert_close(value.float(), expected[key][-1].float(), rtol=0, atol=1e-5)
+        if name != "flux":
+            other = empty.pooled if empty.mask is None else empty.mask
+            torch.testing.assert_close(empty.tokens[0], expected["encoder_hidden_states"][0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(other[0].float(), expected[second][0].float(), rtol=0, atol=1e-5)
+    assert (captions.tokens[0] - captions.tokens[1]).abs().max() > 1e-3
+    assert (captions.mask is None) == (name in ("sd3", "flux"))
+    assert (captions.pooled is None) != (captions.mask is None)
+
+
+def test_guided_velocity_has_the_empty_prompt_of_the_pipeline(case):
+    """Encoded once, when it is first asked for, and the encoders let go."""
+    _, _, folder, kind = case
+    teacher = kind(folder, rank=2, side=4, max_tokens=6)
+    captions = DiffusersPrompts(folder, max_tokens=6)(PROMPTS)
+    x_t, t = torch.randn(3, 4, 4, 4), torch.tensor([0.2, 0.5, 0.9])
+    assert "empty" not in teacher.__dict__
+    null = teacher.null(captions)
+    assert "pipeline" not in teacher.prompts.__dict__
+    one = DiffusersPrompts(folder, max_tokens=6).empty()
+    empty = Captions(*(None if part is None else torch.cat([part] * 3) for part in one))
+    for part, expected in zip(null, empty, strict=True):
+        assert expected is part is None or torch.equal(part, expected)
+    guided = GuidedField(teacher, teacher.null, Guidance(3.0))(x_t, t, captions)
+    v, v_null = teacher(x_t, t, captions), teacher(x_t, t, empty)
+    assert (v - v_null).abs().max() > 1e-5
+    torch.testing.assert_close(guided, 3 * v - 2 * v_null, rtol=0, atol=1e-5)
+
+
+def test_captions_that_do_not_fit_the_empty_prompt_are_refused(case):
+    _, _, folder, kind = case
+    teacher = kind(folder, rank=2, side=4, max_tokens=6)
+    captions = DiffusersPrompts(folder, max_tokens=4)(PROMPTS)
+    with pytest.raises(
+        ValueError, match=r"the empty prompt has \d+ tokens and captions \d+: encode both with one max_t"
+    ):
+        teacher.null(captions)
+    if captions.mask is not None:
+        with pytest.raises(ValueError, match="captions must have one too"):
+            teacher.null(DiffusersPrompts(folder, max_tokens=6)(PROMPTS)._replace(mask=None))
+    assert teacher.null(None) is None
+
+
+def test_a_folder_without_encoders_is_refused(case, tmp_path):
+    _, pipeline, _, kind = case
+    pipeline.transformer.save_pretrained(tmp_path / "alone")
+    teacher = kind(str(tmp_path / "alone"), rank=2)
+    captions = DiffusersPrompts(case[2], max_tokens=6)(PROMPTS)
+    with pytest.raises(ValueError, match="has no text encoders: give the folder of a pipeline"):
+        teacher.null(captions)
+
+
+def test_other_pipelines_and_lengths_are_refused(tmp_path):
+    DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), **BLOCKS), DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="is a DDPMPipeline: captions are known of StableDiffusion3, Flux, Sana, PixArt"
+    ):
+        DiffusersPrompts(str(tmp_path))(["a cat"])
+    with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
+        DiffusersPrompts(str(tmp_path), max_tokens=0)

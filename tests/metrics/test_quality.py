@@ -3,15 +3,18 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from decm_lightning.metrics import Quality
+from decm_lightning.metrics.parts import Counts
 from decm_lightning.pictures import to_uint8
+from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 
 @pytest.fixture
 def few_subsets(monkeypatch):
     """Ten subsets rather than a hundred, for speed."""
-    monkeypatch.setattr("decm_lightning.metrics.quality.KID_SUBSETS", 10)
+    monkeypatch.setattr("decm_lightning.metrics.parts.KID_SUBSETS", 10)
 
 
 class Pixels(nn.Module):
@@ -38,6 +41,10 @@ def quality(real: Tensor, generated: Tensor) -> Quality:
     measured.real(real)
     measured.generated(generated)
     return measured
+
+
+def kernel(measured: Quality) -> KernelInceptionDistance:
+    return measured.parts[1].kernel
 
 
 def cubic_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -82,8 +89,8 @@ def test_kernel_distance_is_near_zero_for_equal_laws_and_grows_with_a_shift(gene
 def test_subsets_are_as_large_as_the_smaller_set(generator):
     measured = quality(images(1500, 5, 1, generator), images(40, 5, 1, generator))
     measured.compute()
-    assert measured.kernel.subset_size == 40
-    assert measured.counts() == (1500, 40)
+    assert kernel(measured).subset_size == 40
+    assert measured.counts() == Counts(1500, 40)
 
 
 def test_batches_add_up_and_the_network_sees_each_image_once(generator):
@@ -100,7 +107,7 @@ def test_resetting_forgets_generated_images_only(generator):
     measured = quality(real, images(50, 0, 1, generator))
     measured.compute()
     measured.reset_generated()
-    assert measured.counts() == (200, 0)
+    assert measured.counts() == Counts(200, 0)
     measured.generated(made)
     assert measured.compute() == quality(real, made).compute()
 
@@ -110,7 +117,7 @@ def test_random_subsets_repeat_and_leave_the_global_generator_alone(generator, f
     before = torch.get_rng_state()
     first = measured.compute()
     assert torch.equal(torch.get_rng_state(), before)
-    measured.kernel._computed = None
+    kernel(measured)._computed = None
     torch.manual_seed(1)
     assert measured.compute() == first
 
@@ -120,6 +127,55 @@ def test_too_few_images_and_floats_are_refused(generator):
         quality(images(10, 0, 1, generator), images(1, 0, 1, generator)).compute()
     with pytest.raises(ValueError, match=r"must be uint8, see to_uint8: got torch\.float32"):
         Quality(Pixels()).real(torch.zeros(2, 1, 2, 2))
+
+
+def test_the_score_is_the_mean_over_splits_of_the_exponential_information(generator):
+    made = uint8_images(200, 8, generator, channels=1)
+    measured = Quality(Small())
+    measured.real(made[:5])
+    measured.generated(made)
+    torch.manual_seed(1)
+    found = measured.compute()["inception_score"]
+
+    logits = Small()(made)["logits"].numpy()
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).numpy()
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.split(p[order], 10)]
+    assert found == pytest.approx(np.mean(scores), rel=1e-9)
+    assert 1.1 < found < 4
+
+
+def test_all_metrics_are_of_one_pass_and_in_chunks_the_same(generator):
+    real, made = (uint8_images(90, 8, generator, channels=1) // part for part in (1, 2))
+    seen = []
+    network = Small()
+    network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    measured = Quality(network, batch_size=64)
+    measured.real(real)
+    measured.generated(made)
+    assert seen == [64, 26, 64, 26]
+    values = measured.compute()
+    assert list(values) == measured.columns == COLUMNS
+
+    whole = Quality(Small(), batch_size=90)
+    whole.real(real)
+    whole.generated(made)
+    assert values == pytest.approx(whole.compute(), rel=1e-9)
+    views = Quality(Views(Small(), "spatial", 5))
+    views.real(real)
+    views.generated(made)
+    assert values["sfid"] == pytest.approx(views.compute()["fd"], rel=1e-9)
+
+
+class Views(nn.Module):
+    """One view of a network as a network."""
+
+    def __init__(self, network: nn.Module, view: str, size: int):
+        super().__init__()
+        self.network, self.view, self.num_features = network, view, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[self.view]
 
 
 def test_pixels_are_rounded_and_clamped():

@@ -1,6 +1,16 @@
-"""Metrics: distances between real and generated images, and the feature networks they are measured on."""
+"""Metrics of generated images, the feature networks they are measured on, and real images to compare with."""
 
+from decm_lightning.metrics.dinov2 import DINOv2Features
 from decm_lightning.metrics.features import DigitsFeatures, EfficientNetLite0Features
+from decm_lightning.metrics.inception import InceptionFeatures
 from decm_lightning.metrics.quality import Quality
+from decm_lightning.metrics.reference import Reference
 
-__all__ = ["DigitsFeatures", "EfficientNetLite0Features", "Quality"]
+__all__ = [
+    "DINOv2Features",
+    "DigitsFeatures",
+    "EfficientNetLite0Features",
+    "InceptionFeatures",
+    "Quality",
+    "Reference",
+]

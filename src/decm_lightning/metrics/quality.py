@@ -1,53 +1,72 @@
-"""How far generated images are from real ones: the Fréchet and the kernel distance on one feature network."""
+"""How far generated images are from real ones, by all the metrics of one feature network."""
 
-import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.aggregation import SumMetric
 
-KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000
+from decm_lightning.metrics.parts import Counts, Frechet, Kernel, Part
+from decm_lightning.metrics.reference import Reference
 
 
 class Quality:
-    """Distances between the features of real and of generated images, in float64.
+    """The metrics of a feature network, which sees each image once; among several processes they are of all images.
 
-        fd  = |mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2))                     (arXiv 1706.08500)
-        kid = unbiased MMD^2 with k(x, y) = (x . y / num_features + 1)^3               (arXiv 1801.01401)
-
-    `fd` is a Fréchet distance on the given feature network, and an FID only if that is Inception. `kid` is the mean
-    over 100 subsets of min(1000, n) images, n the fewer of real and generated; it is not multiplied by 1,000. Both are
-    torchmetrics' own, fed with features, so that the network sees each image once; among several processes they are
-    summed over all. It is no nn.Module: inside a LightningModule its network would land in every checkpoint.
+    A network without a method `parts()` gives `fd`, the Fréchet distance of its features, and `kid`, the kernel
+    distance (metrics.parts); InceptionFeatures and DINOv2Features say themselves what is measured on them. It is no
+    nn.Module: inside a LightningModule its network would land in every checkpoint.
 
     Args:
-        features: frozen; uint8 images (b, c, h, w) to (b, num_features).
-        seed: seed of KID's subsets.
+        features: frozen; uint8 images (b, c, h, w) to features (b, num_features), or to several of them by name.
+        seed: seed of what a metric draws: KID's subsets, the splits of the Inception Score.
+        reference: the real images, or what is known of them; None if they will be given to `real`.
+        cheap: leave out what takes too long for every validation.
+        batch_size: images that the network sees at once, at least 1.
+
+    Raises:
+        ValueError: if the reference has nothing for this network, or moments of another dimension.
     """
 
-    def __init__(self, features: nn.Module, seed: int = 0) -> None:
+    def __init__(
+        self,
+        features: nn.Module,
+        seed: int = 0,
+        reference: Reference | None = None,
+        cheap: bool = False,
+        batch_size: int = 64,
+    ) -> None:
         self.features = features
         self.seed = seed
-        passed_on = _PassedOn(cast(int, features.num_features))
-        self.frechet = FrechetInceptionDistance(passed_on, reset_real_features=False)
-        with warnings.catch_warnings():
-            # It warns that features are kept, which is how the kernel distance works.
-            warnings.simplefilter("ignore", UserWarning)
-            self.kernel = KernelInceptionDistance(passed_on, subsets=KID_SUBSETS, reset_real_features=False)
+        self.batch_size = batch_size
+        parts = [part for part in _parts(features) if part.cheap or not cheap]
+        reasons = {part: part.refer(reference) if reference else "" for part in parts}
+        self.parts = [part for part in parts if not reasons[part]]
+        self.left_out = {column: why for part, why in reasons.items() if why for column in part.columns}
+        if not any(isinstance(part, Frechet) for part in self.parts) and self.left_out:
+            column, reason = next(iter(self.left_out.items()))
+            raise ValueError(f"no {column} on {self.name}: {reason}")
+        self.seen = {real: SumMetric().set_dtype(torch.float64) for real in (True, False)}
 
     @property
     def name(self) -> str:
         """The name of the feature network."""
         return str(getattr(self.features, "name", type(self.features).__name__))
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of what is measured, in order."""
+        return [column for part in self.parts for column in part.columns]
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether a metric needs real images, beyond moments that are given."""
+        return any(part.needs_images for part in self.parts)
+
     def to(self, device: torch.device) -> "Quality":
         """Move the network and the statistics."""
-        self.features.to(device)
-        self.frechet.to(device)
-        self.kernel.to(device)
+        for module in (self.features, *self.seen.values(), *(part.metric for part in self.parts)):
+            module.to(device)
         return self
 
     def real(self, images: Tensor) -> None:
@@ -68,46 +87,53 @@ class Quality:
 
     def reset_generated(self) -> None:
         """Forget the generated images and keep the real ones."""
-        self.frechet.reset()
-        self.kernel.reset()
+        self.seen[False].reset()
+        for part in self.parts:
+            part.metric.reset()
 
-    def counts(self) -> tuple[int, int]:
-        """Return the numbers of real and of generated images, over all processes."""
-        with self.frechet.sync_context():
-            return int(self.frechet.real_features_num_samples), int(self.frechet.fake_features_num_samples)
+    def counts(self) -> Counts:
+        """Return the numbers of images that were seen, over all processes."""
+        with self.seen[True].sync_context(), self.seen[False].sync_context():
+            return Counts(int(self.seen[True].sum_value), int(self.seen[False].sum_value))
+
+    def notes(self) -> dict[str, str]:
+        """Return what the values depend on, by column."""
+        counts = self.counts()
+        notes = {", ".join(part.columns): part.note(counts) for part in self.parts}
+        return {columns: note for columns, note in notes.items() if note}
 
     def compute(self) -> dict[str, float]:
-        """Return {"fd": ..., "kid": ...}, both 0 for equal distributions up to sampling error; kid may be negative.
-
-        The state of torch's global generators is left as it was.
+        """Return the value of each column; the state of torch's global generators is left as it was.
 
         Raises:
             ValueError: if there are fewer than two real or two generated images.
+            NonFiniteError: if a feature was NaN or infinite.
         """
         counts = self.counts()
-        if min(counts) < 2:
-            raise ValueError(f"a distance needs at least 2 images of each kind: got {counts[0]} real, {counts[1]} made")
-        self.kernel.subset_size = min(KID_SUBSET_SIZE, *counts)
-        # Subsets that hold all images are all the same.
-        self.kernel.subsets = KID_SUBSETS if max(counts) > self.kernel.subset_size else 1
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the accelerators, whose state is not forked here.
-            torch.default_generator.manual_seed(self.seed)
-            kid, _ = self.kernel.compute()
-        return {"fd": self.frechet.compute().item(), "kid": kid.item()}
+        if counts.generated < 2 or (self.needs_images and counts.real < 2):
+            found = f"{counts.real} real, {counts.generated} made"
+            raise ValueError(f"a distance needs at least 2 images of each kind: got {found}")
+        return {name: value for part in self.parts for name, value in part.compute(counts, self.seed).items()}
 
     @torch.no_grad()
     def _update(self, images: Tensor, real: bool) -> None:
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, see to_uint8: got {images.dtype}")
-        features = self.features(images).double()
-        self.frechet.update(features, real=real)
-        self.kernel.update(features, real=real)
+        device = self.seen[real].device
+        views = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
+        # One update for all of them: processes must make equally many.
+        whole = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+        for part in self.parts:
+            part.update(whole, real)
+        self.seen[real].update(len(images))
 
 
-class _PassedOn(nn.Identity):
-    """Stands where torchmetrics expects the feature network: what comes in are features already."""
+def _parts(features: Any) -> list[Part]:
+    if hasattr(features, "parts"):
+        return list(features.parts())
+    size = cast(int, features.num_features)
+    return [Frechet("fd", "features", size), Kernel("kid", "features", size)]
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+
+def _views(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"features": features} if isinstance(features, Tensor) else features

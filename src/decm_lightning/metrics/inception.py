@@ -1,0 +1,112 @@
+"""The network of the FID and what is measured on it."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from decm_lightning.metrics.inception_network import CLASSES, SIDE, SPATIAL_CHANNELS, Inception
+from decm_lightning.metrics.parts import Frechet, Kernel, Manifolds, Part, Score
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
+DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class InceptionFeatures(nn.Module):
+    """The FID's network: FID, sFID, Inception Score, improved precision and recall, and KID.
+
+    Columns: `fid` (arXiv 1706.08500), `sfid` (arXiv 2103.03841), `inception_score`, `precision`, `recall`, `kid`.
+    Comparable with published values if measured on 50,000 images, which is how many a test draws by default.
+
+    Args:
+        weights: path of weights-inception-2015-12-05-6726825d.pth (also known as pt_inception-2015-12-05-6726825d.pth);
+            None to download it once.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be downloaded.
+        ValueError: if the file has other weights.
+    """
+
+    num_features = 2048
+    samples = 50_000
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.network = Inception()
+        path = _downloaded() if weights is None else Path(weights)
+        self.network.load_state_dict(_read(path, self.network))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.name = "the FID's Inception" if digest == DIGEST else f"Inception with other weights ({digest[:8]})"
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of uint8 images (b, 1 or 3, h, w), in float32.
+
+        Raises:
+            ValueError: if there are neither 1 nor 3 channels.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"Inception takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
+        x = (resize(images.float().expand(-1, 3, -1, -1), SIDE) - 128) / 128
+        cudnn = torch.backends.cudnn
+        # In TF32, the default of convolutions, features differ in the fourth digit.
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False):
+            return self.network(x)
+
+    def parts(self) -> list[Part]:
+        """Return what is measured on it."""
+        spatial = SPATIAL_CHANNELS * 17 * 17
+        return [
+            Frechet("fid", "pool", self.num_features, moments="pool"),
+            Frechet("sfid", "spatial", spatial, moments="spatial", cheap=False),
+            Score("inception_score", "logits", CLASSES),
+            Manifolds("pool"),
+            Kernel("kid", "pool", self.num_features),
+        ]
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Return images (b, c, side, side), bilinear as TensorFlow 1 does it: pixel i comes from position i n / side.
+
+    Neither half a pixel is added nor anything smoothed, unlike all resizing of torch; it is part of the FID.
+    """
+    for dim in (3, 2):
+        size = images.shape[dim]
+        position = torch.arange(side, device=images.device, dtype=images.dtype) * (size / side)
+        low = position.long()
+        share = (position - low).view(-1, *[1] * (3 - dim))
+        first = images.index_select(dim, low)
+        images = first + (images.index_select(dim, (low + 1).clamp(max=size - 1)) - first) * share
+    return images
+
+
+def _downloaded() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not path.is_file():
+        try:
+            torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise OSError(
+                f"Inception's weights cannot be downloaded ({error}): get {URL} elsewhere and put it to {path}, "
+                "or give its path as the argument `weights` of InceptionFeatures"
+            ) from error
+    return path
+
+
+def _read(path: Path, network: nn.Module) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no Inception weights at {path}: they are the file {FILE} of {URL}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of weights: {str(error).partition(chr(10))[0]}") from error
+    wanted = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
+    found = {name: value.shape for name, value in dict(state).items() if "num_batches" not in name}
+    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        raise ValueError(f"{path} has other weights than the FID's Inception: {wrong[0]} and {len(wrong) - 1} more")
+    return state

@@ -1,0 +1,200 @@
+"""The architecture of the FID's Inception, written as data, under the names of the weights of 2015-12-05."""
+
+# torch-fidelity has this network, but needs torchvision, which asks for a torch of its own beside the pinned one; and
+# without torchvision it breaks torchmetrics' import. So the network is built here.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d, relu
+
+SIDE = 299
+CLASSES = 1008
+# ADM's sFID takes so many channels of "mixed_6/conv", which are the first ones of this block.
+SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution without bias, batch normalisation and ReLU; padded to keep the size unless told otherwise."""
+
+    name: str
+    channels: int
+    kernel: int | tuple[int, int]
+    stride: int = 1
+    padded: bool = True
+
+
+Pool = Callable[[Tensor], Tensor]
+Step = Conv | Pool | tuple[Conv, ...]
+"""A step of a branch; several convolutions side by side are joined over the channels."""
+
+# TensorFlow's averages leave the padding out.
+AVERAGE: Pool = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM: Pool = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
+HALVE: Pool = partial(max_pool2d, kernel_size=3, stride=2)
+
+STEM: tuple[Step, ...] = (
+    Conv("Conv2d_1a_3x3", 32, 3, stride=2, padded=False),
+    Conv("Conv2d_2a_3x3", 32, 3, padded=False),
+    Conv("Conv2d_2b_3x3", 64, 3),
+    HALVE,
+    Conv("Conv2d_3b_1x1", 80, 1),
+    Conv("Conv2d_4a_3x3", 192, 3, padded=False),
+    HALVE,
+)
+
+
+def block_a(pooled: int) -> tuple[tuple[Step, ...], ...]:
+    """Return the branches of a block at 35 x 35, with `pooled` channels in its last one."""
+    return (
+        (Conv("branch1x1", 64, 1),),
+        (Conv("branch5x5_1", 48, 1), Conv("branch5x5_2", 64, 5)),
+        (Conv("branch3x3dbl_1", 64, 1), Conv("branch3x3dbl_2", 96, 3), Conv("branch3x3dbl_3", 96, 3)),
+        (AVERAGE, Conv("branch_pool", pooled, 1)),
+    )
+
+
+def block_c(inner: int) -> tuple[tuple[Step, ...], ...]:
+    """Return the branches of a block at 17 x 17, with `inner` channels inside."""
+    row, column = (1, 7), (7, 1)
+    return (
+        (Conv("branch1x1", 192, 1),),
+        (Conv("branch7x7_1", inner, 1), Conv("branch7x7_2", inner, row), Conv("branch7x7_3", 192, column)),
+        (
+            Conv("branch7x7dbl_1", inner, 1),
+            Conv("branch7x7dbl_2", inner, column),
+            Conv("branch7x7dbl_3", inner, row),
+            Conv("branch7x7dbl_4", inner, column),
+            Conv("branch7x7dbl_5", 192, row),
+        ),
+        (AVERAGE, Conv("branch_pool", 192, 1)),
+    )
+
+
+def block_e(pool: Pool) -> tuple[tuple[Step, ...], ...]:
+    """Return the branches of a block at 8 x 8."""
+    row, column = (1, 3), (3, 1)
+    return (
+        (Conv("branch1x1", 320, 1),),
+        (Conv("branch3x3_1", 384, 1), (Conv("branch3x3_2a", 384, row), Conv("branch3x3_2b", 384, column))),
+        (
+            Conv("branch3x3dbl_1", 448, 1),
+            Conv("branch3x3dbl_2", 384, 3),
+            (Conv("branch3x3dbl_3a", 384, row), Conv("branch3x3dbl_3b", 384, column)),
+        ),
+        (pool, Conv("branch_pool", 192, 1)),
+    )
+
+
+REDUCTION_B: tuple[tuple[Step, ...], ...] = (
+    (Conv("branch3x3", 384, 3, stride=2, padded=False),),
+    (
+        Conv("branch3x3dbl_1", 64, 1),
+        Conv("branch3x3dbl_2", 96, 3),
+        Conv("branch3x3dbl_3", 96, 3, stride=2, padded=False),
+    ),
+    (HALVE,),
+)
+REDUCTION_D: tuple[tuple[Step, ...], ...] = (
+    (Conv("branch3x3_1", 192, 1), Conv("branch3x3_2", 320, 3, stride=2, padded=False)),
+    (
+        Conv("branch7x7x3_1", 192, 1),
+        Conv("branch7x7x3_2", 192, (1, 7)),
+        Conv("branch7x7x3_3", 192, (7, 1)),
+        Conv("branch7x7x3_4", 192, 3, stride=2, padded=False),
+    ),
+    (HALVE,),
+)
+BLOCKS = {
+    "Mixed_5b": block_a(32),
+    "Mixed_5c": block_a(64),
+    "Mixed_5d": block_a(64),
+    "Mixed_6a": REDUCTION_B,
+    "Mixed_6b": block_c(128),
+    "Mixed_6c": block_c(160),
+    "Mixed_6d": block_c(160),
+    "Mixed_6e": block_c(192),
+    "Mixed_7a": REDUCTION_D,
+    "Mixed_7b": block_e(AVERAGE),
+    # The graph takes a maximum here and nowhere else: a slip of 2015 that is part of every FID.
+    "Mixed_7c": block_e(MAXIMUM),
+}
+
+
+class NormalisedConv(nn.Module):
+    """One `Conv`."""
+
+    def __init__(self, channels: int, spec: Conv) -> None:
+        super().__init__()
+        kernel = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
+        padding = (kernel[0] // 2, kernel[1] // 2) if spec.padded else (0, 0)
+        self.conv = nn.Conv2d(channels, spec.channels, kernel, spec.stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(spec.channels, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(bn(conv(x)))."""
+        return relu(self.bn(self.conv(x)))
+
+
+class Block(nn.Module):
+    """Branches side by side, joined over the channels; every convolution is a child under its own name."""
+
+    def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
+        super().__init__()
+        self.branches = branches
+        self.channels = sum(self._build(channels, branch) for branch in branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the joined branches."""
+        return torch.cat([self._follow(x, branch) for branch in self.branches], 1)
+
+    def _build(self, channels: int, branch: Sequence[Step]) -> int:
+        for step in branch:
+            convs = (step,) if isinstance(step, Conv) else step if isinstance(step, tuple) else ()
+            for conv in convs:
+                self.add_module(conv.name, NormalisedConv(channels, conv))
+            channels = sum(conv.channels for conv in convs) or channels
+        return channels
+
+    def _follow(self, x: Tensor, branch: Sequence[Step]) -> Tensor:
+        for step in branch:
+            if isinstance(step, Conv):
+                x = self.get_submodule(step.name)(x)
+            elif isinstance(step, tuple):
+                x = torch.cat([self.get_submodule(conv.name)(x) for conv in step], 1)
+            else:
+                x = step(x)
+        return x
+
+
+class Inception(Block):
+    """Inception-v3 (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 computes it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, [STEM])
+        channels = self.channels
+        for name, branches in BLOCKS.items():
+            block = Block(channels, branches)
+            self.add_module(name, block)
+            channels = block.channels
+        self.fc = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of images (b, 3, 299, 299) in [-1, 1).
+
+        `spatial` is flattened as ADM's, rows, columns, channels; `logits` are without their bias, as in every
+        Inception Score.
+        """
+        x = super().forward(x)
+        views = {}
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+            if name == SPATIAL_BLOCK:
+                views["spatial"] = rearrange(x[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)")
+        pool = x.mean((2, 3))
+        return views | {"pool": pool, "logits": pool @ self.fc.weight.T}

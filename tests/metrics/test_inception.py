@@ -1,0 +1,128 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from decm_lightning.metrics import InceptionFeatures, Quality, inception
+from decm_lightning.metrics.inception import resize
+from decm_lightning.metrics.inception_network import Inception
+from tests.metrics.networks import COLUMNS, seeded, uint8_images
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "inception_outputs.safetensors"
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Random weights under the names of the public ones, in a file named by its own hash as theirs is."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save(seeded(Inception(), SEED), folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+    return (folder / "weights.pth").rename(folder / f"weights-{digest[:8]}.pth")
+
+
+@pytest.fixture(scope="module")
+def network(weights) -> InceptionFeatures:
+    return InceptionFeatures(str(weights))
+
+
+def test_features_are_those_of_the_public_implementation(network):
+    with safe_open(FIXTURE, "pt") as kept:
+        made = json.loads(kept.metadata()["made"])
+        expected = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 - no mapping
+    assert made["weights_seed"] == SEED
+    for side in made["sides"]:
+        generator = torch.Generator().manual_seed(made["images_seed"])
+        views = network(uint8_images(made["images"], side, generator))
+        assert set(views) == {"pool", "spatial", "logits"}
+        for name, value in views.items():
+            wanted = expected[f"{name}_{side}"]
+            assert value.shape == wanted.shape
+            assert (value - wanted).norm() < 1e-5 * wanted.norm()
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_spatial_features_are_rows_by_columns_by_channels_of_the_first_branch(network):
+    seen = []
+    hook = network.network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[2]))
+    views = network(uint8_images(2, 32, torch.Generator().manual_seed(0)))
+    hook.remove()
+    # As numpy flattens ADM's activations, whose channels are last.
+    expected = np.transpose(seen[0].numpy(), (0, 2, 3, 1))[..., :7].reshape(2, -1)
+    assert views["spatial"].shape == (2, 2023)
+    np.testing.assert_array_equal(views["spatial"].numpy(), expected)
+
+
+def test_grey_images_are_three_equal_channels_and_other_numbers_are_refused(network):
+    grey = uint8_images(2, 32, torch.Generator().manual_seed(0), channels=1)
+    assert torch.equal(network(grey)["pool"], network(grey.expand(-1, 3, -1, -1))["pool"])
+    with pytest.raises(ValueError, match=r"takes images \(b, 1 or 3, h, w\): got \(2, 4, 8, 8\)"):
+        network(torch.zeros(2, 4, 8, 8, dtype=torch.uint8))
+
+
+def test_resizing_is_tensorflows(generator):
+    images = torch.rand(1, 2, 5, 11, generator=generator)
+    resized = resize(images, 7)
+    for row in range(7):
+        for column in range(7):
+            y, x = row * 5 / 7, column * 11 / 7
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, 4), min(left + 1, 10)
+            above = images[..., top, left] * (1 - x + left) + images[..., top, right] * (x - left)
+            below = images[..., bottom, left] * (1 - x + left) + images[..., bottom, right] * (x - left)
+            torch.testing.assert_close(resized[..., row, column], above * (1 - y + top) + below * (y - top))
+    # torch's own, with half a pixel more, is another one.
+    assert not torch.allclose(resized, torch.nn.functional.interpolate(images, (7, 7), mode="bilinear"), atol=0.05)
+
+
+def test_weights_are_frozen_named_and_give_all_columns(network, weights):
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    assert network.name == f"Inception with other weights ({weights.stem[-8:]})"
+    assert Quality(network).columns == COLUMNS
+    assert Quality(network, cheap=True).columns == ["fid", "kid"]
+
+
+def test_weights_are_downloaded_once_and_checked(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception, "FILE", weights.name)
+    monkeypatch.setattr(inception, "URL", weights.as_uri())
+    InceptionFeatures()
+    kept = tmp_path / "checkpoints" / weights.name
+    assert kept.read_bytes() == weights.read_bytes()
+    monkeypatch.setattr(inception, "URL", "file:///nowhere")
+    InceptionFeatures()
+
+    kept.unlink()
+    wrong = weights.with_name("weights-00000000.pth")
+    wrong.symlink_to(weights)
+    monkeypatch.setattr(inception, "FILE", wrong.name)
+    monkeypatch.setattr(inception, "URL", wrong.as_uri())
+    with pytest.raises(OSError, match="invalid hash value"):
+        InceptionFeatures()
+
+
+def test_without_a_network_one_line_says_where_the_file_belongs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception, "URL", "file:///nowhere/weights-inception-2015-12-05-6726825d.pth")
+    with pytest.raises(OSError, match="cannot be downloaded") as error:
+        InceptionFeatures()
+    text = str(error.value)
+    assert "\n" not in text
+    assert str(tmp_path / "checkpoints" / inception.FILE) in text
+    assert "argument `weights` of InceptionFeatures" in text
+
+
+def test_files_without_these_weights_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*none\.pth: they are the file weights-inc"):
+        InceptionFeatures(str(tmp_path / "none.pth"))
+    (tmp_path / "text.pth").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"text\.pth is no file of weights: "):
+        InceptionFeatures(str(tmp_path / "text.pth"))
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
+    with pytest.raises(ValueError, match=r"torchvision\.pth has other weights than the FID's Inception: Conv2d_1a_3x3"):
+        InceptionFeatures(str(tmp_path / "torchvision.pth"))

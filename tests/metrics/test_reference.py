@@ -1,0 +1,170 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from decm_lightning.metrics import DigitsFeatures, Quality
+from decm_lightning.metrics.reference import read
+from tests.metrics.networks import COLUMNS, Small, uint8_images
+
+
+@pytest.fixture
+def images(generator) -> np.ndarray:
+    """Grey images as files hold them, uint8 (n, h, w, c)."""
+    return uint8_images(50, 8, generator, channels=1).permute(0, 2, 3, 1).numpy()
+
+
+def moments(images: np.ndarray) -> dict[str, np.ndarray]:
+    """What ADM's files hold of the features of Small."""
+    views = Small()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    found = {}
+    for view, (mean, covariance) in {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
+        found |= {mean: views[view].numpy().mean(0), covariance: np.cov(views[view].numpy().T)}
+    return found
+
+
+def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> Quality:
+    """Quality against a file, or against the images themselves."""
+    reference = None if path is None else read(path)
+    quality = Quality(Small(), reference=reference)
+    if reference is None:
+        quality.real(torch.from_numpy(real).permute(0, 3, 1, 2))
+    elif reference.images and quality.needs_images:
+        for batch in reference.images.batches([range(0, 20), range(20, 20), range(20, len(reference.images))]):
+            quality.real(batch)
+    quality.generated(generated)
+    return quality
+
+
+def write(folder: Path, kind: str, images: np.ndarray) -> Path:
+    """A reference in one of the public forms."""
+    file = folder / f"{kind}.npz"
+    known = moments(images)
+    if kind == "adm":
+        np.savez(file, arr_0=images, **known)
+    elif kind == "facm":
+        np.savez(file, mu=known["mu"], sigma=known["sigma"])
+    elif kind == "compressed":
+        np.savez_compressed(file, arr_0=images)
+    else:
+        file = folder / "pictures"
+        for number, image in enumerate(images):
+            (file / str(number // 20)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(file / str(number // 20) / f"{number:04d}.png")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["adm", "compressed", "folder"])
+def test_files_and_folders_give_what_the_images_give(tmp_path, generator, images, kind):
+    generated = uint8_images(60, 8, generator, channels=1) // 2
+    expected = measured(None, images, generated)
+    found = measured(write(tmp_path, kind, images), images, generated)
+    assert found.columns == COLUMNS
+    assert found.counts() == expected.counts()
+    assert found.compute() == pytest.approx(expected.compute(), rel=1e-9)
+
+
+def test_moments_alone_give_the_distances_and_say_what_they_cannot(tmp_path, generator, images):
+    generated = uint8_images(60, 8, generator, channels=1) // 2
+    file = write(tmp_path, "facm", images)
+    found = measured(file, images, generated)
+    expected = measured(None, images, generated).compute()
+    assert found.compute() == pytest.approx({name: expected[name] for name in ("fid", "inception_score")}, rel=1e-9)
+    assert set(found.left_out) == {"sfid", "precision", "recall", "kid"}
+    assert found.left_out["kid"] == f"{file} has no images"
+    assert found.left_out["sfid"] == f"{file} has no images, and its moments are of other features"
+
+
+def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
+    # ADM's moments are of all training images, its images 10,000 of them.
+    known = moments(images)
+    np.savez(tmp_path / "shifted.npz", arr_0=images, mu=known["mu"] + 1, sigma=known["sigma"])
+    quality = measured(tmp_path / "shifted.npz", images, torch.from_numpy(images).permute(0, 3, 1, 2))
+    values = quality.compute()
+    assert values["fid"] == pytest.approx(6, rel=1e-6)
+    assert abs(values["sfid"]) < 1e-6
+    assert quality.notes()["fid"] == "real mean and covariance from the reference file"
+
+
+def test_moments_are_no_use_to_another_network(tmp_path, images):
+    facm, adm = write(tmp_path, "facm", images), write(tmp_path, "adm", images)
+    with pytest.raises(ValueError, match=r"no fd on the digits classifier: .*facm.npz has no images, and its moments"):
+        Quality(DigitsFeatures(), reference=read(facm))
+    quality = Quality(DigitsFeatures(), reference=read(adm))
+    assert quality.needs_images
+    assert quality.left_out == {}
+
+
+def test_moments_of_another_dimension_are_refused(tmp_path):
+    np.savez(tmp_path / "clip.npz", mu=np.zeros(512), sigma=np.eye(512))
+    with pytest.raises(ValueError, match=r"clip.npz: its mean has 512 features: fid needs 6, of the same feature net"):
+        Quality(Small(), reference=read(tmp_path / "clip.npz"))
+
+
+def test_files_are_known_by_their_hash(tmp_path, images):
+    file = write(tmp_path, "adm", images)
+    assert read(file).sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    folder = write(tmp_path, "folder", images)
+    before = read(folder).sha256
+    Image.fromarray(images[1][..., 0]).save(folder / "0" / "0000.png")
+    assert read(folder).sha256 != before
+
+
+def read_all(path: Path) -> None:
+    images = read(path).images
+    list(images.batches([range(len(images))]))
+
+
+def refused(path: Path, error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error) as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path, images):
+    assert "expected mu and sigma, images arr_0, or both" in refused(tmp_path / "none.npz", FileNotFoundError)
+    (tmp_path / "text.npz").write_text("mu")
+    assert "is no .npz file" in refused(tmp_path / "text.npz")
+    np.savez(tmp_path / "other.npz", samples=images)
+    assert "has samples: expected mu and sigma" in refused(tmp_path / "other.npz")
+    np.savez(tmp_path / "half.npz", mu=np.zeros(4))
+    assert "has mu but no sigma" in refused(tmp_path / "half.npz")
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(4), sigma=np.eye(5))
+    assert "mu must be (d,) and sigma (d, d): got (4,) and (5, 5)" in refused(tmp_path / "shape.npz")
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
+    assert "must be finite" in refused(tmp_path / "nan.npz")
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
+    assert "sigma must be symmetric" in refused(tmp_path / "skew.npz")
+    np.savez(tmp_path / "float.npz", arr_0=images / 255)
+    assert "arr_0 must be uint8 (n, h, w, 1 or 3): got float64 (50, 8, 8, 1)" in refused(tmp_path / "float.npz")
+    np.savez(tmp_path / "first.npz", arr_0=images.transpose(0, 3, 1, 2))
+    assert "got uint8 (50, 1, 8, 8)" in refused(tmp_path / "first.npz")
+    np.savez(tmp_path / "empty.npz", arr_0=images[:0])
+    assert "got uint8 (0, 8, 8, 1)" in refused(tmp_path / "empty.npz")
+
+
+def test_other_folders_are_refused(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no images in" in refused(empty)
+    Image.new("RGB", (8, 6)).save(empty / "a.png")
+    Image.new("L", (9, 6)).save(empty / "b.jpg")
+    assert f"{empty / 'b.jpg'} is 9 x 6, and {empty / 'a.png'} 8 x 6" in refused(empty)
+    (empty / "b.jpg").write_text("no picture")
+    assert f"{empty / 'b.jpg'} cannot be read as an image" in refused(empty)
+    Image.effect_noise((64, 64), 50).save(empty / "a.png")
+    (empty / "b.jpg").unlink()
+    (empty / "c.png").write_bytes((empty / "a.png").read_bytes()[:900])
+    assert f"{empty / 'c.png'} cannot be read as an image" in refused(empty)
+
+
+def test_colour_of_the_first_image_is_that_of_all(tmp_path):
+    Image.new("RGB", (2, 2), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("L", (2, 2), 40).save(tmp_path / "b.png")
+    (batch,) = read(tmp_path).images.batches([range(2)])
+    assert batch[:, :, 0, 0].tolist() == [[10, 20, 30], [40, 40, 40]]

@@ -29,15 +29,18 @@ def save_grid(images: Pictures, columns: int, scale: int, file: Path) -> None:
     picture(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)).save(file)
 
 
-def save_files(images: Pictures, labels: Int[Tensor, " n"], folder: Path, first: int = 0) -> None:
-    """Write each image as <number>_class<label>.png, numbers starting at `first`; the folder is made if need be.
+def save_files(images: Pictures, labels: Int[Tensor, " n"] | None, folder: Path, first: int = 0) -> None:
+    """Write each image as <number>_class<label>.png, or <number>.png without labels, numbers starting at `first`.
+
+    The folder is made if need be.
 
     Raises:
         ValueError: if the images have neither 1 nor 3 channels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True), start=first):
-        picture(image).save(folder / f"{number:06d}_class{label}.png")
+    names = [""] * len(images) if labels is None else [f"_class{label}" for label in labels.tolist()]
+    for number, (image, name) in enumerate(zip(images, names, strict=True), start=first):
+        picture(image).save(folder / f"{number:06d}{name}.png")
 
 
 def picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:

@@ -1,6 +1,8 @@
+import hashlib
 import json
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -8,15 +10,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller, TeacherTraining
-from decm_lightning.callbacks.cells import Cell, draw, evaluations
+from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks.drawing import Drawing
 from decm_lightning.callbacks.evaluation import Evaluation
 from decm_lightning.data import Digits
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance
 from decm_lightning.metrics import DigitsFeatures, Quality
+from decm_lightning.metrics.parts import Counts, Frechet
 from decm_lightning.networks import DiT
 from decm_lightning.pictures import to_uint8
 from decm_lightning.teachers import Teacher
+from tests.metrics.networks import COLUMNS, Small
 
 CELLS = ["student/mix/2", "student/consistency/2"]
 TEST_CELLS = ["student/mix/1", "teacher/euler/3"]
@@ -30,13 +35,16 @@ def network() -> DiT:
 def distiller(guidance: Guidance = GUIDED) -> Distiller:
     L.seed_everything(0, verbose=False)
     teacher = network()
-    # Its output layer starts at zero, and a zero velocity would make all cells alike.
-    torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
+    # Some of its layers start at zero: all cells would be alike, and all labels.
+    for parameter in teacher.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
     return Distiller(Teacher(teacher), guidance=guidance)
 
 
 def evaluation(**options) -> Evaluation:
-    return Evaluation(DigitsFeatures(), **{"cells": CELLS, "test_cells": TEST_CELLS, "samples": 40} | options)
+    given = {"features": DigitsFeatures(), "cells": CELLS, "test_cells": TEST_CELLS, "samples": 40}
+    return Evaluation(**given | options)
 
 
 def trainer(folder, *callbacks: L.Callback, **options) -> L.Trainer:
@@ -81,7 +89,7 @@ def test_validation_logs_the_distances_of_the_cells_own_samples(tmp_path):
     data.setup("validate")
     quality = Quality(DigitsFeatures())
     quality.real(to_uint8(data.reference.images[:300]))
-    quality.generated(draw(module, Cell.parse(CELLS[0]), range(40), 10, seed=0))
+    quality.generated(Drawing(module, data).draw(Cell.parse(CELLS[0]), range(40)))
     expected = quality.compute()
     assert metrics["fd/student/mix/2"] == pytest.approx(expected["fd"], rel=1e-5)
     assert metrics["kid/student/mix/2"] == pytest.approx(expected["kid"], rel=1e-5)
@@ -112,7 +120,7 @@ def test_real_images_are_taken_in_once_and_checkpoints_can_follow_a_distance(tmp
     best = ModelCheckpoint(tmp_path, monitor="fd/student/mix/2", save_top_k=1)
     running = trainer(tmp_path, callback, best, enable_checkpointing=True, max_steps=4, val_check_interval=2)
     running.fit(distiller(), datamodule=Digits(reference_size=300))
-    assert callback.quality.counts() == (300, 40)
+    assert callback.qualities[0].counts() == Counts(300, 40)
     assert best.best_model_score > 0
     state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     assert all(name.startswith(("network.", "average.")) for name in state)
@@ -147,44 +155,6 @@ def test_a_teacher_in_training_is_tested_on_the_same_cells_by_default(tmp_path):
     assert set(metrics) == {"test/fd/teacher/euler/2", "test/kid/teacher/euler/2"}
 
 
-def test_evaluations_are_counted_in_and_out_of_the_guidance_interval():
-    cell = Cell("teacher", "euler", 4)
-    assert evaluations(distiller(Guidance()), cell, 10) == 4
-    assert evaluations(distiller(GUIDED), cell, 10) == 8
-    # Of the starts 0, 1/4, 1/2, 3/4 two lie in the interval.
-    assert evaluations(distiller(Guidance(scale=2.0, interval=(0.2, 0.6))), cell, 10) == 6
-
-
-def test_samples_do_not_depend_on_their_company_nor_change_modes():
-    module = distiller()
-    cell = Cell("student", "mix", 2)
-    module.train()
-    module.average.final_layer.eval()
-    modes = [part.training for part in module.modules()]
-    before = torch.get_rng_state()
-    together = draw(module, cell, range(6), 10, seed=3)
-    apart = torch.cat([draw(module, cell, rows, 10, seed=3) for rows in ([0], [1, 2, 3], [4, 5])])
-    # One level of 255 is left to the order in which a matrix product is summed.
-    assert (together.int() - apart.int()).abs().max() <= 1
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [part.training for part in module.modules()] == modes
-
-
-@pytest.mark.parametrize(("world", "samples", "batch_size"), [(1, 10, 4), (2, 9, 4), (3, 10, 2), (4, 8, 500)])
-def test_processes_share_the_samples_and_draw_as_many_batches(world, samples, batch_size):
-    class Ranked:
-        world_size = world
-
-        def __init__(self, rank):
-            self.global_rank = rank
-
-    callback = evaluation(batch_size=batch_size)
-    parts = [callback._parts(Ranked(rank), samples) for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1
-    assert all(0 < len(rows) <= batch_size for part in parts for rows in part)
-    assert sorted(row for part in parts for rows in part for row in rows) == list(range(samples))
-
-
 def test_diverged_weights_are_named(tmp_path):
     module = distiller()
     torch.nn.init.constant_(module.average.final_layer.linear.bias, float("nan"))
@@ -193,7 +163,7 @@ def test_diverged_weights_are_named(tmp_path):
 
 
 def test_missing_images_classes_and_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no real images to measure against"):
+    with pytest.raises(ValueError, match="no real images to measure against: the validation or test loader is empty"):
         trainer(tmp_path, evaluation()).validate(distiller(), datamodule=Digits(reference_size=0), verbose=False)
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
@@ -207,8 +177,142 @@ def test_missing_images_classes_and_models_are_refused(tmp_path):
         ({"samples": 1}, "samples must be at least 2: got 1"),
         ({"test_samples": 0}, "samples must be at least 2: got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1: got 0"),
+        ({"labels": "random"}, "labels must be balanced or uniform: got 'random'"),
+        ({"features": []}, "features must be at least one network: got none"),
     ],
 )
-def test_numbers_that_are_too_small_are_refused(options, message):
+def test_arguments_out_of_their_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         evaluation(**options)
+
+
+def results(folder, data=None, **options) -> tuple[dict, dict[str, float]]:
+    """What quality.json says, and what was logged."""
+    running = trainer(folder, evaluation(**{"test_cells": ["student/mix/2"]} | options))
+    logged = running.test(distiller(), datamodule=data or Digits(reference_size=50), verbose=False)[0]
+    return json.loads((folder / "quality.json").read_text()), logged
+
+
+def real_images() -> np.ndarray:
+    data = Digits()
+    data.setup("test")
+    return to_uint8(data.reference.images[:50]).permute(0, 2, 3, 1).numpy()
+
+
+def moments(images: np.ndarray) -> dict[str, np.ndarray]:
+    features = Small()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    pool, spatial = features["pool"].numpy(), features["spatial"].numpy()
+    return {"mu": pool.mean(0), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial.T)}
+
+
+def test_testing_writes_every_column_and_validation_logs_the_cheap_ones(tmp_path):
+    written, logged = results(tmp_path, features=Small(), test_samples=60)
+    row = written["rows"][0]
+    assert list(row) == ["model", "sampler", "steps", "evaluations", *COLUMNS]
+    assert logged == pytest.approx({f"test/{name}/student/mix/2": row[name] for name in COLUMNS}, rel=1e-6)
+    page = (tmp_path / "quality.md").read_text().splitlines()
+    assert "| model | sampler | steps | evaluations | " + " | ".join(COLUMNS) + " |" in page
+
+    data = Digits(reference_size=50)
+    metrics = trainer(tmp_path, evaluation(features=Small())).validate(distiller(), datamodule=data, verbose=False)[0]
+    assert {name.split("/")[0] for name in metrics} == {"fid", "kid"}
+
+
+def test_references_give_what_the_loaders_images_give_and_the_loader_is_then_left_alone(tmp_path):
+    images = real_images()
+    np.savez(tmp_path / "adm.npz", arr_0=images, **moments(images))
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    np.savez(tmp_path / "facm.npz", **{name: moments(images)[name] for name in ("mu", "sigma")})
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{number:02d}.png")
+
+    def values(written: dict) -> dict[str, float]:
+        return {name: value for name, value in written["rows"][0].items() if name in COLUMNS}
+
+    expected = values(results(tmp_path, features=Small())[0])
+    for name in ("adm.npz", "images.npz", "folder"):
+        written, _ = results(tmp_path, Unread(reference_size=3), features=Small(), reference=str(tmp_path / name))
+        assert values(written) == pytest.approx(expected, rel=1e-6)
+        assert written["protocol"]["real images"] == 50
+    written, _ = results(
+        tmp_path, Unread(reference_size=3), features=Small(), reference=str(tmp_path / "facm.npz"), batch_size=7
+    )
+    given = {name: expected[name] for name in ("fid", "inception_score")}
+    assert values(written) == pytest.approx(given, rel=1e-6)
+    protocol = written["protocol"]
+    assert protocol["real images"] == "none: mean and covariance only"
+    assert protocol["precision"] == f"not measured: {tmp_path / 'facm.npz'} has no images"
+    assert protocol["fid"] == "real mean and covariance from the reference file"
+
+
+class Unread(Digits):
+    """Digits whose real images must not be decoded."""
+
+    def decode(self, x):
+        assert len(x) > 3
+        return x
+
+
+def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
+    np.savez(tmp_path / "images.npz", arr_0=real_images())
+    written, _ = results(
+        tmp_path, features=Small(), reference=str(tmp_path / "images.npz"), labels="uniform", seed=5, batch_size=16
+    )
+    digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
+    assert written["protocol"] == {
+        "feature network": "small mixtures",
+        "reference": str(tmp_path / "images.npz"),
+        "reference sha256": digest,
+        "real images": 50,
+        "generated images": 44,
+        "labels": "uniform over 10 classes, by the seed",
+        "pixels": "round(127.5 (x + 1)) clamped to 0..255",
+        "guidance": "teacher: scale 2, no limit, t in [0, 1]",
+        "seed": 5,
+        "batch size": 16,
+        "inception_score": "mean over 10 splits, in random order",
+        "precision, recall": "k = 3, 44 generated against 50 real images",
+        "kid": "mean over 100 subsets of 44, not times 1,000",
+        "evaluations": "passes of a network for one sample, guidance included",
+    }
+    page = (tmp_path / "quality.md").read_text()
+    assert all(f"- {name}: {value}\n" in page for name, value in written["protocol"].items())
+    assert page in capsys.readouterr().out
+
+
+def test_a_network_may_ask_for_its_number_of_samples():
+    assert evaluation(features=Small()).test_samples == 44
+    assert evaluation(features=Small(), test_samples=7).test_samples == 7
+    assert evaluation().test_samples == 40
+
+
+def test_several_networks_share_the_samples_and_not_their_columns(tmp_path):
+    class Another(Small):
+        name = "another"
+
+        def parts(self):
+            return [Frechet("fd_another", "pool", 6)]
+
+    written, _ = results(tmp_path, features=[DigitsFeatures(), Another()])
+    assert list(written["rows"][0])[4:] == ["fd", "kid", "fd_another"]
+    assert written["metric"] == "Fréchet distance on the digits classifier and another"
+    with pytest.raises(ValueError, match="two feature networks have a column 'kid': measure them in two runs"):
+        results(tmp_path, features=[DigitsFeatures(), Small()])
+
+
+def test_references_that_do_not_serve_are_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no reference at "):
+        results(tmp_path, reference=str(tmp_path / "none.npz"))
+    np.savez(tmp_path / "clip.npz", mu=np.zeros(512), sigma=np.eye(512))
+    with pytest.raises(ValueError, match="its mean has 512 features: fid needs 6"):
+        results(tmp_path, features=Small(), reference=str(tmp_path / "clip.npz"))
+
+
+def test_labels_change_the_samples_and_batches_do_not(tmp_path):
+    def kid(**options) -> float:
+        return results(tmp_path, features=Small(), **options)[0]["rows"][0]["kid"]
+
+    uniform = kid(labels="uniform")
+    assert kid(labels="uniform", batch_size=5) == pytest.approx(uniform, rel=1e-4)
+    assert abs(kid(labels="balanced") / uniform - 1) > 1e-3

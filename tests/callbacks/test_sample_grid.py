@@ -5,7 +5,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from decm_lightning import TeacherTraining
-from decm_lightning.callbacks.cells import Cell, draw_grid
+from decm_lightning.callbacks.drawing import Drawing
 from decm_lightning.callbacks.sample_grid import SampleGrid
 from decm_lightning.data import Digits
 from decm_lightning.networks import DiT
@@ -53,15 +53,8 @@ def test_grids_change_nothing_in_training(tmp_path):
 
 @pytest.mark.parametrize("kind", ["none", "csv"])
 def test_nothing_is_drawn_without_tensorboard(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("decm_lightning.callbacks.sample_grid.draw_grid", None)
+    monkeypatch.setattr(Drawing, "grid", None)
     fit(CSVLogger(tmp_path) if kind == "csv" else False, tmp_path, [SampleGrid(CELLS, every_n_steps=1)])
-
-
-def test_a_grid_has_a_row_a_cell_and_a_column_a_class(tmp_path):
-    module = fit(False, tmp_path)
-    cells = [Cell.parse(text) for text in CELLS]
-    assert draw_grid(module, cells, 4, 10, seed=0).shape == (2, 4, 1, 8, 8)
-    assert draw_grid(module, cells, 20, 10, seed=0).shape == (2, 10, 1, 8, 8)
 
 
 @pytest.mark.parametrize(("argument", "message"), [("every_n_steps", "every_n_steps"), ("columns", "columns")])

@@ -1,41 +1,46 @@
 """Measures samples against real images while training, and writes the table of quality when testing."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from decm_lightning.callbacks.cells import Cell, check, draw, draw_grid, evaluations
+from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks.drawing import Drawing, LabelLaw
+from decm_lightning.callbacks.protocol import protocol
+from decm_lightning.callbacks.shares import shares
 from decm_lightning.callbacks.table import Row, Table
-from decm_lightning.metrics import Quality
-from decm_lightning.metrics.quality import KID_SUBSET_SIZE, KID_SUBSETS
-from decm_lightning.pictures import to_uint8
+from decm_lightning.metrics import Quality, reference
 
 COLUMNS = 10
 
 
 class Evaluation(L.Callback):
-    """The Fréchet distance (fd) and kernel distance (kid) of every cell "model/sampler/steps" on a feature network.
+    """The quality of every cell "model/sampler/steps", measured on one or several feature networks.
 
-    Validation logs `fd/<cell>` and `kid/<cell>`, such as `fd/student/mix/2`. Testing logs `test/fd/<cell>` and
-    `test/kid/<cell>`, and writes quality.md, quality.json and samples.png into the log folder. Real images are those
-    of the validation or test loader, taken in once. Sample number i has the label i mod num_classes of the datamodule,
-    and starts from the same noise in every cell and every validation. Compare distances of equal numbers of images
-    only. The sanity check before training is left out.
+    Validation logs `<column>/<cell>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
+    kernel distance. Testing logs `test/<column>/<cell>` for all of them, and writes quality.md, quality.json and
+    samples.png into the log folder, with the protocol. What the columns are is said by the feature networks: fd and
+    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Real images are those
+    of the validation or test loader, or of `reference`, taken in once. Sample number i has the same label and starts
+    from the same noise in every cell and every validation. Compare distances of equal numbers of images only. The
+    sanity check before training is left out.
 
     Args:
-        features: frozen; uint8 images to (b, num_features), such as metrics.DigitsFeatures.
+        features: one feature network or several, such as metrics.DigitsFeatures or metrics.InceptionFeatures.
         cells: what is measured in validation.
         test_cells: what is measured in testing; None for `cells`.
         samples: samples a cell in validation, over all processes, at least 2.
-        test_samples: the same in testing; None for `samples`.
+        test_samples: the same in testing; None for what the feature network asks for (50,000 with Inception), or else
+            `samples`.
         batch_size: samples drawn at once on each device, at least 1.
-        seed: seed of the noise, and of KID's subsets.
+        seed: seed of noise, labels, and what the metrics draw.
+        reference: an .npz file or a folder of real images (metrics.reference.read); None for the loader's images.
+        labels: "balanced": sample i has the label i mod num_classes; "uniform": drawn by the seed. A datamodule with a
+            method `condition(rows, seed)` gives the conditions itself.
 
     Raises:
         ValueError: if a cell is not of that form or a number is too small.
@@ -43,21 +48,30 @@ class Evaluation(L.Callback):
 
     def __init__(
         self,
-        features: nn.Module,
+        features: nn.Module | list[nn.Module],
         cells: list[str],
         test_cells: list[str] | None = None,
         samples: int = 2000,
         test_samples: int | None = None,
         batch_size: int = 500,
         seed: int = 0,
+        reference: str | None = None,
+        labels: LabelLaw = "balanced",
     ) -> None:
-        self.features = features
+        self.features = list(features) if isinstance(features, list) else [features]
         self.cells = [Cell.parse(text) for text in cells]
         self.test_cells = self.cells if test_cells is None else [Cell.parse(text) for text in test_cells]
         self.samples = samples
-        self.test_samples = samples if test_samples is None else test_samples
+        asked = max((getattr(network, "samples", 0) for network in self.features), default=0)
+        self.test_samples = (asked or samples) if test_samples is None else test_samples
         self.batch_size = batch_size
         self.seed = seed
+        self.reference = reference
+        self.labels = labels
+        if not self.features:
+            raise ValueError("features must be at least one network: got none")
+        if labels not in ("balanced", "uniform"):
+            raise ValueError(f"labels must be balanced or uniform: got {labels!r}")
         if min(self.samples, self.test_samples) < 2:
             raise ValueError(f"samples must be at least 2: got {min(self.samples, self.test_samples)}")
         if batch_size < 1:
@@ -67,13 +81,22 @@ class Evaluation(L.Callback):
         """Begin without real images, after a check that the cells can be drawn.
 
         Raises:
-            ValueError: if the datamodule has no num_classes, or the module not a cell's model.
+            FileNotFoundError: if there is no reference.
+            ValueError: if the datamodule has no conditions, the module not a cell's model, the reference does not serve
+                the feature networks, or two of those have a column of the same name.
         """
         if stage == "predict":
             return
-        self.num_classes = check([*self.cells, *self.test_cells], trainer, pl_module)
-        self.quality = Quality(self.features, self.seed)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.drawing = Drawing(pl_module, data, self.labels, self.seed)
+        self.drawing.check([*self.cells, *self.test_cells])
+        self.real = None if self.reference is None else reference.read(self.reference)
+        self.qualities = [Quality(network, self.seed, self.real, stage != "test") for network in self.features]
+        columns = [column for quality in self.qualities for column in quality.columns]
+        if twice := [column for column in columns if columns.count(column) > 1]:
+            raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
         self.has_real = False
+        self.has_measured = False
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to end in silence where nothing was measured: Lightning skips an empty loader with all its hooks.
@@ -81,16 +104,17 @@ class Evaluation(L.Callback):
         Raises:
             ValueError: if `validate` or `test` had no images.
         """
-        if stage in ("validate", "test"):
-            self._check_real(self.has_real)
+        if stage in ("validate", "test") and not self.has_measured:
+            cause = "the validation or test loader is empty (that of latents is, without a VAE)"
+            raise ValueError(f"nothing was measured, no real images to measure against: {cause}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to where the module computes."""
-        self.quality.to(pl_module.device)
+        """Move to where the module computes, and take in the reference, the first time."""
+        self._start(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to where the module computes."""
-        self.quality.to(pl_module.device)
+        """Move to where the module computes, and take in the reference."""
+        self._start(trainer)
 
     def on_validation_batch_end(
         self,
@@ -101,9 +125,9 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in the real images, the first time."""
+        """Take in the real images, the first time, if there is no reference."""
         if not (self.has_real or trainer.sanity_checking):
-            self.quality.real(to_uint8(batch[0]))
+            self._take_in(self.drawing.pictures(batch[0]))
 
     def on_test_batch_end(
         self,
@@ -114,80 +138,81 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in the real images."""
-        self.quality.real(to_uint8(batch[0]))
+        """Take in the real images, if there is no reference."""
+        if not self.has_real:
+            self._take_in(self.drawing.pictures(batch[0]))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the distances of every cell.
+        """Log what is cheap of every cell.
 
         Raises:
-            ValueError: if there were no real images.
             NonFiniteError: if a sample is NaN or infinite.
         """
         if trainer.sanity_checking:
             return
-        for cell, distances in self._measure(trainer, pl_module, self.cells, self.samples).items():
-            for name, value in distances.items():
+        for cell, values in self._measure(trainer, self.cells, self.samples).items():
+            for name, value in values.items():
                 pl_module.log(f"{name}/{cell}", value, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the distances of every cell, write the table and the samples, and print the table.
+        """Log all of every cell, write the table and the samples, and print the table.
 
         Raises:
-            ValueError: if there were no real images.
             NonFiniteError: if a sample is NaN or infinite.
         """
-        measured = self._measure(trainer, pl_module, self.test_cells, self.test_samples)
-        for cell, distances in measured.items():
-            for name, value in distances.items():
+        measured = self._measure(trainer, self.test_cells, self.test_samples)
+        for cell, values in measured.items():
+            for name, value in values.items():
                 pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
         # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
-        rows = [Row(cell, evaluations(pl_module, cell, self.num_classes), **measured[cell]) for cell in measured]
-        table = Table(self.quality.name, self._protocol(self.test_samples), rows)
-        images = draw_grid(pl_module, list(measured), COLUMNS, self.num_classes, self.seed)
+        rows = [Row(cell, self.drawing.evaluations(cell), values) for cell, values in measured.items()]
+        names = " and ".join(quality.name for quality in self.qualities)
+        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size)
+        images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
+            table = Table(names, followed, rows)
             files = table.write(folder, images)
             print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
 
-    def _measure(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, cells: Sequence[Cell], samples: int
-    ) -> dict[Cell, dict[str, float]]:
-        self.has_real = self.quality.counts()[0] > 0
-        self._check_real(self.has_real)
-        parts = self._parts(trainer, samples)
-        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+    def _start(self, trainer: L.Trainer) -> None:
+        for quality in self.qualities:
+            quality.to(self.drawing.module.device)
+        if self.real is None or self.has_real or trainer.sanity_checking:
+            return
+        self.has_real = True
+        images = self.real.images
+        if images is None or not any(quality.needs_images for quality in self.qualities):
+            return
+        parts = shares(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
+        with self._bar(trainer, sum(map(len, parts))) as bar:
+            bar.set_description("reference")
+            for batch in images.batches(parts):
+                self._take_in(batch)
+                bar.update(len(batch))
+
+    def _take_in(self, images: Any) -> None:
+        for quality in self.qualities:
+            quality.real(images)
+
+    def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
+        self.has_real = self.has_measured = True
+        parts = shares(samples, self.batch_size, trainer.global_rank, trainer.world_size)
         measured = {}
-        with tqdm(total=len(cells) * sum(map(len, parts)), unit="image", leave=False, disable=hidden) as bar:
+        with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:
             for cell in cells:
                 bar.set_description(str(cell))
-                self.quality.reset_generated()
+                for quality in self.qualities:
+                    quality.reset_generated()
                 for rows in parts:
-                    self.quality.generated(draw(pl_module, cell, rows, self.num_classes, self.seed))
+                    # Where there are fewer samples than processes, sharded networks still need every process.
+                    images = self.drawing.draw(cell, rows or range(1))[: len(rows)]
+                    for quality in self.qualities:
+                        quality.generated(images)
                     bar.update(len(rows))
-                measured[cell] = self.quality.compute()
+                measured[cell] = {k: value for quality in self.qualities for k, value in quality.compute().items()}
         return measured
 
-    def _parts(self, trainer: L.Trainer, samples: int) -> list[list[int]]:
-        # Every process draws as many batches as the others: the forward pass of a sharded network is common to all.
-        world = trainer.world_size
-        batches = math.ceil(math.ceil(samples / world) / self.batch_size)
-        return [part.tolist() for part in np.array_split(np.arange(trainer.global_rank, samples, world), batches)]
-
-    def _check_real(self, has_real: bool) -> None:
-        if not has_real:
-            raise ValueError("no real images to measure against: the validation or test loader is empty")
-
-    def _protocol(self, samples: int) -> dict[str, str | int]:
-        real, generated = self.quality.counts()
-        return {
-            "feature network": self.quality.name,
-            "real images": real,
-            "generated images": generated,
-            "labels": f"sample i has the label i mod {self.num_classes}",
-            "pixels": "round(127.5 (x + 1)) clamped to 0..255",
-            "seed": self.seed,
-            "batch size": self.batch_size,
-            "kid": f"mean over {KID_SUBSETS} subsets of {min(KID_SUBSET_SIZE, real, generated)}, not times 1,000",
-            "evaluations": "passes of a network for one sample, guidance included",
-        }
+    def _bar(self, trainer: L.Trainer, total: int) -> tqdm:
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        return tqdm(total=total, unit="image", leave=False, disable=hidden)

@@ -6,18 +6,20 @@ import lightning as L
 from einops import rearrange
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from decm_lightning.callbacks.cells import Cell, check, draw_grid
+from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks.drawing import Drawing
 
 
 class SampleGrid(L.Callback):
     """Logs a grid of samples to TensorBoard as `samples`: a row for each cell in order, a column for each class.
 
-    The noise is fixed, so that one can watch a sample become better. Without a TensorBoard logger nothing is drawn.
+    Where the datamodule gives the conditions (`condition(rows, seed)`), the first of them are across. The noise is
+    fixed, so that one can watch a sample become better. Without a TensorBoard logger nothing is drawn.
 
     Args:
         cells: the rows, each "model/sampler/steps", such as "student/mix/2".
         every_n_steps: optimiser steps from one grid to the next, at least 1.
-        columns: at most so many classes, at least 1.
+        columns: at most so many classes or conditions, at least 1.
         seed: seed of the noise.
 
     Raises:
@@ -38,10 +40,11 @@ class SampleGrid(L.Callback):
         """Check that the cells can be drawn.
 
         Raises:
-            ValueError: if the datamodule has no num_classes, or the module not a cell's model.
+            ValueError: if the datamodule has no conditions, or the module not a cell's model.
         """
         if stage == "fit":
-            self.num_classes = check(self.cells, trainer, pl_module)
+            self.drawing = Drawing(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
+            self.drawing.check(self.cells)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count optimiser steps from where the run stands."""
@@ -61,7 +64,7 @@ class SampleGrid(L.Callback):
         if not loggers or step == self.last_step or step % self.every_n_steps:
             return
         self.last_step = step
-        images = draw_grid(pl_module, self.cells, self.columns, self.num_classes, self.seed)
+        images = self.drawing.grid(self.cells, self.columns)
         picture = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
         for logger in loggers:
             logger.experiment.add_image("samples", picture, step)

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from decm_lightning.callbacks.cells import Cell
-from decm_lightning.pictures import save_files, to_uint8
+from decm_lightning.callbacks.drawing import pictures
+from decm_lightning.pictures import save_files
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes one PNG for each label of the prediction loader, numbered in its order.
+    """Writes one PNG for each label or other condition of the prediction loader, numbered in its order.
 
     Args:
         folder: where to, made if need be.
@@ -44,8 +46,10 @@ class SampleWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one batch."""
-        images, labels = prediction
+        x, condition = prediction
         # Every process writes its own numbers: rank, then every world_size-th.
-        first = self.written * trainer.world_size + trainer.global_rank * len(labels)
-        save_files(to_uint8(images), labels, self.folder, first)
-        self.written += len(labels)
+        first = self.written * trainer.world_size + trainer.global_rank * len(x)
+        labels = condition if isinstance(condition, torch.Tensor) and condition.ndim == 1 else None
+        images = pictures(x, trainer.datamodule)  # type: ignore[attr-defined]
+        save_files(images, labels, self.folder, first)
+        self.written += len(x)

@@ -18,14 +18,12 @@ class Row:
     Args:
         cell: model, sampler and steps.
         evaluations: network evaluations a sample; None if not known.
-        fd: Fréchet distance, 0 for equal distributions.
-        kid: kernel distance, 0 in the mean for equal distributions.
+        values: what was measured, by column; the same columns in every row.
     """
 
     cell: Cell
     evaluations: float | None
-    fd: float
-    kid: float
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Table:
     """What was measured, and how.
 
     Args:
-        features: name of the feature network.
+        features: name of the feature network or networks.
         protocol: every setting that the figures depend on, by name.
         rows: the cells.
     """
@@ -44,17 +42,19 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
+        columns = list(self.rows[0].values) if self.rows else []
         lines = [
             f"# Fréchet distance on {self.features}",
             "",
             *(f"- {name}: {value}" for name, value in self.protocol.items()),
             "",
-            "| model | sampler | steps | evaluations | fd | kid |",
-            "|---|---|---:|---:|---:|---:|",
+            f"| model | sampler | steps | evaluations | {' | '.join(columns)} |",
+            f"|---|---|---:|{'---:|' * (1 + len(columns))}",
         ]
         for row in self.rows:
             cell, cost = row.cell, "-" if row.evaluations is None else f"{row.evaluations:g}"
-            lines.append(f"| {cell.model} | {cell.sampler} | {cell.steps} | {cost} | {row.fd:.4g} | {row.kid:.3g} |")
+            values = " | ".join(f"{value:.{3 if name == 'kid' else 4}g}" for name, value in row.values.items())
+            lines.append(f"| {cell.model} | {cell.sampler} | {cell.steps} | {cost} | {values} |")
         return "\n".join(lines) + "\n"
 
     def json(self) -> str:
@@ -65,8 +65,7 @@ class Table:
                 "sampler": row.cell.sampler,
                 "steps": row.cell.steps,
                 "evaluations": row.evaluations,
-                "fd": row.fd,
-                "kid": row.kid,
+                **row.values,
             }
             for row in self.rows
         ]

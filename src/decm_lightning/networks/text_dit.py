@@ -1,0 +1,140 @@
+"""A diffusion transformer that reads captions: the DiT with attention to their tokens in each block."""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from decm_lightning.networks.caption_layers import CaptionBlock, CaptionEmbedding
+from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
+from decm_lightning.networks.layers import FinalLayer, Rotary
+from decm_lightning.networks.network import Network
+from decm_lightning.types import Captions, Condition, Sample, Time
+
+
+class TextDiT(Network):
+    """u(x_t, t, s, captions) on square images or latents: adaLN-Zero blocks of self-attention, cross-attention, SwiGLU.
+
+    As `DiT`, with the caption in the class's place: image tokens attend to its tokens in each block, as in PixArt
+    (arXiv 2310.00426), and the mean of its tokens is added to the embeddings of t and s. Tokens that the captions' mask
+    leaves out have no influence. A learnt token stands before those of every caption, and alone in the null caption.
+    `Captions.pooled` is not read. Weights begin as in `DiT`; the embedding of s ends in zeros, so that a student begun
+    from a teacher's weights is the teacher for every s.
+
+    Args:
+        input_size: height and width of the input, a multiple of patch_size.
+        in_channels: channels of the input and of the velocity.
+        caption_width: size of a caption token, as the text encoder gives it.
+        patch_size: side of the square patch that becomes one token.
+        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
+        landing_time: embed the landing time s; without it s is ignored.
+
+    Raises:
+        ValueError: if a size does not divide as it must.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        in_channels: int,
+        caption_width: int,
+        patch_size: int = 4,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        landing_time: bool = False,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
+        if heads < 1 or width % heads or width // heads % 4:
+            raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
+        self.config = {
+            "input_size": input_size,
+            "in_channels": in_channels,
+            "caption_width": caption_width,
+            "patch_size": patch_size,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "landing_time": landing_time,
+        }
+        self.sample_shape = (in_channels, input_size, input_size)
+        self.num_classes = 0
+        self.caption_width = caption_width
+        self.side = input_size // patch_size
+        self.patch_size = patch_size
+        self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
+        self.t_embedder = TimeEmbedding(width)
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
+        self.caption_embedder = CaptionEmbedding(caption_width, width)
+        self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
+        self.feat_rope = Rotary(width // heads, self.side)
+        self.blocks = nn.ModuleList(CaptionBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+
+    def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
+        """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
+
+        Raises:
+            ValueError: if the condition is none of captions with tokens of size caption_width.
+        """
+        captions = self.checked(condition)
+        context = self.caption_embedder(captions)
+        embedding = self.t_embedder(t) + context.mean
+        if self.r_embedder is not None:
+            embedding = embedding + self.r_embedder(s)
+        tokens = self.x_embedder(x_t) + self.pos_embed
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            tokens = block(tokens, embedding, self.feat_rope, context.tokens, context.mask, checkpointed)
+        patches = self.final_layer(tokens, embedding)
+        sizes = {"h": self.side, "p": self.patch_size, "q": self.patch_size}
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sizes).to(x_t.dtype)
+
+    def checked(self, condition: Condition) -> Captions:
+        """Return the condition, if it is one for this network.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if not isinstance(condition, Captions):
+            given = "None" if condition is None else f"labels {tuple(condition.shape)}"
+            raise ValueError(f"TextDiT needs Captions, and network.null(captions) for unconditional rows: got {given}")
+        if condition.tokens.shape[-1] != self.caption_width:
+            shape = tuple(condition.tokens.shape)
+            raise ValueError(f"caption tokens must be (b, n, {self.caption_width}): got {shape}, of another encoder?")
+        return condition
+
+    def null(self, condition: Condition) -> Condition:
+        """Return as many captions without a token: all that is left to attend to is the learnt one.
+
+        Raises:
+            ValueError: if the condition is none of captions, or has no mask to say so.
+        """
+        captions = self.checked(condition)
+        if captions.mask is None:
+            raise ValueError("a null caption needs a mask: give Captions one, true everywhere")
+        return captions._replace(mask=torch.zeros_like(captions.mask))
+
+    def example(self, rows: int = 2) -> tuple[Sample, Time, Time, Condition]:
+        """Return arguments that this network takes: zeros of the right shapes."""
+        x_t = next(self.parameters()).new_zeros(rows, *self.sample_shape)
+        times = torch.full((rows,), 0.5, device=x_t.device)
+        captions = Captions(x_t.new_zeros(rows, 2, self.caption_width), x_t.new_ones(rows, 2, dtype=torch.bool))
+        return x_t, times, times, captions
+
+    def units(self) -> list[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
+
+    def with_landing_time(self) -> "TextDiT":
+        """Return a copy that also embeds s, and at first equals this network for every s."""
+        student = TextDiT(**(self.config | {"landing_time": True}))
+        own = self.state_dict()
+        student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
+        return student.to(self.pos_embed)

@@ -1,0 +1,116 @@
+"""Captions encoded once: kept in one file, ragged, and padded when they are read."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from decm_lightning.text.encoder import TextEncoder
+from decm_lightning.types import Captions
+
+BATCH = 64
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """The tokens of n captions, of which m differ, one after the other.
+
+    Attributes:
+        tokens: in float16, (total, d).
+        ends: where each of the m ends among them, (m,).
+        which: which of the m each of the n is, (n,).
+    """
+
+    tokens: Float[Tensor, "total d"]
+    ends: Int[Tensor, " m"]
+    which: Int[Tensor, " n"]
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return len(self.which)
+
+    @property
+    def width(self) -> int:
+        """The size of a token."""
+        return self.tokens.shape[1]
+
+    def read(self, rows: Sequence[int] | Tensor) -> Captions:
+        """Return captions in float32, padded to the longest of all, so that every batch has the same shape."""
+        starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+        lengths = self.ends - starts
+        found = self.which[torch.as_tensor(rows)][:, None]
+        place = torch.arange(int(lengths.max()))
+        mask = place < lengths[found]
+        tokens = self.tokens[(starts[found] + place).clamp(max=len(self.tokens) - 1)]
+        return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask)
+
+
+def encode(captions: Sequence[str], encoder: TextEncoder, folder: str | Path) -> EncodedCaptions:
+    """Return the captions' tokens, in their order: from a file in `folder`, or encoded now and written there.
+
+    The file is named by a hash of the encoder and of the captions: with any other of them, another file is written.
+    A caption that occurs more than once is encoded once. Captions with more tokens than the encoder's max_tokens are
+    cut, and a warning says how many.
+
+    Args:
+        captions: what to encode, at least one.
+        encoder: a frozen text encoder.
+        folder: made if need be.
+
+    Raises:
+        ImportError: if the encoder is needed and not installed.
+        ValueError: if there is no caption, or the file cannot be read.
+    """
+    if not captions:
+        raise ValueError("captions must be at least one: got none")
+    different = sorted(set(captions))
+    digest = hashlib.sha256(encoder.identity.encode())
+    for caption in different:
+        digest.update(caption.encode() + b"\0")
+    file = Path(folder) / f"captions-{digest.hexdigest()[:32]}.safetensors"
+    if not file.exists():
+        _write(file, _encode(different, encoder))
+    try:
+        content = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): delete it, and it is made again") from error
+    place = {caption: row for row, caption in enumerate(different)}
+    return EncodedCaptions(content["tokens"], content["ends"], torch.tensor([place[caption] for caption in captions]))
+
+
+def _encode(captions: Sequence[str], encoder: TextEncoder) -> list[Tensor]:
+    lengths = encoder.lengths(captions)
+    # Captions of like length go together, or most of the work would be on padding.
+    order = sorted(range(len(captions)), key=lengths.__getitem__, reverse=True)
+    tokens: list[Tensor] = [torch.empty(0)] * len(captions)
+    with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            encoded = encoder([captions[row] for row in rows])
+            assert encoded.mask is not None
+            for row, part, mask in zip(rows, encoded.tokens, encoded.mask, strict=True):
+                tokens[row] = part[mask].half().cpu()
+            bar.update(len(rows))
+    cut = sum(length > encoder.max_tokens for length in lengths)
+    if cut:
+        log.warning("%d of %d captions were cut to %d tokens", cut, len(captions), encoder.max_tokens)
+    return tokens
+
+
+def _write(file: Path, tokens: list[Tensor]) -> None:
+    ends = torch.tensor([len(part) for part in tokens]).cumsum(0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Another name until it is whole: a process that is stopped leaves no file that looks finished.
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    save_file({"tokens": torch.cat(tokens), "ends": ends}, partial)
+    partial.replace(file)

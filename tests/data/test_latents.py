@@ -271,6 +271,7 @@ def test_the_record_says_how_many_classes_there_are(tmp_path):
 
 
 def test_a_multiplier_must_be_positive(tmp_path):
+    write_shards(tmp_path)
     with pytest.raises(ValueError, match="latent_multiplier must be above 0: got 0"):
         module(tmp_path, latent_multiplier=0)
 

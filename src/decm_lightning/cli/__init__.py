@@ -18,8 +18,10 @@ train and test, each with --config FILE and dotted overrides such as --trainer.m
 use what was trained:
   sample     draw images from a checkpoint or folder: a grid, or one file each
   export     write a checkpoint's averaged weights as a folder (config.json, model.safetensors)
+  consolidate  make one file, or such a folder, of a checkpoint that several processes have written in shards
 
-look at what you will train on:
+make and look at what you will train on:
+  encode         images into a folder of latents of a VAE, on all devices; started again, it goes on
   validate-data  read a whole folder of latents, and say what is in it or what is wrong with it
 
 decm COMMAND --help lists a command's options. decm fit --config FILE --print_config shows the whole config.
@@ -45,6 +47,18 @@ def _export(command: str, argv: Sequence[str]) -> None:
     run(argv)
 
 
+def _consolidate(command: str, argv: Sequence[str]) -> None:
+    from decm_lightning.cli.consolidate import run
+
+    run(argv)
+
+
+def _encode(command: str, argv: Sequence[str]) -> None:
+    from decm_lightning.cli.encode import run
+
+    run(argv)
+
+
 def _validate_data(command: str, argv: Sequence[str]) -> None:
     from decm_lightning.cli.validate_data import run
 
@@ -58,6 +72,8 @@ COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
     "predict": _train,
     "sample": _sample,
     "export": _export,
+    "consolidate": _consolidate,
+    "encode": _encode,
     "validate-data": _validate_data,
 }
 

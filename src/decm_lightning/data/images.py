@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from decm_lightning.types import Batch
+from decm_lightning.types import Batch, Sample
 
 
 class Rows(Dataset[Batch]):
@@ -94,8 +94,12 @@ class ResumableData(L.LightningDataModule):
             sampler=sampler,
             drop_last=True,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
         )
+
+    def decode(self, x: Sample) -> Sample:
+        """Return the images in [-1, 1] of what the network makes: pixels are images already."""
+        return x
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the order."""
@@ -130,7 +134,7 @@ class InMemoryImages(ResumableData):
         rows = self.reference
         if self.reference_size is not None:
             rows = LabelledImages(rows.images[: self.reference_size], rows.labels[: self.reference_size])
-        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=_as_it_is)
+        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
 
     def test_dataloader(self) -> StatefulDataLoader:
         """Return the reference images of the Fréchet distance, in order."""
@@ -141,5 +145,6 @@ class InMemoryImages(ResumableData):
         return self.val_dataloader()
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Batch) -> Batch:
+    """Return what `Rows` made a batch already."""
     return batch

@@ -1,89 +1,23 @@
 """Images as latents of a VAE, in LightningDiT's format: normalised, mirrored at random, and checked before training."""
 
 import math
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
-from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from decm_lightning.data.images import ResumableData, Rows
+from decm_lightning.data.decoding import LatentDecoder
+from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
 from decm_lightning.data.shards import RECORD, Provenance, Shards
-from decm_lightning.types import Batch
+from decm_lightning.types import Batch, Sample
 
-STATISTICS = "latents_stats.pt"
 SAMPLE = 1000
 BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What makes latents of mean 0 and standard deviation 1: (x - mean) / std * multiplier, in float32.
-
-    Args:
-        mean: (1, c, 1, 1).
-        std: (1, c, 1, 1), above 0.
-        multiplier: 1 where there are statistics; 0.18215 for Stable Diffusion's VAE without them.
-    """
-
-    mean: Float[Tensor, "1 c 1 1"]
-    std: Float[Tensor, "1 c 1 1"]
-    multiplier: float
-
-    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the scaled latents."""
-        return (x - self.mean) / self.std * self.multiplier
-
-    @classmethod
-    def read(cls, file: Path, channels: int, multiplier: float) -> "Scaling":
-        """Return the scaling by a file of {"mean", "std"}, each (1, channels, 1, 1).
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it has other content.
-        """
-        if not file.is_file():
-            raise FileNotFoundError(f"no file {file}: give the statistics of the latents, or set latent_norm to false")
-        try:
-            content = torch.load(file, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file} is no file of tensors: {str(error).partition(chr(10))[0]}") from error
-        for name in ("mean", "std"):
-            value = content.get(name) if isinstance(content, dict) else None
-            if not isinstance(value, Tensor) or value.shape != (1, channels, 1, 1) or not value.isfinite().all():
-                found = tuple(value.shape) if isinstance(value, Tensor) else value
-                raise ValueError(f"{file}: {name} must be finite and (1, {channels}, 1, 1): got {found}")
-        if (content["std"] <= 0).any():
-            raise ValueError(f"{file}: std must be above 0: got {content['std'].min():g}")
-        return cls(content["mean"].float(), content["std"].float(), multiplier)
-
-
-class Moments:
-    """Mean and standard deviation of each channel over blocks of latents, gathered in float64."""
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.square = torch.zeros(channels, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "b c h w"]) -> None:
-        """Take in a block."""
-        variance, mean = (value.double() for value in torch.var_mean(x, (0, 2, 3), correction=0))
-        self.count += len(x)
-        share = len(x) / self.count
-        self.mean += share * (mean - self.mean)
-        self.square += share * (variance + mean.square() - self.square)
-
-    def overall(self) -> tuple[float, float]:
-        """Return mean and standard deviation over all channels together."""
-        mean = self.mean.mean()
-        return mean.item(), (self.square.mean() - mean.square()).clamp(min=0).sqrt().item()
 
 
 class Latents(Rows):
@@ -103,19 +37,12 @@ class Latents(Rows):
     def __init__(
         self, folder: str | Path, num_classes: int | None, latent_norm: bool = True, latent_multiplier: float = 1.0
     ) -> None:
-        if latent_multiplier <= 0:
-            raise ValueError(f"latent_multiplier must be above 0: got {latent_multiplier}")
         self.provenance = Provenance.read(folder)
         if num_classes is None and self.provenance is not None:
             num_classes = self.provenance.num_classes
         self.shards = Shards(folder, num_classes)
         self.latent_norm = latent_norm
-        channels, statistics = self.shards.shape[0], self.shards.folder / STATISTICS
-        if latent_norm:
-            self.scaling = Scaling.read(statistics, channels, latent_multiplier)
-        else:
-            ones = torch.ones(1, channels, 1, 1)
-            self.scaling = Scaling(0 * ones, ones, latent_multiplier)
+        self.scaling = Scaling.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
                 f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes what is "
@@ -124,7 +51,7 @@ class Latents(Rows):
             return
         self.provenance.check(self.shards, {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier})
         if latent_norm:
-            self.provenance.check_file(statistics)
+            self.provenance.check_file(self.shards.folder / STATISTICS)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -205,8 +132,8 @@ class ImageNetLatents(ResumableData):
 
     The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
     Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
-    validate-data` looks at every row. There are no loaders for validation, test and prediction: the distances want
-    pictures, and latents can be decoded only by their VAE.
+    validate-data` looks at every row. Only with their VAE, which decodes them into pictures, are there loaders for
+    validation, test and prediction.
 
     Args:
         folder: where the files are.
@@ -216,6 +143,12 @@ class ImageNetLatents(ResumableData):
         latent_norm: subtract latents_stats.pt's mean and divide by its std, as for VA-VAE.
         latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
         flip: mirror half of the images, others in each epoch.
+        vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
+        reference_size: at most so many latents in the loaders for validation, test and prediction, spread over all
+            shards, so that the classes mix; None for all.
+
+    Raises:
+        ValueError: if batch_size or reference_size is below 1.
     """
 
     train: Latents
@@ -229,12 +162,19 @@ class ImageNetLatents(ResumableData):
         latent_norm: bool = True,
         latent_multiplier: float = 1.0,
         flip: bool = True,
+        vae: str | None = None,
+        reference_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        if reference_size is not None and reference_size < 1:
+            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
         self.folder = folder
         self.num_classes = num_classes
         self.latent_norm = latent_norm
         self.latent_multiplier = latent_multiplier
+        self.vae = vae
+        self.reference_size = reference_size
+        self.decoder: LatentDecoder | None = None
         if flip:
             self.sampler = MirroringSampler
 
@@ -243,7 +183,8 @@ class ImageNetLatents(ResumableData):
 
         Raises:
             FileNotFoundError: if the folder, its shards or latents_stats.pt is missing.
-            ValueError: naming what is not as it should be, or if the network is for samples of another shape.
+            ValueError: naming what is not as it should be, if the network is for samples of another shape, or if the
+                VAE is not the one that encoded the images.
         """
         self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
         self.train.measure(self.train.sample())
@@ -251,3 +192,32 @@ class ImageNetLatents(ResumableData):
         wanted = getattr(network, "sample_shape", self.train.shards.shape)
         if tuple(wanted) != self.train.shards.shape:
             raise ValueError(f"latents of {self.folder} are {self.train.shards.shape}: the network makes {wanted}")
+        if self.vae is not None and self.decoder is None:
+            self.decoder = LatentDecoder.read(self.vae, self.folder, self.train.scaling)
+
+    def decode(self, x: Sample) -> Sample:
+        """Return the images in [-1, 1] of scaled latents.
+
+        Raises:
+            ValueError: if no VAE was given.
+        """
+        if self.decoder is None:
+            raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
+        return self.decoder(x)
+
+    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
+        if self.vae is None:
+            return []
+        count = len(self.train)
+        size = min(self.reference_size or count, count)
+        rows = Subset(self.train, [number * count // size for number in range(size)])
+        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+
+    def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """Return the reference latents in order; no loader without a VAE."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """Return the reference latents, of which `decm predict` reads the labels; no loader without a VAE."""
+        return self.val_dataloader()

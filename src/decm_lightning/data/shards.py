@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ LATENTS, MIRRORED, LABELS = KEYS = ("latents", "latents_flip", "labels")
 FLOATS = ("F16", "BF16", "F32", "F64")
 INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 RECORD = "cache.json"
+MANIFEST = "manifest"
 
 
 class Shards:
@@ -136,6 +137,7 @@ class Provenance:
         num_images: rows of all shards together.
         num_classes: labels are below it.
         checksums: SHA-256 by file name: of latents_stats.pt, and of shards if wanted.
+        encoding: what else decides the latents: size of the images, their names, posterior and seed.
     """
 
     vae: str
@@ -144,32 +146,36 @@ class Provenance:
     num_images: int
     num_classes: int
     checksums: dict[str, str]
+    encoding: dict[str, str | int] | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
         """Return a folder's record, None if it has none.
 
         Raises:
-            ValueError: if it is no JSON, or lacks an entry.
+            ValueError: if it is no JSON, lacks an entry, or is still to come.
         """
         file = Path(folder) / RECORD
         if not file.is_file():
+            if (file.parent / MANIFEST).is_dir():
+                raise ValueError(f"the latents in {folder} are not complete: run decm encode again, and it goes on")
             return None
         try:
             content = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is no JSON: {error}") from error
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.default is MISSING]
         missing = [name for name in names if name not in content] if isinstance(content, dict) else names
         if missing:
             raise ValueError(f"{file} lacks {', '.join(missing)}")
         if not isinstance(content["checksums"], dict):
             raise ValueError(f"{file}: checksums must be SHA-256 by file name: got {content['checksums']!r}")
-        return cls(**{name: content[name] for name in names})
+        return cls(**{name: content[name] for name in names}, encoding=content.get("encoding"))
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder."""
-        (Path(folder) / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        content = json.dumps(asdict(self), indent=2) + "\n"
+        write_whole(Path(folder) / RECORD, lambda part: part.write_text(content))
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
         """Refuse shards or a scaling that are not those of the record.
@@ -206,3 +212,17 @@ def checksum(file: Path) -> str:
     """Return a file's SHA-256 in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed or the machine stops.
+
+    Args:
+        file: where it will be.
+        write: writes it under the name that it is given.
+    """
+    part = file.with_name(f"{file.name}.part")
+    write(part)
+    with part.open("rb") as content:
+        os.fsync(content.fileno())
+    os.replace(part, file)

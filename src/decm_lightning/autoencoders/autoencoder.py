@@ -1,0 +1,73 @@
+"""A frozen autoencoder: what encodes images into latents, decodes them, and knows its own name."""
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    """One of diffusers' AutoencoderKL, AutoencoderDC and AutoencoderTiny, in float32, frozen and in eval mode.
+
+    Latents are as the encoder makes them: the model's own scaling_factor and shift_factor are not applied. What
+    normalises them is kept with the latents (latents_stats.pt), so that there is one place for it.
+
+    Args:
+        model: the model, with its config.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model.float().eval().requires_grad_(False)
+        config: Any = model.config
+        self.image_channels: int = config.in_channels
+        self.latent_channels: int = config.latent_channels
+        levels = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
+        self.downsampling = 2 ** (len(levels) - 1)
+        """Pixels of an image along the side of one latent."""
+
+    @cached_property
+    def identity(self) -> str:
+        """The class and the first 16 digits of the SHA-256 of all weights: latents are decoded by what made them."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
+        return f"{type(self.model).__name__} {digest.hexdigest()[:16]}"
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """Return (c, h, w) of the latents of images of size x size pixels.
+
+        Raises:
+            ValueError: if the size is no multiple of `downsampling`.
+        """
+        if size < 1 or size % self.downsampling:
+            raise ValueError(f"size must be a multiple of the VAE's {self.downsampling} pixels a latent: got {size}")
+        return self.latent_channels, size // self.downsampling, size // self.downsampling
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b z p q"] | None = None
+    ) -> Float[Tensor, "b z p q"]:
+        """Return the latents of images in [-1, 1]: mean + std noise of their posterior, or its mode without noise.
+
+        AutoencoderDC and AutoencoderTiny have no posterior: noise changes nothing.
+        """
+        encoded = self.model.encode(images)
+        if "latent_dist" in encoded:
+            posterior = encoded.latent_dist
+            return posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return encoded.latent if "latent" in encoded else encoded.latents
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b z p q"]) -> Float[Tensor, "b c h w"]:
+        """Return the images of latents, clamped to [-1, 1]."""
+        return self.model.decode(latents).sample.clamp(-1, 1)
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        """Stay in eval mode."""
+        return super().train(False)

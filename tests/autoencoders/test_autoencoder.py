@@ -1,0 +1,129 @@
+"""diffusers' autoencoders behind one interface: their latents and images, their names, and what is refused."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from decm_lightning.autoencoders import load_autoencoder
+from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+KINDS = {"AutoencoderKL": (save_kl, 2, 2), "AutoencoderDC": (save_dc, 4, 4), "AutoencoderTiny": (save_tiny, 3, 2)}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    """Ask no hub, which would be asked again and again where there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_latents_and_images_are_those_of_diffusers(kind, images, tmp_path):
+    save, channels, downsampling = KINDS[kind]
+    autoencoder = load_autoencoder(save(tmp_path))
+    model = getattr(diffusers, kind).from_pretrained(tmp_path).eval()
+    assert (autoencoder.latent_channels, autoencoder.downsampling) == (channels, downsampling)
+    # Each kind's first output in diffusers' tuples: the posterior, or the latents.
+    (encoded,) = model.encode(images, return_dict=False)
+    expected = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
+    latents = autoencoder.encode(images)
+    assert latents.shape == (3, *autoencoder.latent_shape(16))
+    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=0)
+    decoded = model.decode(20 * latents, return_dict=False)[0]
+    assert decoded.abs().max() > 1
+    torch.testing.assert_close(autoencoder.decode(20 * latents), decoded.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_noise_samples_the_posterior(images, tmp_path):
+    autoencoder = load_autoencoder(save_kl(tmp_path))
+    posterior = diffusers.AutoencoderKL.from_pretrained(tmp_path).eval().encode(images).latent_dist
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(3, 2, 8, 8, generator=generator)
+    expected = posterior.sample(torch.Generator().manual_seed(3))
+    assert (expected - posterior.mode()).abs().mean() > 0.01
+    torch.testing.assert_close(autoencoder.encode(images, noise), expected)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderTiny"])
+def test_without_a_posterior_noise_changes_nothing(kind, images, tmp_path):
+    autoencoder = load_autoencoder(KINDS[kind][0](tmp_path))
+    latents = autoencoder.encode(images)
+    assert torch.equal(autoencoder.encode(images, torch.randn_like(latents)), latents)
+
+
+def test_the_identity_follows_from_class_and_weights_alone(tmp_path):
+    first, other = (load_autoencoder(save_kl(tmp_path / str(seed), seed)) for seed in (0, 1))
+    assert first.identity.startswith("AutoencoderKL ")
+    assert first.identity != other.identity
+    first.model.config.scaling_factor = 7
+    first.model.save_pretrained(tmp_path / "again")
+    assert load_autoencoder(tmp_path / "again").identity == first.identity
+    tensors = load_file(tmp_path / "0" / WEIGHTS)
+    tensors["decoder.conv_out.bias"][0] += 1e-6
+    save_file(tensors, tmp_path / "0" / WEIGHTS, metadata={"format": "pt"})
+    assert load_autoencoder(tmp_path / "0").identity != first.identity
+
+
+def test_a_pipelines_folder_is_searched(tmp_path):
+    save_kl(tmp_path / "vae")
+    assert load_autoencoder(tmp_path).identity == load_autoencoder(tmp_path / "vae").identity
+
+
+def test_it_stays_frozen_and_in_eval_mode(tmp_path):
+    autoencoder = load_autoencoder(save_kl(tmp_path)).train()
+    assert not any(module.training for module in autoencoder.modules())
+    assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
+
+
+def test_a_size_that_is_no_multiple_is_refused(tmp_path):
+    autoencoder = load_autoencoder(save_dc(tmp_path))
+    assert autoencoder.latent_shape(64) == (4, 16, 16)
+    with pytest.raises(ValueError, match="size must be a multiple of the VAE's 4 pixels a latent: got 18"):
+        autoencoder.latent_shape(18)
+
+
+def drop(folder):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def add(folder):
+    save_file(load_file(folder / WEIGHTS) | {"more": torch.zeros(1)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def rename(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop, "its tensors are not those of its architecture; missing: decoder.conv_out.bias$"),
+        (add, "its tensors are not those of its architecture; left over: more$"),
+        (rename, "is a UNet2DModel: a VAE is one of AutoencoderKL, AutoencoderDC, AutoencoderTiny"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json in .*/vae: give the folder of a VAE"),
+    ],
+)
+def test_a_folder_that_is_no_whole_vae_is_refused(spoil, message, tmp_path):
+    spoil(save_kl(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_autoencoder(tmp_path)
+
+
+def test_what_is_nowhere_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and no VAE of that name on the Hugging"):
+        load_autoencoder("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"no file .*gone.pt: give a VAE's file"):
+        load_autoencoder(tmp_path / "gone.pt")

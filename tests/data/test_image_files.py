@@ -1,0 +1,183 @@
+"""Images as files: the crop, what is found in folders and tars and in which order, and what is said of bad ones."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from decm_lightning.data.image_files import ImageFiles, center_crop
+from tests.data.photos import encoded, photos, write_folder, write_tar
+
+
+def pixels(width, height):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height", "box"), [(7, 4, (1, 0)), (4, 9, (0, 2)), (4, 4, (0, 0))])
+def test_an_image_of_the_right_height_is_only_cut(width, height, box):
+    image = pixels(width, height)
+    left, top = box
+    np.testing.assert_array_equal(center_crop(Image.fromarray(image), 4), image[top : top + 4, left : left + 4])
+
+
+def test_an_image_twice_as_large_is_averaged_over_boxes():
+    image = pixels(20, 16)
+    mean = image.reshape(8, 2, 10, 2, 3).mean((1, 3))
+    found = center_crop(Image.fromarray(image), 8)
+    # PIL rounds after either axis.
+    assert np.abs(found - mean[:, 1:9]).max() <= 1
+
+
+def test_between_it_is_bicubic():
+    # On a ramp a cubic filter is exact away from the borders: 12 pixels become 8, of one and a half each.
+    ramp = np.repeat(np.arange(12, dtype=np.uint8)[None, :, None] * 20, 12, 0).repeat(3, 2)
+    found = center_crop(Image.fromarray(ramp), 8)
+    expected = ((np.arange(8) + 0.5) * 1.5 - 0.5) * 20
+    np.testing.assert_allclose(found[4, 2:6, 0], expected[2:6], atol=0.5)
+
+
+def test_a_smaller_image_is_enlarged():
+    assert center_crop(Image.fromarray(np.full((3, 5, 3), 77, np.uint8)), 16).tolist() == [[[77] * 3] * 16] * 16
+
+
+def test_class_folders_are_numbered_by_their_sorted_names(tmp_path):
+    write_folder(tmp_path, 6)
+    (tmp_path / "LICENSE").touch()
+    (tmp_path / "flower" / "notes.md").touch()
+    files = ImageFiles(str(tmp_path))
+    assert [file.name for file in files.files] == [
+        *("china/0000.png", "china/0002.png", "china/0004.png"),
+        *("flower/0001.png", "flower/0003.png", "flower/0005.png"),
+    ]
+    assert [file.label for file in files.files] == [0, 0, 0, 1, 1, 1]
+    assert files.num_classes == 2
+    image, _ = photos(6)[3]
+    expected = torch.from_numpy(center_crop(image, 16)).permute(2, 0, 1)
+    assert torch.equal(files.read(4, 16), expected)
+
+
+def test_other_modes_become_rgb(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (4, 4), 9).save(tmp_path / "a" / "grey.png")
+    Image.new("P", (4, 4), 0).save(tmp_path / "a" / "palette.png")
+    Image.new("CMYK", (4, 4)).save(tmp_path / "a" / "cmyk.JPEG", "JPEG")
+    files = ImageFiles(str(tmp_path))
+    assert [files.read(number, 4).shape for number in range(3)] == [(3, 4, 4)] * 3
+    assert files.read(1, 4).unique().tolist() == [9]
+
+
+def labelled(count, labels):
+    """Return a tar's members: images in every format, each with its label in every form in turn."""
+    members = {}
+    for number, (image, _) in enumerate(photos(count)):
+        suffix = ("jpg", "png", "webp")[number % 3]
+        members[f"train/{number:03d}.{suffix}"] = encoded(image, suffix)
+        form = ("cls", "txt", "json")[number % 3]
+        text = f'{{"label": {labels[number]}, "from": "here"}}' if form == "json" else f"{labels[number]}\n"
+        members[f"train/{number:03d}.{form}"] = text.encode()
+    return members
+
+
+def test_tars_are_read_in_order_in_every_format_and_with_every_kind_of_label(tmp_path):
+    write_tar(tmp_path / "b.tar", labelled(3, [4, 0, 2]))
+    write_tar(tmp_path / "a.tar", labelled(2, [1, 1]) | {"train/readme.md": b"not of a sample"})
+    for source in (tmp_path, tmp_path / "*.tar"):
+        files = ImageFiles(str(source))
+        assert [file.name for file in files.files][1:3] == ["a.tar: train/001.png", "b.tar: train/000.jpg"]
+        assert [file.label for file in files.files] == [1, 1, 4, 0, 2]
+        assert files.num_classes == 5
+    image, _ = photos(2)[1]
+    assert torch.equal(files.read(1, 16), torch.from_numpy(center_crop(image, 16)).permute(2, 0, 1))
+    assert len(ImageFiles(str(tmp_path / "b.tar"), 1000)) == 3
+
+
+def test_the_fingerprint_is_of_names_and_labels(tmp_path):
+    for name, labels in (("a", [0, 1, 2]), ("b", [0, 1, 2]), ("c", [0, 2, 1])):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "x.tar", labelled(3, labels))
+    first, same, other = (ImageFiles(str(tmp_path / name)).fingerprint() for name in "abc")
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "is no whole, plain tar|is cut short"),
+        (
+            lambda whole: whole[: -(-len(whole.rstrip(b"\0")) // 512) * 512],
+            "x.tar is cut short: it ends after 9 images",
+        ),
+        (lambda whole: b"", "x.tar is no whole, plain tar: empty file"),
+        (lambda whole: b"\x1f\x8b" + whole, "x.tar is no whole, plain tar"),
+    ],
+)
+def test_a_tar_that_is_not_whole_is_refused(spoil, message, tmp_path):
+    file = write_tar(tmp_path / "x.tar", labelled(9, range(9)))
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        ImageFiles(str(file))
+
+
+def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path):
+    file = write_tar(tmp_path / "x.tar", labelled(3, range(3)))
+    whole = file.read_bytes()
+    for length in range(0, len(whole.rstrip(b"\0")), 256):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"x\.tar"):
+            ImageFiles(str(file))
+
+
+IMAGE = encoded(Image.new("RGB", (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"1.png": IMAGE, "1.cls": b"10"}, "x.tar: the label of 1.png is 10: expected from 0 to 9"),
+        ({"1.png": IMAGE, "1.cls": b"-1"}, "x.tar: the label of 1.png is -1: expected from 0 to 9"),
+        ({"1.png": IMAGE, "1.cls": b"cat"}, "x.tar: 1.cls holds no class number: got 'cat'"),
+        ({"1.png": IMAGE, "1.json": b'{"label": 3.7}'}, "1.json holds no class number: got '3.7'"),
+        ({"1.png": IMAGE, "1.json": b'{"name": 3}'}, "1.json holds no class number"),
+        ({"1.png": IMAGE, "1.json": b"[3]"}, "1.json holds no class number"),
+        ({"1.png": IMAGE, "2.png": IMAGE, "1.cls": b"1"}, "x.tar: 2.png has no label beside it"),
+        ({"1.png": IMAGE, "1.cls": b"1", "2.cls": b"1"}, "x.tar: 2.cls has no image beside it"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_named_with_its_tar(members, message, tmp_path):
+    file = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(ValueError, match=message) as refused:
+        ImageFiles(str(file), 10)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [(b"no image", "a/1.jpg"), (b"", "a/1.jpg"), (encoded(photos(1)[0][0], "jpg")[:400], "a/1.jpg")],
+)
+def test_a_broken_image_is_named(content, place, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{place} is no whole image: "):
+        ImageFiles(str(tmp_path)).read(0, 16)
+    file = write_tar(tmp_path / "x.tar", {place: content, "a/1.cls": b"0"})
+    with pytest.raises(ValueError, match=f"x.tar: {place} is no whole image: "):
+        ImageFiles(str(file)).read(0, 16)
+
+
+def test_where_there_are_no_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file .*gone: give a folder of class folders, or tars"):
+        ImageFiles(str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"no image in .*: expected .jpg, .jpeg, .png, .webp in class folders"):
+        ImageFiles(str(tmp_path))
+    write_folder(tmp_path, 2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no image in the class folder .*empty"):
+        ImageFiles(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no image in"):
+        ImageFiles(str(write_tar(tmp_path / "x.tar", {})))
+
+
+def test_folders_and_classes_must_agree(tmp_path):
+    write_folder(tmp_path, 2)
+    with pytest.raises(ValueError, match="has 2 class folders: num_classes is 1000"):
+        ImageFiles(str(tmp_path), 1000)

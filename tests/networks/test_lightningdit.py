@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning.derivatives import Tangent, dual, functional
 from decm_lightning.networks import DiT, load, load_lightningdit, save
-from decm_lightning.networks.lightningdit import architecture
+from decm_lightning.networks.public import architecture
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
 SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
@@ -123,6 +123,11 @@ def test_weights_are_those_asked_for(weights, small, tmp_path):
         {"mlp_ratio": 2.5, "num_classes": 17},
         {"heads": 1, "depth": 11},
         {"width": 24, "heads": 3, "qk_norm": False, "shift": False, "landing_time": True},
+        {"norm": "layer"},
+        {"learn_sigma": True, "patch_size": 2},
+        {"mlp": "gelu", "mlp_ratio": 2.5},
+        {"mlp": "gelu", "qk_norm": False},
+        {"mlp": "gelu", "rotary": False, "norm": "layer"},
     ],
     ids=str,
 )
@@ -150,6 +155,7 @@ def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, landing
     assert found == {
         **{"input_size": 16, "in_channels": 32, "patch_size": 1, "width": 1152, "depth": 28, "heads": 16},
         **{"mlp_ratio": 4.0, "num_classes": 1000, "landing_time": landing_time, "qk_norm": qk_norm, "shift": True},
+        **{"norm": "rms", "mlp": "swiglu", "rotary": True, "learn_sigma": False},
     }
     count = sum(parameter.numel() for parameter in network.parameters())
     second_embedder = 1152 * 256 + 1152 + 1152 * 1152 + 1152
@@ -196,7 +202,14 @@ def test_variants_are_those_of_the_formulas(qk_norm, shift, landing_time, refere
     assert (u - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("changed", [{"qk_norm": False}, {"shift": False}], ids=str)
+SIT = {"norm": "layer", "mlp": "gelu", "rotary": False, "qk_norm": False, "learn_sigma": True}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"qk_norm": False}, {"shift": False}, SIT, *({key: value} for key, value in SIT.items() if key != "qk_norm")],
+    ids=str,
+)
 def test_dual_passes_through_variants(changed, generator):
     """The derivative of the variants is that of torch.func.jvp."""
     network = randomised(DiT(**SMALL | changed, landing_time=True)).double()

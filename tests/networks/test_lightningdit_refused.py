@@ -1,4 +1,4 @@
-"""What is no LightningDiT is refused: with the file's name, what was found instead, and what to do, on one line."""
+"""What is no LightningDiT or SiT is refused on one line: the file, what was found instead, and what to do."""
 
 import pickle
 import random
@@ -37,7 +37,9 @@ def test_heads_that_cannot_be_told_are_said_to_be(tmp_path):
     """Without QK norm and without the table."""
     state = DiT(**SMALL, qk_norm=False).state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith("feat_rope")}
-    with pytest.raises(ValueError, match=r"the number of heads cannot be told: .*q_norm.*add the table"):
+    with pytest.raises(
+        ValueError, match=r"the number of heads cannot be told: .*q_norm.* and 16 is the .*: give heads"
+    ):
         load_lightningdit(written(state, tmp_path / "bare.pt"))
 
 
@@ -56,9 +58,11 @@ def reshape(state):
     return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\); .*take out"
 
 
-def learn_sigma(state):
-    state |= {"final_layer.linear.weight": torch.zeros(4, 16), "final_layer.linear.bias": torch.zeros(4)}
-    return r"of another shape or type: 2 \(final_layer.linear.weight \(4, 16\).*as many channels out as in"
+def triple_the_output(state):
+    state |= {"final_layer.linear.weight": torch.zeros(6, 16), "final_layer.linear.bias": torch.zeros(6)}
+    return (
+        r"of another shape or type: 2 \(final_layer.linear.weight \(6, 16\) .*, not \(2, 16\), final_layer.linear.bias"
+    )
 
 
 def quantise(state):
@@ -72,16 +76,27 @@ def skip_a_block(state):
     return r"missing: 14 \(blocks.1.norm1.weight, .* and 11 more\); left over: 14 \(blocks.7.norm1.weight"
 
 
-def use_gelu(state):
+def call_swiglu_gelu(state):
     for name in [name for name in state if ".mlp.w" in name]:
         state[name.replace("w12", "fc1").replace("w3", "fc2")] = state.pop(name)
-    return r"no LightningDiT with SwiGLU: missing .* are blocks.0.mlp.w3.weight; it holds"
+    return r"of another shape or type: 4 \(blocks.0.mlp.fc1.weight \(84, 16\) .*, not \(42, 16\), .* and 1 more\)"
 
 
-def use_layer_norm(state):
+def use_another_mlp(state):
+    for name in [name for name in state if ".mlp.w" in name]:
+        state[name.replace("w12", "up").replace("w3", "down")] = state.pop(name)
+    return r"no LightningDiT or SiT: missing .* are blocks.0.mlp.w3.weight; it holds"
+
+
+def use_layer_norm_with_weights(state):
     for name in [name for name in state if name.endswith(("norm1.weight", "norm2.weight", "norm_final.weight"))]:
-        del state[name]
-    return r"missing: 5 \(blocks.0.norm1.weight, .*\); left over: 0; .* only a LightningDiT with RMSNorm"
+        state[name.replace("weight", "bias")] = torch.zeros(16)
+    return r"missing: 0; left over: 5 \(blocks.0.norm1.bias, .* and 2 more\); .* only a LightningDiT or SiT"
+
+
+def use_layer_norm_at_the_end(state):
+    del state["final_layer.norm_final.weight"]
+    return r"missing: 0; left over: 4 \(blocks.0.norm1.weight, .* and 1 more\); .* only a LightningDiT or SiT"
 
 
 def drop_qk_norm_of_a_block(state):
@@ -114,7 +129,8 @@ def twice(state):
     return r"pos_embed is there twice, as module.pos_embed too: keep one"
 
 
-FAULTS = [lose, add, reshape, learn_sigma, quantise, skip_a_block, use_gelu, use_layer_norm, drop_qk_norm_of_a_block]
+FAULTS = [lose, add, reshape, triple_the_output, quantise, skip_a_block, call_swiglu_gelu, use_another_mlp]
+FAULTS += [use_layer_norm_with_weights, use_layer_norm_at_the_end, drop_qk_norm_of_a_block]
 FAULTS += [cut_positions, flatten_patches, empty, widen_heads, twice]
 
 
@@ -147,7 +163,7 @@ class Trap:
         ({"ema": 0.999, "step": 3}, "got ema, step"),
         ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "alone or under ema or model: got epoch, state_dict"),
         ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
-        ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 2 more; it holds 0"),
+        ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 3 more; it holds 0"),
         (Trap(), "reads with weights_only=True: Weights only load failed"),
     ],
     ids=str,
@@ -194,5 +210,5 @@ def test_garbage_is_refused_whatever_it_is(small, tmp_path):
 
 @pytest.mark.parametrize("name", ["nothing.pt", ""])
 def test_missing_file_and_folder_are_named(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file at .*: load_lightningdit reads a .pt or .safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"no file at .*: a .pt or .safetensors file .* is expected"):
         load_lightningdit(tmp_path / name)

@@ -1,9 +1,10 @@
-"""Networks u(x_t, t, s, condition): a DiT for images and latents, an MLP for points; loading and saving."""
+"""Networks u(x_t, t, s, condition): DiTs on images and latents by class or caption, an MLP on points; load and save."""
 
 from decm_lightning.networks.dit import DiT
-from decm_lightning.networks.lightningdit import load_lightningdit
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.pretrained import describe, load, save
+from decm_lightning.networks.public import load_lightningdit, load_public
+from decm_lightning.networks.text_dit import TextDiT
 
-__all__ = ["MLP", "DiT", "Network", "describe", "load", "load_lightningdit", "save"]
+__all__ = ["MLP", "DiT", "Network", "TextDiT", "describe", "load", "load_lightningdit", "load_public", "save"]

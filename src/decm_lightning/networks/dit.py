@@ -1,21 +1,26 @@
 """A diffusion transformer with a second time: the student, and without the second time the teacher.
 
-Submodules and parameters are named as in LightningDiT (arXiv 2501.01423), so that its public checkpoints load as they
-are; `r_embedder` is its name for the embedder of the landing time s.
+Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and SiT (arXiv 2401.08740), so that their
+public checkpoints load as they are; `r_embedder` is FACM's name for the embedder of the landing time s.
 """
+
+from typing import get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
-from decm_lightning.networks.layers import Block, FinalLayer, Rotary
+from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network
 from decm_lightning.types import Condition, Sample, Time
 
 
 class DiT(Network):
-    """u(x_t, t, s, condition) on square images or latents: adaLN-Zero blocks with RMSNorm, QK norm, RoPE and SwiGLU.
+    """u(x_t, t, s, condition) on square images or latents, by adaLN-Zero blocks.
+
+    By default a LightningDiT: RMSNorm, QK norm, RoPE and SwiGLU. A SiT, the transformer of DiT, is `norm="layer",
+    mlp="gelu", rotary=False, qk_norm=False, learn_sigma=True`.
 
     Weights begin as in DiT (arXiv 2212.09748): Xavier projections, zero modulation and output, embeddings of std 0.02.
     With `landing_time` the embedding of s is added to those of t and of the class. Its output layer starts at zero, so
@@ -28,14 +33,19 @@ class DiT(Network):
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
         depth: number of blocks.
         heads: attention heads.
-        mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
+        mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: classes; index num_classes is the null class.
         landing_time: embed the landing time s; without it s is ignored.
         qk_norm: normalise queries and keys; LightningDiT's own checkpoints do not.
         shift: let the embedding shift as well as scale and gate each half of a block.
+        norm: "rms" with learnt weights, or "layer" without.
+        mlp: the feed-forward network: "swiglu", or "gelu".
+        rotary: rotary positions in the attention, beside the fixed ones that are added to the tokens.
+        learn_sigma: give as many output channels again, which are dropped: where DiT predicts a variance, SiT has
+            weights that nothing trains.
 
     Raises:
-        ValueError: if a size does not divide as it must.
+        ValueError: if a size does not divide as it must, or there is no such norm or mlp.
     """
 
     def __init__(
@@ -51,9 +61,14 @@ class DiT(Network):
         landing_time: bool = False,
         qk_norm: bool = True,
         shift: bool = True,
+        norm: NormName = "rms",
+        mlp: FeedForwardName = "swiglu",
+        rotary: bool = True,
+        learn_sigma: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, width, heads)
+        _check_names(norm, mlp)
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,
@@ -66,19 +81,25 @@ class DiT(Network):
             "landing_time": landing_time,
             "qk_norm": qk_norm,
             "shift": shift,
+            "norm": norm,
+            "mlp": mlp,
+            "rotary": rotary,
+            "learn_sigma": learn_sigma,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.side = input_size // patch_size
         self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.learn_sigma = learn_sigma
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
         self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
-        self.feat_rope = Rotary(width // heads, self.side)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+        self.feat_rope = Rotary(width // heads, self.side) if rotary else None
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift, norm, mlp) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels * (1 + learn_sigma), norm)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -95,7 +116,11 @@ class DiT(Network):
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             tokens = block(tokens, embedding, self.feat_rope, checkpointed)
-        return self.unpatchify(self.final_layer(tokens, embedding)).to(x_t.dtype)
+        u = self.unpatchify(self.final_layer(tokens, embedding))
+        if self.learn_sigma:
+            u = u[:, : self.in_channels]
+        # A copy where it is a view: FSDP2 hangs its hooks on the output, and warns of views.
+        return u.contiguous().to(x_t.dtype)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""
@@ -118,5 +143,11 @@ class DiT(Network):
 def _check_sizes(input_size: int, patch_size: int, width: int, heads: int) -> None:
     if input_size % patch_size:
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
-    if width % heads or width // heads % 4 or width % 4:
+    if heads < 1 or width % heads or width // heads % 4 or width % 4:
         raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
+
+
+def _check_names(norm: str, mlp: str) -> None:
+    for argument, name, known in (("norm", norm, NormName), ("mlp", mlp, FeedForwardName)):
+        if name not in get_args(known):
+            raise ValueError(f"{argument} must be one of {', '.join(get_args(known))}: got {name!r}")

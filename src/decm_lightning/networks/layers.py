@@ -1,4 +1,6 @@
-"""The parts of a DiT: normalisation, attention with rotary positions, SwiGLU, and the adaptive block around them."""
+"""The parts of a DiT: normalisation, attention, a feed-forward network, and the adaptive block around them."""
+
+from typing import Literal, TypeAlias
 
 import torch
 from einops import rearrange
@@ -9,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 Tokens = Float[Tensor, "b n d"]
 Embedding = Float[Tensor, "b d"]
+NormName: TypeAlias = Literal["rms", "layer"]
+FeedForwardName: TypeAlias = Literal["swiglu", "gelu"]
 
 
 def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
@@ -56,6 +60,29 @@ class SwiGLU(nn.Module):
         return self.w3(functional.silu(gate) * value)
 
 
+class GELUFeedForward(nn.Module):
+    """fc2(gelu(fc1(x))), with the GELU that is approximated by tanh (arXiv 1606.08415), as in DiT and SiT."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = linear(width, hidden)
+        self.fc2 = linear(hidden, width)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Return the tokens' update."""
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+def norm_layer(name: NormName, width: int) -> nn.Module:
+    """Return RMSNorm with its learnt weight, or LayerNorm without one: DiT's modulation scales and shifts already."""
+    return RMSNorm(width) if name == "rms" else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def feed_forward(name: FeedForwardName, width: int, ratio: float) -> nn.Module:
+    """Return a feed-forward network whose hidden width is ratio times the width, and of SwiGLU 2 / 3 of that."""
+    return SwiGLU(width, int(2 / 3 * ratio * width)) if name == "swiglu" else GELUFeedForward(width, int(ratio * width))
+
+
 class Rotary(nn.Module):
     """Rotary positions on a square grid (arXiv 2104.09864): half of a head turns with the row, half with the column.
 
@@ -84,7 +111,10 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions and, unless told not to, normalised queries and keys (arXiv 2302.05442)."""
+    """Self-attention, with rotary positions if any and, unless told not to, normalised queries and keys.
+
+    Both are normalised by RMSNorm over each head (arXiv 2302.05442).
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()
@@ -94,37 +124,48 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = linear(width, width)
 
-    def forward(self, x: Tokens, rotary: Rotary) -> Tokens:
+    def forward(self, x: Tokens, rotary: Rotary | None) -> Tokens:
         """Return the tokens' update."""
         q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        q, k = rotary(self.q_norm(q)), rotary(self.k_norm(k))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(mixed, "b heads n d -> b n (heads d)"))
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each shifted, scaled and gated by the embedding (adaLN-Zero, arXiv 2212.09748).
+    """Attention and feed-forward, each shifted, scaled and gated by the embedding (adaLN-Zero, arXiv 2212.09748).
 
     Without `shift` the embedding only scales and gates.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool = True, shift: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: bool = True,
+        shift: bool = True,
+        norm: NormName = "rms",
+        mlp: FeedForwardName = "swiglu",
+    ) -> None:
         super().__init__()
         self.parts = 3 if shift else 2
-        self.norm1 = RMSNorm(width)
+        self.norm1 = norm_layer(norm, width)
         self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(2 / 3 * mlp_ratio * width))
+        self.norm2 = norm_layer(norm, width)
+        self.mlp = feed_forward(mlp, width, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * self.parts * width, 0.0))
 
-    def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary, checkpointed: bool = False) -> Tokens:
+    def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary | None, checkpointed: bool = False) -> Tokens:
         """Return the tokens after both halves; `checkpointed` keeps nothing in between for the backward pass."""
         if checkpointed:
             return checkpoint(self.halves, x, embedding, rotary, use_reentrant=False)
         return self.halves(x, embedding, rotary)
 
-    def halves(self, x: Tokens, embedding: Embedding, rotary: Rotary) -> Tokens:
-        """Return the tokens after attention, and then the MLP."""
+    def halves(self, x: Tokens, embedding: Embedding, rotary: Rotary | None) -> Tokens:
+        """Return the tokens after attention, and then the feed-forward network."""
         first, second = self.adaLN_modulation(embedding).chunk(2, dim=-1)
         *shift, scale, gate = first.chunk(self.parts, dim=-1)
         x = x + gate[:, None] * self.attn(modulate(self.norm1(x), scale, *shift), rotary)
@@ -135,9 +176,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """The projection from tokens to patches, modulated by the embedding."""
 
-    def __init__(self, width: int, patch_values: int) -> None:
+    def __init__(self, width: int, patch_values: int, norm: NormName = "rms") -> None:
         super().__init__()
-        self.norm_final = RMSNorm(width)
+        self.norm_final = norm_layer(norm, width)
         self.linear = linear(width, patch_values, 0.0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, 0.0))
 

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from decm_lightning.networks import load_lightningdit
+from decm_lightning.networks import load_public
 from decm_lightning.networks.embedding import TimeEmbedding
-from decm_lightning.networks.lightningdit import Weights
+from decm_lightning.networks.tensors import Weights
 from decm_lightning.teachers.teacher import Teacher
 
 
@@ -21,7 +21,7 @@ class LightningDiTTeacher(Teacher):
     mean velocity from t to t, and `student()` goes on with it as it is.
 
     Args:
-        path: a .pt or .safetensors file; `networks.load_lightningdit` says what it may hold.
+        path: a .pt or .safetensors file; `networks.load_public` says what it may hold.
         weights: which of `ema` and `model` to read from it; None for `ema`, and where there is none for `model`.
         clock: the time at which the checkpoint gives the velocity at t.
 
@@ -33,7 +33,7 @@ class LightningDiTTeacher(Teacher):
     def __init__(self, path: str, weights: Weights | None = None, clock: Literal["t", "2 - t"] = "t") -> None:
         if clock not in ("t", "2 - t"):
             raise ValueError(f"clock must be 't' or '2 - t': got {clock!r}")
-        network = load_lightningdit(path, weights)
+        network = load_public(path, weights)
         if clock == "2 - t":
             if network.r_embedder is not None:
                 raise ValueError(f"{path} has an auxiliary time, and so gives its velocity at t: leave out {clock=}")

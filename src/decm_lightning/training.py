@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from numpy.random import SeedSequence
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -18,6 +20,9 @@ from decm_lightning.callbacks.ema import EMA
 from decm_lightning.callbacks.gradient_norms import total_norm
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import Network, describe
+from decm_lightning.networks.lora import LoRANetwork
+from decm_lightning.networks.pretrained import description, refuse_another
+from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.samplers import SamplerName
 from decm_lightning.triangle import TimeLaw
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
@@ -78,7 +83,7 @@ class FlowTraining(L.LightningModule):
         Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
 
         Raises:
-            ValueError: if the strategy asks for tensor parallelism, as it does by default.
+            ValueError: if the strategy asks for tensor parallelism, as it does by default, or a network has LoRA.
         """
         if self.compiles and self.trainer.training:
             for network in self.compiled():
@@ -89,6 +94,8 @@ class FlowTraining(L.LightningModule):
         if self.device_mesh["tensor_parallel"].size() > 1:
             sizes = f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1"
             raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
+        if any(isinstance(network, LoRANetwork) for network in self.sharded()):
+            raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
         for network in self.sharded():
             for module in (*network.units(), network):
                 if not isinstance(module, FSDPModule):
@@ -215,5 +222,24 @@ class FlowTraining(L.LightningModule):
         checkpoint["seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the run that is resumed."""
+        """Go on with the seed of the run that is resumed.
+
+        Raises:
+            ValueError: if it trained another network.
+        """
+        refuse_another(checkpoint["network"], self.network, "the checkpoint")
         self.seed = checkpoint["seed"]
+
+    def check_checkpoint(self, path: str, strategy: Strategy) -> None:
+        """Refuse a checkpoint that cannot be gone on with, before any process has begun to read it.
+
+        Raises:
+            ValueError: if it holds another network, or is sharded and the strategy reads single files alone.
+        """
+        # Other names, such as "last", are Lightning's to find.
+        if not Path(path).exists():
+            return
+        if is_sharded(Path(path)) and not isinstance(strategy, ModelParallelStrategy):
+            remedy = f"decm consolidate {path} --to ckpt makes one file of it"
+            raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
+        refuse_another(description(path), self.network, path)

@@ -97,7 +97,7 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
     save(network, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
     with pytest.raises(
-        ValueError, match="unknown network class 'UNet2DModel': expected DiT, MLP or an importable Network"
+        ValueError, match="unknown network class 'UNet2DModel': expected DiT, MLP, TextDiT or an importable Network"
     ):
         load(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The two processes that these tests share."""
+"""The processes that these tests share."""
 
 from collections.abc import Iterator
 
@@ -13,3 +13,11 @@ def pair() -> Iterator[Pair]:
     pair = Pair()
     yield pair
     pair.stop()
+
+
+@pytest.fixture(scope="session")
+def single() -> Iterator[Pair]:
+    """One process with a group of its own, started at the first call."""
+    single = Pair(1)
+    yield single
+    single.stop()

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, which run a function on their own share and give back what it returns."""
+"""Processes of one gloo group, which run a function on their own share and give back what it returns."""
 
 import os
 import socket
@@ -16,14 +16,18 @@ PATIENCE = 300
 
 
 class Pair:
-    """Runs functions in two processes that live on from call to call: they take seconds to start."""
+    """Runs functions in two processes that live on from call to call: they take seconds to start.
 
-    def __init__(self) -> None:
+    With size 1 it is a single process, in a group of its own as if it were one of several.
+    """
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what `function(*args)`, which both can import, gives in process 0 and 1.
+        """Return what `function(*args)`, which all can import, gives in each process.
 
         Raises:
             RuntimeError: with the traceback or exit code of each process that failed; the next call starts new ones.
@@ -32,7 +36,7 @@ class Pair:
             self.start()
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [self.answer(rank) for rank in range(SIZE)]
+        answers = [self.answer(rank) for rank in range(self.size)]
         failures = [text for text, _ in answers if text]
         if failures:
             self.stop()
@@ -48,21 +52,21 @@ class Pair:
             return f"process {rank} died with exit code {self.processes[rank].exitcode}", None
 
     def start(self) -> None:
-        """Start both processes, which meet on a free port."""
+        """Start the processes, which meet on a free port."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         context = mp.get_context("spawn")
-        for rank in range(SIZE):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, self.size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
 
     def stop(self) -> None:
-        """End both processes."""
+        """End the processes."""
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.kill()
             process.join()
@@ -70,10 +74,10 @@ class Pair:
         self.processes, self.pipes = [], []
 
 
-def serve(rank: int, port: int, pipe: Connection) -> None:
-    """Join the group, and answer calls until one fails: the other process then sees that this one is gone."""
+def serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    """Join the group, and answer calls until one fails: another process then sees that this one is gone."""
     # As torchrun sets them, so that Lightning starts no processes of its own.
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -39,6 +39,17 @@ class TrainerCLI(LightningCLI):
         if command in ("validate", "test", "predict") and not self.config[command].ckpt_path:
             raise ValueError(f"{command} needs --ckpt_path: without it the student would be as it began")
 
+    def instantiate_classes(self) -> None:
+        """Build everything, and refuse a checkpoint that does not suit it before any process has begun to read it.
+
+        Raises:
+            ValueError: if it holds another network, or is sharded and the strategy cannot read that.
+        """
+        super().instantiate_classes()
+        path = self.config[self.subcommand].ckpt_path if self.subcommand else None
+        if path:
+            self.model.check_checkpoint(path, self.trainer.strategy)
+
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyperparameters in the checkpoint override the command line, silently.
         pass

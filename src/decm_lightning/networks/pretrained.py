@@ -8,19 +8,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
+from decm_lightning.networks.sharded import fill, is_sharded, read_rest
+from decm_lightning.networks.text_dit import TextDiT
 
-CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP}
+CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
+
+AVERAGE = "average."
+"""Where the averaged weights are in a training checkpoint."""
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """Return a network ready to sample: in eval mode, and from a checkpoint its averaged (EMA) weights.
 
     Args:
-        path: a folder written by `save`, or a .ckpt file written while training.
+        path: a folder written by `save`, or a checkpoint written while training: a .ckpt file, or a folder of shards.
         device: where to put it.
 
     Raises:
@@ -30,7 +36,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint or folder at {path}")
-    network = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
+    if is_sharded(path):
+        network = _from_shards(path)
+    else:
+        network = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
     return network.to(device).eval()
 
 
@@ -41,10 +50,34 @@ def save(network: Network, folder: str | Path) -> None:
 
 def describe(network: Network) -> dict[str, Any]:
     """Return what is needed to build the network again: its class name and its arguments."""
-    cls = type(network)
+    # FSDP2 gives what it shards a class of its own, before the class it was of.
+    cls = next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
     # Classes from elsewhere are found again by their module.
     name = cls.__name__ if cls in CLASSES.values() else f"{cls.__module__}.{cls.__qualname__}"
     return {"_class_name": name, **network.config}
+
+
+def description(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what `describe` gave of the network in a training checkpoint, without reading its weights.
+
+    Raises:
+        ValueError: if it is no checkpoint of this package.
+    """
+    path = Path(checkpoint)
+    return _description(read_rest(path) if path.is_dir() else _read(path), path)
+
+
+def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -> None:
+    """Compare what a checkpoint says of its network with the one that its weights are for.
+
+    Raises:
+        ValueError: naming all arguments in which they differ.
+    """
+    # An older description may lack arguments that have come since, with defaults that leave all as it was.
+    expected = {key: value for key, value in describe(network).items() if key in found and found[key] != value}
+    if expected:
+        differing = ", ".join(f"{key} {found[key]}, not {value}" for key, value in expected.items())
+        raise ValueError(f"{where} holds another network than the config builds ({differing}): change one of them")
 
 
 def build(description: dict[str, Any]) -> Network:
@@ -78,14 +111,28 @@ def _from_folder(folder: Path) -> Network:
 
 
 def _from_checkpoint(file: Path) -> Network:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it cannot be read") from error
-    if not isinstance(checkpoint, dict) or "network" not in checkpoint:
-        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it does not describe its network")
-    network = build(checkpoint["network"])
-    prefix = "average."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    checkpoint = _read(file)
+    network = build(_description(checkpoint, file))
+    weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
     network.load_state_dict(weights)
     return network
+
+
+def _from_shards(folder: Path) -> Network:
+    network = build(_description(read_rest(folder), folder))
+    fill({f"{AVERAGE}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
+    return network
+
+
+def _read(file: Path) -> Any:
+    try:
+        # Mapped: what is not asked for, such as the optimiser's state, is not read.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it cannot be read") from error
+
+
+def _description(checkpoint: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(checkpoint, dict) or "network" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of decm-lightning: it does not describe its network")
+    return checkpoint["network"]

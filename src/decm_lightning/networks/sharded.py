@@ -1,0 +1,95 @@
+"""Sharded checkpoints: a folder into which each process of FSDP2 has written its part of every tensor.
+
+Lightning's ModelParallelStrategy writes weights and optimisers by torch.distributed.checkpoint, and all else that an
+ordinary checkpoint holds, such as the step and what describes the network, into `meta.pt` beside them.
+"""
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+REST, INDEX = "meta.pt", ".metadata"
+"""What is no tensor, and where the parts of each tensor are; both are written last."""
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether there is a sharded checkpoint at `path`, or what is left of one."""
+    return path.is_dir() and ((path / REST).exists() or (path / INDEX).exists() or any(path.glob("*.distcp")))
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """Return all of a sharded checkpoint but weights and optimisers.
+
+    Raises:
+        ValueError: if `folder` holds no sharded checkpoint, or one whose saving was cut short.
+    """
+    missing = [name for name in (INDEX, REST) if not (folder / name).is_file()]
+    if missing and is_sharded(folder):
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}: its saving was cut short, take an earlier one")
+    if missing:
+        raise ValueError(f"{folder} is no sharded checkpoint: a folder with {INDEX} and {REST} is expected")
+    try:
+        return torch.load(folder / REST, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{folder / REST} cannot be read: take another checkpoint") from error
+
+
+def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Read weights into tensors, in place and by their names in the state_dict; of the files no more than these.
+
+    Raises:
+        ValueError: if one is missing or has another shape, or a file is missing or cut short.
+    """
+    with _as_one_line(folder), warnings.catch_warnings():
+        # That only this process reads is what is wanted.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({"state_dict": dict(tensors)}, checkpoint_id=folder, no_dist=True)
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """Return a sharded checkpoint as one process would have written it, optimisers included.
+
+    Raises:
+        ValueError: if `folder` holds no sharded checkpoint, or not all of one.
+    """
+    rest = read_rest(folder)
+    with TemporaryDirectory(dir=folder.parent) as scratch, _as_one_line(folder):
+        file = Path(scratch) / "tensors.pt"
+        dcp_to_torch_save(folder, file)
+        parts = torch.load(file, map_location="cpu", weights_only=True)
+    optimizers = sorted((name for name in parts if name.startswith("optimizer_")), key=lambda name: int(name[10:]))
+    states = [_by_number(parts[name]) for name in optimizers]
+    return {**rest, "state_dict": parts["state_dict"], "optimizer_states": states}
+
+
+def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
+    # Sharded, an optimiser knows its parameters by name; otherwise by their place in its groups.
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: state for name, state in optimizer["state"].items()},
+        "param_groups": [
+            group | {"params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]
+        ],
+    }
+
+
+@contextmanager
+def _as_one_line(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        # It is no Exception, and its text holds the traceback of every process.
+        cause, _ = next(iter(error.failures.values()))
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise ValueError(f"{folder} cannot be read: {reason}") from error

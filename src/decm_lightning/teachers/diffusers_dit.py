@@ -43,9 +43,9 @@ class DiffusersDiTTeacher(Teacher):
         """Return v(x_t, t), for t in [0, 1].
 
         Raises:
-            ValueError: if there is no condition; the null class is `null(labels)`.
+            ValueError: if there are no labels; the null class is `null(labels)`.
         """
-        if condition is None:
+        if not isinstance(condition, Tensor):
             raise ValueError("a diffusers DiT needs class labels: use teacher.null(labels) for unconditional rows")
         return self.noise.velocity(lambda z, step: self._noise(z, step, condition), x_t, t)
 
@@ -55,7 +55,7 @@ class DiffusersDiTTeacher(Teacher):
 
     def null(self, condition: Condition) -> Condition:
         """Return as many null classes as there are labels."""
-        return None if condition is None else full_like(condition, self.num_classes)
+        return full_like(condition, self.num_classes) if isinstance(condition, Tensor) else None
 
     def networks(self) -> list[Network]:
         """Return none: the model is no Network, and is neither compiled nor sharded."""

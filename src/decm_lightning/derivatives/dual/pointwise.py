@@ -30,7 +30,7 @@ DERIVATIVES: dict[str, Callable[..., Tensor]] = {
 BY_FORWARD_MODE = {
     *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "celu", "clamp", "clip", "cosh", "elu", "erf"),
     *("expm1", "fmod", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "lerp", "log", "log10", "log1p", "log2"),
-    *("logaddexp", "logsigmoid", "masked_fill", "maximum", "minimum", "mish", "nan_to_num", "pow", "reciprocal"),
+    *("logaddexp", "logsigmoid", "masked_fill", "maximum", "minimum", "mish", "nan_to_num", "reciprocal"),
     *("relu", "relu6", "remainder", "selu", "sinc", "sinh", "softsign", "tan", "where", "xlogy", "__rpow__"),
 }
 
@@ -52,6 +52,14 @@ def of_one_element(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *
 def of_several_elements(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent by forward mode, in the rows that have one."""
     return forward_mode(func, *args, **kwargs)
+
+
+@rule("pow", broadcasts=True)
+def power(cut: Cut | None, func: Callable, value: Tensor, /, x: Any, exponent: Any) -> Tensor:
+    """Return n x^(n - 1) dx for a number n from 1 on, such as in the norms of diffusers; else by forward mode."""
+    if isinstance(x, Pair) and isinstance(exponent, int | float) and exponent >= 1:
+        return exponent * x.primal ** (exponent - 1) * x.tangent
+    return forward_mode(func, x, exponent)
 
 
 @rule("add", broadcasts=True)

@@ -109,10 +109,12 @@ class Measured:
     failure: str = ""
 
 
-def distiller(network: NetworkName, compiled: bool, checkpointed: bool, device: torch.device) -> Distiller:
-    """Return a distiller whose networks have random weights, none zero; it logs nowhere."""
+def distiller(
+    network: NetworkName, compiled: bool, checkpointed: bool, device: torch.device, depth: int | None = None
+) -> Distiller:
+    """Return a distiller whose networks have random weights, none zero, and perhaps another depth; it logs nowhere."""
     torch.manual_seed(0)
-    size: dict[str, Any] = NETWORKS[network]
+    size: dict[str, Any] = NETWORKS[network] | ({} if depth is None else {"depth": depth})
     teacher, student = DiT(**size), DiT(**size, landing_time=True)
     for parameter in (*teacher.parameters(), *student.parameters()):
         if parameter.requires_grad:

@@ -15,12 +15,12 @@ def test_the_benchmark_ends_with_its_ratios(tmp_path, capsys):
     assert (tmp_path / "tiny-2-fp32-cpu.png").stat().st_size > 10_000
 
 
-def test_the_largest_batch_follows_from_what_a_sample_costs(capsys):
-    """A step's memory is affine in its batch: the third measurement, which is not fitted, is met."""
-    largest.main(network="tiny", memory=1.0, batches=(2, 4, 8), variants=["jvp", "dual"], threads=1)
+def test_the_largest_batch_follows_from_what_samples_and_blocks_cost(capsys):
+    """A step's memory is affine in batch and depth: the measurement that is not fitted is met."""
+    largest.main(network="tiny", memory=1.0, batches=(32, 64), check=(3, 48), variants=["jvp", "dual"], threads=1)
     lines = capsys.readouterr().out.splitlines()
     for line in lines[3:5]:
         each, _, check, count = (float(cell) for cell in line.split("|")[2:6])
         assert 0.97 < check < 1.03
-        assert 0.8 * 1024 < each * count < 1024 * 1.01
+        assert 0.9 * 1024 < each * count < 1.1 * 1024
     assert float(lines[-1].partition("=")[2]) > 1.5

@@ -6,6 +6,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller, load, losses
@@ -64,7 +65,7 @@ def make(folder, **options):
     )
 
 
-def fit(module, folder, steps, checkpoint=None):
+def train(module, folder, steps, checkpoint=None):
     """Train, and return the checkpoint of the last step."""
     saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -77,15 +78,15 @@ def test_run_is_resumed_loaded_and_sampled(folder, tmp_path):
     """Bit for bit what an unbroken one gives; only what was added trains, is averaged and kept."""
     module = make(folder)
     v = module.teacher(torch.ones(2, 4, 4, 4), torch.tensor([0.1, 0.6]), captions(2, 4))
-    whole = fit(module, tmp_path / "whole", 8)
+    whole = train(module, tmp_path / "whole", 8)
     added = module.student.added
     assert {n for n, p in module.student.named_parameters() if p.requires_grad} == added
     again = module.teacher(torch.ones(2, 4, 4, 4), torch.tensor([0.1, 0.6]), captions(2, 4))
     torch.testing.assert_close(again, v, rtol=0, atol=1e-6)
     state = torch.load(whole, weights_only=True)["state_dict"]
     assert state.keys() == {f"{which}.{name}" for which in ("network", "average") for name in added}
-    fit(make(folder), tmp_path / "half", 4)
-    resumed = fit(make(folder), tmp_path / "resumed", 8, tmp_path / "half" / "step=4.ckpt")
+    train(make(folder), tmp_path / "half", 4)
+    resumed = train(make(folder), tmp_path / "resumed", 8, tmp_path / "half" / "step=4.ckpt")
     for name, value in torch.load(resumed, weights_only=True)["state_dict"].items():
         assert torch.equal(value, state[name]), name
 
@@ -128,19 +129,40 @@ def test_average_moves_by_its_formula(folder, tmp_path):
 
 
 def test_checkpointed_run_is_the_plain_one(folder, tmp_path):
-    plain = torch.load(fit(make(folder), tmp_path / "plain", 4), weights_only=True)["state_dict"]
+    plain = torch.load(train(make(folder), tmp_path / "plain", 4), weights_only=True)["state_dict"]
     module = make(folder, gradient_checkpointing=True)
     assert module.student.model.gradient_checkpointing
-    other = torch.load(fit(module, tmp_path / "other", 4), weights_only=True)["state_dict"]
+    other = torch.load(train(module, tmp_path / "other", 4), weights_only=True)["state_dict"]
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_another_base_is_refused(folder, tmp_path):
     """A checkpoint goes over the model it was trained on."""
-    checkpoint = fit(make(folder), tmp_path / "run", 4)
+    checkpoint = train(make(folder), tmp_path / "run", 4)
     moved = folder.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="another network than the config builds"):
-        fit(make(moved), tmp_path / "again", 8, checkpoint)
+        train(make(moved), tmp_path / "again", 8, checkpoint)
     with pytest.raises(OSError, match="sd3"):
         load(checkpoint)
+
+
+def test_sharding_is_refused(folder):
+    """As the three networks share weights, of which each would take its own shards."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module = make(folder)
+        module._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        with pytest.raises(ValueError, match="a student with LoRA shares its frozen weights"):
+            module.configure_model()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_config_names_it(folder, fit, capsys):
+    """Class path and folder are enough on the command line; that digits have labels is said in one line."""
+    assert fit("DiffusersSD3Teacher", {"model": str(folder), "rank": "2"}) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        "decm: error: SD3 needs Captions, and teacher.null(captions) for unconditional rows: got labels"
+    )

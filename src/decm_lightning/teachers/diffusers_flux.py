@@ -89,9 +89,11 @@ class DiffusersFluxTeacher(DiffusersTeacher):
         side: of the latents to draw, an even number; None for the pipeline's 128.
         max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
         guidance: the guidance scale to embed.
-    """
 
-    network_class: ClassVar[type[DiffusersNetwork]] = Flux
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: if tensors of the model are missing or left over, or it is of another family.
+    """
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class DiffusersFluxTeacher(DiffusersTeacher):
         max_tokens: int | None = None,
         guidance: float = 3.5,
     ) -> None:
-        super().__init__(model, rank, targets, dtype, side, max_tokens, guidance=guidance)
+        super().__init__(Flux(model, dtype=dtype, side=side, guidance=guidance), rank, targets, max_tokens)
 
     def null(self, condition: Condition) -> Condition:
         """Return the empty prompt, if the model embeds no guidance.

@@ -85,9 +85,11 @@ class DiffusersPixArtTeacher(DiffusersTeacher):
         beta_start: the first beta, in (0, 1), as in the pipeline's scheduler_config.json.
         beta_end: the last beta, in (0, 1).
         steps: how many there are, at least 2.
-    """
 
-    network_class: ClassVar[type[DiffusersNetwork]] = PixArt
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: if tensors of the model are missing or left over, or it is of another family.
+    """
 
     def __init__(
         self,
@@ -101,5 +103,5 @@ class DiffusersPixArtTeacher(DiffusersTeacher):
         beta_end: float = 0.02,
         steps: int = 1000,
     ) -> None:
-        betas = {"beta_start": beta_start, "beta_end": beta_end, "steps": steps}
-        super().__init__(model, rank, targets, dtype, side, max_tokens, **betas)
+        network = PixArt(model, None, None, dtype, side, beta_start, beta_end, steps)
+        super().__init__(network, rank, targets, max_tokens)

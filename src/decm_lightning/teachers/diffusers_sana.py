@@ -48,6 +48,27 @@ class DiffusersSanaTeacher(DiffusersTeacher):
     """Sana, such as Efficient-Large-Model/Sana_1600M_512px_diffusers; samples are latents of its autoencoder.
 
     Latents are normalised as its pipeline does: times the scaling_factor of the autoencoder's config.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        rank: of the student's LoRA adapters, at least 1.
+        targets: ends of the names of the projections to adapt; None for the attention's.
+        dtype: of the pretrained weights, which teacher and student share.
+        side: of the latents to draw; None for the model's own.
+        max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
+
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: if tensors of the model are missing or left over, or it is of another family.
     """
 
-    network_class: ClassVar[type[DiffusersNetwork]] = Sana
+    def __init__(
+        self,
+        model: str,
+        rank: int = 64,
+        targets: list[str] | None = None,
+        dtype: Dtype = "float32",
+        side: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(Sana(model, dtype=dtype, side=side), rank, targets, max_tokens)

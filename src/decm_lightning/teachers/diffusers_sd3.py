@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from decm_lightning.teachers.diffusers_network import DiffusersNetwork
+from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
 from decm_lightning.types import Captions, Condition, Sample, Time
 
@@ -31,6 +31,27 @@ class DiffusersSD3Teacher(DiffusersTeacher):
     """Stable Diffusion 3 or 3.5, such as stabilityai/stable-diffusion-3.5-medium; samples are latents of its VAE.
 
     Latents are normalised as its pipeline does: (z - shift_factor) scaling_factor, from the VAE's config.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        rank: of the student's LoRA adapters, at least 1.
+        targets: ends of the names of the projections to adapt; None for the attention's.
+        dtype: of the pretrained weights, which teacher and student share.
+        side: of the latents to draw; None for the model's own.
+        max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
+
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: if tensors of the model are missing or left over, or it is of another family.
     """
 
-    network_class: ClassVar[type[DiffusersNetwork]] = SD3
+    def __init__(
+        self,
+        model: str,
+        rank: int = 64,
+        targets: list[str] | None = None,
+        dtype: Dtype = "float32",
+        side: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(SD3(model, dtype=dtype, side=side), rank, targets, max_tokens)

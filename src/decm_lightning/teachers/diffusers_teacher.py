@@ -1,12 +1,11 @@
 """A text-to-image transformer of diffusers as a teacher, whose student is the same weights with LoRA."""
 
 from functools import cached_property
-from typing import Any, ClassVar
 
 import torch
 
 from decm_lightning.networks import Network
-from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype
+from decm_lightning.teachers.diffusers_network import DiffusersNetwork
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.teacher import Teacher
 from decm_lightning.types import Captions, Condition
@@ -19,37 +18,26 @@ class DiffusersTeacher(Teacher):
     none of it. Captions are what the pipeline's `encode_prompt` gives, as `DiffusersPrompts` returns them.
 
     Args:
-        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
+        network: the model, without adapters.
         rank: of the student's LoRA adapters, at least 1.
         targets: ends of the names of the projections to adapt; None for the attention's.
-        dtype: of the pretrained weights, which teacher and student share.
-        side: of the latents to draw; None for the model's own.
         max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
 
     Raises:
-        OSError: if there is no such folder or name.
-        ValueError: if tensors of the model are missing or left over, or it is of another family.
+        ValueError: if rank is below 1.
     """
 
-    network_class: ClassVar[type[DiffusersNetwork]]
+    network: DiffusersNetwork
 
     def __init__(
-        self,
-        model: str,
-        rank: int = 64,
-        targets: list[str] | None = None,
-        dtype: Dtype = "float32",
-        side: int | None = None,
-        max_tokens: int | None = None,
-        **options: Any,
+        self, network: DiffusersNetwork, rank: int = 64, targets: list[str] | None = None, max_tokens: int | None = None
     ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1: got {rank}")
-        super().__init__(self.network_class(model, dtype=dtype, side=side, **options))
-        self.network: DiffusersNetwork
+        super().__init__(network)
         self.rank = rank
         self.targets = targets
-        self.prompts = DiffusersPrompts(model, max_tokens, dtype)
+        self.prompts = DiffusersPrompts(network.config["model"], max_tokens, network.config["dtype"])
 
     @cached_property
     def empty(self) -> Captions:

@@ -56,7 +56,7 @@ class InceptionFeatures(nn.Module):
         cudnn = torch.backends.cudnn
         # In TF32, the default of convolutions, features differ in the fourth digit.
         with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False):
-            return self.network(x)
+            return self.network.views(x)
 
     def parts(self) -> list[Part]:
         """Return what is measured on it."""

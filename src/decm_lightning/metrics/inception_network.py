@@ -173,7 +173,7 @@ class Block(nn.Module):
 
 
 class Inception(Block):
-    """Inception-v3 (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 computes it."""
+    """Inception-v3 (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 computes it; called, it is the stem."""
 
     def __init__(self) -> None:
         super().__init__(3, [STEM])
@@ -184,13 +184,13 @@ class Inception(Block):
             channels = block.channels
         self.fc = nn.Linear(channels, CLASSES)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def views(self, x: Tensor) -> dict[str, Tensor]:
         """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of images (b, 3, 299, 299) in [-1, 1).
 
         `spatial` is flattened as ADM's, rows, columns, channels; `logits` are without their bias, as in every
         Inception Score.
         """
-        x = super().forward(x)
+        x = self(x)
         views = {}
         for name in BLOCKS:
             x = self.get_submodule(name)(x)

@@ -94,7 +94,7 @@ class Quality:
     def counts(self) -> Counts:
         """Return the numbers of images that were seen, over all processes."""
         with self.seen[True].sync_context(), self.seen[False].sync_context():
-            return Counts(int(self.seen[True].sum_value), int(self.seen[False].sum_value))
+            return Counts(*(int(cast(Tensor, self.seen[real].sum_value)) for real in (True, False)))
 
     def notes(self) -> dict[str, str]:
         """Return what the values depend on, by column."""

@@ -87,7 +87,7 @@ class Portions(Dataset[Portion]):
 
     def loader(self, num_workers: int) -> DataLoader[Portion]:
         """Return the loader of the batches in order."""
-        return DataLoader(self, batch_size=1, num_workers=num_workers, collate_fn=_only, pin_memory=False)
+        return DataLoader(self, batch_size=1, num_workers=num_workers, collate_fn=_only)
 
 
 class Encoding(L.LightningModule):

@@ -65,6 +65,12 @@ def start(*argv):
     )  # fmt: skip
 
 
+def test_its_help_says_what_each_option_is(decm, capsys):
+    with pytest.raises(SystemExit):
+        decm("encode", "--help")
+    assert "images are cropped to size x size pixels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("posterior", ["sample", "mode"])
 @torch.no_grad()
 def test_shards_hold_what_the_vae_says_of_both_flips(posterior, decm):
@@ -117,6 +123,7 @@ def test_tars_are_encoded(decm):
     assert Latents("latents", 3).shards.labels.tolist() == [0, 1, 0, 1, 0, 1, 2, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(decm, tmp_path):
     write_folder(tmp_path / "more", 240)
     assert decm(*command("whole", images="more"))[0] == 0

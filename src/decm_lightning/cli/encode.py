@@ -60,17 +60,7 @@ def encode(
     if autoencoder.image_channels != 3:
         raise ValueError(f"the VAE must be for RGB images: {vae} has {autoencoder.image_channels} channels")
     shape = autoencoder.latent_shape(size)
-    request = Request(
-        vae=autoencoder.identity,
-        size=size,
-        posterior=posterior,
-        seed=seed,
-        images_sha256=files.fingerprint(),
-        num_images=len(files),
-        num_classes=files.num_classes,
-        shard_size=shard_size,
-    )
-    manifest = Manifest(out, request)
+    manifest = Manifest(out, _request(files, autoencoder.identity, size, posterior, seed, shard_size))
     trainer = _trainer(accelerator, devices, num_nodes, ShardWriter(manifest))
     if trainer.is_global_zero:
         manifest.begin()
@@ -87,6 +77,19 @@ def encode(
 def run(argv: Sequence[str]) -> None:
     """Parse and encode."""
     auto_cli(encode, args=list(argv), prog="decm encode", exit_on_error=False, as_positional=False)
+
+
+def _request(files: ImageFiles, vae: str, size: int, posterior: Posterior, seed: int, shard_size: int) -> Request:
+    return Request(
+        vae=vae,
+        size=size,
+        posterior=posterior,
+        seed=seed,
+        images_sha256=files.fingerprint(),
+        num_images=len(files),
+        num_classes=files.num_classes,
+        shard_size=shard_size,
+    )
 
 
 def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, writer: L.Callback) -> L.Trainer:

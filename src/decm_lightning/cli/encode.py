@@ -34,8 +34,8 @@ def encode(
 ) -> None:
     """Encode images and their mirror images, and write shards, latents_stats.pt and cache.json.
 
-    It can be killed at any moment: the same command goes on where it was, with any number of devices, and the result is
-    the same.
+    It can be killed at any moment: the same command goes on where it was, with any number of devices. The result is the
+    same to the bit on the same kind of device, with the same batch_size and number of threads, else up to rounding.
 
     Args:
         images: a folder of class folders, a folder of webdataset tars, one tar, or a pattern such as "train-*.tar".

@@ -1,4 +1,4 @@
-"""Every config in configs/ parses and builds what it names."""
+"""Every config in configs/ parses and builds what it names, and every file of configs/trainer on top of another."""
 
 import struct
 import sys
@@ -8,9 +8,14 @@ import pytest
 import yaml
 
 from decm_lightning import cli
+from decm_lightning.cli.trainer import build
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs/trainer").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(OVERLAYS))
+EXPERIMENT = ROOT / "configs/digits/decm.yaml"
+# The rest want files that must be made first, such as latents: whoever makes them in a test also trains on them.
+TRAINED = [config for config in CONFIGS if config.parent.name in ("digits", "fashion")]
 
 
 @pytest.fixture
@@ -24,23 +29,59 @@ def tiny_idx(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
-    argv = ["decm", "fit", "--config", str(config), "--trainer.max_steps", "1"]
+def train_a_step(config, folder, monkeypatch, *more):
+    """Train the first step of a config on the CPU, with 16 rows, and return the exit code."""
+    argv = ["decm", "fit", "--config", str(config), *more, "--trainer.max_steps", "1"]
     argv += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
     argv += ["--data.init_args.batch_size", "16", "--trainer.limit_val_batches", "0"]
     content = yaml.safe_load(config.read_text())
     if "folder" in content["data"]["init_args"]:
-        argv += ["--data.init_args.folder", str(tiny_idx)]
+        argv += ["--data.init_args.folder", str(folder)]
     # A learning-rate monitor, which a run without a logger refuses, is no part of what is tested here.
     callbacks = [c for c in content["trainer"].get("callbacks", []) if "LearningRateMonitor" not in c["class_path"]]
     argv += ["--trainer.callbacks", yaml.safe_dump(callbacks, default_flow_style=True, width=10**6).strip()]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*argv, "--trainer.default_root_dir", str(tiny_idx / "run")])
-    assert cli.main() == 0
+    monkeypatch.setattr(sys, "argv", [*argv, "--trainer.default_root_dir", str(folder / "run")])
+    return cli.main()
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("config", TRAINED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
+    assert train_a_step(config, tiny_idx, monkeypatch) == 0
+
+
+# tests/parallel/test_overlays.py runs those that need several processes.
+@pytest.mark.parametrize("name", ["cpu", "gpu", "debug"])
+def test_an_overlay_trains_a_step_of_an_experiment(name, tmp_path, monkeypatch):
+    overlay = str(ROOT / f"configs/trainer/{name}.yaml")
+    few = ["--trainer.accumulate_grad_batches", "2"] if name == "gpu" else []
+    assert train_a_step(EXPERIMENT, tmp_path, monkeypatch, "--config", overlay, *few) == 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_what_an_overlay_says_is_what_is_built_and_all_else_stays(overlay, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # Of what it says only the kind of device cannot be had here.
+    built = build("--config", str(EXPERIMENT), "--config", str(overlay), "--trainer.accelerator", "cpu")
+    found, wanted = built.config.as_dict(), yaml.safe_load(overlay.read_text())
+    wanted["trainer"].pop("accelerator", None)
+    assert_within(wanted, found)
+    assert found["model"]["init_args"]["teacher"]["init_args"] == {"path": "weights/digits/teacher"}
+    assert found["trainer"]["gradient_clip_val"] == 1.0
+    strategy = wanted["trainer"]["strategy"]
+    assert strategy == "auto" or type(built.trainer.strategy).__name__ == strategy["class_path"].rpartition(".")[2]
+
+
+def assert_within(wanted, found):
+    """Check that every key and value of one tree is in another."""
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            assert_within(value, found[key])
+        else:
+            assert str(found[key]) == str(value), key
+
+
+@pytest.mark.parametrize("config", CONFIGS + OVERLAYS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_a_config_is_headed_by_what_it_is_and_costs(config):
     head = [line for line in config.read_text().splitlines()[:12] if line.startswith("#")]
     assert len(head) >= 2

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
 from decm_lightning.types import Condition, Sample, Time
 
@@ -57,5 +57,5 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return parameter.new_zeros(rows, *self.sample_shape), times, times, labels
 
     def null(self, condition: Condition) -> Condition:
-        """Return as many null classes as there are labels."""
-        return None if condition is None else torch.full_like(condition, self.num_classes)
+        """Return as many null classes as there are labels; None where the condition is not of labels."""
+        return torch.full_like(condition, self.num_classes) if isinstance(condition, Tensor) else None

@@ -5,13 +5,16 @@ import io
 import json
 import tarfile
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from decm_lightning import TeacherTraining
 from decm_lightning.data.pairs import Pairs, TextImagePairs, VariantSampler, is_held_out
 from decm_lightning.data.pairs_cache import pixels_of
+from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
 
 SCRIPTS = ["a red cat", "кошка", "猫が寝ている", "قطة حمراء", "बिल्ली", "γάτα", "🐱 emoji", "  two \n lines  "]
@@ -328,3 +331,19 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
     assert torch.equal(chosen[0], chosen[2])
     parts = [item for rank in range(2) for item in VariantSampler(pairs, num_replicas=2, rank=rank, seed=3)]
     assert sorted(parts) == sorted(VariantSampler(pairs, num_replicas=1, rank=0, seed=3))
+
+
+def test_a_teacher_trains_on_pairs_and_is_refused_images_of_another_size(source, encoder, tmp_path):
+    """Through Lightning, with loading processes, in several epochs; the flow-matching loss is finite and logged."""
+    as_tars(source)
+    network = TextDiT(8, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_steps=5, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    module = TextImagePairs(str(source), 8, encoder, str(tmp_path / "cache"), batch_size=3, held_out=0)
+    trainer.fit(TeacherTraining(network), datamodule=module)
+    assert trainer.global_step == 5
+    assert trainer.callback_metrics["loss/flow_matching"].isfinite()
+    small = TextDiT(4, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    with pytest.raises(ValueError, match=r"the pairs are images \(3, 8, 8\): the network makes \(3, 4, 4\)"):
+        trainer.fit(TeacherTraining(small), datamodule=module)

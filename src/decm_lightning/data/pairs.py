@@ -136,19 +136,21 @@ class CaptionedImages(ResumableData):
         """
         return self._held_out().condition([row % len(self.reference) for row in rows])
 
-    def val_dataloader(self) -> StatefulDataLoader:
-        """Return the held-out pairs, in order: the reference of the Fréchet distance.
+    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """Return the held-out pairs, in order: the reference of the Fréchet distance. With held_out 0 there are none.
 
         Raises:
-            ValueError: if no pair is held out.
+            ValueError: if held_out is above 0, and yet no pair is held out.
         """
+        if not self.held_out:
+            return []
         return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=_as_it_is)
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the held-out pairs, in order."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> StatefulDataLoader:
+    def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the held-out pairs, of which `decm predict` reads the captions."""
         return self.val_dataloader()
 

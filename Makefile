@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch test test-slow test-all study bench check lint types contracts clean
+.PHONY: help env demo demo-from-scratch imagenet-rehearsal test test-slow test-all study bench check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,25 @@ demo-from-scratch: env ## the same after training the teacher too
 	$(BIN)/decm fit --config configs/digits/teacher.yaml --trainer.logger.init_args.version demo
 	$(BIN)/decm export runs/digits-teacher/demo/checkpoints/last.ckpt runs/digits-teacher/demo/teacher
 	$(MAKE) demo TEACHER='--model.init_args.teacher.init_args.path runs/digits-teacher/demo/teacher'
+
+# All that `configs/imagenet.yaml` takes, in small: the commands are those of the real thing.
+REHEARSAL := runs/rehearsal
+
+imagenet-rehearsal: env ## images to latents to teacher to student to scores, on real digits (minutes)
+	rm -rf $(REHEARSAL)
+	$(BIN)/python -m benchmarks.rehearsal images $(REHEARSAL)/images
+	$(BIN)/decm encode --images $(REHEARSAL)/images --vae weights/rehearsal/vae --out $(REHEARSAL)/latents \
+		--size 16 --shard_size 500 --num_workers 0
+	$(BIN)/decm validate-data $(REHEARSAL)/latents --channels 4 --size 8
+	$(BIN)/decm fit --config configs/rehearsal/teacher.yaml
+	$(BIN)/decm fit --config configs/rehearsal/decm.yaml
+	$(BIN)/decm test --config configs/rehearsal/decm.yaml --ckpt_path $(REHEARSAL)/student/checkpoints/last.ckpt
+	$(BIN)/decm sample $(REHEARSAL)/student/checkpoints/last.ckpt --steps 2 --vae weights/rehearsal/vae \
+		--latents $(REHEARSAL)/latents --out $(REHEARSAL)/student-2-steps.png
+	@echo
+	@echo "latents:                          $(REHEARSAL)/latents"
+	@echo "samples, teacher beside student:  $(REHEARSAL)/student/samples.png"
+	@echo "quality by sampler and steps:     $(REHEARSAL)/student/quality.md"
 
 test: env ## the fast tests (under 10 minutes)
 	$(BIN)/python -m pytest

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
 
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
@@ -50,6 +49,9 @@ def save(network: Network, folder: str | Path) -> None:
 
 def describe(network: Network) -> dict[str, Any]:
     """Return what is needed to build the network again: its class name and its arguments."""
+    # Imported here: it takes longer than all else together, and `load` does not need it.
+    from torch.distributed.fsdp import FSDPModule
+
     # FSDP2 gives what it shards a class of its own, before the class it was of.
     cls = next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
     # Classes from elsewhere are found again by their module.

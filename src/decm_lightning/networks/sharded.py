@@ -2,6 +2,7 @@
 
 Lightning's ModelParallelStrategy writes weights and optimisers by torch.distributed.checkpoint, and all else that an
 ordinary checkpoint holds, such as the step and what describes the network, into `meta.pt` beside them.
+torch.distributed.checkpoint is imported where it is needed alone: it takes a second.
 """
 
 import pickle
@@ -14,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 REST, INDEX = "meta.pt", ".metadata"
 """What is no tensor, and where the parts of each tensor are; both are written last."""
@@ -50,6 +48,8 @@ def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
     Raises:
         ValueError: if one is missing or has another shape, or a file is missing or cut short.
     """
+    from torch.distributed import checkpoint as dcp
+
     with _as_one_line(folder), warnings.catch_warnings():
         # That only this process reads is what is wanted.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -62,6 +62,8 @@ def read_whole(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if `folder` holds no sharded checkpoint, or not all of one.
     """
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
     rest = read_rest(folder)
     with TemporaryDirectory(dir=folder.parent) as scratch, _as_one_line(folder):
         file = Path(scratch) / "tensors.pt"
@@ -86,6 +88,8 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _as_one_line(folder: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Model
 
 from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, encode
+from decm_lightning.types import Captions
 
 CAPTIONS = ["grinning face, smile", "a", "red heart, love, emotion", "a"]
 
@@ -56,6 +57,25 @@ def test_captions_are_encoded_once(minilm, tmp_path, caplog):
     blind.__dict__["_loaded"] = None
     assert torch.equal(encode(CAPTIONS[::-1], blind, tmp_path).read([3]).tokens, encoded.read([0]).tokens)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+class Fixed(MiniLM):
+    """An encoder of captions of one length, without a mask and with a pooled vector, as those of SD3 together."""
+
+    def __call__(self, captions):
+        tokens, mask, _ = super().__call__(captions)
+        return Captions(tokens[:, :3], None, (tokens * mask[..., None]).sum(1))
+
+
+def test_pooled_vectors_are_kept_and_a_mask_is_not_made_up(tmp_path):
+    """Each with its own caption, from an encoder that gives the one and not the other."""
+    encoder = Fixed()
+    read = encode(CAPTIONS, encoder, tmp_path).read([2, 0, 3])
+    assert read.mask is None
+    for place, row in enumerate((2, 0, 3)):
+        alone = encoder([CAPTIONS[row]])
+        torch.testing.assert_close(read.tokens[place], alone.tokens[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(read.pooled[place], alone.pooled[0], rtol=1e-3, atol=5e-3)
 
 
 def test_another_encoder_or_caption_is_another_file(minilm, tmp_path, caplog):

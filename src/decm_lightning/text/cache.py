@@ -29,11 +29,15 @@ class EncodedCaptions:
         tokens: in float16, (total, d).
         ends: where each of the m ends among them, (m,).
         which: which of the m each of the n is, (n,).
+        masked: captions are read with a mask; without one all must have as many tokens.
+        pooled: one vector for each of the m in float16, (m, p), if the encoder gives one.
     """
 
     tokens: Float[Tensor, "total d"]
     ends: Int[Tensor, " m"]
     which: Int[Tensor, " n"]
+    masked: bool = True
+    pooled: Float[Tensor, "m p"] | None = None
 
     def __len__(self) -> int:
         """Return the number of captions."""
@@ -48,11 +52,12 @@ class EncodedCaptions:
         """Return captions in float32, padded to the longest of all, so that every batch has the same shape."""
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         lengths = self.ends - starts
-        found = self.which[torch.as_tensor(rows)][:, None]
+        found = self.which[torch.as_tensor(rows)]
         place = torch.arange(int(lengths.max()))
-        mask = place < lengths[found]
-        tokens = self.tokens[(starts[found] + place).clamp(max=len(self.tokens) - 1)]
-        return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask)
+        mask = place < lengths[found, None]
+        tokens = self.tokens[(starts[found, None] + place).clamp(max=len(self.tokens) - 1)]
+        pooled = None if self.pooled is None else self.pooled[found].float()
+        return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask if self.masked else None, pooled)
 
 
 def encode(captions: Sequence[str], encoder: TextEncoder, folder: str | Path) -> EncodedCaptions:
@@ -85,32 +90,41 @@ def encode(captions: Sequence[str], encoder: TextEncoder, folder: str | Path) ->
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}): delete it, and it is made again") from error
     place = {caption: row for row, caption in enumerate(different)}
-    return EncodedCaptions(content["tokens"], content["ends"], torch.tensor([place[caption] for caption in captions]))
+    which = torch.tensor([place[caption] for caption in captions])
+    masked, pooled = bool(content["masked"]), content.get("pooled")
+    return EncodedCaptions(content["tokens"], content["ends"], which, masked, pooled)
 
 
-def _encode(captions: Sequence[str], encoder: TextEncoder) -> list[Tensor]:
+def _encode(captions: Sequence[str], encoder: TextEncoder) -> dict[str, Tensor]:
     lengths = encoder.lengths(captions)
     # Captions of like length go together, or most of the work would be on padding.
     order = sorted(range(len(captions)), key=lengths.__getitem__, reverse=True)
     tokens: list[Tensor] = [torch.empty(0)] * len(captions)
+    pooled: list[Tensor] = []
     with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             encoded = encoder([captions[row] for row in rows])
-            assert encoded.mask is not None
-            for row, part, mask in zip(rows, encoded.tokens, encoded.mask, strict=True):
-                tokens[row] = part[mask].half().cpu()
+            mask = torch.ones_like(encoded.tokens[..., 0], dtype=torch.bool) if encoded.mask is None else encoded.mask
+            for row, part, kept in zip(rows, encoded.tokens, mask, strict=True):
+                tokens[row] = part[kept].half().cpu()
+            pooled += [] if encoded.pooled is None else [encoded.pooled.half().cpu()]
             bar.update(len(rows))
     cut = sum(length > encoder.max_tokens for length in lengths)
     if cut:
         log.warning("%d of %d captions were cut to %d tokens", cut, len(captions), encoder.max_tokens)
-    return tokens
+    content = {
+        "tokens": torch.cat(tokens),
+        "ends": torch.tensor([len(part) for part in tokens]).cumsum(0),
+        "masked": torch.tensor(encoded.mask is not None),
+    }
+    back = torch.tensor(order).argsort()
+    return content | ({"pooled": torch.cat(pooled)[back]} if pooled else {})
 
 
-def _write(file: Path, tokens: list[Tensor]) -> None:
-    ends = torch.tensor([len(part) for part in tokens]).cumsum(0)
+def _write(file: Path, content: dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # Another name until it is whole: a process that is stopped leaves no file that looks finished.
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({"tokens": torch.cat(tokens), "ends": ends}, partial)
+    save_file(content, partial)
     partial.replace(file)

@@ -39,7 +39,7 @@ def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
         raise ValueError("conditions must be given for all rows or for none")
 
     def merge(parts: Sequence[Tensor]) -> Tensor:
-        return torch.where(rows.reshape(-1, *(1,) * (parts[0].ndim - 1)), *parts)
+        return torch.where(rows.reshape(-1, *(1,) * (parts[0].ndim - 1)), parts[0], parts[1])
 
     return _merge(merge, first, second)
 

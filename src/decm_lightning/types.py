@@ -29,8 +29,11 @@ class Captions(NamedTuple):
     pooled: Float[Tensor, "b p"] | None = None
 
 
-Condition: TypeAlias = Int[Tensor, " b"] | Captions | None
-"""Class labels, one per row, or captions; None for an unconditional flow."""
+Labels: TypeAlias = Int[Tensor, " b"] | None
+"""Class labels, one per row; None for an unconditional flow."""
+
+Condition: TypeAlias = Labels | Captions
+"""What a flow is conditioned on: labels or captions, one per row, or None."""
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from decm_lightning.path import DATA, expand
-from decm_lightning.types import Batch, Condition, Sample, Time
+from decm_lightning.types import Batch, Labels, Sample, Time
 
 
 class GaussianMixture:
@@ -35,7 +35,7 @@ class GaussianMixture:
         angles = torch.arange(components, dtype=dtype) * (2 * math.pi / components)
         return cls(radius * torch.stack([angles.cos(), angles.sin()], 1), std)
 
-    def __call__(self, x_t: Sample, t: Time, condition: Condition = None) -> Sample:
+    def __call__(self, x_t: Sample, t: Time, condition: Labels = None) -> Sample:
         """Return v(x_t, t) = sum_k p(k | x_t, t) (mean_k + q(t) / a(t)^2 (x_t - t mean_k)), (b, d)."""
         means = self.means.to(x_t)
         a_squared = (1 - t) ** 2 + t**2 * self.std**2
@@ -49,11 +49,11 @@ class GaussianMixture:
         velocities = means + ratio[:, None, None] * centred
         return torch.einsum("bk,bkd->bd", logits.softmax(1), velocities)
 
-    def null(self, condition: Condition) -> Condition:
+    def null(self, condition: Labels) -> Labels:
         """Return the condition that leaves the mixture whole."""
         return None if condition is None else torch.full_like(condition, len(self.means))
 
-    def flow_map(self, x_t: Sample, t: Time, s: Time, condition: Condition = None, tolerance: float = 1e-9) -> Sample:
+    def flow_map(self, x_t: Sample, t: Time, s: Time, condition: Labels = None, tolerance: float = 1e-9) -> Sample:
         """Return f(x_t, t, s) by Dormand-Prince 5(4), with each row's interval mapped to [0, 1]."""
 
         def rescaled(tau: Tensor, x: Sample) -> Sample:

@@ -41,8 +41,8 @@ class InceptionFeatures(nn.Module):
         self.network = Inception()
         path = _downloaded() if weights is None else Path(weights)
         self.network.load_state_dict(_read(path, self.network))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.name = "the FID's Inception" if digest.startswith(DIGEST) else f"Inception with other weights ({digest[:8]})"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[: len(DIGEST)]
+        self.name = "the FID's Inception" if digest == DIGEST else f"Inception with other weights ({digest})"
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from decm_lightning.flows import GaussianMixture
 from decm_lightning.networks import Network
 from decm_lightning.teachers.teacher import Teacher
-from decm_lightning.types import Condition, Sample, Time
+from decm_lightning.types import Captions, Condition, Labels, Sample, Time
 
 
 class ExactTeacher(Teacher):
@@ -22,12 +22,16 @@ class ExactTeacher(Teacher):
         self.flow = flow
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the flow's own velocity."""
-        return self.flow(x_t, t, condition)
+        """Return the flow's own velocity.
+
+        Raises:
+            ValueError: if the condition is of captions.
+        """
+        return self.flow(x_t, t, _labels(condition))
 
     def null(self, condition: Condition) -> Condition:
         """Return the condition that leaves the mixture whole."""
-        return self.flow.null(condition)
+        return self.flow.null(_labels(condition))
 
     def networks(self) -> list[Network]:
         """Return none."""
@@ -44,3 +48,9 @@ class ExactTeacher(Teacher):
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Do nothing: the flow follows the device and dtype of its input."""
         return self
+
+
+def _labels(condition: Condition) -> Labels:
+    if isinstance(condition, Captions):
+        raise ValueError("the components of an exact flow are its classes: give labels, not captions")
+    return condition

@@ -2,8 +2,8 @@
 
 Distils the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
 presets), by the data set's own config and at equal rows a step; measures every student by the config's protocol; and
-writes the table (runs/ablation) and the curves of the gradient norm (docs). A run that is done is kept: started again,
-the study goes on where it stopped.
+writes the table (runs/ablation) and the curves of the gradient norm (docs). What a run found is kept in docs/ablation,
+and its student in runs/ablation: started again, also on another machine, the study goes on where it stopped.
 """
 
 import json
@@ -90,7 +90,7 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path) ->
     cli.trainer.callbacks = [c for c in cli.trainer.callbacks if not isinstance(c, unused)] + [norms, curve]
     cli.trainer.fit(cli.model, cli.datamodule)
     save(cli.model.average, folder)
-    return {"distances": test(cli), "norms": curve.norms, "spikes": norms.spikes}
+    return {"distances": test(cli), "norms": [float(f"{norm:.4g}") for norm in curve.norms], "spikes": norms.spikes}
 
 
 def teacher(config: str, folder: Path) -> dict[str, object]:
@@ -168,17 +168,18 @@ def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], thre
         threads: processor threads.
     """
     torch.set_num_threads(threads)
-    config, folder = f"configs/{data}/decm.yaml", Path("runs/ablation") / data
-    folder.mkdir(parents=True, exist_ok=True)
+    config, folder, found_in = f"configs/{data}/decm.yaml", Path("runs/ablation") / data, Path("docs/ablation") / data
+    for place in (folder, found_in):
+        place.mkdir(parents=True, exist_ok=True)
     jobs = [("teacher", None)] + [(name, seed) for seed in seeds for name in reversed(OBJECTIVES)]
     results: dict[str, list[dict]] = defaultdict(list)
     for name, seed in jobs:
-        file = folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
+        file = found_in / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
         if not file.exists():
             found = (
                 teacher(config, folder / "teacher")
                 if seed is None
-                else measure(config, name, seed, steps, file.with_suffix(""))
+                else measure(config, name, seed, steps, folder / file.stem)
             )
             file.write_text(json.dumps(found))
         results[name].append(json.loads(file.read_text()))

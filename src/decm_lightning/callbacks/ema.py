@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 
 
 class EMA(L.Callback):
@@ -40,9 +39,9 @@ class EMA(L.Callback):
             return
         self.last_step = trainer.global_step
         decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
-        average, network = _tensors(pl_module.get_submodule("average")), _tensors(pl_module.get_submodule("network"))
-        torch._foreach_lerp_(average, network, 1 - decay)
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [p.data for p in module.parameters()]
+        average, network = pl_module.get_submodule("average"), pl_module.get_submodule("network")
+        # What is frozen never changes, and of a student with LoRA it is nearly everything, shared with the average.
+        moving = [
+            (a.data, p.data) for a, p in zip(average.parameters(), network.parameters(), strict=True) if p.requires_grad
+        ]
+        torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)

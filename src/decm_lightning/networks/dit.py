@@ -105,9 +105,9 @@ class DiT(Network):
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
 
         Raises:
-            ValueError: if there is no condition; the null class is `null(labels)`.
+            ValueError: if the condition is not of labels; the null class is `null(labels)`.
         """
-        if condition is None:
+        if not isinstance(condition, Tensor):
             raise ValueError("DiT needs class labels: use network.null(labels) for unconditional rows")
         embedding = self.t_embedder(t) + self.y_embedder(condition)
         if self.r_embedder is not None:

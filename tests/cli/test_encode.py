@@ -106,6 +106,14 @@ def test_every_tool_reads_what_it_writes(decm):
     assert data.decode(batch.x_1).shape == (4, 3, 16, 16)
 
 
+def test_whoever_may_read_the_folder_may_read_the_shards(decm):
+    """The safetensors library would let the owner alone."""
+    assert decm(*command("latents"))[0] == 0
+    Path("new").touch()
+    modes = {file.stat().st_mode for file in Path("latents").glob("*.*")}
+    assert modes == {Path("new").stat().st_mode}
+
+
 @pytest.mark.parametrize("write", [save_dc, save_tiny])
 def test_other_vaes_encode_as_well(write, decm):
     write(Path("other"))

@@ -222,7 +222,11 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         write: writes it under the name that it is given.
     """
     part = file.with_name(f"{file.name}.part")
+    part.touch()
+    mode = part.stat().st_mode
     write(part)
+    # safetensors lets the owner alone read what it writes: a folder of latents is for a whole lab.
+    part.chmod(mode)
     with part.open("rb") as content:
         os.fsync(content.fileno())
     os.replace(part, file)

@@ -63,11 +63,14 @@ imagenet-rehearsal: env ## images to latents to teacher to student to scores, on
 	@echo "samples, teacher beside student:  $(REHEARSAL)/student/samples.png"
 	@echo "quality by sampler and steps:     $(REHEARSAL)/student/quality.md"
 
+# A file of tests at a time for each core: each test runs on one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: env ## the fast tests (under 10 minutes)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: env ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow ## every test
 

@@ -34,6 +34,14 @@ def test_a_mix_of_conditional_and_unconditional_is_refused(given, first):
         where(torch.tensor([True]), *conditions)
 
 
+def test_captions_with_and_without_a_mask_are_not_mixed():
+    """A mask must not be lost in silence."""
+    bare = captions(1)._replace(mask=None)
+    for first, second in ((captions(1), bare), (bare, captions(1))):
+        with pytest.raises(ValueError, match="mask and pooled vectors"):
+            join([first, second])
+
+
 def test_rows_are_selected_by_slice_and_by_number():
     """Some of the rows; none of none."""
     assert select(torch.tensor([5, 6, 7]), slice(2)).tolist() == [5, 6]

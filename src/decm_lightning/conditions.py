@@ -22,10 +22,8 @@ def join(conditions: Sequence[Condition]) -> Condition:
     """Concatenate conditions along the batch; None (unconditional) stays None.
 
     Raises:
-        ValueError: if some are None and others are not.
+        ValueError: if some are None, or lack a part, and others do not.
     """
-    if len({condition is None for condition in conditions}) > 1:
-        raise ValueError("conditions must be given for all rows or for none")
     return _merge(torch.cat, *conditions)
 
 
@@ -33,10 +31,8 @@ def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
     """Return the first condition in the rows (b,) that are true, and the second in the others.
 
     Raises:
-        ValueError: if one of the two is None and the other is not.
+        ValueError: if one of the two is None, or lacks a part, and the other does not.
     """
-    if (first is None) != (second is None):
-        raise ValueError("conditions must be given for all rows or for none")
 
     def merge(parts: Sequence[Tensor]) -> Tensor:
         return torch.where(rows.reshape(-1, *(1,) * (parts[0].ndim - 1)), parts[0], parts[1])
@@ -45,7 +41,12 @@ def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
 
 
 def _merge(function: Callable[[Any], Tensor], *conditions: Condition) -> Condition:
+    if len({condition is None for condition in conditions}) > 1:
+        raise ValueError("conditions must be given for all rows or for none")
+
     def merge(*parts: Any) -> Tensor | None:
+        if len({part is None for part in parts}) > 1:
+            raise ValueError("mask and pooled vectors of captions must be given for all rows or for none")
         return None if parts[0] is None else function(parts)
 
     return _pytree.tree_map(merge, *conditions)

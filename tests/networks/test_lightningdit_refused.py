@@ -152,6 +152,9 @@ class Trap:
     def __reduce__(self):
         return (open, ("trapped", "w"))
 
+    def __repr__(self):
+        return "Trap()"
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -164,7 +167,7 @@ class Trap:
         ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "alone or under ema or model: got epoch, state_dict"),
         ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
         ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 3 more; it holds 0"),
-        (Trap(), "reads with weights_only=True: Weights only load failed"),
+        (Trap(), "weights_only=True: it holds io.open, which could run code; if you trust the file, load it with"),
     ],
     ids=str,
 )

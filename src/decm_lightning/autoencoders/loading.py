@@ -1,19 +1,16 @@
 """Autoencoders from folders, from the Hugging Face hub, and from latent diffusion's checkpoint files."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from decm_lightning.autoencoders import ldm
 from decm_lightning.autoencoders.autoencoder import Autoencoder
+from decm_lightning.networks.tensors import few, read_file
 
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 FILES = (".safetensors", ".pt", ".pth", ".ckpt")
@@ -40,7 +37,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: give a VAE's file, its folder, or its name on the hub")
         try:
-            return Autoencoder(_from_ldm(_read(path)))
+            return Autoencoder(_from_ldm(read_file(path)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return Autoencoder(_from_diffusers(str(path)))
@@ -107,24 +104,8 @@ def _config(path: str) -> tuple[str | None, dict[str, Any]]:
             raise FileNotFoundError(f"no folder {path}, and no VAE of that name on the Hugging Face hub") from error
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        remedy = "if you trust it, load it with weights_only=False and save its state_dict alone"
-        raise ValueError(f"it holds more than tensors, which could run code; {remedy}") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"it cannot be read: {str(error).partition(chr(10))[0]}") from error
-
-
 def _refuse(faults: Mapping[str, Sequence[str]]) -> None:
     """Raise a ValueError that lists all tensors that are not as the architecture has them, if any are."""
-    found = "; ".join(f"{word}: {_few(names)}" for word, names in faults.items() if names)
+    found = "; ".join(f"{word}: {few(names, 5)}" for word, names in faults.items() if names)
     if found:
         raise ValueError(f"its tensors are not those of its architecture; {found}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,5 +1,6 @@
 """The tensors of a public checkpoint: wherever they are in its file, and however their names are prefixed."""
 
+import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -31,15 +32,15 @@ def read_tensors(path: Path, weights: Weights | None = None) -> dict[str, Tensor
     Raises:
         ValueError: if the file cannot be read, or holds other things or not the weights asked for.
     """
-    return _plainly_named(_chosen(_read(path), weights))
+    return _plainly_named(_chosen(read_file(path), weights))
 
 
-def few(names: Sequence[str], count: int = 3) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def read_file(path: Path) -> Any:
+    """Return what is in a .safetensors file, or in one of torch.save, on the CPU; nothing in it is run.
 
-
-def _read(path: Path) -> Any:
+    Raises:
+        ValueError: if it cannot be read, or could run code.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -48,8 +49,23 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # Bytes that are no checkpoint can fail in any way.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _reason(error)
         raise ValueError(f"neither safetensors nor what torch.load reads with weights_only=True: {reason}") from error
+
+
+def few(names: Sequence[str], count: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a file cannot be read."""
+    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        remedy = "if you trust the file, load it with weights_only=False and save its tensors alone"
+        return f"it holds {unsafe[1]}, which could run code; {remedy}"
+    # torch.load's advice to load it without a check is for those who know what it is.
+    first = str(error).partition("\n")[0].partition(". ")[0]
+    return first or type(error).__name__
 
 
 def _chosen(content: Any, weights: Weights | None) -> dict[str, Tensor]:

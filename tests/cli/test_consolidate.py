@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -194,6 +195,27 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, decm):
     assert code == 2
     assert err.startswith(f"decm: error: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_fit_that_meets_a_shard_cut_short_gives_one_line(decm):
+    """A run of its own, which makes a process group; torch's exception here is no Exception."""
+    cut()
+    strategy = "lightning.pytorch.strategies.ModelParallelStrategy"
+    sharded = ["--trainer.strategy", strategy, "--trainer.strategy.data_parallel_size", "1"]
+    sharded += [
+        "--trainer.strategy.tensor_parallel_size",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        "1",
+    ]
+    argv = [sys.executable, "-m", "decm_lightning.cli", "fit", *FIT, *sharded, "--ckpt_path", "shards"]
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "decm: error: a sharded checkpoint cannot be read or written: " in result.stderr
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])

@@ -88,10 +88,13 @@ def main() -> int:
         return _refuse(f"no command {command!r}: expected one of {', '.join(COMMANDS)}")
     try:
         COMMANDS[command](command, argv)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    # torch.distributed.checkpoint's is no Exception.
+    except BaseException as error:
         if os.environ.get("DECM_TRACEBACK") or not _is_for_the_user(error):
             raise
-        return _refuse(essence(str(error)))
+        return _refuse(_what(error))
     return 0
 
 
@@ -105,16 +108,27 @@ def essence(message: str) -> str:
     return f"{'.'.join(keys)}: {what}" if keys else what
 
 
-def _is_for_the_user(error: Exception) -> bool:
+def _is_for_the_user(error: BaseException) -> bool:
     from argparse import ArgumentError
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from decm_lightning.errors import NonFiniteError
 
     ours = (ArgumentError, ValueError, OSError, ImportError, NonFiniteError)
-    return isinstance(error, (*ours, MisconfigurationException, SafetensorError))
+    return isinstance(error, (*ours, MisconfigurationException, SafetensorError, CheckpointException))
+
+
+def _what(error: BaseException) -> str:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        from decm_lightning.networks.sharded import cause
+
+        return f"a sharded checkpoint cannot be read or written: {cause(error)}"
+    return essence(str(error))
 
 
 def _refuse(message: str) -> int:

@@ -93,7 +93,10 @@ def _as_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        # It is no Exception, and its text holds the traceback of every process.
-        cause, _ = next(iter(error.failures.values()))
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise ValueError(f"{folder} cannot be read: {reason}") from error
+        raise ValueError(f"{folder} cannot be read: {cause(error)}") from error
+
+
+def cause(error: Any) -> str:
+    """Return in one line what a CheckpointException is about: its own text holds the traceback of every process."""
+    first, _ = next(iter(error.failures.values()))
+    return str(first).splitlines()[0] if str(first) else type(first).__name__

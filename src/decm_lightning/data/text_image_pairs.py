@@ -1,0 +1,149 @@
+"""Text-image pairs of your own: pixels or latents, with captions of any encoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.data.latent_coder import LatentCoder
+from decm_lightning.data.pairs import CaptionedImages
+from decm_lightning.data.pairs_cache import Prepared, prepare
+from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
+from decm_lightning.types import Batch, Condition, Sample
+
+NAMED = 3
+"""So many faults are named in a message; all are counted."""
+
+
+class TextImagePairs(CaptionedImages):
+    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a folder with a CSV file.
+
+    - tars: neighbours `name.jpg` (.jpeg, .png, .webp) and `name.txt` or `name.json`;
+    - tables: a column `image` of {"bytes", "path"} or bytes, and one of captions;
+    - CSV: columns `file_name`, beside the CSV file or below, and the caption.
+
+    Images are read, cropped to a square about their centre, resized and laid on white where they are transparent, once,
+    into `cache`. So all faults are found before training starts: an image that cannot be read, a caption that is empty
+    or too long, a pair with one half missing, a tar cut short. With a VAE, a batch holds latents, encoded on the device
+    of the network when they are needed: (z - shift_factor) scaling_factor.
+
+    Args:
+        source: a file or folder.
+        size: height and width of the images in pixels, at least 1.
+        encoder: the text encoder, such as text.TextEncoder, or teachers.DiffusersPrompts for a teacher of diffusers;
+            None for MiniLM.
+        cache: folder of pixels and tokens, which are used again while source and encoder are the same.
+        captions: "cached", encoded once, or "on_the_fly", on the device of the network when they are needed: those of
+            SD3, 2.7 MB each, for 100,000 pairs or more.
+        vae: for latents, the VAE as `load_autoencoder` takes it, such as the folder of a pipeline; None for pixels.
+        batch_size: pairs per training batch on each device, at least 1.
+        held_out: share of pairs kept from training by a hash of their names, in [0, 1).
+        reference_size: at most so many reference images; None for all that are held out.
+        caption_column: the caption's name in JSON files and tables; None for caption, text or prompt.
+        max_characters: longer captions are faults, at least 1.
+        on_error: "raise" if there is a fault, or "skip" to count them in the log and train on the others.
+        num_workers: loading processes on each device.
+
+    Raises:
+        ValueError: if a number is outside its range.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        size: int,
+        encoder: CaptionEncoder | None = None,
+        cache: str = "runs/cache",
+        captions: Literal["cached", "on_the_fly"] = "cached",
+        vae: str | None = None,
+        batch_size: int = 64,
+        held_out: float = 0.05,
+        reference_size: int | None = None,
+        caption_column: str | None = None,
+        max_characters: int = 2000,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__(batch_size, held_out, reference_size, num_workers)
+        if size < 1 or max_characters < 1:
+            raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
+        self.source = Path(source)
+        self.size = size
+        self.encoder = encoder or MiniLM()
+        self.captions = captions
+        self.vae = vae
+        self.coder: LatentCoder | None = None
+        self.cache = Path(cache)
+        self.caption_column = caption_column
+        self.max_characters = max_characters
+        self.on_error = on_error
+
+    def prepare_data(self) -> None:
+        """Read and encode on one process of each machine, where it has not been done."""
+        self.setup("prepare")
+
+    def setup(self, stage: str) -> None:
+        """Read the pairs.
+
+        Raises:
+            FileNotFoundError: if there is no source, or no VAE.
+            ValueError: counting and naming the faults, if no pair is without one, or the network makes other samples.
+            ImportError: if what reads tables or encodes captions is not installed.
+        """
+        if self.vae is None:
+            self.fit_network("images", (3, self.size, self.size))
+        else:
+            self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
+            self.fit_network(f"latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
+        prepared = self._prepared(stage)
+        captions: EncodedCaptions | UnencodedCaptions
+        if self.captions == "cached":
+            captions = encode(prepared.captions, self.encoder, self.cache)
+        else:
+            captions = UnencodedCaptions(prepared.captions)
+            if stage == "prepare":
+                self.encoder.measured(prepared.captions)
+        self.split(prepared.images, captions, prepared.captions, prepared.names)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Return the batch as the network takes it: latents, if there is a VAE, and captions that are encoded."""
+        x_1 = batch.x_1 if self.coder is None else self.coder.encode(batch.x_1)
+        return Batch(x_1, self._encoded(batch.condition, x_1.device))
+
+    def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
+        """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
+
+        Raises:
+            ValueError: if no pair is held out.
+        """
+        return self._encoded(super().condition(rows, seed))
+
+    def decode(self, x: Sample) -> Sample:
+        """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""
+        return x if self.coder is None else self.coder.decode(x)
+
+    def _encoded(self, condition: Condition, device: torch.device | None = None) -> Condition:
+        unencoded = self.train.captions
+        if not (isinstance(unencoded, UnencodedCaptions) and isinstance(condition, Tensor)):
+            return condition
+        if device is not None:
+            self.encoder.to(device)
+        return unencoded.encode(condition, self.encoder)
+
+    def _prepared(self, stage: str) -> Prepared:
+        prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
+        count, faults = len(prepared.captions), prepared.faults
+        if faults:
+            named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
+            message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named}"
+            if self.on_error == "raise":
+                raise ValueError(f"{message}; on_error: skip trains on the others")
+            if stage == "prepare":
+                rank_zero_warn(f"{message}; left out")
+        if not count:
+            raise ValueError(f"no good pair in {self.source}")
+        return prepared

@@ -170,6 +170,21 @@ def test_a_resumed_run_sees_what_an_unbroken_one_would(workers, tmp_path):
     assert same(whole, first + rest)
 
 
+@pytest.mark.parametrize(("saved", "workers"), [(2, 0), (0, 2), (2, 1)])
+def test_a_place_kept_by_other_workers_is_refused(saved, workers, tmp_path):
+    """By one line: the loader's own refusal is an AssertionError."""
+    write_shards(tmp_path, (20, 1, 12))
+    state = module(tmp_path, num_workers=saved).state_dict()
+    resumed = module(tmp_path, num_workers=workers)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match=f"resume with as many: give --data.init_args.num_workers {saved}$"):
+        resumed.train_dataloader()
+    assert resumed.val_dataloader() == []
+    again = module(tmp_path, num_workers=saved)
+    again.load_state_dict(state)
+    assert len(again.train_dataloader()) == 8
+
+
 def test_the_sample_is_of_at_most_1000_images_from_all_shards(tmp_path):
     write_shards(tmp_path, (1500, 700), (1, 1, 1))
     train = module(tmp_path).train

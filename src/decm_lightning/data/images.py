@@ -69,13 +69,18 @@ class ResumableData(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = torch.initial_seed() % 2**31
+        self.saved_workers: int | None = None
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Return shuffled training batches, the last incomplete one left out; each process gets its own share.
 
         Raises:
-            ValueError: if there are too few images for one batch in each process: Lightning would train no step.
+            ValueError: if there are too few images for one batch in each process: Lightning would train no step; or if
+                the run that is resumed had another number of workers.
         """
+        if self.saved_workers not in (None, self.num_workers):
+            remedy = f"give --data.init_args.num_workers {self.saved_workers}"
+            raise ValueError(f"each worker keeps its own place in the epoch, so resume with as many: {remedy}")
         # Its order follows from the seed and the epoch alone, unlike a RandomSampler's, which a resumed run cannot
         # repeat beyond its first epoch.
         trainer = self.trainer
@@ -102,12 +107,13 @@ class ResumableData(L.LightningDataModule):
         return x
 
     def state_dict(self) -> dict[str, int]:
-        """Return the seed of the order."""
-        return {"seed": self.seed}
+        """Return the seed of the order, and how many workers keep the place in it."""
+        return {"seed": self.seed, "num_workers": self.num_workers}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on with the order of the run that is resumed."""
         self.seed = state_dict["seed"]
+        self.saved_workers = state_dict.get("num_workers")
 
 
 class InMemoryImages(ResumableData):

@@ -13,11 +13,13 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from decm_lightning.callbacks.cells import Cell
+from decm_lightning.conditions import select
 from decm_lightning.errors import NonFiniteError
+from decm_lightning.metrics.parts import Prompts
 from decm_lightning.networks import Network
 from decm_lightning.pictures import to_uint8
 from decm_lightning.samplers import SamplerName
-from decm_lightning.types import Condition, FlowMapNetwork, Sample
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
 
 LabelLaw = Literal["balanced", "uniform"]
 # What is drawn for a sample, apart from its noise.
@@ -64,7 +66,9 @@ class Drawing:
     Args:
         module: a `SampleSource`.
         data: the datamodule. Its method `condition(rows, seed)` gives the conditions, if it has one; otherwise they are
-            labels below its `num_classes`. Its method `decode(x)` turns samples into images in [-1, 1], if it has one.
+            labels below its `num_classes`. Its `texts`, if it has them, are the same conditions in words, over and over
+            again where there are more samples. Its method `decode(x)`, if it has one, turns samples into images in
+            [-1, 1].
         labels: "balanced", i mod num_classes; or "uniform", drawn by the seed.
         seed: of noise and labels.
     """
@@ -108,6 +112,12 @@ class Drawing:
             condition = torch.tensor([self._label(row) for row in rows])
         return move_data_to_device(condition, self.source.device)
 
+    def prompts(self, rows: Sequence[int]) -> Prompts:
+        """Return what samples number `rows` are drawn for, perhaps none."""
+        texts = getattr(self.data, "texts", None)
+        words = None if texts is None else [texts[row % len(texts)] for row in rows]
+        return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), words)
+
     def samples(self, cell: Cell, rows: Sequence[int]) -> Sample:
         """Return samples number `rows` of a cell, as the network makes them.
 
@@ -133,6 +143,11 @@ class Drawing:
     def pictures(self, x: Sample) -> Tensor:
         """Return samples, or data of a loader, as uint8 images (b, c, h, w)."""
         return pictures(x, self.data)
+
+    def read(self, batch: Batch) -> Batch:
+        """Return a batch of the data as uint8 images and their conditions, where the module computes."""
+        batch = self.data.on_after_batch_transfer(move_data_to_device(batch, self.source.device), 0)
+        return Batch(self.pictures(batch.x_1), batch.condition)
 
     def draw(self, cell: Cell, rows: Sequence[int]) -> Tensor:
         """Return samples number `rows` of a cell as uint8 images (len(rows), c, h, w).

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from decm_lightning.callbacks.cells import Cell
@@ -14,6 +14,7 @@ from decm_lightning.callbacks.protocol import protocol
 from decm_lightning.callbacks.shares import shares
 from decm_lightning.callbacks.table import Row, Table
 from decm_lightning.metrics import Quality, reference
+from decm_lightning.metrics.parts import Prompts
 
 COLUMNS = 10
 
@@ -24,7 +25,8 @@ class Evaluation(L.Callback):
     Validation logs `<column>/<cell>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
     kernel distance. Testing logs `test/<column>/<cell>` for all of them, and writes quality.md, quality.json and
     samples.png into the log folder, with the protocol. What the columns are is said by the feature networks: fd and
-    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Real images are those
+    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Beside them may stand
+    what compares samples with their captions: metrics.CaptionProbe, metrics.CLIP and others. Real images are those
     of the validation or test loader, or of `reference`, taken in once. Sample number i has the same label and starts
     from the same noise in every cell and every validation. Compare distances of equal numbers of images only. The
     sanity check before training is left out.
@@ -127,7 +129,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, the first time, if there is no reference."""
         if not (self.has_real or trainer.sanity_checking):
-            self._take_in(self.drawing.pictures(batch[0]))
+            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
 
     def on_test_batch_end(
         self,
@@ -140,7 +142,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, if there is no reference."""
         if not self.has_real:
-            self._take_in(self.drawing.pictures(batch[0]))
+            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is cheap of every cell.
@@ -166,7 +168,10 @@ class Evaluation(L.Callback):
                 pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
         # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
         rows = [Row(cell, self.drawing.evaluations(cell), values) for cell, values in measured.items()]
-        names = " and ".join(quality.name for quality in self.qualities)
+        # The heading begins with the distance.
+        names = " and ".join(
+            quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)
+        )
         followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size)
         images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -178,7 +183,11 @@ class Evaluation(L.Callback):
     def _start(self, trainer: L.Trainer) -> None:
         for quality in self.qualities:
             quality.to(self.drawing.module.device)
-        if self.real is None or self.has_real or trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        for quality in self.qualities:
+            quality.prepare(self.drawing.data, self.drawing.read)
+        if self.real is None or self.has_real:
             return
         self.has_real = True
         images = self.real.images
@@ -188,16 +197,17 @@ class Evaluation(L.Callback):
         with self._bar(trainer, sum(map(len, parts))) as bar:
             bar.set_description("reference")
             for batch in images.batches(parts):
-                self._take_in(batch)
+                self._take_in(batch, Prompts())
                 bar.update(len(batch))
 
-    def _take_in(self, images: Any) -> None:
+    def _take_in(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
-            quality.real(images)
+            quality.real(images, prompts)
 
     def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
         self.has_real = self.has_measured = True
         parts = shares(samples, self.batch_size, trainer.global_rank, trainer.world_size)
+        wanted = any(quality.wants_prompts for quality in self.qualities)
         measured = {}
         with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:
             for cell in cells:
@@ -207,8 +217,9 @@ class Evaluation(L.Callback):
                 for rows in parts:
                     # Where there are fewer samples than processes, sharded networks still need every process.
                     images = self.drawing.draw(cell, rows or range(1))[: len(rows)]
+                    prompts = self.drawing.prompts(rows) if wanted else Prompts()
                     for quality in self.qualities:
-                        quality.generated(images)
+                        quality.generated(images, prompts)
                     bar.update(len(rows))
                 measured[cell] = {k: value for quality in self.qualities for k, value in quality.compute().items()}
         return measured

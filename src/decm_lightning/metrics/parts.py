@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from decm_lightning.metrics.frechet import FrechetDistance, PassedOn
 from decm_lightning.metrics.precision_recall import PrecisionRecall
 from decm_lightning.metrics.reference import Reference
+from decm_lightning.types import Condition
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -29,6 +31,18 @@ class Counts:
     generated: int
 
 
+class Prompts(NamedTuple):
+    """What images show, or were drawn for.
+
+    Attributes:
+        condition: as the network reads it, b rows.
+        texts: b captions in words; None where there are none.
+    """
+
+    condition: Condition = None
+    texts: list[str] | None = None
+
+
 class Part(ABC):
     """One metric, of one view of a feature network.
 
@@ -40,6 +54,8 @@ class Part(ABC):
 
     cheap = False
     """Whether it is worth its time in every validation."""
+    wants_prompts = False
+    """Whether it compares images with what they were drawn for."""
 
     def __init__(self, columns: tuple[str, ...], view: str, metric: Metric) -> None:
         self.columns = columns
@@ -51,9 +67,13 @@ class Part(ABC):
         """Whether it waits for real images."""
         return True
 
-    def update(self, views: Mapping[str, Tensor], real: bool) -> None:
-        """Take in a batch of features."""
+    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
+        """Take in a batch of features, with the prompts of their images if it wants them."""
         self.metric.update(views[self.view], real=real)
+
+    def missing(self) -> str:
+        """Get ready; return why it cannot be measured here, "" if it can."""
+        return ""
 
     def refer(self, reference: Reference) -> str:
         """Take what a reference knows already; return why it cannot serve this metric, "" if it can."""
@@ -129,7 +149,7 @@ class Kernel(Part):
             self.kernel = KernelInceptionDistance(PassedOn(num_features), KID_SUBSETS, reset_real_features=False)
         super().__init__((column,), view, self.kernel)
 
-    def update(self, views: Mapping[str, Tensor], real: bool) -> None:
+    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
         """Take in a batch of features."""
         self.kernel.update(views[self.view].double(), real=real)
 
@@ -160,7 +180,7 @@ class Score(Part):
         """It needs none."""
         return False
 
-    def update(self, views: Mapping[str, Tensor], real: bool) -> None:
+    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
         """Take in a batch of logits, if generated."""
         if not real:
             self.metric.update(views[self.view])

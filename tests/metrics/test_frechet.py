@@ -82,6 +82,16 @@ def test_the_kept_factor_follows_new_real_features(generator):
     assert distance.compute().item() == pytest.approx(measured(real, generated).compute().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("collapsed", [(False, True), (True, False), (True, True)])
+def test_images_that_are_all_alike_are_far_and_no_error(collapsed, generator):
+    """Such as those of a student that has collapsed: its covariance is 0, but for what rounding leaves of its mean."""
+    sets = [torch.rand(300, 20, generator=generator, dtype=torch.float64) for _ in collapsed]
+    real, generated = (x[:1].expand(len(x), -1) if alike else x for x, alike in zip(sets, collapsed, strict=True))
+    spread = sum(x.var(0).sum() for x in (real, generated))
+    expected = (real.mean(0) - generated.mean(0)).square().sum() + spread
+    assert measured(real, generated).compute().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_features_that_are_not_finite_are_refused(generator):
     real, generated = features(30, 4, generator), features(30, 4, generator)
     for bad in ((real, generated.index_fill(0, torch.tensor(3), float("nan"))), (real / 0, generated)):

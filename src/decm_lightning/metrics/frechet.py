@@ -10,6 +10,8 @@ from decm_lightning.errors import NonFiniteError
 
 # Eigenvalues of a covariance may be below 0 by rounding, by so much of the largest one where it was kept in float32.
 ROUNDING = 1e-5
+# And by so much of the mean's square, which is taken away from the mean square: all of it where all images are alike.
+CANCELLED = 1e-10
 
 
 class PassedOn(nn.Identity):
@@ -76,19 +78,18 @@ class FrechetDistance(FrechetInceptionDistance):
         else:
             real = self.given.to(generated.mean.device)
         if self.factor is None:
-            self.factor = _factor(real.covariance)
-        root = _eigenvalues(self.factor.T @ generated.covariance @ self.factor, "generated features").sqrt().sum()
+            self.factor = _factor(real)
+        seen = self.factor.T @ _finite(generated.covariance, "generated features") @ self.factor
+        floor = CANCELLED * (generated.mean.square().sum() * real.covariance.trace()).item()
+        root = _not_negative(torch.linalg.eigvalsh(seen), "generated features", floor).sqrt().sum()
         traces = real.covariance.trace() + generated.covariance.trace()
         return (real.mean - generated.mean).square().sum() + traces - 2 * root
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(_finite(covariance, "real features"))
-    return vectors * _not_negative(values, "real features").sqrt()
-
-
-def _eigenvalues(matrix: Tensor, what: str) -> Tensor:
-    return _not_negative(torch.linalg.eigvalsh(_finite(matrix, what)), what)
+def _factor(real: Moments) -> Tensor:
+    values, vectors = torch.linalg.eigh(_finite(real.covariance, "real features"))
+    floor = CANCELLED * real.mean.square().sum().item()
+    return vectors * _not_negative(values, "real features", floor).sqrt()
 
 
 def _finite(matrix: Tensor, what: str) -> Tensor:
@@ -97,8 +98,8 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
     return matrix
 
 
-def _not_negative(values: Tensor, what: str) -> Tensor:
+def _not_negative(values: Tensor, what: str, floor: float) -> Tensor:
     least, greatest = values[0].item(), values[-1].item()
-    if least < -ROUNDING * max(greatest, 0):
+    if least < -max(ROUNDING * greatest, floor):
         raise ValueError(f"the {what} have no covariance matrix: its eigenvalues go from {least:g} to {greatest:g}")
     return values.clamp(min=0)

@@ -33,9 +33,10 @@ PATCHES = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "num_layers": 1}
 TEXT = {"joint_attention_dim": 16, "caption_projection_dim": 16}
 
 
-def vae():
-    sizes = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    return AutoencoderKL(**sizes, block_out_channels=(4,), norm_num_groups=1, shift_factor=0.1)
+def vae(levels=1):
+    """Every level but the first halves the sides."""
+    sizes = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    return AutoencoderKL(**sizes, block_out_channels=(4,) * levels, norm_num_groups=1, shift_factor=0.1)
 
 
 def clip(kind=CLIPTextModelWithProjection):
@@ -60,9 +61,9 @@ def gemma():
     return Gemma2Model(config), GemmaTokenizer(vocab=vocabulary, merges=[])
 
 
-def sd3():
-    extras = {"out_channels": 4, "pos_embed_max_size": 6, "pooled_projection_dim": 16}
-    parts = {"transformer": SD3Transformer2DModel(**HEADS, **PATCHES, **TEXT, **extras), "vae": vae()}
+def sd3(levels=1, layers=1):
+    extras = {"num_layers": layers, "out_channels": 4, "pos_embed_max_size": 6, "pooled_projection_dim": 16}
+    parts = {"transformer": SD3Transformer2DModel(**HEADS, **PATCHES | TEXT | extras), "vae": vae(levels)}
     encoders = zip(("", "_2", "_3"), (clip(), clip(), t5()), strict=True)
     for number, (encoder, tokenizer) in encoders:
         parts |= {f"text_encoder{number}": encoder, f"tokenizer{number}": tokenizer}

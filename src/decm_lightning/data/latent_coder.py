@@ -6,7 +6,7 @@ from torch import Tensor
 
 from decm_lightning.autoencoders import Autoencoder
 
-# An image of 512 x 512 takes about a gigabyte while it is encoded in float32.
+# An image of 512 x 512 takes up to a gigabyte in float32.
 CHUNK = 4
 
 

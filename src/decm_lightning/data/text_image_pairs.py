@@ -120,7 +120,7 @@ class TextImagePairs(CaptionedImages):
         Raises:
             ValueError: if no pair is held out.
         """
-        return self._encoded(super().condition(rows, seed))
+        return self._encoded(super().condition(rows, seed), self.trainer and self.trainer.strategy.root_device)
 
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""

@@ -178,11 +178,15 @@ class DiffusersPrompts(CaptionEncoder):
 @contextmanager
 def _quiet() -> Iterator[None]:
     # Pipelines repeat every caption that they cut, in training at every step.
-    from diffusers.utils import logging
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
     try:
+        for library in libraries:
+            library.set_verbosity_error()
         yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)

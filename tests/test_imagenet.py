@@ -76,6 +76,33 @@ def test_an_imagenet_config_trains_a_step(name, files, monkeypatch):
     assert (folder / "config.yaml").is_file()
 
 
+@pytest.mark.slow
+def test_decm_test_scores_what_an_imagenet_config_trained(files, monkeypatch):
+    """All columns, by the config's own evaluation on latents, VAE, Inception and reference images, for six samples."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    np.savez("data/VIRTUAL_imagenet256_labeled.npz", arr_0=images)
+    text = (ROOT / "configs/imagenet.yaml").read_text()
+    short = {r"samples: \d+": "samples: 6", r"test_cells: \[.*\]": "test_cells: [student/mix/1]"}
+    short |= {r"vae: .*": "vae: data/vae", r"every_n_train_steps: \d+": "every_n_train_steps: 1"}
+    short |= {
+        "compile: true": "compile: false",
+        r"batch_size: \d+": "batch_size: 4",
+        "num_workers: 8": "num_workers: 0",
+    }
+    for pattern, replacement in short.items():
+        text = re.sub(pattern, replacement, text)
+    Path("short.yaml").write_text(text)
+    argv = ["--config", "short.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    argv += ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "1"]
+    assert decm(monkeypatch, "fit", *argv, "--trainer.limit_val_batches", "0") == 0
+    checkpoint = "runs/imagenet/version_0/checkpoints/last.ckpt"
+    assert decm(monkeypatch, "test", *argv, "--ckpt_path", checkpoint) == 0
+    table = Path("runs/imagenet/version_1/quality.md").read_text()
+    assert "| fid | sfid | inception_score | precision | recall | kid |" in table
+    assert "- labels: uniform over 1000 classes" in table
+    assert "- real images: 6" in table
+
+
 @pytest.mark.parametrize("name", ["imagenet", "imagenet-recommended"])
 def test_steps_and_batches_are_the_epochs_that_the_config_says(name):
     """250 epochs of 1,281,167 images, on eight devices."""

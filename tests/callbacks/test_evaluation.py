@@ -261,6 +261,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     )
     digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
     assert written["protocol"] == {
+        "checkpoint": "none: weights in memory",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),
         "reference sha256": digest,

@@ -12,7 +12,10 @@ def protocol(
 ) -> dict[str, str | int]:
     """Return what was done, for people and for the file; for all processes, since they count together."""
     counts = qualities[0].counts()
-    lines: dict[str, str | int] = {"feature network": ", ".join(quality.name for quality in qualities)}
+    lines: dict[str, str | int] = {"checkpoint": str(drawing.module.trainer.ckpt_path or "none: weights in memory")}
+    if vae := getattr(drawing.data, "vae", None):
+        lines["VAE"] = str(vae)
+    lines["feature network"] = ", ".join(quality.name for quality in qualities)
     lines["reference"] = "images of the loader" if reference is None else str(reference.path)
     if reference is not None:
         lines["reference sha256"] = reference.sha256

@@ -155,13 +155,12 @@ class Kernel(Part):
 
     def note(self, counts: Counts) -> str:
         """Say how many subsets of how many images."""
-        return f"mean over {KID_SUBSETS} subsets of {_subset_size(counts)}, not times 1,000"
+        return f"mean over {_subsets(counts)} subsets of {_subset_size(counts)}, not times 1,000"
 
     def compute(self, counts: Counts, seed: int) -> dict[str, float]:
         """Return the distance, 0 in the mean for equal laws; it may be negative."""
         self.kernel.subset_size = _subset_size(counts)
-        # Subsets that hold all images are all the same.
-        self.kernel.subsets = KID_SUBSETS if max(counts.real, counts.generated) > self.kernel.subset_size else 1
+        self.kernel.subsets = _subsets(counts)
         with _seeded(seed):
             mean, _ = self.kernel.compute()
         return {self.columns[0]: mean.item()}
@@ -213,6 +212,11 @@ class Manifolds(Part):
     def compute(self, counts: Counts, seed: int) -> dict[str, float]:
         """Return both, in [0, 1]."""
         return dict(zip(self.columns, (value.item() for value in self.metric.compute()), strict=True))
+
+
+def _subsets(counts: Counts) -> int:
+    # Subsets that hold all images are all the same.
+    return KID_SUBSETS if max(counts.real, counts.generated) > _subset_size(counts) else 1
 
 
 def _subset_size(counts: Counts) -> int:

@@ -16,7 +16,7 @@ train and test, each with --config FILE and dotted overrides such as --trainer.m
   predict    draw samples for the labels of the reference images, into a folder
 
 use what was trained:
-  sample     draw images from a checkpoint or folder: a grid, or one file each
+  sample     draw images of classes, or of a file of prompts, from a checkpoint or folder
   export     write a checkpoint's averaged weights as a folder (config.json, model.safetensors)
   consolidate  make one file, or such a folder, of a checkpoint that several processes have written in shards
 

@@ -1,0 +1,196 @@
+"""decm sample --prompts: images in GenEval's layout, resumed where they stopped, and what is wrong with a file."""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from decm_lightning import cli
+from decm_lightning.cli.prompts import Prompt, read_prompts
+from decm_lightning.networks import DiT, TextDiT, save
+from decm_lightning.samplers import mix
+from decm_lightning.text import TextEncoder
+from decm_lightning.types import Captions
+
+LINES = [
+    '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
+    '{"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"}',
+    '{"tag": "counting",  "prompt": "zwei K\u00fche \u2028 \u725b"}',
+]
+DRAW = ("sample", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
+
+
+def text_dit(seed: int) -> TextDiT:
+    torch.manual_seed(seed)
+    network = TextDiT(8, 3, 8, patch_size=4, width=16, depth=1, heads=2, landing_time=True)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+@pytest.fixture
+def decm(monkeypatch, tmp_path, capsys):
+    """A function that runs one command beside a tiny student, its real tiny text encoder and a file of prompts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    save(text_dit(0), "student")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    Path("encoder").mkdir()
+    Path("encoder/vocab.txt").write_text("\n".join(pieces))
+    BertTokenizerFast(vocab="encoder/vocab.txt").save_pretrained("encoder")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained("encoder")
+    Path("prompts.jsonl").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["decm", *argv])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def scored(folder: Path) -> dict[str, tuple[dict, list[bytes]]]:
+    """Read a folder as GenEval's evaluate_images.py does: numbered folders, one JSON each, samples named by digits."""
+    found = {}
+    for place in folder.iterdir():
+        if not place.is_dir() or not place.name.isdigit():
+            continue
+        with (place / "metadata.jsonl").open(encoding="utf-8") as file:
+            metadata = json.load(file)
+        names = [name for name in sorted((place / "samples").iterdir()) if re.match(r"\d+\.png", name.name)]
+        found[place.name] = metadata, [np.asarray(Image.open(name)).tobytes() for name in names]
+    return found
+
+
+def test_the_layout_is_what_genevals_scorer_reads(decm, tmp_path):
+    assert decm(*DRAW, "--out", "drawn")[0] == 0
+    found = scored(tmp_path / "drawn")
+    assert sorted(found) == ["00000", "00001", "00002"]
+    assert [found[name][0] for name in sorted(found)] == [json.loads(line) for line in LINES]
+    assert (tmp_path / "drawn/00000/metadata.jsonl").read_text() == LINES[0] + "\n"
+    assert (tmp_path / "drawn/00000/samples/0001.png").is_file()
+    assert Image.open("drawn/00000/samples/0001.png").size == (8, 8)
+    images = [image for _, pictures in found.values() for image in pictures]
+    assert len(set(images)) == 6
+
+
+def test_images_are_the_students_for_the_encoded_prompt(decm):
+    """By hand, from the network, the encoder and the sampler: only where the noise comes from is the command's own."""
+    assert decm(*DRAW, "--out", "drawn", "--steps", "2")[0] == 0
+    noise = []
+    plain = torch.randn
+
+    def kept(*args, **kwargs):
+        noise.append(plain(*args, **kwargs))
+        return noise[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", kept)
+        assert decm(*DRAW, "--out", "again", "--steps", "2")[0] == 0
+    captions = TextEncoder("encoder")([json.loads(LINES[1])["prompt"]])
+    two = Captions(captions.tokens.expand(2, -1, -1), captions.mask.expand(2, -1))
+    with torch.no_grad():
+        made = mix(text_dit(0).eval(), torch.stack([drawn for drawn in noise if drawn.shape == (3, 8, 8)][2:4]), two, 2)
+    expected = ((made + 1) * 127.5).round().clamp(0, 255)
+    for folder in ("drawn", "again"):
+        for row in range(2):
+            image = torch.from_numpy(np.array(Image.open(f"{folder}/00001/samples/{row:04d}.png"))).permute(2, 0, 1)
+            torch.testing.assert_close(image.float(), expected[row], atol=1, rtol=0)
+
+
+def test_what_is_there_is_not_drawn_again(decm, tmp_path):
+    decm(*DRAW, "--out", "whole", "--sampler", "consistency", "--steps", "2")
+    expected = scored(tmp_path / "whole")
+    decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
+    kept = tmp_path / "parts/00000/samples/0000.png"
+    kept.write_bytes(b"kept")
+    # As after a kill in the middle of a prompt, and after a lost image.
+    (tmp_path / "parts/00001/metadata.jsonl").unlink()
+    (tmp_path / "parts/00001/samples/0001.png").write_bytes(b"half an image")
+    (tmp_path / "parts/00002/samples/0000.png").unlink()
+    code, out, _ = decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
+    assert code == 0
+    assert "wrote images of 2 prompts to parts; 1 of 3 were there" in out
+    assert kept.read_bytes() == b"kept"
+    kept.unlink()
+    assert "images of 1 prompts" in decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")[1]
+    assert scored(tmp_path / "parts") == expected
+
+
+@pytest.mark.parametrize("changed", ["steps", "seed", "weights", "prompts"])
+def test_images_drawn_otherwise_are_not_mixed(decm, changed):
+    decm(*DRAW, "--out", "drawn")
+    more = {"steps": ("--steps", "2"), "seed": ("--seed", "1")}.get(changed, ())
+    if changed == "weights":
+        save(text_dit(1), "student")
+    if changed == "prompts":
+        Path("prompts.jsonl").write_text("\n".join(LINES[:2]))
+    code, _, err = decm(*DRAW, "--out", "drawn", *more)
+    assert code == 2
+    assert f"drawn holds images drawn otherwise ({changed} " in err
+    assert "give another --out" in err
+
+
+def test_plain_text_has_one_prompt_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes('\ufeffa cat\r\n eine "K\u00fche" \r\n'.encode())
+    assert [prompt.text for prompt in read_prompts(file)] == ["a cat", 'eine "K\u00fche"']
+    assert [json.loads(prompt.line)["prompt"] for prompt in read_prompts(file)] == ["a cat", 'eine "K\u00fche"']
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(LINES[2], encoding="utf-8")
+    assert read_prompts(lines) == [Prompt(json.loads(LINES[2])["prompt"], LINES[2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "a cat\n\na dog\n", "p.txt, line 2: the prompt is empty"),
+        ("p.txt", "", "p.txt has no prompt: it is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl, line 2: not a line of JSON"),
+        ("p.jsonl", '{"prompt": " "}\n', "p.jsonl, line 1: the prompt is empty"),
+        ("p.jsonl", '{"text": "a"}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
+        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
+        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
+        ("p.txt", b"caf\xe9\n", "p.txt is no text in UTF-8"),
+        ("missing.txt", None, "no file of prompts at missing.txt"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = decm(*DRAW, "--prompts", name, "--out", "drawn")
+    assert code == 2
+    assert f"decm: error: {message}" in err
+    assert len([line for line in err.splitlines() if line.startswith("decm: ")]) == 1
+    assert not Path("drawn").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["student"], "student draws captions: give --prompts FILE and --encoder, what it was trained with"),
+        (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
+        (["classes", "--prompts", "prompts.jsonl"], "classes draws classes, not captions: give --classes"),
+        ([*DRAW[1:], "--out", "a.png"], "prompts are drawn into a folder: give --out FOLDER, not a.png"),
+        ([*DRAW[1:], "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
+        ([*DRAW[1:], "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
+        ([*DRAW[1:], "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),
+    ],
+)
+def test_bad_input_is_one_line(decm, argv, message):
+    save(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10), "classes")
+    code, _, err = decm("sample", *argv)
+    assert code == 2
+    assert message in err
+    assert not Path("a").exists()

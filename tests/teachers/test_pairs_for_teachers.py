@@ -125,7 +125,7 @@ def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
     found = {}
     for captions in ("cached", "on_the_fly"):
         data = TextImagePairs(
-            source, 4, DiffusersPrompts(folder, max_tokens=12), str(tmp_path), captions, folder, held_out=0.4
+            source, 4, DiffusersPrompts(folder, max_tokens=20), str(tmp_path), captions, folder, held_out=0.4
         )
         data.prepare_data()
         data.setup("fit")
@@ -138,12 +138,12 @@ def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
     torch.testing.assert_close(cached.tokens[there], live.tokens[there], rtol=2e-3, atol=2e-3)
     if live.mask is not None:
         assert torch.equal(cached.mask, live.mask)
-        assert not live.mask.all()
+        assert not live.mask.any(0).all()
     if live.pooled is not None:
         torch.testing.assert_close(cached.pooled, live.pooled, rtol=2e-3, atol=2e-3)
-    null = kind(folder, rank=2, side=4, max_tokens=12).null(cached)
+    null = kind(folder, rank=2, side=4, max_tokens=20).null(cached)
     assert null.tokens.shape == cached.tokens.shape
-    # One file for the pixels' folder, and one for the captions, of the encoder that was asked.
+    # None is written where captions are encoded on the fly.
     assert len(list(tmp_path.glob("captions-*"))) == 1
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Model
 
-from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, encode
+from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, UnencodedCaptions, encode
 from decm_lightning.types import Captions
 
 CAPTIONS = ["grinning face, smile", "a", "red heart, love, emotion", "a"]
@@ -57,6 +57,20 @@ def test_captions_are_encoded_once(minilm, tmp_path, caplog):
     blind.__dict__["_loaded"] = None
     assert torch.equal(encode(CAPTIONS[::-1], blind, tmp_path).read([3]).tokens, encoded.read([0]).tokens)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_captions_encoded_when_needed_are_those_of_the_encoder(minilm):
+    """In the order asked for, in chunks of other lengths, padded to the longest."""
+    texts = [*("red heart" for _ in range(40)), *CAPTIONS]
+    rows = [43, 42, *range(40), 41, 40]
+    unencoded = UnencodedCaptions(texts)
+    assert len(unencoded) == 44
+    found = unencoded.encode(unencoded.read(rows), minilm)
+    expected = minilm([texts[row] for row in rows])
+    assert torch.equal(found.mask, expected.mask)
+    assert found.pooled is None
+    torch.testing.assert_close(found.tokens[found.mask], expected.tokens[expected.mask], rtol=0, atol=1e-5)
+    assert minilm([texts[row] for row in rows[32:]]).tokens.shape != minilm([texts[rows[2]]]).tokens.shape
 
 
 class Fixed(MiniLM):

@@ -120,7 +120,8 @@ class TextImagePairs(CaptionedImages):
         Raises:
             ValueError: if no pair is held out.
         """
-        return self._encoded(super().condition(rows, seed), self.trainer and self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device if self.trainer else None
+        return self._encoded(super().condition(rows, seed), device)
 
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""

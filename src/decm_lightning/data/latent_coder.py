@@ -6,7 +6,7 @@ from torch import Tensor
 
 from decm_lightning.autoencoders import Autoencoder
 
-# An image of 512 x 512 takes up to a gigabyte in float32.
+# SD3's takes 0.7 GB while it encodes an image of 512 x 512 in float32, 1.2 GB while it decodes one.
 CHUNK = 4
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from decm_lightning.data.pairs import Pairs
 from decm_lightning.metrics import CaptionProbe, Quality
-from decm_lightning.metrics.captions import CaptionAccuracy, Hits, embedding
+from decm_lightning.metrics.captions import PENALTIES, CaptionAccuracy, Hits, embedding
 from decm_lightning.metrics.parts import Counts, Prompts
 from decm_lightning.pictures import to_uint8
 from decm_lightning.text import EncodedCaptions
@@ -126,7 +126,7 @@ def test_the_penalty_has_the_least_leave_one_out_error():
             total += float((y[row] - middle - (x[row] - centre) @ weight).square().sum())
         return total
 
-    assert probe.penalty == min((10.0**power for power in range(-1, 7)), key=error)
+    assert probe.penalty == min(PENALTIES, key=error)
 
 
 def test_ties_and_nan_are_never_in_an_images_favour():

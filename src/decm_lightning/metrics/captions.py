@@ -1,7 +1,7 @@
 """Caption accuracy: whether an image is told from its caption's neighbours by a probe that saw real images only."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from decm_lightning.types import Batch, Captions, Condition
 BATCH = 256
 AT_ONCE = 64
 # The ridge penalties among which leave-one-out chooses, in the features' own units.
-PENALTIES = tuple(10.0**power for power in range(-1, 7))
+PENALTIES = tuple(10 ** (power / 2) for power in range(-2, 15))
 # Captions are the same ones if their embeddings are, but for the rounding of a sum in another order.
 SAME = 1 - 1e-4
 
@@ -111,15 +111,13 @@ class CaptionProbe(nn.Module):
 
     def fit(self, features: Float[Tensor, "n d"], captions: Float[Tensor, "n e"], held: Float[Tensor, "m e"]) -> None:
         """Fit it to features and caption embeddings of real images, and set the captions to tell apart."""
-        # Imported here: it takes a second that most runs need not spend.
-        from sklearn.linear_model import RidgeCV
-
         device = self.weight.device
-        ridge: Any = RidgeCV(PENALTIES).fit(features.double().cpu().numpy(), captions.double().cpu().numpy())
-        self.weight = torch.from_numpy(ridge.coef_).float().to(device)
-        self.x_mean, self.y_mean = features.mean(0).to(device), captions.mean(0).to(device)
+        x, y = features.double().cpu(), captions.double().cpu()
+        self.x_mean, self.y_mean = x.mean(0).float().to(device), y.mean(0).float().to(device)
+        weight, self.penalty = _ridge(x - x.mean(0), y - y.mean(0))
+        self.weight = weight.float().to(device)
         self.candidates = normalize(held.unique(dim=0).to(device) - self.y_mean, dim=1)
-        self.fitted, self.penalty = len(features), float(ridge.alpha_)
+        self.fitted = len(features)
 
     def ranks(self, features: Float[Tensor, "b d"], captions: Float[Tensor, "b e"]) -> Int[Tensor, " b"]:
         """Return how many other candidates are at least as near to an image as its own caption: 0 is right.
@@ -219,6 +217,25 @@ def embedding(condition: Condition) -> Float[Tensor, "b e"]:
         return normalize(condition.tokens.float().mean(1), dim=1)
     kept = condition.mask[..., None].float()
     return normalize((condition.tokens.float() * kept).sum(1) / kept.sum(1).clamp(min=1), dim=1)
+
+
+def _ridge(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]) -> tuple[Float[Tensor, "e d"], float]:
+    """Return W and the penalty a with the least leave-one-out error, of centred x and y.
+
+    With x^T x = V diag(l) V^T and z = x V, W^T = V diag(1 / (l + a)) z^T y. Without row i, its residual would be
+    1 / (1 - h_i) times as large, h_i = 1 / n + sum_k z_ik^2 / (l_k + a), where 1 / n is for the means.
+    """
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    z = x @ vectors
+    projected = z.T @ y
+    errors = []
+    for penalty in PENALTIES:
+        shrunk = 1 / (values.clamp(min=0) + penalty)
+        leverage = 1 / len(x) + z.square() @ shrunk
+        residual = y - z @ (shrunk[:, None] * projected)
+        errors.append(float((residual / (1 - leverage)[:, None]).square().sum()))
+    penalty = PENALTIES[errors.index(min(errors))]
+    return (vectors @ (projected / (values.clamp(min=0) + penalty)[:, None])).T, penalty
 
 
 def _batches(rows: Sequence[int]) -> list[Sequence[int]]:

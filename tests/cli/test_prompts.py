@@ -13,11 +13,15 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import cli
+from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.cli.prompts import Prompt, read_prompts
+from decm_lightning.data.latent_coder import LatentCoder
 from decm_lightning.networks import DiT, TextDiT, save
+from decm_lightning.pictures import to_uint8
 from decm_lightning.samplers import mix
 from decm_lightning.text import TextEncoder
 from decm_lightning.types import Captions
+from tests.autoencoders.tiny import save_kl
 
 LINES = [
     '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
@@ -194,3 +198,22 @@ def test_bad_input_is_one_line(decm, argv, message):
     assert code == 2
     assert message in err
     assert not Path("a").exists()
+
+
+def test_latents_of_captions_are_decoded_by_the_vaes_own_scaling(decm):
+    torch.manual_seed(0)
+    save(TextDiT(4, 2, 8, patch_size=2, width=16, depth=1, heads=2), "latent")
+    vae = str(save_kl(Path("vae")))
+    argv = ["sample", "latent", *DRAW[2:], "--out", "drawn"]
+    code, _, err = decm(*argv)
+    assert code == 2
+    assert "the model makes 2 channels, latents: give --vae, what encoded them" in err
+    seen = []
+    plain = LatentCoder.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentCoder, "decode", lambda self, x: seen.append(x) or plain(self, x))
+        assert decm(*argv, "--vae", vae)[0] == 0
+    expected = to_uint8(LatentCoder(load_autoencoder(vae)).decode(seen[0]))
+    image = torch.from_numpy(np.array(Image.open("drawn/00000/samples/0000.png"))).permute(2, 0, 1)
+    assert torch.equal(image, expected[0])
+    assert image.shape == (3, 8, 8)

@@ -115,8 +115,8 @@ def _of_classes(
 
 
 def _decoder(vae: str | None, latents: str | None, network: Network) -> Callable[[Sample], Sample]:
-    channels = network.sample_shape[0]
-    if vae and not latents and isinstance(network.example(1)[3], Captions):
+    channels, reads_captions = network.sample_shape[0], isinstance(network.example(1)[3], Captions)
+    if vae and not latents and reads_captions:
         # Imported here: Lightning comes along with the data, and takes seconds.
         from decm_lightning.autoencoders import load_autoencoder
         from decm_lightning.data.latent_coder import LatentCoder
@@ -131,7 +131,8 @@ def _decoder(vae: str | None, latents: str | None, network: Network) -> Callable
     if vae or latents:
         raise ValueError("give --vae and --latents together: the VAE, and the folder of latents with their statistics")
     if channels not in (1, 3):
-        raise ValueError(f"the model makes {channels} channels, latents: give --vae and --latents to see pictures")
+        wanted = "--vae, what encoded them," if reads_captions else "--vae and --latents"
+        raise ValueError(f"the model makes {channels} channels, latents: give {wanted} to see pictures")
     return lambda drawn: drawn
 
 

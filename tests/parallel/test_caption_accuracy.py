@@ -1,0 +1,35 @@
+"""Caption accuracy in two processes against one."""
+
+import pytest
+import torch
+
+from decm_lightning.callbacks.shares import shares
+from decm_lightning.metrics import CaptionProbe, Quality
+from decm_lightning.metrics.parts import Prompts
+from decm_lightning.pictures import to_uint8
+from tests.metrics.test_captions import HELD, Data, Pixels, read
+from tests.parallel.pair import SIZE
+
+pytestmark = pytest.mark.slow
+
+
+def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Shares and protocol of held-out images with noise, of which each process sees its own."""
+    rank = 0 if world == 1 else torch.distributed.get_rank()
+    data = Data()
+    quality = Quality(CaptionProbe(Pixels()))
+    quality.prepare(data, read)
+    held = data.reference.__getitems__(range(HELD))
+    noise = torch.randn(held.x_1.shape, generator=torch.Generator().manual_seed(1))
+    for rows in shares(HELD, batch_size, rank, world):
+        prompts = Prompts(data.condition(rows))
+        quality.real(to_uint8(held.x_1[rows.start : rows.stop]), prompts)
+        quality.generated(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), prompts)
+    return quality.compute(), quality.notes()
+
+
+@pytest.mark.parametrize("batch_size", [9, 1])
+def test_two_processes_measure_what_one_does(pair, batch_size):
+    expected = measured(100, world=1)
+    assert 0 < expected[0]["caption_top1"] < expected[0]["caption_top5"] < 1
+    assert all(found == expected for found in pair.run(measured, batch_size, SIZE))

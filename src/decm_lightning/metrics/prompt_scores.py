@@ -2,6 +2,10 @@
 
 Each stands where `Evaluation` expects a feature network. They are measured in tests only, and load their model when the
 test begins; without the library or the weights the column is left out, with the reason in one line.
+
+The libraries of ImageReward, BLIP and HPS bring torchvision and old versions of other packages along (hpsv2 wants
+protobuf below 4): they are no extra of this package, and their adapters have not been run with real weights. Where they
+do not go together, `decm sample --prompts` writes the images for them.
 """
 
 from abc import abstractmethod

@@ -46,8 +46,8 @@ def test_it_is_frozen_and_measured_by_a_frechet_distance_of_its_own_name(folder,
     assert not any(p.requires_grad for p in network.parameters())
     quality = Quality(network)
     assert quality.columns == ["fd_dinov2"]
-    for real in (True, False):
-        quality._update(uint8_images(20, 16, generator, channels=1), real)
+    quality.real(uint8_images(20, 16, generator, channels=1))
+    quality.generated(uint8_images(20, 16, generator, channels=1))
     assert quality.compute()["fd_dinov2"] > 0
 
 

@@ -200,6 +200,8 @@ def measure(
                 try:
                     start = time.perf_counter()
                     run()
+                    # A gradient that is there before would be freed and count as negative.
+                    step.student.zero_grad(set_to_none=True)
                     found.memory = peak_memory(device, run)
                 except (RuntimeError, NotImplementedError, ValueError) as problem:
                     found.failure = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"

@@ -61,7 +61,7 @@ class Curve(L.Callback):
         self.norms.append(trainer.callback_metrics["grad_norm/total"].item())
 
 
-def measure(config: str, objective: str, seed: int, steps: int, folder: Path) -> dict[str, object]:
+def measure(config: str, objective: str, seed: int, steps: int, folder: Path, compile: bool) -> dict[str, object]:
     """Distil, keep in `folder` and test one student; return its distances by cell and its gradient norms by step."""
     spec = dict(OBJECTIVES[objective])
     spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
@@ -82,7 +82,10 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path) ->
         ),
         *("--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"),
         *("--model.init_args.objective", json.dumps(spec), "--model.init_args.lr_scheduler", json.dumps(scheduler)),
+        *("--model.init_args.compile", str(compile).lower()),
     )
+    # The compiler counts what it compiled for earlier students, and gives up at a number.
+    torch.compiler.reset()
     unused = (LearningRateMonitor, ModelCheckpoint, SampleGrid, Throughput, GradientNorms)
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
     evaluation.test_cells = [Cell.parse(f"student/{cell}") for cell in STUDENT]
@@ -158,7 +161,9 @@ def draw_norms(results: dict[str, list[dict]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], threads: int = 2) -> None:
+def study(
+    data: Literal["digits", "fashion"], steps: int, seeds: list[int], threads: int = 2, compile: bool = False
+) -> None:
     """Run the study.
 
     Args:
@@ -166,6 +171,7 @@ def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], thre
         steps: training steps of each student.
         seeds: one run of each objective for each seed.
         threads: processor threads.
+        compile: compile the networks: a third faster where there is a C++ compiler.
     """
     torch.set_num_threads(threads)
     config, folder, found_in = f"configs/{data}/decm.yaml", Path("runs/ablation") / data, Path("docs/ablation") / data
@@ -179,7 +185,7 @@ def study(data: Literal["digits", "fashion"], steps: int, seeds: list[int], thre
             found = (
                 teacher(config, folder / "teacher")
                 if seed is None
-                else measure(config, name, seed, steps, folder / file.stem)
+                else measure(config, name, seed, steps, folder / file.stem, compile)
             )
             file.write_text(json.dumps(found))
         results[name].append(json.loads(file.read_text()))

@@ -82,14 +82,14 @@ class Recorder(L.LightningModule):
         return None
 
 
-def test_latents_and_captions_arrive_in_their_pairs(source, tmp_path):
+@pytest.mark.parametrize("latents", ["cached", "on_the_fly"])
+def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
     """Shuffled, through Lightning and a loading process, in two epochs; each pair once in each."""
     torch.manual_seed(0)
     folder = save(sd3(levels=2), tmp_path / "sd3")
     prompts = DiffusersPrompts(folder, max_tokens=6)
-    data = TextImagePairs(
-        source, 8, prompts, str(tmp_path), captions="on_the_fly", vae=folder, batch_size=4, held_out=0, num_workers=1
-    )
+    fly = {"captions": "on_the_fly", "vae": folder, "latents": latents}
+    data = TextImagePairs(source, 8, prompts, str(tmp_path), **fly, batch_size=4, held_out=0, num_workers=1)
     recorder = Recorder()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = L.Trainer(
@@ -105,7 +105,8 @@ def test_latents_and_captions_arrive_in_their_pairs(source, tmp_path):
     for batch in recorder.batches:
         apart = torch.cdist(batch.x_1.flatten(1), latents.flatten(1))
         nearest, rows = apart.min(1)
-        assert nearest.max() < 1e-4 < apart.sort(1).values[:, 1].min()
+        # Kept ones are in half precision.
+        assert nearest.max() < (1e-4 if latents == "on_the_fly" else 5e-3) < apart.sort(1).values[:, 1].min()
         for found, expected in zip(batch.condition, captions, strict=True):
             assert found is expected is None or torch.allclose(found, expected[rows], rtol=0, atol=1e-5)
         orders.append(rows.tolist())

@@ -21,7 +21,8 @@ use what was trained:
   consolidate  make one file, or such a folder, of a checkpoint that several processes have written in shards
 
 make and look at what you will train on:
-  encode         images into a folder of latents of a VAE, on all devices; started again, it goes on
+  encode         images into a folder of latents of a VAE, on all devices; started again, it goes on;
+                 with --pairs, text-image pairs into the cache of a training (decm encode --pairs SOURCE --help)
   validate-data  read a whole folder of latents, and say what is in it or what is wrong with it
 
 decm COMMAND --help lists a command's options. decm fit --config FILE --print_config shows the whole config.
@@ -54,7 +55,10 @@ def _consolidate(command: str, argv: Sequence[str]) -> None:
 
 
 def _encode(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.encode import run
+    if any(arg.partition("=")[0] == "--pairs" for arg in argv):
+        from decm_lightning.cli.encode_pairs import run
+    else:
+        from decm_lightning.cli.encode import run
 
     run(argv)
 

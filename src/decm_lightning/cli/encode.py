@@ -36,6 +36,7 @@ def encode(
 
     It can be killed at any moment: the same command goes on where it was, with any number of devices. The result is the
     same to the bit on the same kind of device, with the same batch_size and number of threads, else up to rounding.
+    Text-image pairs are another matter: decm encode --pairs SOURCE --help.
 
     Args:
         images: a folder of class folders, a folder of webdataset tars, one tar, or a pattern such as "train-*.tar".

@@ -89,7 +89,7 @@ class Emoji(CaptionedImages):
 
     def prepare_data(self) -> None:
         """Encode the captions on one process of each machine, where it has not been done."""
-        encode(self._captions(pictures()), self.encoder, self.cache)
+        encode(self._captions(pictures()), self.encoder, self.cache, self.device)
 
     def setup(self, stage: str) -> None:
         """Load pictures and captions.
@@ -100,7 +100,7 @@ class Emoji(CaptionedImages):
         found = pictures()
         captions = self._captions(found)
         images = torch.stack([pixels_of(picture.file, self.size) for picture in found])
-        encoded = encode(captions, self.encoder, self.cache)
+        encoded = encode(captions, self.encoder, self.cache, self.device)
         names = [picture.base for picture in found]
         self.fit_network("images", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)

@@ -4,30 +4,33 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float16, UInt8
 from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from decm_lightning.data.images import ResumableData, Rows, as_it_is
-from decm_lightning.data.pairs_cache import Pixels
 from decm_lightning.text import EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
+Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
+
 
 class Pairs(Rows):
-    """Images in [-1, 1] with captions, fetched a batch at a time; of N images, item N k + i is image i's caption k.
+    """Images in [-1, 1] or latents, with captions, fetched a batch at a time.
+
+    Of N images, item N k + i is image i with its caption k.
 
     Args:
-        images: (n, c, h, w), uint8.
+        images: (n, c, h, w), pixels in uint8, or latents in float16, which stay as they are.
         captions: n times `variants` captions, those of an image together; a batch has the numbers of unencoded ones.
         rows: which of the images, N of them.
         variants: captions an image has.
     """
 
     def __init__(
-        self, images: Pixels, captions: EncodedCaptions | UnencodedCaptions, rows: Tensor, variants: int = 1
+        self, images: Stored, captions: EncodedCaptions | UnencodedCaptions, rows: Tensor, variants: int = 1
     ) -> None:
         assert len(captions) == len(images) * variants, (len(captions), len(images), variants)
         self.images = images
@@ -43,7 +46,9 @@ class Pairs(Rows):
         """Return the batch of the given items."""
         given = torch.as_tensor(items)
         rows = self.rows[given % len(self)]
-        return Batch(self.images[rows].float() / 127.5 - 1, self.captions.read(self._captions(given)))
+        stored = self.images[rows]
+        x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+        return Batch(x_1, self.captions.read(self._captions(given)))
 
     def condition(self, items: Sequence[int]) -> Condition:
         """Return the captions of the given items, or their numbers."""
@@ -99,9 +104,16 @@ class CaptionedImages(ResumableData):
         self.held_out = held_out
         self.reference_size = reference_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where captions and images are encoded: where the trainer computes, or else this machine's accelerator."""
+        if self.trainer:
+            return self.trainer.strategy.root_device
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
     def split(
         self,
-        images: Pixels,
+        images: Stored,
         captions: EncodedCaptions | UnencodedCaptions,
         texts: Sequence[str],
         names: Sequence[str],
@@ -110,7 +122,7 @@ class CaptionedImages(ResumableData):
         """Fill `train`, `reference` and `texts`; images of one name stay together.
 
         Args:
-            images: (n, c, h, w), uint8.
+            images: (n, c, h, w), uint8 or latents.
             captions: n times `variants` captions, those of an image together.
             texts: n captions in words, the first of each image.
             names: n names.

@@ -31,12 +31,14 @@ class Prepared:
         captions: one for each image.
         names: what tells an image from all others.
         faults: what was left out.
+        folder: where all this is kept.
     """
 
     images: Pixels
     captions: list[str]
     names: list[str]
     faults: list[Fault]
+    folder: Path
 
 
 def prepare(source: Path, cache: Path, size: int, column: str | None, max_characters: int) -> Prepared:
@@ -144,4 +146,4 @@ def _load(folder: Path, size: int) -> Prepared:
     # A file of no bytes cannot be mapped.
     mapped = torch.from_file(file, size=3 * count * size**2, dtype=torch.uint8) if count else torch.empty(0)
     faults = [Fault(**fault) for fault in record["faults"]]
-    return Prepared(mapped.view(shape).to(torch.uint8), record["captions"], record["names"], faults)
+    return Prepared(mapped.view(shape).to(torch.uint8), record["captions"], record["names"], faults, folder)

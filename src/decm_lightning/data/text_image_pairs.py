@@ -12,6 +12,7 @@ from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.data.latent_coder import LatentCoder
 from decm_lightning.data.pairs import CaptionedImages
 from decm_lightning.data.pairs_cache import Prepared, prepare
+from decm_lightning.data.pairs_latents import encode_latents
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -28,8 +29,8 @@ class TextImagePairs(CaptionedImages):
 
     Images are read, cropped to a square about their centre, resized and laid on white where they are transparent, once,
     into `cache`. So all faults are found before training starts: an image that cannot be read, a caption that is empty
-    or too long, a pair with one half missing, a tar cut short. With a VAE, a batch holds latents, encoded on the device
-    of the network when they are needed: (z - shift_factor) scaling_factor.
+    or too long, a pair with one half missing, a tar cut short. With a VAE, a batch holds latents, (z - shift_factor)
+    scaling_factor. What is kept in `cache` may be made ahead of training: `decm encode --pairs`.
 
     Args:
         source: a file or folder.
@@ -40,6 +41,8 @@ class TextImagePairs(CaptionedImages):
         captions: "cached", encoded once, or "on_the_fly", on the device of the network when they are needed: those of
             SD3, 2.7 MB each, for 100,000 pairs or more.
         vae: for latents, the VAE as `load_autoencoder` takes it, such as the folder of a pipeline; None for pixels.
+        latents: with a VAE, "cached", encoded once and kept in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
+            "on_the_fly", on the device of the network when they are needed.
         batch_size: pairs per training batch on each device, at least 1.
         held_out: share of pairs kept from training by a hash of their names, in [0, 1).
         reference_size: at most so many reference images; None for all that are held out.
@@ -60,6 +63,7 @@ class TextImagePairs(CaptionedImages):
         cache: str = "runs/cache",
         captions: Literal["cached", "on_the_fly"] = "cached",
         vae: str | None = None,
+        latents: Literal["cached", "on_the_fly"] = "cached",
         batch_size: int = 64,
         held_out: float = 0.05,
         reference_size: int | None = None,
@@ -76,6 +80,7 @@ class TextImagePairs(CaptionedImages):
         self.encoder = encoder or MiniLM()
         self.captions = captions
         self.vae = vae
+        self.latents = latents
         self.coder: LatentCoder | None = None
         self.cache = Path(cache)
         self.caption_column = caption_column
@@ -84,7 +89,18 @@ class TextImagePairs(CaptionedImages):
 
     def prepare_data(self) -> None:
         """Read and encode on one process of each machine, where it has not been done."""
-        self.setup("prepare")
+        self.prepare()
+
+    def prepare(self, device: str | torch.device | None = None) -> int:
+        """Read and encode what has not been, and return the number of good pairs.
+
+        Args:
+            device: where to encode; None for `self.device`.
+
+        Raises:
+            FileNotFoundError, ValueError, ImportError: as `setup`.
+        """
+        return len(self._load("prepare", torch.device(device) if device else self.device).captions)
 
     def setup(self, stage: str) -> None:
         """Read the pairs.
@@ -94,24 +110,11 @@ class TextImagePairs(CaptionedImages):
             ValueError: counting and naming the faults, if no pair is without one, or the network makes other samples.
             ImportError: if what reads tables or encodes captions is not installed.
         """
-        if self.vae is None:
-            self.fit_network("images", (3, self.size, self.size))
-        else:
-            self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
-            self.fit_network(f"latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
-        prepared = self._prepared(stage)
-        captions: EncodedCaptions | UnencodedCaptions
-        if self.captions == "cached":
-            captions = encode(prepared.captions, self.encoder, self.cache)
-        else:
-            captions = UnencodedCaptions(prepared.captions)
-            if stage == "prepare":
-                self.encoder.measured(prepared.captions)
-        self.split(prepared.images, captions, prepared.captions, prepared.names)
+        self._load(stage, self.device)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Return the batch as the network takes it: latents, if there is a VAE, and captions that are encoded."""
-        x_1 = batch.x_1 if self.coder is None else self.coder.encode(batch.x_1)
+        x_1 = self.coder.encode(batch.x_1) if self.coder and self.latents == "on_the_fly" else batch.x_1
         return Batch(x_1, self._encoded(batch.condition, x_1.device))
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
@@ -120,20 +123,38 @@ class TextImagePairs(CaptionedImages):
         Raises:
             ValueError: if no pair is held out.
         """
-        device = self.trainer.strategy.root_device if self.trainer else None
-        return self._encoded(super().condition(rows, seed), device)
+        return self._encoded(super().condition(rows, seed), self.device)
 
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""
         return x if self.coder is None else self.coder.decode(x)
 
-    def _encoded(self, condition: Condition, device: torch.device | None = None) -> Condition:
+    def _encoded(self, condition: Condition, device: torch.device) -> Condition:
         unencoded = self.train.captions
         if not (isinstance(unencoded, UnencodedCaptions) and isinstance(condition, Tensor)):
             return condition
-        if device is not None:
-            self.encoder.to(device)
+        self.encoder.to(device)
         return unencoded.encode(condition, self.encoder)
+
+    def _load(self, stage: str, device: torch.device) -> Prepared:
+        if self.vae is None:
+            self.fit_network("images", (3, self.size, self.size))
+        else:
+            self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
+            self.fit_network(f"latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
+        prepared = self._prepared(stage)
+        captions: EncodedCaptions | UnencodedCaptions
+        if self.captions == "cached":
+            captions = encode(prepared.captions, self.encoder, self.cache, device)
+        else:
+            captions = UnencodedCaptions(prepared.captions)
+            if stage == "prepare":
+                self.encoder.measured(prepared.captions)
+        images = prepared.images
+        if self.coder and self.latents == "cached":
+            images = encode_latents(prepared, self.coder, device)
+        self.split(images, captions, prepared.captions, prepared.names)
+        return prepared
 
     def _prepared(self, stage: str) -> Prepared:
         prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)

@@ -60,7 +60,9 @@ class EncodedCaptions:
         return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask if self.masked else None, pooled)
 
 
-def encode(captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path) -> EncodedCaptions:
+def encode(
+    captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path, device: str | torch.device = "cpu"
+) -> EncodedCaptions:
     """Return the captions' tokens, in their order: from a file in `folder`, or encoded now and written there.
 
     The file is named by a hash of the encoder and of the captions: with any other of them, another file is written.
@@ -71,6 +73,7 @@ def encode(captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path)
         captions: what to encode, at least one.
         encoder: a frozen text encoder.
         folder: made if need be.
+        device: where to encode; the encoder leaves it when it is done.
 
     Raises:
         ImportError: if the encoder is needed and not installed.
@@ -84,7 +87,9 @@ def encode(captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path)
         digest.update(caption.encode() + b"\0")
     file = Path(folder) / f"captions-{digest.hexdigest()[:32]}.safetensors"
     if not file.exists():
+        encoder.to(device)
         _write(file, _encode(different, encoder))
+        encoder.to("cpu")
     try:
         content = load_file(file)
     except (SafetensorError, OSError) as error:

@@ -1,0 +1,60 @@
+"""decm encode --pairs: what training on text-image pairs reads, made ahead of it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jsonargparse import auto_cli
+
+from decm_lightning.data import TextImagePairs
+from decm_lightning.text import CaptionEncoder
+
+
+def encode_pairs(
+    pairs: str,
+    size: int,
+    encoder: CaptionEncoder | None = None,
+    out: str = "runs/cache",
+    captions: Literal["cached", "on_the_fly"] = "cached",
+    vae: str | None = None,
+    caption_column: str | None = None,
+    max_characters: int = 2000,
+    on_error: Literal["raise", "skip"] = "raise",
+    device: str | None = None,
+) -> None:
+    """Read and check text-image pairs, encode their captions and, with a VAE, their images, and keep all that.
+
+    A run whose data are TextImagePairs of the same source, size, encoder and VAE, and whose cache is `out`, then starts
+    at once. Stopped while it encodes images, the same command goes on.
+
+    Args:
+        pairs: webdataset tars, parquet or Arrow tables, or a folder with a CSV file.
+        size: images are cropped to size x size pixels.
+        encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with --encoder.path
+            and the like for its settings; MiniLM by default.
+        out: the folder to keep pixels, latents and tokens in.
+        captions: cached, or on_the_fly to leave them to training.
+        vae: for latents, a folder, a name on the Hugging Face hub, or a file, as for --images; none for pixels.
+        caption_column: the caption's name in JSON files and tables; caption, text or prompt by default.
+        max_characters: longer captions are faults, at least 1.
+        on_error: raise if there is a fault, or skip to count them and go on with the others.
+        device: where to encode, such as cpu or cuda:1; by default the first accelerator if there is one.
+    """
+    data = TextImagePairs(
+        pairs,
+        size,
+        encoder,
+        out,
+        captions,
+        vae,
+        caption_column=caption_column,
+        max_characters=max_characters,
+        on_error=on_error,
+    )
+    count = data.prepare(device)
+    kept = [f"latents of {vae}" if vae else "pixels", *(["captions"] if captions == "cached" else [])]
+    print(f"{count} pairs: {' and '.join(kept)} are in {out}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse and encode."""
+    auto_cli(encode_pairs, args=list(argv), prog="decm encode", exit_on_error=False, as_positional=False)

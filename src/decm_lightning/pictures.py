@@ -1,6 +1,8 @@
 """Samples as pictures: bytes, one grid, or one file each."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from einops import rearrange
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from decm_lightning.types import Sample
 
+LONG = 8
+"""Longer names of columns are slanted, or they would meet."""
 Pictures = UInt8[Tensor, "n c h w"]
 
 
@@ -27,6 +31,47 @@ def save_grid(images: Pictures, columns: int, scale: int, file: Path) -> None:
     grid = rearrange(images, "(row column) c h w -> c (row h) (column w)", column=columns)
     file.parent.mkdir(parents=True, exist_ok=True)
     picture(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)).save(file)
+
+
+def save_named_grid(
+    images: UInt8[Tensor, "rows columns c h w"], rows: Sequence[str], columns: Sequence[str], file: Path
+) -> None:
+    """Write a PNG with a strip of images a row, what the row is at its left, and what the columns are above the first.
+
+    Args:
+        images: 1 or 3 channels.
+        rows: a name each.
+        columns: names, spread over the columns evenly: none, or one for every so many columns.
+        file: the file to write; its folder is made if need be.
+
+    Raises:
+        ValueError: if the images have neither 1 nor 3 channels.
+    """
+    # A figure of its own, without pyplot: no window, and no backend changed under a notebook.
+    from matplotlib.figure import Figure
+
+    across, width = images.shape[1], images.shape[-1]
+    figure = Figure(figsize=(0.7 * across, 0.75 * len(rows)))
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, strip, name in zip(axes, images, rows, strict=True):
+        pixels = picture(rearrange(strip, "columns c h w -> c h (columns w)"))
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation="horizontal", ha="right", va="center")
+    if columns:
+        group = across * width / len(columns)
+        slanted = {"rotation": 40, "ha": "left"} if max(map(len, columns)) > LONG else {}
+        axes[0].xaxis.tick_top()
+        axes[0].tick_params(length=0)
+        axes[0].set_xticks([(number + 0.5) * group for number in range(len(columns))], columns, **slanted)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Tight, or long names would be cut off.
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def short(caption: str) -> str:
+    """Return a caption's first words, up to its first comma, in at most 24 letters: room for them above a picture."""
+    return shorten(caption.partition(",")[0], 24, placeholder=" ...")
 
 
 def save_files(images: Pictures, labels: Int[Tensor, " n"] | None, folder: Path, first: int = 0) -> None:

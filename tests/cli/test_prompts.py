@@ -28,6 +28,7 @@ LINES = [
     '{"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"}',
     '{"tag": "counting",  "prompt": "zwei K\u00fche \u2028 \u725b"}',
 ]
+NAMES = ("00000", "00001", "00002")
 DRAW = ("sample", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
 
 
@@ -113,6 +114,22 @@ def test_images_are_the_students_for_the_encoded_prompt(decm):
             torch.testing.assert_close(image.float(), expected[row], atol=1, rtol=0)
 
 
+def test_a_grid_shows_the_same_images_at_each_number_of_steps(decm, monkeypatch):
+    seen = []
+    monkeypatch.setattr("decm_lightning.cli.prompts.save_named_grid", lambda *given: seen.append(given))
+    assert decm(*DRAW, "--out", "grid.png", "--steps", "[1, 3]")[0] == 0
+    ((images, rows, columns, file),) = seen
+    assert (rows[:2], columns, file) == (
+        ["a photo of a bench", "a photo of a red cow"],
+        ["1 step", "3 steps"],
+        Path("grid.png"),
+    )
+    for steps, part in ((1, images[:, :2]), (3, images[:, 2:])):
+        assert decm(*DRAW, "--out", f"files-{steps}", "--steps", str(steps))[0] == 0
+        drawn = [image for _, pictures in map(scored(Path(f"files-{steps}")).get, NAMES) for image in pictures]
+        assert drawn == [image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in part.flatten(0, 1)]
+
+
 def test_what_is_there_is_not_drawn_again(decm, tmp_path):
     decm(*DRAW, "--out", "whole", "--sampler", "consistency", "--steps", "2")
     expected = scored(tmp_path / "whole")
@@ -186,7 +203,10 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
         (["student"], "student draws captions: give --prompts FILE and --encoder, what it was trained with"),
         (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
         (["classes", "--prompts", "prompts.jsonl"], "classes draws classes, not captions: give --classes"),
-        ([*DRAW[1:], "--out", "a.png"], "prompts are drawn into a folder: give --out FOLDER, not a.png"),
+        ([*DRAW[1:], "--out", "prompts.jsonl"], "prompts are drawn into a folder or a .png file: give --out FOLDER"),
+        ([*DRAW[1:], "--out", "a", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file"),
+        (["classes", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file: give one"),
+        ([*DRAW[1:], "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
         ([*DRAW[1:], "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
         ([*DRAW[1:], "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
         ([*DRAW[1:], "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),

@@ -15,6 +15,7 @@ from decm_lightning.callbacks.shares import shares
 from decm_lightning.callbacks.table import Row, Table
 from decm_lightning.metrics import Quality, reference
 from decm_lightning.metrics.parts import Prompts
+from decm_lightning.pictures import short
 
 COLUMNS = 10
 
@@ -176,7 +177,8 @@ class Evaluation(L.Callback):
         images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            table = Table(names, followed, rows)
+            texts = self.drawing.prompts(range(COLUMNS)).texts or ()
+            table = Table(names, followed, rows, [short(text) for text in texts])
             files = table.write(folder, images)
             print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
 

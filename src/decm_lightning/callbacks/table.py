@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from einops import rearrange
 from torch import Tensor
 
 from decm_lightning.callbacks.cells import Cell
+from decm_lightning.pictures import save_named_grid
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Table:
         features: name of the feature network or networks.
         protocol: every setting that the figures depend on, by name.
         rows: the cells.
+        columns: what stands above the samples that are shown; none for nothing.
     """
 
     features: str
     protocol: Mapping[str, str | int]
     rows: Sequence[Row]
+    columns: Sequence[str] = ()
 
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
@@ -83,34 +85,5 @@ class Table:
         files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
         files[0].write_text(self.markdown(), encoding="utf-8")
         files[1].write_text(self.json(), encoding="utf-8")
-        write_grid(files[2], images, [str(row.cell) for row in self.rows])
+        save_named_grid(images, [str(row.cell) for row in self.rows], self.columns, files[2])
         return files
-
-
-def write_grid(file: Path, images: Tensor, names: Sequence[str]) -> None:
-    """Write a PNG with a strip of images a row, named at its left.
-
-    Args:
-        file: the file to write.
-        images: uint8 (rows, columns, 1 or 3, h, w).
-        names: one a row.
-    """
-    # A figure of its own, without pyplot: no window, and no backend changed under a notebook.
-    from matplotlib.figure import Figure
-
-    rows, columns = images.shape[:2]
-    figure = Figure(figsize=(0.7 * columns, 0.75 * rows))
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    for axis, strip, name in zip(axes, images.cpu(), names, strict=True):
-        pixels = rearrange(strip, "columns c h w -> h (columns w) c").numpy()
-        axis.imshow(
-            pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            interpolation="nearest",
-        )
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation="horizontal", ha="right", va="center")
-    # Tight, or long names would be cut off.
-    figure.savefig(file, dpi=120, bbox_inches="tight")

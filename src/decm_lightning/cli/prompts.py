@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from decm_lightning.conditions import select
 from decm_lightning.networks import Network
-from decm_lightning.pictures import picture, to_uint8
+from decm_lightning.pictures import picture, save_named_grid, short, to_uint8
 from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
 from decm_lightning.types import Sample
 
@@ -41,7 +41,6 @@ class PromptDrawing:
         encoder: the text encoder that it was trained with.
         sampler: gives a sampler around a generator.
         decode: turns what the network makes into images in [-1, 1].
-        steps: network evaluations per image.
         images: so many of each prompt.
         seed: of all noise.
         device: where to draw.
@@ -51,14 +50,13 @@ class PromptDrawing:
     encoder: CaptionEncoder
     sampler: Callable[[torch.Generator], Callable[..., Sample]]
     decode: Callable[[Sample], Sample]
-    steps: int
     images: int
     seed: int
     device: str
 
     @torch.no_grad()
-    def draw(self, number: int, text: str) -> Tensor:
-        """Return the images of a prompt, uint8 (images, c, h, w)."""
+    def draw(self, number: int, text: str, steps: int) -> Tensor:
+        """Return the images of a prompt, uint8 (images, c, h, w), with so many network evaluations each."""
         captions = _pytree.tree_map_only(Tensor, lambda part: part.to(self.device), self.encoder([text]))
         shape = self.network.sample_shape
         x_0 = torch.stack(
@@ -68,7 +66,7 @@ class PromptDrawing:
         parts = []
         for noise in x_0.to(self.device).split(BATCH):
             rows = select(captions, torch.zeros(len(noise), dtype=torch.long, device=self.device))
-            parts.append(to_uint8(self.decode(sampler(self.network, noise, rows, self.steps))))
+            parts.append(to_uint8(self.decode(sampler(self.network, noise, rows, steps))))
         return torch.cat(parts).cpu()
 
     def _generator(self, device: str, *entropy: int) -> torch.Generator:
@@ -100,7 +98,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     return [read(line, f"{file}, line {number}") for number, line in enumerate(content.split("\n"), start=1)]
 
 
-def write(drawing: PromptDrawing, prompts: Sequence[Prompt], folder: Path, settings: dict[str, Any]) -> int:
+def write(drawing: PromptDrawing, prompts: Sequence[Prompt], steps: int, folder: Path, settings: dict[str, Any]) -> int:
     """Draw what is not there yet, and return how many prompts that were.
 
     Prompt number i, from 0, has `folder`/0000i/samples/0000.png and so on, and its own line in
@@ -109,6 +107,7 @@ def write(drawing: PromptDrawing, prompts: Sequence[Prompt], folder: Path, setti
     Args:
         drawing: how.
         prompts: all of the file.
+        steps: network evaluations per image.
         folder: where to, made if need be.
         settings: what the images depend on, kept in `folder`/settings.json.
 
@@ -122,7 +121,7 @@ def write(drawing: PromptDrawing, prompts: Sequence[Prompt], folder: Path, setti
     places = [folder / f"{number:05d}" for number in range(len(prompts))]
     missing = [number for number, place in enumerate(places) if not _is_whole(place, drawing.images)]
     for number in track(missing, "sampling"):
-        images = drawing.draw(number, prompts[number].text)
+        images = drawing.draw(number, prompts[number].text, steps)
         if not (folder / SETTINGS).exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
@@ -132,6 +131,22 @@ def write(drawing: PromptDrawing, prompts: Sequence[Prompt], folder: Path, setti
             picture(image).save(samples / _name(row))
         (places[number] / METADATA).write_text(prompts[number].line + "\n", encoding="utf-8")
     return len(missing)
+
+
+def write_grid(drawing: PromptDrawing, prompts: Sequence[Prompt], steps: Sequence[int], file: Path) -> None:
+    """Draw all prompts, from the same noise at each number of steps, as one PNG: a row a prompt, steps side by side.
+
+    Raises:
+        ValueError: if there is no number of steps.
+    """
+    if not steps:
+        raise ValueError("steps must be at least one number: got none")
+    rows = [
+        torch.cat([drawing.draw(number, prompt.text, taken) for taken in steps])
+        for number, prompt in enumerate(track(prompts, "sampling"))
+    ]
+    columns = [f"{taken} step{'s' * (taken > 1)}" for taken in steps]
+    save_named_grid(torch.stack(rows), [short(prompt.text) for prompt in prompts], columns, file)
 
 
 def text_encoder(name: str, device: str) -> CaptionEncoder:

@@ -7,7 +7,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import track
 
-from decm_lightning.cli.prompts import PromptDrawing, read_prompts, text_encoder, write
+from decm_lightning.cli.prompts import PromptDrawing, read_prompts, text_encoder, write, write_grid
 from decm_lightning.networks import Network, load
 from decm_lightning.pictures import save_files, save_grid, to_uint8
 from decm_lightning.samplers import SamplerName
@@ -21,7 +21,7 @@ def draw(
     model: str,
     out: str = "samples.png",
     sampler: SamplerName = "mix",
-    steps: int = 1,
+    steps: int | list[int] = 1,
     s1: float | None = None,
     classes: list[int] | None = None,
     per_class: int = 8,
@@ -38,10 +38,11 @@ def draw(
 
     Args:
         model: a .ckpt file, or a folder with config.json and model.safetensors.
-        out: a .png file for one grid (a row for each class), or a folder for one PNG each. Prompts need a folder; it is
+        out: a .png file for one grid, a row for each class or prompt; or a folder for one PNG each. That of prompts is
             laid out as GenEval's scorer reads it, and prompts whose images are there are not drawn again.
         sampler: euler, consistency, mix or mix_renoised.
-        steps: network evaluations per image, at least 1.
+        steps: network evaluations per image, at least 1; several numbers, such as [1, 4], for a grid of prompts, which
+            then shows them side by side.
         s1: where mix lands first, in (0, 1); its own choice by default.
         classes: labels to draw; all of them by default.
         per_class: images of each class, at least 1.
@@ -76,16 +77,23 @@ def draw(
         if prompts is None or encoder is None:
             raise ValueError(f"{model} draws captions: give --prompts FILE and --encoder, what it was trained with")
         found, decode = read_prompts(Path(prompts)), _decoder(vae, latents, network)
-        drawing = PromptDrawing(network, text_encoder(encoder, device), make, decode, steps, per_prompt, seed, device)
+        drawing = PromptDrawing(network, text_encoder(encoder, device), make, decode, per_prompt, seed, device)
+        if Path(out).suffix == ".png":
+            write_grid(drawing, found, [steps] if isinstance(steps, int) else steps, Path(out))
+            print(f"wrote images of {len(found)} prompts to {out}")
+            return
+        steps = _one(steps)
         settings = {"sampler": sampler, "steps": steps, "s1": s1, "per_prompt": per_prompt, "seed": seed, "vae": vae}
-        drawn = write(drawing, found, _folder(out), settings)
+        drawn = write(drawing, found, steps, _folder(out), settings)
         print(f"wrote images of {drawn} prompts to {out}; {len(found) - drawn} of {len(found)} were there")
         return
     if prompts is not None or encoder is not None:
         raise ValueError(f"{model} draws classes, not captions: give --classes, and neither --prompts nor --encoder")
     labels = _labels(classes, per_class, network.num_classes)
     generator = torch.Generator(device).manual_seed(seed)
-    images = _of_classes(network, labels.to(device), make(generator), generator, _decoder(vae, latents, network), steps)
+    images = _of_classes(
+        network, labels.to(device), make(generator), generator, _decoder(vae, latents, network), _one(steps)
+    )
     if Path(out).suffix == ".png":
         save_grid(images, per_class, scale, Path(out))
     else:
@@ -143,9 +151,15 @@ def _fitting(vae: str, decode: Callable[[Sample], Sample], found: int, channels:
 
 
 def _folder(out: str) -> Path:
-    if Path(out).suffix == ".png" or Path(out).is_file():
-        raise ValueError(f"prompts are drawn into a folder: give --out FOLDER, not {out}")
+    if Path(out).is_file():
+        raise ValueError(f"prompts are drawn into a folder or a .png file: give --out FOLDER, not {out}")
     return Path(out)
+
+
+def _one(steps: int | list[int]) -> int:
+    if not isinstance(steps, int):
+        raise ValueError(f"several numbers of steps are for prompts in one .png file: give one, not {steps}")
+    return steps
 
 
 def _labels(classes: list[int] | None, per_class: int, num_classes: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import yaml
 
 from decm_lightning import cli
 from decm_lightning.cli.trainer import build
+from decm_lightning.data import emoji
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted((ROOT / "configs/trainer").glob("*.yaml"))
@@ -48,6 +49,16 @@ def train_a_step(config, folder, monkeypatch, *more):
 @pytest.mark.parametrize("config", TRAINED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
     assert train_a_step(config, tiny_idx, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("name", ["teacher", "decm"])
+def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
+    """On 40 of the emoji: to encode the captions of all takes a minute."""
+    chosen = emoji.pictures()[:40]
+    monkeypatch.setattr(emoji, "pictures", lambda: chosen)
+    kept = ["--data.init_args.cache", str(tmp_path / "cache")]
+    assert train_a_step(ROOT / f"configs/emoji/{name}.yaml", tmp_path, monkeypatch, *kept) == 0
+    assert list((tmp_path / "cache").glob("captions-*.safetensors"))
 
 
 # tests/parallel/test_overlays.py runs those that need several processes.

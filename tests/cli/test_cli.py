@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from decm_lightning import cli
-from decm_lightning.networks import DiT, save
+from decm_lightning.networks import DiT, load, save
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs/digits/decm.yaml")
@@ -90,6 +90,12 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     assert decm("sample", last, "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "grid.png")[0] == 0
     assert Image.open("grid.png").size == (5 * 8 * 4, 2 * 8 * 4)
     assert decm("export", last, "student")[0] == 0
+    assert decm("export", last, "half", "--dtype", "float16")[0] == 0
+    whole, half = (load(folder).state_dict() for folder in ("student", "half"))
+    assert Path("half/model.safetensors").stat().st_size < 0.6 * Path("student/model.safetensors").stat().st_size
+    for name, tensor in whole.items():
+        assert half[name].dtype == tensor.dtype == torch.float32
+        torch.testing.assert_close(half[name], tensor, rtol=2**-10, atol=1e-6)
     assert (
         decm("sample", "student", "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "again.png")[0]
         == 0

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch imagenet-rehearsal test test-slow test-all study bench check lint types contracts clean
+.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all study bench check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,32 @@ demo-from-scratch: env ## the same after training the teacher too
 	$(BIN)/decm fit --config configs/digits/teacher.yaml --trainer.logger.init_args.version demo
 	$(BIN)/decm export runs/digits-teacher/demo/checkpoints/last.ckpt runs/digits-teacher/demo/teacher
 	$(MAKE) demo TEACHER='--model.init_args.teacher.init_args.path runs/digits-teacher/demo/teacher'
+
+# The student that draws captions: the kept one, or that of demo-text-from-scratch.
+TEXT_STUDENT := weights/emoji/student
+TEXT_DEMO := runs/demo-text
+
+demo-text: env ## draw emoji for captions at 1, 2, 4, 8 and 50 steps with the kept student (a minute)
+	$(BIN)/decm sample $(TEXT_STUDENT) --prompts configs/emoji/captions.txt --encoder minilm \
+		--steps '[1, 2, 4, 8, 50]' --per_prompt 2 --out $(TEXT_DEMO)/captions.png
+	@echo
+	@echo "captions by numbers of steps:     $(TEXT_DEMO)/captions.png"
+
+TEXT_TEACHER_RUN := runs/emoji-teacher/demo
+TEXT_RUN := runs/emoji-decm/demo
+TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/teacher
+
+demo-text-from-scratch: env ## the same after training teacher and student, and their figures (about an hour)
+	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
+	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo
+	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher
+	$(BIN)/decm fit --config configs/emoji/decm.yaml --trainer.logger.init_args.version demo $(TEXT_TEACHER)
+	$(BIN)/decm test --config configs/emoji/decm.yaml --trainer.logger.init_args.version demo $(TEXT_TEACHER) \
+		--ckpt_path $(TEXT_RUN)/checkpoints/last.ckpt
+	$(BIN)/decm export $(TEXT_RUN)/checkpoints/last.ckpt $(TEXT_RUN)/student
+	$(MAKE) demo-text TEXT_STUDENT=$(TEXT_RUN)/student
+	@echo "teacher beside student:           $(TEXT_RUN)/samples.png"
+	@echo "quality by sampler and steps:     $(TEXT_RUN)/quality.md"
 
 # All that `configs/imagenet.yaml` takes, in small: the commands are those of the real thing.
 REHEARSAL := runs/rehearsal

@@ -26,9 +26,9 @@ def randomised(network: nn.Module, std: float = 0.3) -> nn.Module:
     return network.double().eval()
 
 
-def make(landing_time: bool = True) -> TextDiT:
+def make(landing_time: bool = True, features: int = 0) -> TextDiT:
     """Return a small network in which every argument matters."""
-    return randomised(TextDiT(**TINY, landing_time=landing_time))
+    return randomised(TextDiT(**TINY, landing_time=landing_time, features=features))
 
 
 def make_captions(rows: int = ROWS) -> Captions:
@@ -125,6 +125,44 @@ def test_network_is_its_formulas():
         close(u[one], expected, 1e-9)
 
 
+def test_a_refinement_is_its_formulas():
+    """Of one row, pixel by pixel, around what the same weights give without it."""
+    network, (x_t, t, s, captions) = make(features=5), inputs()
+    plain = make()
+    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("refinement")})
+    w = network.refinement.state_dict()
+    row = slice(1, 2)
+    image = plain(x_t[row], t[row], s[row], conditions.select(captions, row))[0]
+
+    def convolved(name, h):
+        padded = F.pad(h, (1, 1, 1, 1))
+        moved = [padded[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+        kernel = w[f"{name}.weight"].flatten(2)
+        return (
+            sum(torch.einsum("oc,chw->ohw", kernel[..., k], h) for k, h in enumerate(moved))
+            + w[f"{name}.bias"][:, None, None]
+        )
+
+    context = network.caption_embedder(captions).mean
+    embedding = (network.t_embedder(t) + network.r_embedder(s) + context)[1]
+    gain, shift, scale = (F.silu(embedding) @ w["modulation.1.weight"].T + w["modulation.1.bias"])[:, None, None].split(
+        [2, 5, 5]
+    )
+    features = convolved("enter", torch.cat([image, x_t[1]])) * (1 + scale) + shift
+    expected = image + gain * x_t[1] + convolved("leave", F.silu(convolved("inner", F.silu(features))))
+    assert (expected - image).abs().max() > 0.1
+    close(network(x_t, t, s, captions)[1], expected)
+
+
+def test_a_new_refinement_adds_nothing():
+    network, plain = TextDiT(**TINY, features=3).double(), TextDiT(**TINY).double()
+    nn.init.normal_(network.final_layer.linear.weight)
+    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("refinement")})
+    arguments = inputs()
+    assert network(*arguments).any()
+    assert torch.equal(network(*arguments), plain(*arguments))
+
+
 def test_masked_tokens_have_no_influence_at_all():
     """Not on u and not on a gradient, to the bit, even if they are not finite; the others have."""
     network, (x_t, t, s, captions) = make(), inputs()
@@ -207,11 +245,12 @@ def test_new_network_is_zero():
     assert not TextDiT(**TINY).double()(*inputs()).any()
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_dual_engine_is_exact(rows, checkpointed):
+@pytest.mark.parametrize(
+    ("rows", "checkpointed", "features"), [(2, False, 0), (4, True, 0), (4, False, 5), (2, True, 5)]
+)
+def test_dual_engine_is_exact(rows, checkpointed, features):
     """u and its gradients to the bit, du as torch.func.jvp in float64, null rows included."""
-    network, arguments = make(), inputs()
+    network, arguments = make(features=features), inputs()
     exact = functional(network, *arguments, along(rows)).du
     assert exact.abs().max() > 0.1
     network.gradient_checkpointing = checkpointed

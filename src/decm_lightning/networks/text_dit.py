@@ -8,6 +8,7 @@ from decm_lightning.networks.caption_layers import CaptionBlock, CaptionEmbeddin
 from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import FinalLayer, Rotary
 from decm_lightning.networks.network import Network
+from decm_lightning.networks.refinement import Refinement
 from decm_lightning.types import Captions, Condition, Sample, Time
 
 
@@ -29,6 +30,7 @@ class TextDiT(Network):
         depth: number of blocks.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
+        features: those of a `Refinement` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
         landing_time: embed the landing time s; without it s is ignored.
 
     Raises:
@@ -45,6 +47,7 @@ class TextDiT(Network):
         depth: int = 12,
         heads: int = 6,
         mlp_ratio: float = 4.0,
+        features: int = 0,
         landing_time: bool = False,
     ) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class TextDiT(Network):
             "depth": depth,
             "heads": heads,
             "mlp_ratio": mlp_ratio,
+            "features": features,
             "landing_time": landing_time,
         }
         self.sample_shape = (in_channels, input_size, input_size)
@@ -76,6 +80,7 @@ class TextDiT(Network):
         self.feat_rope = Rotary(width // heads, self.side)
         self.blocks = nn.ModuleList(CaptionBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+        self.refinement = Refinement(in_channels, width, features) if features else None
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -94,7 +99,8 @@ class TextDiT(Network):
             tokens = block(tokens, embedding, self.feat_rope, context.tokens, context.mask, checkpointed)
         patches = self.final_layer(tokens, embedding)
         sizes = {"h": self.side, "p": self.patch_size, "q": self.patch_size}
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sizes).to(x_t.dtype)
+        u = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sizes)
+        return (u if self.refinement is None else self.refinement(u, x_t, embedding)).to(x_t.dtype)
 
     def checked(self, condition: Condition) -> Captions:
         """Return the condition, if it is one for this network.

@@ -142,6 +142,7 @@ BAD = {
     "size": (["--vae", "vae", "--size", "15"], "size must be a multiple of the VAE's 2 pixels a latent: got 15"),
     "no VAE": (["--vae", "not/there/at/all"], "no folder not/there/at/all, and no VAE of that name"),
     "encoder": (["--encoder", "Nothing"], "encoder"),
+    "device": (["--device", "nothing"], "device 'nothing' is not there"),
     "no size": (["--size", "0"], "size and max_characters must be at least 1: got 0 and 2000"),
 }
 

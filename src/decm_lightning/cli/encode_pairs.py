@@ -5,6 +5,7 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from decm_lightning.cli.device import checked
 from decm_lightning.data import TextImagePairs
 from decm_lightning.text import CaptionEncoder
 
@@ -50,7 +51,7 @@ def encode_pairs(
         max_characters=max_characters,
         on_error=on_error,
     )
-    count = data.prepare(device)
+    count = data.prepare(device and checked(device))
     kept = [f"latents of {vae}" if vae else "pixels", *(["captions"] if captions == "cached" else [])]
     print(f"{count} pairs: {' and '.join(kept)} are in {out}")
 

@@ -7,6 +7,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import track
 
+from decm_lightning.cli.device import checked
 from decm_lightning.cli.prompts import PromptDrawing, read_prompts, text_encoder, write, write_grid
 from decm_lightning.networks import Network, load
 from decm_lightning.pictures import save_files, save_grid, to_uint8
@@ -63,10 +64,7 @@ def draw(
         raise ValueError(f"per_prompt must be at least 1: got {per_prompt}")
     if s1 is not None and sampler in ("euler", "consistency"):
         raise ValueError(f"s1 is for the samplers mix and mix_renoised: got it with {sampler}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not there: {str(error).splitlines()[0]}") from error
+    checked(device)
     network = load(model, device)
     options = {} if s1 is None else {"s1": s1}
 

@@ -1,15 +1,18 @@
 """Every config in configs/ parses and builds what it names, and every file of configs/trainer on top of another."""
 
+import json
 import struct
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from decm_lightning import cli
 from decm_lightning.cli.trainer import build
 from decm_lightning.data import emoji
+from decm_lightning.networks import load
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted((ROOT / "configs/trainer").glob("*.yaml"))
@@ -59,6 +62,18 @@ def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
     kept = ["--data.init_args.cache", str(tmp_path / "cache")]
     assert train_a_step(ROOT / f"configs/emoji/{name}.yaml", tmp_path, monkeypatch, *kept) == 0
     assert list((tmp_path / "cache").glob("captions-*.safetensors"))
+
+
+def test_a_teacher_goes_on_from_kept_weights(monkeypatch):
+    """As the README says: `networks.load` in the place of a network's class."""
+    monkeypatch.chdir(ROOT)
+    kept = "weights/digits/teacher"
+    network = json.dumps({"class_path": "decm_lightning.networks.load", "init_args": {"path": kept}})
+    built = build("--config", "configs/digits/teacher.yaml", "--model.init_args.network", network)
+    expected = load(kept).state_dict()
+    for weights in (built.model.network, built.model.average):
+        assert all(torch.equal(value, expected[name]) for name, value in weights.state_dict().items())
+    assert all(parameter.requires_grad for parameter in built.model.network.blocks.parameters())
 
 
 # tests/parallel/test_overlays.py runs those that need several processes.

@@ -139,7 +139,7 @@ def table(results: dict[str, list[dict]]) -> str:
         cells = []
         for steps in STEPS:
             sampler, fd, kid = best(runs, steps)
-            spread = f" ± {stdev(fd):.2g}" if len(fd) > 1 else ""
+            spread = f" ± {stdev(fd):.3f}" if len(fd) > 1 else ""
             cells.append(f"{mean(fd):.3f}{spread} ({sampler}; KID {mean(kid):.4f})")
         spikes = ", ".join(str(run["spikes"]) for run in runs) if "spikes" in runs[0] else ""
         lines.append(f"| {name} | {' | '.join(cells)} | {spikes} |")

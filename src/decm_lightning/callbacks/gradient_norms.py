@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -40,6 +41,11 @@ class GradientNorms(L.Callback):
         self.every_n_steps = every_n_steps
         self.recent: deque[float] = deque(maxlen=window)
         self.spikes = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep what several backward passes need: the first that is compiled may overwrite it otherwise."""
+        if self.every_n_steps:
+            torch._functorch.config.donated_buffer = False
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Differentiate each loss by itself, where the graph still is."""

@@ -140,7 +140,10 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
         (["train"], "no command 'train': expected one of fit"),
         (["sample", "nowhere"], "no checkpoint or folder at nowhere"),
         (["sample", "teacher", "--steps", "0"], "steps must be at least 1: got 0"),
-        (["sample", "teacher", "--steps", "two"], "steps: Expected a <class 'int'>. Got value: two"),
+        (
+            ["sample", "teacher", "--steps", "two"],
+            "steps: Expected a <class 'int'>; Expected a <class 'list'>. Got value: two",
+        ),
         (["sample", "teacher", "--classes", "[3, 11]"], "classes must be from 0 to 9: got 11"),
         (["sample", "teacher", "--sampler", "heun"], "sampler: Expected a typing.Literal"),
         (["sample", "teacher", "--per_class", "0"], "per_class and scale must be at least 1: got 0 and 4"),

@@ -109,6 +109,9 @@ def essence(message: str) -> str:
     layers = r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
     faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(layers, line)]
     what = "; ".join(dict.fromkeys(fault for fault in faults if fault))
+    # Where several types would do, what was given stands apart. A whole config would hide the rest.
+    given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,40}$", line)]
+    what += "".join(f". Got value: {value}" for value in given[:1])
     return f"{'.'.join(keys)}: {what}" if keys else what
 
 

@@ -58,7 +58,7 @@ TEXT_TEACHER_RUN := runs/emoji-teacher/demo
 TEXT_RUN := runs/emoji-decm/demo
 TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/teacher
 
-demo-text-from-scratch: env ## the same after training teacher and student, and their figures (40 minutes on 2 cores)
+demo-text-from-scratch: env ## the same after training teacher and student, and their figures (an hour and more on one slow core)
 	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
 	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo
 	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher

@@ -112,11 +112,14 @@ class Drawing:
             condition = torch.tensor([self._label(row) for row in rows])
         return move_data_to_device(condition, self.source.device)
 
+    def texts(self, rows: Sequence[int]) -> list[str] | None:
+        """Return the captions of samples number `rows` in words, if the data have any."""
+        texts = getattr(self.data, "texts", None)
+        return None if texts is None else [texts[row % len(texts)] for row in rows]
+
     def prompts(self, rows: Sequence[int]) -> Prompts:
         """Return what samples number `rows` are drawn for, perhaps none."""
-        texts = getattr(self.data, "texts", None)
-        words = None if texts is None else [texts[row % len(texts)] for row in rows]
-        return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), words)
+        return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), self.texts(rows))
 
     def samples(self, cell: Cell, rows: Sequence[int]) -> Sample:
         """Return samples number `rows` of a cell, as the network makes them.

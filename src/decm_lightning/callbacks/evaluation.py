@@ -177,8 +177,8 @@ class Evaluation(L.Callback):
         images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            texts = self.drawing.prompts(range(COLUMNS)).texts or ()
-            table = Table(names, followed, rows, [short(text) for text in texts])
+            captions = [short(text) for text in self.drawing.texts(range(COLUMNS)) or ()]
+            table = Table(names, followed, rows, captions)
             files = table.write(folder, images)
             print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
 

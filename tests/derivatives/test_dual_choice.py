@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from decm_lightning.derivatives import NoTangentError, Tangent, choose, dual
+from decm_lightning.derivatives import NoTangentError, Tangent, central, choose, dual
 from decm_lightning.networks import MLP, DiT
 
 
@@ -71,6 +71,50 @@ def test_the_next_engine_is_taken_and_the_reason_names_operation_and_layer():
     choice = choose(Holder(InPlace()), EXAMPLE)
     assert choice.name == "functional"
     assert all(word in choice.reason for word in ("not dual", "add_", "in layer blocks.1"))
+
+
+def test_an_operation_without_a_rule_is_no_reason_to_trust_the_rest():
+    """Before the operation that is refused comes one that forward mode differentiates."""
+
+    class Cumulative(nn.Module):
+        def forward(self, x):
+            return x.cumsum(-1).add_(1)
+
+    choice = choose(Holder(Cumulative()), EXAMPLE)
+    assert choice.name == "functional"
+    assert "add_" in choice.reason
+
+
+def test_code_that_wants_a_tensor_leaves_the_next_engine():
+    """A dual is none: what its code then raises is the reason."""
+
+    class Strict(nn.Module):
+        def forward(self, x):
+            assert isinstance(x, torch.Tensor), "no tensor"
+            return x * x
+
+    choice = choose(Holder(Strict()), EXAMPLE)
+    assert choice.name == "functional"
+    assert "AssertionError: no tensor" in choice.reason
+
+
+def test_the_difference_is_as_fine_as_the_network_embeds_times():
+    """Times multiplied by 1000 need a step of 1e-4: with that of a smooth network du is another's."""
+
+    class Thousand(nn.Module):
+        time_scale = 1000.0
+
+        def forward(self, x_t, t, s, condition):
+            return Doubled.apply(x_t * (1000 * t).sin()[:, None])
+
+    x, t = torch.randn(2, 3), torch.tensor([0.3, 0.8])
+    still = torch.zeros(2)
+    choice = choose(Thousand(), EXAMPLE)
+    assert choice.name == "central"
+    exact = 2 * x * 1000 * (1000 * t.double()).cos().float()[:, None]
+    for engine, close in ((choice.engine, True), (central, False)):
+        du = engine(Thousand(), x, t, t, None, Tangent(torch.zeros_like(x), torch.ones(2), still)).du
+        assert ((du - exact).norm() < 0.01 * exact.norm()) == close
 
 
 def test_the_difference_is_the_last_resort():

@@ -54,6 +54,24 @@ def test_attention(mask, block, rows, monkeypatch):
     assert_close(jet.du, exact.du)
 
 
+@pytest.mark.parametrize("mask", [torch.randn(7, 7), torch.rand(7, 7) > 0.4])
+def test_attention_under_autocast(mask):
+    """q, k and v are narrowed, and a mask of float32 with them."""
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 4, 3, 2, 7, 8)
+
+    def function(x):
+        return nnf.scaled_dot_product_attention(*x.unbind(1), mask)
+
+    times = torch.zeros(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        jet = dual(lambda x, t, s, condition: function(x), x, times, times, None, Tangent(along, times, times))
+    mask = mask if mask.dtype == torch.bool else mask.double()
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = torch.func.jvp(function, (x.double(),), (along.double(),))[1]
+    assert (jet.du - exact).norm() < 0.03 * exact.norm()
+
+
 def test_grouped_attention_with_a_constant_key():
     """Fewer heads of keys than of queries, and a key that does not depend on x."""
     torch.manual_seed(0)
@@ -105,6 +123,13 @@ OPERATIONS = {
     "batch padded": lambda x: nnf.pad(x.transpose(0, 2), (2, 0), "circular")[..., 1:5].transpose(0, 2) * x,
     "rotations": lambda x: torch.view_as_real(torch.view_as_complex(x.view(4, 6, 3, 2)) * ROTATION).flatten(2),
     "complex": lambda x: torch.complex(x, 1 + x.square()).tanh().abs() + torch.fft.irfft(torch.fft.rfft(x).exp(), 6),
+    "all by position": lambda x: (
+        torch.group_norm(x, 3, WEIGHT[0], WEIGHT[1], 1e-5, True)
+        + torch.layer_norm(x, (6,), WEIGHT[0], None, 1e-5, True)
+        + nnf.layer_norm(x, normalized_shape=(6,))
+        + nnf.instance_norm(x)
+    ),
+    "matrix": lambda x: (x.flatten(1).T * PER_ROW.flatten()).T.view(4, 6, 6),
     "as a dual": lambda x: (
         x * PER_ROW.expand_as(x) + WEIGHT.to(x) + x @ WEIGHT.type_as(x) + PER_ROW.view_as(x[:, :1, :1])
     ),
@@ -184,6 +209,7 @@ def test_dropout_in_a_checkpointed_block_is_dual_too(p, training):
 
 
 REFUSED = {
+    "instance_norm": lambda x: nnf.instance_norm(x, torch.zeros(6), torch.ones(6)),
     "_cdist_forward": lambda x: torch.cdist(x, x, p=3.0),
     "mul_": lambda x: x.mul_(2),
     "__iadd__": lambda x: x.__iadd__(1),
@@ -222,6 +248,17 @@ def test_an_operation_of_ones_own_without_a_forward_derivative_is_refused_by_nam
 
     with pytest.raises((NotImplementedError, TypeError), match="doubled"):
         of_points(doubled, torch.randn(3, 2))
+
+
+def test_a_rule_is_not_taken_for_an_operation_of_the_same_name():
+    """Of other people's, which may well be another function: here three times GELU."""
+
+    @torch.library.custom_op("decm_test::gelu", mutates_args=())
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return 3 * nnf.gelu(x)
+
+    with pytest.raises(NotImplementedError, match=r"decm_test\.gelu"):
+        of_points(torch.ops.decm_test.gelu, torch.randn(3, 2))
 
 
 class Doubled(torch.autograd.Function):

@@ -177,6 +177,16 @@ def test_central_refuses_bfloat16():
         central(network, x, t, t, None, Tangent(x, t, t))
 
 
+def test_central_refuses_autocast():
+    """The network's output is float32 there, rounded on its way: du would be off by 65 %."""
+    network = DiT(4, 1, patch_size=2, width=16, depth=1, heads=2, num_classes=3)
+    x, t, _, labels = network.example()
+    along = Tangent(x, t, t)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"float32 or wider.*torch\.bfloat16"):
+        central(network, x, t, t, labels, along)
+    assert central(network, x, t, t, labels, along).du is not None
+
+
 def test_engines_are_found_by_name():
     """The names of the config are those of the functions."""
     assert {"functional": functional, "dual": dual, "central": central} == ENGINES

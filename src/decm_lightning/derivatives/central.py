@@ -6,6 +6,9 @@ from decm_lightning.conditions import select
 from decm_lightning.derivatives.jet import Jet, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
+STEP = 5e-3
+"""The step for a network that is smooth in t over [0, 1]."""
+
 
 def central(
     network: FlowMapNetwork,
@@ -14,13 +17,13 @@ def central(
     s: Time,
     condition: Condition,
     tangent: Tangent | None,
-    h: float = 5e-3,
+    h: float = STEP,
 ) -> Jet:
     """Return u with its graph, and du = (u(p + h d) - u(p - h d)) / 2h from two more passes without one.
 
     Here p = (x, t, s) and d is the tangent. The error is O(h^2) from truncation plus rounding / h: in float32 about
-    2e-4 at the default h for a network smooth in t over [0, 1]. A network that embeds 1000 t needs h <= 1e-4. In
-    bfloat16 the rounding alone is 50 % or more, so it is refused.
+    2e-4 at the default h for a network smooth in t over [0, 1]. A network that embeds 1000 t needs h <= 1e-4
+    (`step_for`). In bfloat16 the rounding alone is 50 % or more, so it is refused.
 
     Args:
         network: the student.
@@ -32,13 +35,15 @@ def central(
         h: the step, above 0, in units of time.
 
     Raises:
-        ValueError: if the network returns anything narrower than float32.
+        ValueError: if the network computes in anything narrower than float32.
     """
     u = network(x_t, t, s, condition)
     if tangent is None:
         return Jet(u, None)
-    if torch.finfo(u.dtype).bits < 32:
-        raise ValueError(f"central differences need float32 or wider: the network returned {u.dtype}")
+    # Under autocast a network may well return float32, rounded on its way.
+    narrow = torch.get_autocast_dtype(x_t.device.type) if torch.is_autocast_enabled(x_t.device.type) else u.dtype
+    if torch.finfo(narrow).bits < 32:
+        raise ValueError(f"derivative central needs float32 or wider, and the network computes in {narrow}")
     rows = len(tangent.t)
     known = select(condition, slice(rows))
 
@@ -47,3 +52,8 @@ def central(
 
     with torch.no_grad():
         return Jet(u, (at(h) - at(-h)) / (2 * h))
+
+
+def step_for(time_scale: float) -> float:
+    """Return h for a network that embeds the times multiplied by time_scale: h time_scale at most 0.1."""
+    return min(STEP, 0.1 / time_scale)

@@ -17,12 +17,14 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         config: the arguments that build the network again.
         sample_shape: the shape of one sample, without the batch.
         num_classes: how many classes there are; index num_classes is the null class of classifier-free guidance.
+        time_scale: the factor on times before they are embedded; a central difference's step depends on it.
         gradient_checkpointing: keep only the inputs of each block for the backward pass, and compute the rest again.
     """
 
     config: dict[str, Any]
     sample_shape: tuple[int, ...]
     num_classes: int
+    time_scale: float = 1.0
     gradient_checkpointing: bool = False
 
     @abstractmethod

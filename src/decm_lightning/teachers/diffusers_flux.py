@@ -4,20 +4,40 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype, LandingTime
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
 from decm_lightning.types import Captions, Condition, Sample, Time
 
 
-class FluxLandingTime(LandingTime):
-    """Takes s beside the pooled caption: Flux rounds the time it is given to the dtype of its activations."""
+class ExactTime(nn.Module):
+    """Flux's time embedding with time and guidance taken beside the pooled caption.
 
-    def forward(self, time: Tensor, *args: Any) -> Tensor:  # type: ignore[override]
+    The model rounds both to the dtype of its activations before it multiplies them by 1000: in bfloat16 the derivative
+    in t would be that of another point.
+
+    Args:
+        embedding: the model's own.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, *args: Any) -> Tensor:
+        """Return the embedding, (b, width)."""
+        pooled, *exact = args[-1]
+        return self.embedding(*(1000 * value for value in exact if value is not None), pooled)
+
+
+class FluxLandingTime(LandingTime):
+    """Takes s beside the pooled caption, too."""
+
+    def forward(self, *args: Any) -> Tensor:  # type: ignore[override]
         """Return the sum of both embeddings, (b, width)."""
-        *guidance, (pooled, s) = args
-        return self.add(self.embedding(time, *guidance, pooled), s)
+        *beside, s = args[-1]
+        return self.add(self.embedding(beside), s)
 
 
 class Flux(DiffusersNetwork):
@@ -47,10 +67,13 @@ class Flux(DiffusersNetwork):
         side: int | None = None,
         guidance: float = 3.5,
     ) -> None:
-        super().__init__(model, rank, targets, dtype, side)
+        super().__init__(model, dtype=dtype, side=side)
+        self.model.time_text_embed = ExactTime(self.model.time_text_embed)
         self.config |= {"guidance": guidance}
         self.sample_shape = (self.model.config.in_channels // 4, self.side, self.side)
         self.guidance = guidance
+        if rank is not None:
+            self.adapt(rank, targets)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels / 4, side, side)."""
@@ -66,7 +89,7 @@ class Flux(DiffusersNetwork):
         predicted = self.model(
             rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
             captions.tokens,
-            captions.pooled if s is None else (captions.pooled, s),
+            (captions.pooled, time, scale) if s is None else (captions.pooled, time, scale, s),
             time,
             img_ids=torch.cartesian_prod(*places),
             txt_ids=torch.zeros(captions.tokens.shape[1], 3, dtype=torch.long, device=x.device),

@@ -62,6 +62,7 @@ class DiffusersNetwork(LoRANetwork):
         ValueError: if tensors of the model are missing or left over, or it is of another family.
     """
 
+    time_scale = 1000.0
     kind: ClassVar[str]
     """The class in diffusers."""
     time_embedding: ClassVar[str] = "time_text_embed"

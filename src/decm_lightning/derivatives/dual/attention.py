@@ -54,7 +54,9 @@ def attention(
     if reason is None:
         return fused_tangent(q, dq, k, dk, v, dv, factor)
     dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
-    return by_blocks(q, dq, k, dk, v, dv, factor, BLOCK, attn_mask, is_causal)
+    # Autocast would give a softmax in float32 on some devices, and products of two dtypes.
+    with torch.autocast(q.device.type, enabled=False):
+        return by_blocks(q, dq, k, dk, v, dv, factor, BLOCK, attn_mask, is_causal)
 
 
 def by_blocks(
@@ -105,6 +107,6 @@ def _mask(mask: Tensor | None, is_causal: bool, rows: slice, q: Tensor, k: Tenso
 def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores.softmax(-1)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
     # As in torch's attention, a query that may see nothing gets nothing, and no NaN.
     return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)

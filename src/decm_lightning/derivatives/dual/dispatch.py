@@ -152,9 +152,9 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if name in SHAPE_ONLY and _duals((args[1:], kwargs)):
         refuse(name, "a number taken out of a value has no derivative")
     fallback = bool(duals) and name not in RULES and name not in SHAPE_ONLY
-    before = _random_state(duals[0]) if fallback and not torch.compiler.is_compiling() else None
+    before = _random_state(duals) if fallback else None
     value = func(*replace(args, _primal), **replace(kwargs, _primal))
-    if before is not None and not torch.equal(before, _random_state(duals[0])):
+    if before is not None and before != _random_state(duals):
         refuse(name, "it draws random numbers")
     if duals and name in CASTS and _is_whole(value):
         refuse(name, f"{value.dtype} has no derivative")
@@ -228,7 +228,9 @@ def _primal(value: Any) -> Any:
 # Names are the same at every call: a compiled region need not read them.
 @torch.compiler.assume_constant_result
 def _name(func: Callable) -> str:
-    name = getattr(func, "__name__", str(func))
+    # Other people's operations may have a name of torch's.
+    own = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    name = str(func) if own else getattr(func, "__name__", str(func))
     return SPELLINGS.get(name, name)
 
 
@@ -237,9 +239,13 @@ def _in_place(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _random_state(dual: Dual) -> Tensor:
-    device = dual.primal.device
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+def _random_state(duals: list[Dual]) -> bytes | None:
+    device = duals[0].primal.device
+    # On meta nothing is drawn.
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return None
+    state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return state.numpy().tobytes()
 
 
 Dual.apply = staticmethod(apply)

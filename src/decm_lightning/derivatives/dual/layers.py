@@ -9,11 +9,11 @@ from torch import Tensor
 from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import Pair, forward_mode, rule
 from decm_lightning.derivatives.dual.structure import apart
-from decm_lightning.derivatives.dual.value import Dual
+from decm_lightning.derivatives.dual.value import Dual, refuse
 
 BY_SAMPLE = {
     *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d"),
-    *("instance_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle"),
+    *("interpolate", "pixel_shuffle", "pixel_unshuffle"),
 }
 """Operations along all axes but the first, which is the batch."""
 
@@ -34,8 +34,10 @@ def _before_matrices(cut: Cut, func: Callable, value: Any, /, *factors: Any, **k
     return cut.axis < -2 and all(factor.ndim > 1 for factor in factors)
 
 
-def _outside_norm(cut: Cut, func: Callable, value: Any, /, x: Any, shape: Sequence[int], *_: Any, **__: Any) -> bool:
-    return cut.axis < -len(shape)
+def _outside_norm(
+    cut: Cut, func: Callable, value: Any, /, x: Any, normalized_shape: Sequence[int], *_: Any, **__: Any
+) -> bool:
+    return cut.axis < -len(normalized_shape)
 
 
 @rule("linear", keeps=_not_on_last_axis)
@@ -60,6 +62,16 @@ def convolution(
 def of_a_sample(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent by forward mode, in the samples that have one."""
     return forward_mode(func, *args, **kwargs)
+
+
+@rule("instance_norm", keeps=_on_first_axis)
+def instance_norm(
+    cut: Cut | None, func: Callable, value: Tensor, /, x: Any, running_mean: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The tangent by forward mode, in the samples that have one."""
+    if running_mean is not None:
+        refuse("instance_norm", "with running statistics, which forward mode would update once more")
+    return forward_mode(func, x, None, *args, **kwargs)
 
 
 @rule("matmul", "bmm", "mm", keeps=_before_matrices, broadcasts=True)
@@ -104,6 +116,8 @@ def layer_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
     if not _only_dual_is_first(x, weight, bias):
@@ -123,6 +137,8 @@ def group_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     """Return w (dx - mean(dx) - n mean(n dx)) / std within each group, with w that of the channel."""
     if not _only_dual_is_first(x, weight, bias):

@@ -73,7 +73,9 @@ class Dual:
             return partial(_call, member, self)
         if name in METADATA:
             return getattr(self.primal, name)
-        return self.transpose(-2, -1) if name == "mT" else refuse(name, "no rule for this attribute")
+        if name == "mT" or (name == "T" and self.ndim == 2):
+            return self.transpose(-2, -1)
+        return refuse(name, "no rule for this attribute")
 
     def __len__(self) -> int:
         if not self.primal.ndim:

@@ -1,5 +1,7 @@
 """Images as files: the crop, what is found in folders and tars and in which order, and what is said of bad ones."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -160,8 +162,27 @@ def test_a_broken_image_is_named(content, place, tmp_path):
     with pytest.raises(ValueError, match=f"{place} is no whole image: "):
         ImageFiles(str(tmp_path)).read(0, 16)
     file = write_tar(tmp_path / "x.tar", {place: content, "a/1.cls": b"0"})
-    with pytest.raises(ValueError, match=f"x.tar: {place} is no whole image: "):
+    with pytest.raises(ValueError, match=f"x.tar: {place} is no whole image: ") as refused:
         ImageFiles(str(file)).read(0, 16)
+    assert "BytesIO" not in str(refused.value)
+
+
+def test_a_tar_with_a_broken_header_is_named(tmp_path):
+    """What follows it is lost, although the file ends as a tar."""
+    file = write_tar(tmp_path / "x.tar", {"1.png": IMAGE, "1.cls": b"1", "2.png": IMAGE, "2.cls": b"1"})
+    with tarfile.open(file) as tar:
+        place = tar.getmembers()[2].offset
+    content = bytearray(file.read_bytes())
+    content[place : place + 512] = b"\xff" * 512
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.tar is cut short: it ends after 1 images"):
+        ImageFiles(str(file))
+
+
+def test_a_class_folder_named_like_a_tar_is_none(tmp_path):
+    write_folder(tmp_path, 2)
+    (tmp_path / "china").rename(tmp_path / "china.tar")
+    assert len(ImageFiles(str(tmp_path))) == 2
 
 
 def test_where_there_are_no_images(tmp_path):

@@ -4,16 +4,20 @@ import csv
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import lightning as L
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import TeacherTraining
+from decm_lightning.data import pairs_cache
 from decm_lightning.data.pairs import Pairs, VariantSampler, is_held_out
-from decm_lightning.data.pairs_cache import pixels_of
+from decm_lightning.data.pairs_cache import pixels_of, prepare
 from decm_lightning.data.text_image_pairs import TextImagePairs
 from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
@@ -151,16 +155,33 @@ def test_a_second_run_reads_nothing_again(source, encoder, tmp_path):
 
 FAULTS = {
     "a broken image": ([("a.png", image((1, 1, 1))[:40]), ("a.txt", b"x")], r"000.tar: a.png: is no image that can"),
-    "no image at all": ([("a.jpg", b"<html>"), ("a.txt", b"x")], r"000.tar: a.jpg: is no image that can be read"),
+    "no image at all": (
+        [("a.jpg", b"<html>"), ("a.txt", b"x")],
+        r"000.tar: a.jpg: is no image that can be read \(cannot identify image file\) \(",
+    ),
     "an empty caption": ([("a.png", image((1, 1, 1))), ("a.txt", b" \n ")], r"000.tar: a.png: its caption is empty"),
+    "nothing to see": (
+        [("a.png", image((1, 1, 1))), ("a.txt", "\ufeff\u200b \x07\n".encode())],
+        r"000.tar: a.png: its caption is empty",
+    ),
+    "half a character": (
+        [("a.png", image((1, 1, 1))), ("a.json", b'{"caption": "cut \\ud83d"}')],
+        r"000.tar: a.png: its caption has half a character \('\\ud83d'\)",
+    ),
+    "a name in Latin-1": (
+        [("caf\udce9.png", image((1, 1, 1))), ("caf\udce9.txt", b"x")],
+        r"000.tar: caf\\udce9.png: its name is not UTF-8",
+    ),
+    "another image format": ([("h.gif", image((1, 1, 1), "gif"))], r"000.tar: h.gif: is neither image nor caption"),
+    "a name with a dot": ([("a.v1.jpg", image((1, 1, 1), "jpeg"))], r"000.tar: a.v1.jpg: is neither image nor caption"),
     "5,000 words": (
         [("a.png", image((1, 1, 1))), ("a.txt", b"word " * 5000)],
-        r"000.tar: a.png: its caption has 24999 characters, and max_characters is 2000",
+        r"000.tar: a.png: its caption is too long \(24999 characters, and max_characters is 2000\)",
     ),
     "no caption": ([("a.webp", image((1, 1, 1), "webp"))], r"000.tar: a.webp: has no caption \(.txt, .json\)"),
     "no image": ([("a.txt", b"x")], r"000.tar: a.txt: has no image \(.jpg"),
     "another key": ([("a.png", image((1, 1, 1))), ("a.json", b'{"title": "x"}')], r"a.json: has no caption \(caption"),
-    "no text": ([("a.png", image((1, 1, 1))), ("a.json", b'{"text": ["x"]}')], r"its caption is no text but \['x'\]"),
+    "no text": ([("a.png", image((1, 1, 1))), ("a.json", b'{"text": ["x"]}')], r"its caption is no text \(\['x'\]\)"),
     "no JSON": ([("a.png", image((1, 1, 1))), ("a.json", b"{")], r"000.tar: a.json: is no JSON"),
     "no UTF-8": ([("a.png", image((1, 1, 1))), ("a.txt", b"\xff\xfe")], r"000.tar: a.txt: is not UTF-8"),
 }
@@ -181,6 +202,40 @@ def test_a_fault_in_a_tar_is_named_and_fatal_or_left_out(kind, source, encoder, 
             ready(source, encoder, tmp_path)
     with pytest.warns(UserWarning, match=rf"1 of 7 pairs of .*{message}.*left out"):
         assert len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train) == 6
+
+
+def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(source, encoder, tmp_path):
+    """Of two members of one name the first is a part of the pair."""
+    jpeg = image((1, 1, 1), "jpeg")
+    members = [
+        ("a.png", image((2, 2, 2))),
+        ("a.png", image((3, 3, 3))),
+        ("a.txt", b"x"),
+        ("a.cls", b"1"),
+        ("README", b""),
+    ]
+    members += [("a.mask.png", b""), ("photo.v1.jpg", jpeg), ("photo.v1.txt", b"x"), (".hidden.jpg", jpeg)]
+    write_tar(source / "a.tar", members)
+    with pytest.raises(ValueError, match=r"^3 of 4 pairs") as raised:
+        ready(source, encoder, tmp_path)
+    for expected in ("a.tar: a.png: is there twice", "photo.v1.jpg: is neither image nor", "photo.v1.txt: is neither"):
+        assert expected in str(raised.value)
+    with pytest.warns(UserWarning, match="left out"):
+        kept = ready(source, encoder, tmp_path, on_error="skip", held_out=0).train.images
+    assert kept.unique().tolist() == [2]
+
+
+def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
+    """What follows it is lost, although the file ends as a tar."""
+    as_tars(source)
+    file = source / "001.tar"
+    with tarfile.open(file) as tar:
+        place = tar.getmembers()[4].offset
+    content = bytearray(file.read_bytes())
+    content[place : place + 512] = b"\xff" * 512
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^1 of 7 pairs .*001.tar: is cut short: .*\(after part/0005\)"):
+        ready(source, encoder, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.75, "end"])
@@ -214,6 +269,10 @@ def test_faults_of_tables_are_named_by_their_rows(source, encoder, tmp_path):
     (source / "a.parquet").write_bytes((source / "a.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read"):
         ready(source, encoder, tmp_path)
+    latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"image": images[:1], "text": latin}), source / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: cannot be read \('utf-8' codec"):
+        ready(source, encoder, tmp_path)
 
 
 def test_faults_of_a_csv_are_named_by_line_and_file(source, encoder, tmp_path):
@@ -224,10 +283,91 @@ def test_faults_of_a_csv_are_named_by_line_and_file(source, encoder, tmp_path):
     with pytest.raises(ValueError, match=r"^4 of 12 pairs") as raised:
         ready(source, encoder, tmp_path)
     # The last caption before them spans two lines.
-    for expected in ("line 11: there is no image nowhere.png", "line 12, 0.png: has no caption", "line 13: names no"):
+    for expected in (
+        "line 11, nowhere.png: its image cannot be read",
+        "line 12, 0.png: has no caption",
+        "line 13: names no",
+    ):
         assert expected in str(raised.value)
     with pytest.warns(UserWarning, match="left out"):
         assert len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train) == 8
+
+
+def test_a_csv_with_a_comma_too_many_a_long_name_and_an_image_of_another_format(source, encoder, tmp_path):
+    as_csv(source)
+    with (source / "metadata.csv").open("a") as opened:
+        opened.write(f"new.png,a cat, black\n{'x' * 300}.png,a cat\n")
+    (source / "new.png").write_bytes(image((1, 1, 1)))
+    (source / "sub/h.gif").write_bytes(image((1, 1, 1), "gif"))
+    with pytest.raises(ValueError, match=r"^3 of 11 pairs") as raised:
+        ready(source, encoder, tmp_path)
+    for expected in (
+        "metadata.csv: line 11, new.png: has more fields than the header (a caption with a comma needs quotes)",
+        f"line 12, {'x' * 200}: its image cannot be read (File name too long)",
+        "sub/h.gif: has no caption in metadata.csv",
+    ):
+        assert expected in str(raised.value)
+
+
+def test_an_image_that_is_replaced_is_read_anew(source, encoder, tmp_path):
+    """The CSV file that names it is the source, and stays as it is."""
+    as_csv(source)
+    ready(source / "metadata.csv", encoder, tmp_path)
+    (source / "sub/1.png").write_bytes(image((77, 77, 77), size=(8, 8)))
+    images = ready(source / "metadata.csv", encoder, tmp_path).train.images
+    assert images[1].unique().tolist() == [77]
+
+
+def test_of_two_that_prepare_at_once_the_second_waits(source, tmp_path, monkeypatch):
+    as_tars(source)
+    reading, go_on, calls = Event(), Event(), []
+
+    def slow(*args):
+        reading.set()
+        assert go_on.wait(60)
+        calls.append(args)
+        return pixels_of(*args)
+
+    monkeypatch.setattr(pairs_cache, "pixels_of", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
+        assert reading.wait(60)
+        second = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
+        # Long enough to come to the lock.
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        go_on.set()
+        assert torch.equal(first.result(60).images, second.result(60).images)
+    assert len(calls) == len(SCRIPTS)
+
+
+def test_what_killed_runs_have_left_is_removed(source, encoder, tmp_path):
+    """But not what another process writes."""
+    as_tars(source)
+    stale, live = (tmp_path / "cache" / f"pairs-{name}.partial" for name in ("stale", "live"))
+    for folder in (stale, live):
+        folder.mkdir(parents=True)
+        (folder / "pixels.bin").write_bytes(b"1")
+    with FileLock(live.with_suffix(".lock")):
+        ready(source, encoder, tmp_path)
+    assert not stale.exists()
+    assert live.exists()
+
+
+def test_folders_are_no_files_whatever_their_name(source, encoder, tmp_path):
+    as_csv(source)
+    for name in ("a.tar", "a.parquet", "a.csv"):
+        (source / name).mkdir()
+    assert len(ready(source, encoder, tmp_path, held_out=0).train) == len(SCRIPTS)
+    with pytest.raises(FileNotFoundError, match=r"no pairs in .*a.tar"):
+        ready(source / "a.tar", encoder, tmp_path)
+
+
+def test_where_all_pairs_are_bad_the_faults_are_counted_by_their_kind(source, encoder, tmp_path):
+    write_tar(source / "a.tar", [("a.txt", b"x"), ("b.png", image((1, 1, 1))), ("b.txt", b""), ("c.txt", b"x")])
+    message = r"no good pair in .*source: 3 of 3 pairs .*a.tar: a.txt: has no image \(.*\(2 x has no image, 1 x its"
+    with pytest.raises(ValueError, match=message):
+        ready(source, encoder, tmp_path, on_error="skip")
 
 
 def test_what_is_no_source_is_refused(source, encoder, tmp_path):

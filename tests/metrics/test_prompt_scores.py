@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,34 @@ def test_a_library_that_is_not_there_is_named(scorer, column, library, monkeypat
     quality = Quality(scorer)
     assert f"pip install {library}" in quality.left_out[column]
     assert not quality.columns
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("cannot reach\nthe weights"), "cannot reach the weights"),
+        (KeyError("visual"), "HPS v2.1 does not work: KeyError('visual')"),
+    ],
+)
+def test_a_library_that_fails_at_its_first_score_is_left_out(error, reason, monkeypatch, generator):
+    """Before anything is measured: hpsv2 loads its weights no sooner."""
+
+    def score(*args, **kwargs):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "hpsv2", SimpleNamespace(score=score))
+    quality = Quality(HPS())
+    assert quality.left_out == {"hps": reason}
+    quality.generated(uint8_images(2, 5, generator), Prompts(texts=["a", "b"]))
+    assert quality.compute() == {}
+
+
+def test_the_image_that_is_scored_at_loading_does_not_count(monkeypatch, generator):
+    library = SimpleNamespace(score=lambda files, prompt, hps_version: [float(len(prompt))])
+    monkeypatch.setitem(sys.modules, "hpsv2", library)
+    quality = Quality(HPS())
+    quality.generated(uint8_images(2, 5, generator), Prompts(texts=["abc", "abcde"]))
+    assert quality.compute() == {"hps": 4}
 
 
 def test_each_image_reaches_a_library_as_a_file_with_its_own_prompt(generator):

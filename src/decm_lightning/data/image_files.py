@@ -87,8 +87,13 @@ class ImageFiles:
                 pixels = center_crop(opened.convert("RGB"), size)
         # A broken image fails in any way.
         except Exception as error:
-            raise ValueError(f"{image.name} is no whole image: {error}") from error
+            raise ValueError(f"{image.name} is no whole image: {what_pil_says(error)}") from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def what_pil_says(error: Exception) -> str:
+    """Return PIL's message on a broken image: its first line, without the address of the image in memory."""
+    return str(error).partition("\n")[0].partition(" <_io")[0]
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -108,10 +113,10 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
 def _tars(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        return sorted(tar for tar in path.glob("*.tar") if tar.is_file())
     if path.is_file():
         return [path]
-    found = sorted(map(Path, glob.glob(source)))
+    found = sorted(tar for tar in map(Path, glob.glob(source)) if tar.is_file())
     if not found:
         raise FileNotFoundError(f"no folder or file {source}: give a folder of class folders, or tars")
     return found

@@ -121,11 +121,11 @@ class InMemoryImages(ResumableData):
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most so many reference images; None for all.
+        reference_size: at most so many reference images, at least 1; None for all.
         num_workers: loading processes; 0 is fastest for images in memory.
 
     Raises:
-        ValueError: if batch_size is below 1.
+        ValueError: if batch_size or reference_size is below 1.
     """
 
     train: LabelledImages
@@ -133,6 +133,8 @@ class InMemoryImages(ResumableData):
 
     def __init__(self, batch_size: int, reference_size: int | None = None, num_workers: int = 0) -> None:
         super().__init__(batch_size, num_workers)
+        if reference_size is not None and reference_size < 1:
+            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
         self.reference_size = reference_size
 
     def val_dataloader(self) -> StatefulDataLoader:

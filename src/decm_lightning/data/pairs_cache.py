@@ -4,21 +4,30 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from decm_lightning.data.pairs_sources import Fault, Pair, files_of
+from decm_lightning.data.image_files import what_pil_says
+from decm_lightning.data.pairs_sources import Fault, Pair, files_of, named_in, read_csv
 
 EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+# Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
+BLANK = {"Cc", "Cf", "Zs"}
+SURROGATE = re.compile("[\ud800-\udfff]")
 Pixels = UInt8[Tensor, "n c h w"]
 
 
@@ -44,8 +53,9 @@ class Prepared:
 def prepare(source: Path, cache: Path, size: int, column: str | None, max_characters: int) -> Prepared:
     """Return a source's pairs: as they were prepared before, or read, checked, cropped and kept in `cache` now.
 
-    What is kept is used again as long as name, size and time of every file of the source are the same. A pixel takes
-    three bytes: 100,000 images of 256 x 256 take 20 GB.
+    What is kept is used again as long as name, size and time of every file of the source are the same, and of every
+    image that its CSV file names. A pixel takes three bytes: 100,000 images of 256 x 256 take 20 GB. Of two processes
+    that prepare the same at once, the second waits for the first; what killed ones have left is removed.
 
     Args:
         source: a file or folder, see `pairs_sources`.
@@ -58,24 +68,23 @@ def prepare(source: Path, cache: Path, size: int, column: str | None, max_charac
         FileNotFoundError: if there is no such source.
     """
     files, read = files_of(source)
-    everything = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else files
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in everything]
+    everything = set(source.rglob("*") if source.is_dir() else files)
+    if read is read_csv:
+        everything |= named_in(files[0])
+    # Path.is_file refuses names that are too long.
+    present = sorted(path for path in everything if os.path.isfile(path))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in present]
     key = hashlib.sha256(json.dumps([stats, size, column, max_characters]).encode()).hexdigest()[:32]
     folder = cache / f"pairs-{key}"
     if not folder.is_dir():
-        # Another name until it is whole: a process that is stopped leaves no folder that looks finished.
-        partial = cache / f"{folder.name}.{os.getpid()}.partial"
-        partial.mkdir(parents=True)
-        try:
-            with (partial / "pixels.bin").open("wb") as pixels, tqdm(desc="reading pairs", unit="pair") as bar:
-                content = _Writer(pixels, size, max_characters)
-                for pair in chain.from_iterable(read(file, column) for file in files):
-                    content.add(pair)
-                    bar.update()
-            (partial / "pairs.json").write_text(json.dumps(content.record()))
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        for stale in cache.glob("pairs-*.partial"):
+            # Whoever still writes it holds its lock.
+            with suppress(Timeout), FileLock(stale.with_suffix(".lock"), blocking=False):
+                shutil.rmtree(stale, ignore_errors=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _write(folder, chain.from_iterable(read(file, column) for file in files), size, max_characters)
     return _load(folder, size)
 
 
@@ -90,14 +99,30 @@ def pixels_of(image: bytes | Path, size: int) -> UInt8[Tensor, "3 size size"]:
             opened.load()
             upright = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"is no image that can be read ({str(error).partition(chr(10))[0]})") from error
+        raise ValueError(f"is no image that can be read ({what_pil_says(error)})") from error
     if upright.mode not in EIGHT_BITS:
-        raise ValueError(f"has pixels of mode {upright.mode}: save it with 8 bits a channel")
+        raise ValueError(f"has pixels of another mode (mode {upright.mode}: save it with 8 bits a channel)")
     if upright.has_transparency_data:
         coloured = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
     fitted = ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
+def _write(folder: Path, pairs: Iterable[Pair | Fault], size: int, max_characters: int) -> None:
+    # Another name until it is whole: a process that is stopped leaves no folder that looks finished.
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    try:
+        with (partial / "pixels.bin").open("wb") as pixels, tqdm(desc="reading pairs", unit="pair") as bar:
+            content = _Writer(pixels, size, max_characters)
+            for pair in pairs:
+                content.add(pair)
+                bar.update()
+        (partial / "pairs.json").write_text(json.dumps(content.record()))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Writer:
@@ -116,6 +141,8 @@ class _Writer:
             self.faults.append(pair)
             return
         try:
+            if SURROGATE.search(pair.name):
+                raise ValueError("its name is not UTF-8")
             caption = self.checked(pair.caption)
             image = pixels_of(pair.image, self.size)
         except ValueError as error:
@@ -127,10 +154,13 @@ class _Writer:
 
     def checked(self, caption: str) -> str:
         caption = " ".join(caption.split())
-        if not caption:
+        if all(unicodedata.category(letter) in BLANK for letter in caption):
             raise ValueError("its caption is empty")
+        if found := SURROGATE.search(caption):
+            raise ValueError(f"its caption has half a character ({found[0]!r})")
         if len(caption) > self.max_characters:
-            raise ValueError(f"its caption has {len(caption)} characters, and max_characters is {self.max_characters}")
+            count = f"{len(caption)} characters, and max_characters is {self.max_characters}"
+            raise ValueError(f"its caption is too long ({count})")
         return caption
 
     def record(self) -> dict[str, list]:

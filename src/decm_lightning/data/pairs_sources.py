@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from decm_lightning.data.tars import ends_whole
+
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_IMAGES = (".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")
 CAPTIONS = (".txt", ".json")
 FILE_COLUMNS = ("file_name", "file", "filename", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,24 @@ class Pair:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and in which file, row or member."""
+    """What is wrong, and in which file, row or member.
+
+    Attributes:
+        place: the file, and the row or member in it.
+        what: the kind, in the same words for all faults of it, and mostly more in brackets.
+    """
 
     place: str
     what: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}"
+        # The name of a file or member need not be UTF-8.
+        return f"{self.place}: {self.what}".encode(errors="backslashreplace").decode()
+
+    @property
+    def kind(self) -> str:
+        """What is wrong without the particulars."""
+        return self.what.partition(" (")[0]
 
 
 Reader = Callable[[Path, str | None], Iterator[Pair | Fault]]
@@ -57,10 +70,9 @@ def files_of(source: Path) -> tuple[list[Path], Reader]:
     """
     if not source.exists():
         raise FileNotFoundError(f"no file or folder {source}: give tars, parquet files, or a folder with a CSV file")
+    inside = sorted(source.rglob("*")) if source.is_dir() else [source]
     for endings, reader in READERS.items():
-        found = [source] if source.suffix in endings else []
-        if source.is_dir():
-            found = sorted(file for ending in endings for file in source.rglob(f"*{ending}"))
+        found = [file for file in inside if file.suffix in endings and file.is_file()]
         if reader is read_csv and len(found) > 1:
             raise ValueError(f"{source} has {len(found)} CSV files: give the one to read")
         if found:
@@ -72,34 +84,39 @@ def files_of(source: Path) -> tuple[list[Path], Reader]:
 def read_tar(file: Path, column: str | None) -> Iterator[Pair | Fault]:
     """Give the pairs of a webdataset tar: neighbours of one name up to its first dot, image and .txt or .json.
 
-    A tar that is cut short is one fault; what stands before the cut is given.
+    As in webdataset, what has no ending or no name before it is passed over (`README`, `.hidden`), as is what else a
+    whole pair has (`a.cls`, `a.mask.png`). Members of a name that has neither image nor caption are faults (`h.gif`, or
+    `photo.v1.jpg` with `photo.v1.txt`, whose endings start at the first dot), as is the second of one name and ending.
+    A tar that is cut short or broken is one fault; what stands before the cut is given.
     """
     parts: dict[str, bytes] = {}
     name = ""
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
                 path = PurePosixPath(member.name)
                 stem, _, ending = path.name.partition(".")
+                if not (member.isfile() and stem and ending):
+                    continue
                 key = str(path.parent / stem)
                 if key != name:
                     yield from _of_members(file, name, parts, column)
                     name, parts = key, {}
+                ending = f".{ending.lower()}"
+                if ending in parts:
+                    yield Fault(f"{file}: {member.name}", "is there twice")
+                    continue
                 content = tar.extractfile(member)
                 assert content is not None
-                parts[f".{ending.lower()}"] = content.read()
+                parts[ending] = content.read()
+            whole = ends_whole(tar)
     except tarfile.TarError as error:
         yield from _of_members(file, name, parts, column)
         yield Fault(str(file), f"is cut short or no tar ({error})")
         return
     yield from _of_members(file, name, parts, column)
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - 2 * BLOCK))
-        end = opened.read()
-    if any(end) or len(end) < 2 * BLOCK:
-        yield Fault(str(file), "is cut short: it does not end as a tar")
+    if not whole:
+        yield Fault(str(file), f"is cut short: it does not end as a tar (after {name or 'nothing'})")
 
 
 def _of_members(file: Path, name: str, parts: dict[str, bytes], column: str | None) -> Iterator[Pair | Fault]:
@@ -107,8 +124,10 @@ def _of_members(file: Path, name: str, parts: dict[str, bytes], column: str | No
     captions = [ending for ending in CAPTIONS if ending in parts]
     place = f"{file}: {name}"
     if not images and not captions:
-        return
-    if not images:
+        expected = f"{', '.join(IMAGES)}; {', '.join(CAPTIONS)}"
+        what = f"is neither image nor caption by what follows its first dot ({expected})"
+        yield from (Fault(place + ending, what) for ending in parts)
+    elif not images:
         yield Fault(place + captions[0], f"has no image ({', '.join(IMAGES)})")
     elif not captions:
         yield Fault(place + images[0], f"has no caption ({', '.join(CAPTIONS)})")
@@ -137,7 +156,7 @@ def _caption(place: str, values: Any, column: str | None) -> str | Fault:
     found = [values[name] for name in names if name in values] if isinstance(values, dict) else []
     if not found:
         return Fault(place, f"has no caption ({' or '.join(names)})")
-    return found[0] if isinstance(found[0], str) else Fault(place, f"its caption is no text but {found[0]!r:.40}")
+    return found[0] if isinstance(found[0], str) else Fault(place, f"its caption is no text ({found[0]!r:.40})")
 
 
 def read_table(file: Path, column: str | None) -> Iterator[Pair | Fault]:
@@ -161,7 +180,7 @@ def read_table(file: Path, column: str | None) -> Iterator[Pair | Fault]:
             for values in batch.to_pylist():
                 yield _of_row(file, row, values, column)
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield Fault(f"{file}: after row {row}" if row else str(file), f"cannot be read ({_first_line(error)})")
 
 
@@ -180,34 +199,56 @@ def _of_row(file: Path, row: int, values: dict[str, Any], column: str | None) ->
 def read_csv(file: Path, column: str | None) -> Iterator[Pair | Fault]:
     """Give the pairs of a CSV file with a header, which names image files beside it and their captions.
 
-    Image files that no row names are faults, too.
+    Image files that no row names are faults, too, whatever their format.
     """
-    named: set[Path] = set()
+    for row in _rows(file):
+        yield row if isinstance(row, Fault) else _of_file(row, column)
+    named = named_in(file)
+    for image in sorted(file.parent.rglob("*")):
+        if image.suffix.lower() in IMAGES + OTHER_IMAGES and image not in named:
+            yield Fault(str(image), f"has no caption in {file.name}")
+
+
+def named_in(file: Path) -> set[Path]:
+    """Return the image files that a CSV file names, whether they are there or not."""
+    return {row.image for row in _rows(file) if not isinstance(row, Fault)}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a CSV file, and the image that it names as `path`."""
+
+    place: str
+    path: str
+    image: Path
+    values: dict[str | None, Any]
+
+
+def _rows(file: Path) -> Iterator[_Row | Fault]:
     with file.open(newline="", encoding="utf-8-sig") as opened:
         rows = csv.DictReader(opened)
         try:
             for values in rows:
-                given = {name: value for name, value in values.items() if name and value}
-                path = next((given[name] for name in FILE_COLUMNS if name in given), None)
+                path = next((values[name] for name in FILE_COLUMNS if values.get(name)), None)
                 place = f"{file}: line {rows.line_num}"
                 if path is None:
                     yield Fault(place, f"names no image ({' or '.join(FILE_COLUMNS)})")
-                    continue
-                named.add(file.parent / path)
-                yield _of_file(place, file.parent / path, path, _caption(f"{place}, {path}", given, column))
+                else:
+                    yield _Row(f"{place}, {path:.200}", path, file.parent / path, values)
         except (csv.Error, UnicodeDecodeError) as error:
             yield Fault(f"{file}: line {rows.line_num + 1}", f"cannot be read ({error})")
-    for image in sorted(file.parent.rglob("*")):
-        if image.suffix.lower() in IMAGES and image not in named:
-            yield Fault(str(image), f"has no caption in {file.name}")
 
 
-def _of_file(place: str, image: Path, path: str, caption: str | Fault) -> Pair | Fault:
+def _of_file(row: _Row, column: str | None) -> Pair | Fault:
+    if None in row.values:
+        return Fault(row.place, "has more fields than the header (a caption with a comma needs quotes)")
+    caption = _caption(row.place, {name: value for name, value in row.values.items() if value}, column)
     if isinstance(caption, Fault):
         return caption
-    if not image.is_file():
-        return Fault(place, f"there is no image {path}")
-    return Pair(f"{place}, {path}", path, image.read_bytes(), caption)
+    try:
+        return Pair(row.place, row.path, row.image.read_bytes(), caption)
+    except (OSError, ValueError) as error:
+        return Fault(row.place, f"its image cannot be read ({getattr(error, 'strerror', error)})")
 
 
 def _first_line(error: Exception) -> str:

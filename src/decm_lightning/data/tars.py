@@ -37,15 +37,14 @@ def tar_members(tar: Path, suffixes: Sequence[str]) -> list[TarMember]:
     labels: dict[str, tarfile.TarInfo] = {}
     try:
         with tarfile.open(tar, "r:") as content:
-            end = 0
             for member in content:
-                end = member.offset_data + -(-member.size // RECORD) * RECORD
                 key, suffix = _split(member.name)
                 if suffix in suffixes:
                     images[key] = member
                 elif suffix in LABELS and (key not in labels or _rank(member) < _rank(labels[key])):
                     labels[key] = member
-            _check_end(tar, end, len(images))
+            if not ends_whole(content):
+                raise ValueError(f"{tar} is cut short: it ends after {len(images)} images without the mark of its end")
             for key in sorted(images.keys() ^ labels.keys()):
                 alone, lacks = (images[key], "label") if key in images else (labels[key], "image")
                 raise ValueError(f"{tar}: {alone.name} has no {lacks} beside it")
@@ -55,10 +54,14 @@ def tar_members(tar: Path, suffixes: Sequence[str]) -> list[TarMember]:
     return [TarMember(file.name, classes[key], file.offset_data, file.size) for key, file in images.items()]
 
 
-def _check_end(tar: Path, end: int, images: int) -> None:
-    # tarfile takes the end of the file for the end of the archive, which is marked by zeros.
-    if tar.stat().st_size < end + RECORD:
-        raise ValueError(f"{tar} is cut short: it ends after {images} images without the mark of its end")
+def ends_whole(tar: tarfile.TarFile) -> bool:
+    """Return whether all members of a plain tar have been read: zeros mark its end.
+
+    tarfile takes the end of the file, and a broken header, for the end of the archive.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    return tar.fileobj.read(RECORD) == bytes(RECORD)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Text-image pairs of your own: pixels or latents, with captions of any encoder."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -159,13 +160,14 @@ class TextImagePairs(CaptionedImages):
     def _prepared(self, stage: str) -> Prepared:
         prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
         count, faults = len(prepared.captions), prepared.faults
-        if faults:
-            named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
-            message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named}"
-            if self.on_error == "raise":
-                raise ValueError(f"{message}; on_error: skip trains on the others")
-            if stage == "prepare":
-                rank_zero_warn(f"{message}; left out")
+        kinds = Counter(fault.kind for fault in faults).most_common()
+        counted = ", ".join(f"{number} x {kind}" for kind, number in kinds)
+        named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
+        message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named} ({counted})"
         if not count:
-            raise ValueError(f"no good pair in {self.source}")
+            raise ValueError(f"no good pair in {self.source}" + (f": {message}" if faults else ""))
+        if faults and self.on_error == "raise":
+            raise ValueError(f"{message}; on_error: skip trains on the others")
+        if faults and stage == "prepare":
+            rank_zero_warn(f"{message}; left out")
         return prepared

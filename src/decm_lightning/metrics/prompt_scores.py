@@ -73,11 +73,17 @@ class PromptScore(Part):
         return ""
 
     def missing(self) -> str:
-        """Load the model; return why it cannot be loaded."""
+        """Load the model and score an image; return why that fails."""
         try:
             self.metric = self.scorer.load()
+            # A library may load its weights no sooner than at the first score.
+            self.metric.update(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"])
+            self.metric.reset()
         except (ImportError, OSError) as error:
             return " ".join(str(error).split())
+        # A library that does not go with the others fails in any way.
+        except Exception as error:
+            return " ".join(f"{self.scorer.name} does not work: {error!r}".split())
         return ""
 
     def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:

@@ -106,7 +106,7 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
 def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
     """Weights and averages after five steps, in which N2N is due at two: the compiled blocks meet several shapes.
 
-    At two steps each loss is differentiated by itself as well.
+    At three steps each loss is differentiated by itself as well.
     """
 
     def fit(**options):
@@ -129,7 +129,12 @@ def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
 
 @pytest.mark.parametrize(
     "objective",
-    [losses.paper(shares=(0.5, 0.25, 0.25)), losses.recommended(), losses.recommended(shares=(0.5, 0.25, 0.25))],
+    [
+        losses.paper(shares=(0.5, 0.25, 0.25)),
+        losses.recommended(),
+        losses.recommended(shares=(0.5, 0.25, 0.25)),
+        losses.recommended(shares=(0.25, 0.25, 0.25)),
+    ],
 )
 def test_the_passes_that_are_announced_are_made(objective, tmp_path):
     """Rows through teacher and student over six steps, counted at their doors."""
@@ -250,18 +255,18 @@ def test_accumulated_batches_draw_their_own_noise(tmp_path):
 @pytest.mark.parametrize("what", ["teacher", "student"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
     def fit(folder, steps, checkpoint=None):
-        L.seed_everything(3, verbose=False)
+        teacher = tiny_teacher()
+        # A resumed run draws by its checkpoint's seed, whatever its own.
+        L.seed_everything(4 if checkpoint else 3, verbose=False)
         options = {
             "optimizer": lambda p: torch.optim.AdamW(p, 1e-2),
-            "lr_scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40),
+            "lr_scheduler": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, 40, cycle_momentum=False),
             "ema_decay": 0.9,
         }
         if what == "student":
-            module = Distiller(tiny_teacher(), objective=losses.paper(r_decay_steps=30), **options)
+            module = Distiller(teacher, objective=losses.paper(r_decay_steps=30), **options)
         else:
             module = TeacherTraining(DiT(8, 1, 4, 16, 1, 2, num_classes=10), **options)
-        if checkpoint:
-            torch.rand(7)  # a resumed process has another global random state
         saving = ModelCheckpoint(folder, every_n_train_steps=20, save_top_k=-1, filename="{step}")
         # 1,797 digits in batches of 96 are 18 steps: both stops are in the middle of an epoch.
         trainer(folder, max_steps=steps, callbacks=[saving]).fit(module, Digits(batch_size=96), ckpt_path=checkpoint)
@@ -361,6 +366,58 @@ def test_data_with_more_classes_than_the_network_are_refused(tmp_path):
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=5)
     with pytest.raises(ValueError, match="the data have 10 classes and the network 5"):
         trainer(tmp_path, max_steps=1).fit(Distiller(Teacher(network)), Digits(batch_size=16))
+
+
+@pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
+def test_data_of_another_shape_than_the_network_s_are_refused(size, channels, tmp_path):
+    network = DiT(size, channels, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    shapes = rf"samples are \(1, 8, 8\) and the network's \({channels}, {size}, {size}\)"
+    with pytest.raises(ValueError, match=shapes):
+        trainer(tmp_path, max_steps=1).fit(TeacherTraining(network), Digits(batch_size=16))
+
+
+def one_cycle(steps: int) -> Distiller:
+    schedule = lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, steps, pct_start=0.25)  # noqa: E731
+    return Distiller(tiny_teacher(), lr_scheduler=schedule)
+
+
+def test_a_schedule_that_ends_before_the_run_is_refused_before_its_first_step(tmp_path):
+    run = trainer(tmp_path, max_steps=7)
+    with pytest.raises(ValueError, match=r"has 5 steps .* and the run 7: set its total_steps to 7"):
+        run.fit(one_cycle(5), Digits(batch_size=16))
+    assert run.global_step == 0
+    # Two epochs of 17 batches, two of them a step.
+    epochs = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match=r"has 17 steps .* and the run 18"):
+        epochs.fit(one_cycle(17), Digits(batch_size=100))
+
+
+def test_a_schedule_that_the_run_leaves_in_the_middle_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"has 9 steps .* and the run 2, .* set its total_steps to 2"):
+        trainer(tmp_path, max_steps=2).fit(one_cycle(9), Digits(batch_size=16))
+
+
+def test_a_schedule_with_a_phase_of_no_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="phase of the lr_scheduler has no steps"):
+        trainer(tmp_path, max_steps=4).fit(one_cycle(4), Digits(batch_size=16))
+
+
+def test_a_resumed_run_keeps_its_checkpoint_s_schedule_and_ends_with_it(tmp_path):
+    """Lightning restores the schedule with its number of steps."""
+    first = trainer(tmp_path, max_steps=3)
+    with pytest.warns(UserWarning, match="has 5 steps"):
+        first.fit(one_cycle(5), Digits(batch_size=16))
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"has 5 steps .* and the run 9"):
+        trainer(tmp_path, max_steps=9).fit(one_cycle(9), Digits(batch_size=16), ckpt_path=tmp_path / "run.ckpt")
+    resumed = trainer(tmp_path, max_steps=5)
+    resumed.fit(one_cycle(5), Digits(batch_size=16), ckpt_path=tmp_path / "run.ckpt")
+    assert resumed.global_step == 5
+
+
+def test_an_engine_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="auto, dual, functional, central: got 'jvp'"):
+        Distiller(tiny_teacher(), derivative="jvp")
 
 
 def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):

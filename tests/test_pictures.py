@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from decm_lightning.pictures import save_named_grid, short
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.pictures import save_named_grid, short, to_uint8
 
 COLOURS = torch.tensor([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 0]], [[200, 0, 200], [0, 200, 200]]])
 
@@ -41,6 +42,14 @@ def test_images_stand_in_their_rows_and_columns_beside_their_names(columns, tmp_
 def test_latents_are_no_pictures(tmp_path):
     with pytest.raises(ValueError, match="pictures have 1 or 3 channels: got 4"):
         save_named_grid(torch.zeros(1, 1, 4, 8, 8, dtype=torch.uint8), ["row"], (), tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_no_black_picture(value):
+    x = torch.zeros(2, 1, 8, 8)
+    x[1, 0, 3, 3] = value
+    with pytest.raises(NonFiniteError, match="images are not finite: the weights that drew them have diverged"):
+        to_uint8(x)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ from decm_lightning.derivatives import (
     evaluate,
     functional,
 )
-from decm_lightning.errors import NonFiniteError
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import DualEndLoss, LossTerm, Objective, cost, recommended, tangent
+from decm_lightning.losses import DualEndLoss, Objective, cost, recommended, tangent
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
@@ -66,6 +65,9 @@ class Distiller(FlowTraining):
         ema_decay: decay of the student's average, in [0, 1).
         gradient_checkpointing: compute the student's activations again in the backward pass: less memory, more time.
         compile: compile the blocks of student and teacher.
+
+    Raises:
+        ValueError: if there is no such engine, ema_decay is out of its range, or there is no student.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Distiller(FlowTraining):
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
+        if derivative not in ("auto", *ENGINES):
+            raise ValueError(f"derivative must be one of auto, {', '.join(ENGINES)}: got {derivative!r}")
         network = teacher.student() if student is None else student
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher = teacher
@@ -88,7 +92,6 @@ class Distiller(FlowTraining):
         self.objective = objective
         self.wanted: EngineName | None = None if derivative == "auto" else derivative
         self.derivative: Engine = ENGINES[self.wanted or "dual"]
-        self.terms: dict[str, LossTerm] = {}
 
     @property
     def student(self) -> Network:
@@ -151,7 +154,8 @@ class Distiller(FlowTraining):
         for (name, loss), (jump, v_left), jet in zip(losses.items(), aims.values(), jets, strict=True):
             v_right = self.at_landing(loss, jump, jet.u.detach())
             self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
-        return self.total(batch_idx, jumps)
+        self.check_losses(batch_idx, partial(self.origin, jumps))
+        return self.total()
 
     def aim(
         self, loss: DualEndLoss, points: Points, step: int, generator: torch.Generator
@@ -176,15 +180,10 @@ class Distiller(FlowTraining):
         with self.phase("teacher"):
             return self.velocity(path.jump(jump.x_t, u, jump.t, jump.s), jump.s, jump.condition)
 
-    def total(self, batch_idx: int, jumps: list[Jump]) -> Tensor:
-        """Return the sum of this step's losses, logged one by one and checked to be finite."""
-        values = {name: term.value for name, term in self.terms.items()}
-        try:
-            self.check_losses(values, batch_idx)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}{self.origin(jumps)}") from None
-        total = torch.stack(list(values.values())).sum()
-        self.log_dict({f"loss/{name}": value for name, value in values.items()})
+    def total(self) -> Tensor:
+        """Return the sum of this step's losses, logged one by one."""
+        total = torch.stack([term.value for term in self.terms.values()]).sum()
+        self.log_dict({f"loss/{name}": term.value for name, term in self.terms.items()})
         self.log_dict({f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
         self.log("loss/total", total, prog_bar=True)
         return total

@@ -2,4 +2,4 @@
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite: training has stopped before the weights took it in."""
+    """A loss, gradient or image that is NaN or infinite: training has stopped before the weights took it in."""

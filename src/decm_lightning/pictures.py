@@ -10,6 +10,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from decm_lightning.errors import NonFiniteError
 from decm_lightning.types import Sample
 
 LONG = 8
@@ -18,7 +19,16 @@ Pictures = UInt8[Tensor, "n c h w"]
 
 
 def to_uint8(x: Sample) -> Tensor:
-    """Return images in [-1, 1] as uint8, round(127.5 (x + 1)) clamped to 0..255: rounded, where a cast truncates."""
+    """Return images in [-1, 1] as uint8, round(127.5 (x + 1)) clamped to 0..255: rounded, where a cast truncates.
+
+    Raises:
+        NonFiniteError: if one is NaN or infinite.
+    """
+    # The cast would make them black or white.
+    if not x.isfinite().all():
+        raise NonFiniteError(
+            "images are not finite: the weights that drew them have diverged, take an earlier checkpoint"
+        )
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decm_lightning import conditions, path
 from decm_lightning.guidance import Guidance, GuidedField
+from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.training import FlowTraining
@@ -64,7 +65,8 @@ class TeacherTraining(FlowTraining):
         dropped = torch.rand(len(x_1), generator=generator, device=x_1.device) < self.class_dropout
         condition = conditions.where(dropped, self.network.null(condition), condition)
         loss = (self.network(x_t, t, t, condition) - path.velocity(x_0, x_1)).square().mean()
-        self.check_losses({"flow_matching": loss}, batch_idx)
+        self.terms = {"flow_matching": LossTerm(loss, loss.detach().sqrt())}
+        self.check_losses(batch_idx)
         self.log("loss/flow_matching", loss, prog_bar=True)
         return loss
 

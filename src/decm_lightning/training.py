@@ -1,7 +1,7 @@
 """What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning import samplers
@@ -19,6 +19,7 @@ from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA
 from decm_lightning.callbacks.gradient_norms import total_norm
 from decm_lightning.errors import NonFiniteError
+from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
@@ -38,6 +39,13 @@ class FlowTraining(L.LightningModule):
         ema_decay: decay of the average per optimiser step, in [0, 1); it warms up as (1 + n) / (10 + n).
         gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
         compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
+
+    Attributes:
+        terms: this step's losses by name.
+        phase: announces a part of the step, "teacher" or "derivative"; a callback that times them sets its own.
+
+    Raises:
+        ValueError: if ema_decay is outside its range.
     """
 
     def __init__(
@@ -56,14 +64,11 @@ class FlowTraining(L.LightningModule):
         self.average: Network = copy.deepcopy(network).requires_grad_(False)
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
-        self.ema_decay = ema_decay
+        self.averaging = EMA(ema_decay)
         self.seed = torch.initial_seed()
         self.draws: Cell | None = None
-        self.losses: dict[str, Tensor] = {}
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Announce a part of the step, "teacher" or "derivative"; a callback that times them replaces this method."""
-        return nullcontext()
+        self.terms: dict[str, LossTerm] = {}
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""
@@ -103,15 +108,23 @@ class FlowTraining(L.LightningModule):
                     fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser over the trained network and its per-step schedule."""
+        """Return the optimiser over the trained network and its per-step schedule.
+
+        Raises:
+            ValueError: if OneCycleLR has so few steps that one of its phases has none.
+        """
         optimizer = self.make_optimizer(self.network.parameters())
         if self.make_schedule is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.make_schedule(optimizer), "interval": "step"}]
+        try:
+            schedule = self.make_schedule(optimizer)
+        except ZeroDivisionError:
+            raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the averaging: a student without it would be tested as it began."""
-        return [EMA(self.ema_decay)]
+        return [self.averaging]
 
     def generator(self, batch_idx: int) -> torch.Generator:
         """Return this batch's own source of randomness.
@@ -146,18 +159,21 @@ class FlowTraining(L.LightningModule):
             raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
         return samplers.sampler(sampler, generator)(models[model], x_0, condition, steps)
 
-    def check_losses(self, values: Mapping[str, Tensor], batch_idx: int) -> None:
+    def check_losses(self, batch_idx: int, origin: Callable[[], str] = str) -> None:
         """Stop if a loss is not finite.
 
+        Args:
+            batch_idx: the batch.
+            origin: says where the first such number arose, "" if it is not known.
+
         Raises:
-            NonFiniteError: naming the loss, the step and the batch.
+            NonFiniteError: naming the loss, the step, the batch and the origin.
         """
-        self.losses = {name: value.detach() for name, value in values.items()}
-        stacked = torch.stack(list(self.losses.values()))
-        if torch.isfinite(stacked).all():
+        values = {name: term.value for name, term in self.terms.items()}
+        if torch.stack(list(values.values())).isfinite().all():
             return
         bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
-        raise NonFiniteError(self._stopped(bad, batch_idx))
+        raise NonFiniteError(self._stopped(bad, batch_idx) + origin())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop if the gradient is not finite, before the weights take it in.
@@ -175,13 +191,9 @@ class FlowTraining(L.LightningModule):
             return
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        losses = ", ".join(f"loss/{name} = {value:.4g}" for name, value in self.loss_values().items())
+        losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in self.terms.items())
         what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
         raise NonFiniteError(self._stopped(what, self.trainer.fit_loop.batch_idx))
-
-    def loss_values(self) -> dict[str, float]:
-        """Return this step's losses by name."""
-        return {name: value.item() for name, value in self.losses.items()}
 
     def setup(self, stage: str) -> None:
         """Refuse data with more classes than the network has: the first label too many would be its null class.
@@ -192,6 +204,36 @@ class FlowTraining(L.LightningModule):
         known, given = self.network.num_classes, getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
         if known and given > known:
             raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+
+    def on_train_start(self) -> None:
+        """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
+
+        Raises:
+            ValueError: naming both numbers of steps.
+        """
+        # It would be too early where the schedule is made: a resumed one gets its checkpoint's steps, and to count the
+        # run's Lightning would ask the data for their loader, which then begins with epoch 0.
+        end = getattr(self.lr_schedulers(), "total_steps", None)
+        if end is None:
+            return
+        steps = self.trainer.estimated_stepping_batches
+        both = f"the lr_scheduler has {end} steps (if resumed, those of the checkpoint) and the run {steps}"
+        if steps > end:
+            raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
+        # -1 where the loader does not know its length.
+        if 0 <= steps < end:
+            rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Refuse samples that are not of the network's shape.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        given, known = tuple(batch[0].shape[1:]), tuple(self.network.sample_shape)
+        if given != known:
+            remedy = "build the network for them (in_channels, input_size) or give other data"
+            raise ValueError(f"the data's samples are {given} and the network's {known}: {remedy}")
 
     def _stopped(self, what: str, batch_idx: int) -> str:
         where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"

@@ -163,8 +163,10 @@ def test_diverged_weights_are_named(tmp_path):
 
 
 def test_missing_images_classes_and_models_are_refused(tmp_path):
+    data = Digits()
+    data.reference_size = 0
     with pytest.raises(ValueError, match="no real images to measure against: the validation or test loader is empty"):
-        trainer(tmp_path, evaluation()).validate(distiller(), datamodule=Digits(reference_size=0), verbose=False)
+        trainer(tmp_path, evaluation()).validate(distiller(), datamodule=data, verbose=False)
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
     with pytest.raises(ValueError, match="cell tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
@@ -174,6 +176,8 @@ def test_missing_images_classes_and_models_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cells": []}, "cells and test_cells must name at least one model/sampler/steps each"),
+        ({"test_cells": []}, "cells and test_cells must name at least one model/sampler/steps each"),
         ({"samples": 1}, "samples must be at least 2: got 1"),
         ({"test_samples": 0}, "samples must be at least 2: got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1: got 0"),

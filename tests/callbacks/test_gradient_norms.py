@@ -1,8 +1,12 @@
 """Gradient norms against gradients taken by hand."""
 
+import csv
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from decm_lightning import Distiller, losses
 from decm_lightning.callbacks import GradientNorms
@@ -11,15 +15,15 @@ from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 
 
-def fit(callbacks, steps, **options):
+def fit(callbacks, steps, objective=None, logger=False, **options):
     torch.manual_seed(0)
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.5)
-    distiller = Distiller(Teacher(network), objective=losses.recommended())
+    distiller = Distiller(Teacher(network), objective=objective or losses.recommended())
     run = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -47,6 +51,25 @@ def test_each_loss_and_the_total_have_the_norm_of_their_own_gradient_before_clip
     logged, _ = fit([ByNames(), GradientNorms(every_n_steps=1)], 1, gradient_clip_val=1e-6)
     for name in ("consistency", "flow_matching", "noise_to_noisy", "total"):
         assert logged[f"grad_norm/{name}"].item() == pytest.approx(by_hand[name], rel=1e-5)
+
+
+def test_a_loss_of_every_third_step_is_measured_and_no_logger_s_interval_misses_it(tmp_path):
+    """N2N of the paper is due at steps 0, 3, 6; the norms are taken at 0, 6, 12, and the logger asks at 3, 7, 11."""
+    taken = []
+
+    class Taken(L.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step in (0, 6):
+                value = pl_module.terms["noise_to_noisy"].value
+                parameters = [p for p in pl_module.network.parameters() if p.requires_grad]
+                found = torch.autograd.grad(value, parameters, retain_graph=True)
+                taken.append(torch.cat([g.flatten() for g in found]).norm().item())
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit([Taken(), GradientNorms(every_n_steps=6)], 13, losses.paper(), logger, log_every_n_steps=4)
+    rows = csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines())
+    logged = {int(row["step"]): float(row["grad_norm/noise_to_noisy"]) for row in rows}
+    assert logged == pytest.approx({3: taken[0], 7: taken[1], 11: taken[1]}, rel=1e-5)
 
 
 def test_measuring_leaves_the_training_as_it_is():

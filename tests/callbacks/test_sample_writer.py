@@ -1,4 +1,5 @@
 import lightning as L
+import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -6,6 +7,7 @@ from torch.utils.data import DataLoader
 from decm_lightning import TeacherTraining
 from decm_lightning.callbacks.sample_writer import SampleWriter
 from decm_lightning.data import Digits
+from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import DiT
 from decm_lightning.types import Batch, Captions
 
@@ -48,6 +50,13 @@ def test_pictures_are_decoded_and_named_by_their_labels(tmp_path):
         # x and -x round to levels that add up to 255, or to 256 at a half.
         assert ((levels.sum(0) - 255).abs() <= 1).all()
         assert levels.float().std() > 10
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Positives, "decode", lambda self, x: x / 0)
+    with pytest.raises(NonFiniteError, match="images are not finite"):
+        written(tmp_path, Positives())
+    assert not list(tmp_path.iterdir())
 
 
 def test_conditions_that_are_no_labels_are_left_out_of_the_names(tmp_path, generator):

@@ -1,6 +1,7 @@
 """Throughput against time spent on purpose."""
 
 import time
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -45,6 +46,32 @@ def test_the_teacher_s_share_holds_the_time_it_slept_and_images_are_counted(tmp_
     assert sum(shares) <= 1.001
     # Three steps of 32 images within the run; and no step is shorter than what the teacher slept.
     assert 3 * 32 / elapsed <= logged["throughput/images_per_s"] <= 32 / 0.2
+
+
+def test_validations_closer_than_readings_are_left_out(tmp_path):
+    """Two validations of half a second lie within three steps."""
+
+    class SlowValidation(L.Callback):
+        def on_validation_batch_end(self, *_, **__):
+            time.sleep(0.5)
+
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    run = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=1,
+        limit_val_batches=1,
+        callbacks=[Throughput(every_n_steps=3), SlowValidation()],
+    )
+    distiller = Distiller(Teacher(network))
+    run.fit(distiller, Digits(batch_size=32))
+    assert run.callback_metrics["throughput/images_per_s"] > 3 * 32 / (2 * 0.5)
+    assert distiller.phase is nullcontext
 
 
 def test_values_out_of_range_are_refused():

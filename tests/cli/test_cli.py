@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from decm_lightning import cli
+from decm_lightning.derivatives import NoTangentError
 from decm_lightning.networks import DiT, load, save
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,8 @@ TINY = [
     *("--data.init_args.batch_size", "16"),
     *("--data.init_args.reference_size", "32"),
 ]
+
+RECOMMENDED = ("--model.init_args.objective", "decm_lightning.losses.recommended")
 
 
 @pytest.fixture
@@ -79,6 +82,15 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert run("fit", "--ckpt_path", last, "--trainer.max_steps", "3")[0] == 0
     assert torch.load(last.replace("_0", "_1"), weights_only=True)["global_step"] == 3
+    whole = torch.load(last, weights_only=True)
+    for lacking in ("optimizer_states", "state_dict"):
+        torch.save({key: value for key, value in whole.items() if key != lacking}, "partial.ckpt")
+        code, _, err = run("fit", "--ckpt_path", "partial.ckpt", "--trainer.max_steps", "3")
+        assert code == 2
+        assert f"decm: error: partial.ckpt has no {lacking}: take a whole one" in err
+    code, _, err = run("test", "--ckpt_path", last, "--trainer.callbacks", "[]")
+    assert code == 2
+    assert "decm: error: nothing was measured: test needs a callback that logs" in err
     code, out, _ = run("test", "--ckpt_path", last)
     assert code == 0
     assert "| student | mix | 1 | 1 |" in out
@@ -104,17 +116,17 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
 
 
 def test_predict_writes_a_picture_for_each_label(decm):
-    writer = {
-        "class_path": "decm_lightning.callbacks.SampleWriter",
-        "init_args": {"folder": "drawn", "cell": "teacher/euler/2"},
-    }
     saving = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"dirpath": "saved", "every_n_train_steps": 2, "filename": "two"},
     }
     assert decm(*digits("fit", "--trainer.callbacks", json.dumps([saving])))[0] == 0
-    predict = digits("predict", "--ckpt_path", "saved/two.ckpt", "--trainer.callbacks", json.dumps([writer]))
-    assert decm(*predict)[0] == 0
+    predict = digits("predict", "--ckpt_path", "saved/two.ckpt")
+    writer = ["--trainer.callbacks+", "decm_lightning.callbacks.SampleWriter", "--trainer.callbacks.folder", "drawn"]
+    code, _, err = decm(*predict)
+    assert code == 2
+    assert f"predict needs a SampleWriter, which says what to draw, and where to: add {' '.join(writer[:3])}" in err
+    assert decm(*predict, *writer, "--trainer.callbacks.cell", "teacher/euler/2")[0] == 0
     files = sorted(file.name for file in Path("drawn").iterdir())
     # The first 32 digits are 0, 1, 2, ... 9, 0, 1, ...
     assert len(files) == 32
@@ -156,7 +168,7 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
         (digits("fit", "--model.init_args.guidance.scale", "-1"), "guidance scale must be at least 0: got -1.0"),
         (digits("fit", "--model.init_args.teacher.init_args.path", "gone"), "no checkpoint or folder at gone"),
         (
-            digits("fit", "--model.init_args.objective.init_args.normaliser", "l3"),
+            digits("fit", *RECOMMENDED, "--model.init_args.objective.init_args.normaliser", "l3"),
             "normaliser: Expected a typing.Literal",
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
@@ -164,9 +176,39 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
         (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the samplers mix and mix_renoised"),
         (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not there"),
         (digits("fit", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
+        (["sample", "teacher", "--classes", "[]"], "classes must be at least one label: got none"),
+        (["sample", "diverged"], "images are not finite: the weights that drew them have diverged"),
+        (["sample", "renamed"], "renamed cannot be loaded: DiT.__init__() got an unexpected keyword argument 'colour'"),
+        (
+            digits("fit", "--model.init_args.teacher.init_args.path", "renamed"),
+            "renamed cannot be loaded: DiT.__init__",
+        ),
+        (["fit"], "the following arguments are required: fit.data, fit.model: give them in --config FILE"),
+        (["fit", "--config", "empty.yaml"], "empty.yaml must hold keys such as trainer, model and data: got nothing"),
+        (["fit", "--config=list.yaml"], "list.yaml must hold keys such as trainer, model and data: got list"),
+        (["test", "-c", "broken.yaml"], "broken.yaml is no YAML: while parsing a flow sequence"),
+        (digits("fit", "--trainer.max_steps", "0"), "trainer.max_steps must be at least 1, or -1 for no limit: got 0"),
+        (
+            digits("fit", "--trainer.max_epochs", "0"),
+            "trainer.max_epochs must be at least 1, or -1 for no limit: got 0",
+        ),
+        (digits("fit", "--data.init_args.reference_size", "-5"), "reference_size must be at least 1: got -5"),
+        (
+            digits("test", "--ckpt_path", "x", "--trainer.callbacks.test_cells", "[]"),
+            "cells must name at least one model",
+        ),
     ],
 )
 def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
+    network = load("teacher")
+    torch.nn.init.constant_(network.final_layer.linear.bias, float("nan"))
+    save(network, "diverged")
+    save(network, "renamed")
+    Path("renamed/config.json").write_text(
+        json.dumps(json.loads(Path("teacher/config.json").read_text()) | {"colour": 3})
+    )
+    for name, content in (("empty", ""), ("list", "- 1"), ("broken", "a: [1")):
+        Path(f"{name}.yaml").write_text(content)
     code, _, err = decm(*argv)
     lines = [line for line in err.splitlines() if line.startswith("decm: error: ")]
     assert code == 2
@@ -185,11 +227,53 @@ def test_a_typo_in_a_yaml_is_named_with_its_place(decm):
     assert "scal" in err
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("a.jpg", "got a.jpg"),
+        ("folder.png", "folder.png is a folder"),
+        ("file", "got file (file: Not a directory)"),
+        ("file/new/a.png", "got file/new/a.png (file: Not a directory)"),
+        ("/proc/new/a.png", "got /proc/new/a.png (/proc: "),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_drawn(out, message, decm):
+    Path("folder.png").mkdir()
+    Path("file").touch()
+    # A missing network has a message of its own: not even that is looked for.
+    code, _, err = decm("sample", "nowhere", "--out", out)
+    assert code == 2
+    assert err.startswith("decm: error: out must be a folder or a .png file")
+    assert message in err
+    assert not Path("a.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--trainer.callbacks.samples", "1"], "samples must be at least 2: got 1"),
+        (["--model.init_args.ema_deca", "0.9"], "model: Option 'ema_deca' is not accepted. Got value: 0.9"),
+    ],
+)
+def test_what_the_parser_tried_is_left_out(option, expected, decm):
+    assert decm(*digits("fit", *option))[2].splitlines()[-1] == f"decm: error: {expected}"
+
+
+def test_an_operation_without_a_tangent_is_named_in_one_line(monkeypatch, capsys):
+    def refused(*_):
+        raise NoTangentError("torch.sort: no rule for this operation")
+
+    monkeypatch.setattr("decm_lightning.cli.sample.run", refused)
+    monkeypatch.setattr(sys, "argv", ["decm", "sample"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err == "decm: error: torch.sort: no rule for this operation\n"
+
+
 def test_a_bug_is_no_bad_input_and_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise AssertionError("a bug")
 
-    monkeypatch.setitem(cli.COMMANDS, "sample", broken)
+    monkeypatch.setattr("decm_lightning.cli.sample.run", broken)
     monkeypatch.setattr(sys, "argv", ["decm", "sample"])
     with pytest.raises(AssertionError, match="a bug"):
         cli.main()

@@ -203,7 +203,11 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
         (["student"], "student draws captions: give --prompts FILE and --encoder, what it was trained with"),
         (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
         (["classes", "--prompts", "prompts.jsonl"], "classes draws classes, not captions: give --classes"),
-        ([*DRAW[1:], "--out", "prompts.jsonl"], "prompts are drawn into a folder or a .png file: give --out FOLDER"),
+        (
+            [*DRAW[1:], "--out", "prompts.jsonl"],
+            "out must be a folder or a .png file that can be written: got prompts.jsonl",
+        ),
+        (["diverged", *DRAW[2:], "--out", "a.png"], "images are not finite: the weights that drew them have diverged"),
         ([*DRAW[1:], "--out", "a", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file"),
         (["classes", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file: give one"),
         ([*DRAW[1:], "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
@@ -214,6 +218,9 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
 )
 def test_bad_input_is_one_line(decm, argv, message):
     save(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10), "classes")
+    network = text_dit(0)
+    torch.nn.init.constant_(network.final_layer.linear.bias, float("nan"))
+    save(network, "diverged")
     code, _, err = decm("sample", *argv)
     assert code == 2
     assert message in err

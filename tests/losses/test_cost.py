@@ -18,6 +18,8 @@ SHARES = (0.5, 0.25, 0.25)
         # N2N by its landing end asks for one velocity more.
         (recommended(), 1 + 1, 3, 2),
         (recommended(shares=SHARES), 0.75 + 0.25, 1, 0.75),
+        # Rows that no loss takes cost nothing.
+        (recommended(shares=(0.25, 0.125, 0.125)), 0.375 + 0.125, 0.5, 0.375),
         (facm(), 1, 2, 1),
         (lagrangian(), 1 + 1, 2, 1),
     ],

@@ -161,6 +161,7 @@ def test_presets_have_the_published_weightings():
         ({"weight": 0.0}, "0.0"),
         ({"every": 0}, "0"),
         ({"direction": -2.0}, "-2.0"),
+        ({"time_weight": "sine"}, "'sine'"),
     ],
 )
 def test_loss_refuses_what_is_out_of_range(arguments, value):
@@ -170,8 +171,16 @@ def test_loss_refuses_what_is_out_of_range(arguments, value):
 
 
 def test_objective_refuses_what_is_out_of_range():
-    """An objective has a loss, and a warm-up of no negative length."""
+    """An objective has a loss, a normaliser that there is, and a warm-up of no negative length."""
     with pytest.raises(ValueError, match="at least one loss"):
         Objective({})
     with pytest.raises(ValueError, match=r"got -1$"):
         Objective({"loss": DualEndLoss(DataEdge())}, warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"plain, clamp, tangent_norm, adaptive_l2: got 'l3'$"):
+        Objective({"loss": DualEndLoss(DataEdge())}, "l3")
+
+
+def test_shares_below_one_leave_the_last_rows_out():
+    """A half of 16 rows, and a quarter."""
+    rows = presets.consistency_and_flow_matching(shares=(0.5, 0.25)).rows(16)
+    assert torch.cat(list(rows.values())).tolist() == list(range(12))

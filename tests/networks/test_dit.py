@@ -164,9 +164,13 @@ def test_missing_labels_are_refused_with_the_remedy(inputs):
         ({"width": 50}, "got 50 / 4"),
         ({"width": 24}, "got 24 / 4"),
         ({"heads": 5}, "got 48 / 5"),
+        ({"depth": 0}, "depth must be at least 1: got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1: got 0"),
+        ({"in_channels": -1}, "in_channels must be at least 1: got -1"),
+        ({"width": 0}, "got 0 / 4"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(changed, value):
-    """The message holds both sizes."""
+def test_impossible_sizes_are_refused(changed, value):
+    """The message holds them."""
     with pytest.raises(ValueError, match=value):
         DiT(**TINY | changed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decm_lightning.networks import MLP, DiT, describe, load, save
+from decm_lightning.networks.pretrained import refuse_partial
 
 
 @pytest.fixture
@@ -114,6 +115,70 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.ckpt").write_text("weights are elsewhere")
     with pytest.raises(ValueError, match=r"notes.ckpt is not a checkpoint of decm-lightning"):
         load(tmp_path / "notes.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("config.json", '{"_class_name": "DiT", "input_size": 4, "in_channels": 2, "colour": 3}', "argument 'colour'"),
+        ("config.json", '{"_class_name": "DiT"}', "missing .* argument"),
+        ("config.json", "[1, 2]", r"config.json must hold _class_name and the arguments: got \[1, 2\]"),
+        ("config.json", '{"_class', "Unterminated string"),
+        ("config.json", b"\xff", "'utf-8' codec"),
+        ("config.json", {"width": 32}, r"size mismatch for .* \.\.\."),
+        ("config.json", {"depth": 3}, "Missing key"),
+        ("model.safetensors", b"\x08", "deserializing header"),
+    ],
+)
+def test_broken_folder_is_named_with_the_cause_in_one_line(file, content, cause, network, tmp_path):
+    save(network, tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps(describe(network) | content)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be loaded: .*{cause}") as refused:
+        load(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 350
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"network": {"_class_name": "MLP", "colour": 3}, "state_dict": {}}, "cannot be loaded: .*argument"),
+        ({"network": [1], "state_dict": {}}, "is not a checkpoint of decm-lightning: it does not describe its network"),
+        ({"state_dict": {}}, "cannot be loaded: .*Missing key"),
+        ({"state_dict": [1]}, "cannot be loaded: 'list' object"),
+        ({}, "cannot be loaded: it has no 'state_dict'"),
+    ],
+)
+def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network, tmp_path):
+    file = tmp_path / "broken.ckpt"
+    torch.save({"network": describe(network)} | checkpoint, file)
+    with pytest.raises(ValueError, match=f"^{file} {message}"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer_states": None}, "no optimizer_states: take a whole one, which ModelCheckpoint writes"),
+        ({"seed": None, "state_dict": None}, "no state_dict and no seed"),
+        ({"state_dict": {}}, "no weights pos_embed"),
+        (
+            {"state_dict": {"pos_embed": torch.zeros(1, 4, 8)}},
+            r"weights pos_embed of shape \(1, 4, 8\), not \(1, 4, 16\)",
+        ),
+    ],
+)
+def test_partial_checkpoint_is_refused_before_training_goes_on(changed, message, network, tmp_path):
+    """What is read only to be measured needs no optimiser's state."""
+    file = tmp_path / "partial.ckpt"
+    whole = {"network": describe(network), "state_dict": network.state_dict(), "seed": 0, "optimizer_states": [{}]}
+    torch.save({key: value for key, value in (whole | changed).items() if value is not None}, file)
+    with pytest.raises(ValueError, match=f"^{file} has {message}"):
+        refuse_partial(file, network, resume=True)
+    if "optimizer_states" in changed:
+        refuse_partial(file, network, resume=False)
 
 
 class Foreign(MLP):

@@ -314,10 +314,16 @@ def test_other_conditions_are_refused_with_the_remedy():
 
 @pytest.mark.parametrize(
     ("changed", "value"),
-    [({"input_size": 5}, "got 5 and 2"), ({"width": 20, "heads": 3}, "got 20 / 3"), ({"width": 12}, "got 12 / 2")],
+    [
+        ({"input_size": 5}, "got 5 and 2"),
+        ({"width": 20, "heads": 3}, "got 20 / 3"),
+        ({"width": 12}, "got 12 / 2"),
+        ({"depth": 0}, "depth must be at least 1: got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1: got 0"),
+    ],
 )
-def test_sizes_that_do_not_divide_are_refused(changed, value):
-    """The message holds both sizes."""
+def test_impossible_sizes_are_refused(changed, value):
+    """The message holds them."""
     with pytest.raises(ValueError, match=value):
         TextDiT(**TINY | changed)
 

@@ -34,8 +34,8 @@ class Evaluation(L.Callback):
 
     Args:
         features: one feature network or several, such as metrics.DigitsFeatures or metrics.InceptionFeatures.
-        cells: what is measured in validation.
-        test_cells: what is measured in testing; None for `cells`.
+        cells: what is measured in validation, at least one.
+        test_cells: what is measured in testing, at least one; None for `cells`.
         samples: samples a cell in validation, over all processes, at least 2.
         test_samples: the same in testing; None for what the feature network asks for (50,000 with Inception), or else
             `samples`.
@@ -46,7 +46,7 @@ class Evaluation(L.Callback):
             method `condition(rows, seed)` gives the conditions itself.
 
     Raises:
-        ValueError: if a cell is not of that form or a number is too small.
+        ValueError: if there is no cell, one is not of that form, or a number is too small.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Evaluation(L.Callback):
         self.labels = labels
         if not self.features:
             raise ValueError("features must be at least one network: got none")
+        if not (self.cells and self.test_cells):
+            raise ValueError("cells and test_cells must name at least one model/sampler/steps each: got none")
         if labels not in ("balanced", "uniform"):
             raise ValueError(f"labels must be balanced or uniform: got {labels!r}")
         if min(self.samples, self.test_samples) < 2:

@@ -26,7 +26,8 @@ class GradientNorms(L.Callback):
     are averaged over all before their norm is taken.
 
     Args:
-        every_n_steps: steps between two measurements of the losses one by one; 0 for never.
+        every_n_steps: steps between two measurements of the losses one by one, at steps 0, n, 2n and so on, of those
+            that are due there; 0 for never. In between the last norms are logged again, for loggers of any interval.
         window: steps in the median, at least 10.
 
     Raises:
@@ -41,32 +42,31 @@ class GradientNorms(L.Callback):
         self.every_n_steps = every_n_steps
         self.recent: deque[float] = deque(maxlen=window)
         self.spikes = 0
+        self.single: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep what several backward passes need: the first that is compiled may overwrite it otherwise."""
         if self.every_n_steps:
             torch._functorch.config.donated_buffer = False
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
         """Differentiate each loss by itself, where the graph still is."""
-        terms = getattr(pl_module, "terms", {})
-        if not self.every_n_steps or (trainer.global_step + 1) % self.every_n_steps or not terms:
+        if not self.every_n_steps or trainer.global_step % self.every_n_steps:
             return
-        network = pl_module.get_submodule("network")
+        network = pl_module.network
         if isinstance(network, FSDPModule) and trainer.accumulate_grad_batches > 1:
             # The backward passes would add to what is accumulated.
             return
-        norms = {f"grad_norm/{name}": total_norm(_gradients(term.value, network)) for name, term in terms.items()}
-        pl_module.log_dict(norms)
+        for name, term in pl_module.terms.items():
+            self.single[f"grad_norm/{name}"] = total_norm(_gradients(term.value, network))
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Measure the sum, before it is clipped."""
-        total = total_norm(p.grad for p in pl_module.get_submodule("network").parameters() if p.grad is not None).item()
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the sum, before it is clipped, and log all."""
+        total = total_norm(p.grad for p in pl_module.network.parameters() if p.grad is not None).item()
         if len(self.recent) >= 10 and total > SPIKE * median(self.recent):
             self.spikes += 1
         self.recent.append(total)
+        pl_module.log_dict(self.single)
         pl_module.log("grad_norm/total", total, prog_bar=True)
         pl_module.log("grad_norm/spikes", float(self.spikes))
 

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -16,7 +16,7 @@ class Throughput(L.Callback):
 
     The parts are `throughput/teacher` (its velocities), `throughput/derivative` (the student's pass and its
     derivatives) and `throughput/backward`, each in [0, 1] of the wall time; the rest is loading, the optimiser and
-    logging. On a GPU the parts are timed by events, which wait for nothing until they are read.
+    logging. Validation is left out. On a GPU the parts are timed by events, which wait for nothing until they are read.
 
     Args:
         every_n_steps: steps between two readings, at least 1.
@@ -33,17 +33,18 @@ class Throughput(L.Callback):
         self.device = torch.device("cpu")
         self.images = 0
         self.since = 0.0
+        self.paused = 0.0
         self.read_at = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to the module's phases."""
         self.device = pl_module.device
-        pl_module.phase = self.phase  # type: ignore[assignment]
+        pl_module.phase = self.phase
         self._restart(trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop listening."""
-        del pl_module.phase
+        pl_module.phase = nullcontext
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -68,25 +69,32 @@ class Throughput(L.Callback):
     ) -> None:
         """Log once every `every_n_steps` steps."""
         self.images += len(batch[0]) * trainer.world_size
-        if trainer.global_step < self.read_at + self.every_n_steps:
+        if trainer.global_step == self.read_at or trainer.global_step % self.every_n_steps:
             return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elapsed = time.perf_counter() - self.since
+        elapsed = self._now() - self.since
         pl_module.log("throughput/images_per_s", self.images / elapsed)
         for name, marks in self.marks.items():
             pl_module.log(f"throughput/{name}", sum(self._seconds(*mark) for mark in marks) / elapsed)
         self._restart(trainer.global_step)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self.paused = self._now()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave validation out of the count."""
-        self._restart(trainer.global_step)
+        """Let the clock go on."""
+        self.since += self._now() - self.paused
 
     def _restart(self, step: int) -> None:
         self.marks.clear()
         self.images = 0
-        self.since = time.perf_counter()
+        self.since = self._now()
         self.read_at = step
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 HELP = """usage: decm COMMAND [options]
 
@@ -30,55 +31,22 @@ Errors are one line with exit code 2; set DECM_TRACEBACK=1 for the traceback as 
 """
 
 
-def _train(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.trainer import run
-
-    run([command, *argv])
-
-
-def _sample(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.sample import run
-
-    run(argv)
-
-
-def _export(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.export import run
-
-    run(argv)
-
-
-def _consolidate(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.consolidate import run
-
-    run(argv)
-
-
-def _encode(command: str, argv: Sequence[str]) -> None:
-    if any(arg.partition("=")[0] == "--pairs" for arg in argv):
-        from decm_lightning.cli.encode_pairs import run
-    else:
-        from decm_lightning.cli.encode import run
-
-    run(argv)
-
-
-def _validate_data(command: str, argv: Sequence[str]) -> None:
-    from decm_lightning.cli.validate_data import run
-
-    run(argv)
-
-
-COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
-    "fit": _train,
-    "validate": _train,
-    "test": _train,
-    "predict": _train,
-    "sample": _sample,
-    "export": _export,
-    "consolidate": _consolidate,
-    "encode": _encode,
-    "validate-data": _validate_data,
+# Lines of the parser's messages that say what it tried, not what is wrong.
+LAYERS = (
+    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given|"
+    r"Subclass types expect|a class path \(str\)|a dict with"
+)
+# Where the `run` of each command is.
+COMMANDS = {
+    "fit": "decm_lightning.cli.trainer",
+    "validate": "decm_lightning.cli.trainer",
+    "test": "decm_lightning.cli.trainer",
+    "predict": "decm_lightning.cli.trainer",
+    "sample": "decm_lightning.cli.sample",
+    "export": "decm_lightning.cli.export",
+    "consolidate": "decm_lightning.cli.consolidate",
+    "encode": "decm_lightning.cli.encode",
+    "validate-data": "decm_lightning.cli.validate_data",
 }
 
 
@@ -91,7 +59,7 @@ def main() -> int:
     if command not in COMMANDS:
         return _refuse(f"no command {command!r}: expected one of {', '.join(COMMANDS)}")
     try:
-        COMMANDS[command](command, argv)
+        _run(command, argv)
     except (SystemExit, KeyboardInterrupt):
         raise
     # torch.distributed.checkpoint's is no Exception.
@@ -106,13 +74,27 @@ def essence(message: str) -> str:
     """Return the parser's message on one line: the key and what is wrong with it, without the layers around it."""
     lines = [line.strip(" -") for line in message.splitlines()]
     keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
-    layers = r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
-    faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(layers, line)]
+    faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
+    # Beside it stands what is wrong with the arguments of a class that is valid.
+    faults = [fault for fault in faults if not fault.startswith("Not a valid subclass")] or faults
     what = "; ".join(dict.fromkeys(fault for fault in faults if fault))
     # Where several types would do, what was given stands apart. A whole config would hide the rest.
-    given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,40}$", line)]
+    given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
+    given = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in given]
     what += "".join(f". Got value: {value}" for value in given[:1])
+    what = re.sub(r"(arguments are required: (fit|validate|test|predict)\..*)", r"\1: give them in --config FILE", what)
     return f"{'.'.join(keys)}: {what}" if keys else what
+
+
+def _run(command: str, argv: Sequence[str]) -> None:
+    module = COMMANDS[command]
+    if command == "encode" and any(arg.partition("=")[0] == "--pairs" for arg in argv):
+        module = "decm_lightning.cli.encode_pairs"
+    run = import_module(module).run
+    if module == "decm_lightning.cli.trainer":
+        run([command, *argv])
+    else:
+        run(argv)
 
 
 def _is_for_the_user(error: BaseException) -> bool:
@@ -122,9 +104,10 @@ def _is_for_the_user(error: BaseException) -> bool:
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from decm_lightning.derivatives import NoTangentError
     from decm_lightning.errors import NonFiniteError
 
-    ours = (ArgumentError, ValueError, OSError, ImportError, NonFiniteError)
+    ours = (ArgumentError, ValueError, OSError, ImportError, NonFiniteError, NoTangentError)
     return isinstance(error, (*ours, MisconfigurationException, SafetensorError, CheckpointException))
 
 
@@ -135,6 +118,8 @@ def _what(error: BaseException) -> str:
         from decm_lightning.networks.sharded import cause
 
         return f"a sharded checkpoint cannot be read or written: {cause(error)}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return essence(str(error))
 
 

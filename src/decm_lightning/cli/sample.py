@@ -8,6 +8,7 @@ from jsonargparse import auto_cli
 from rich.progress import track
 
 from decm_lightning.cli.device import checked
+from decm_lightning.cli.out import checked_out
 from decm_lightning.cli.prompts import PromptDrawing, read_prompts, text_encoder, write, write_grid
 from decm_lightning.networks import Network, load
 from decm_lightning.pictures import save_files, save_grid, to_uint8
@@ -45,7 +46,7 @@ def draw(
         steps: network evaluations per image, at least 1; several numbers, such as [1, 4], for a grid of prompts, which
             then shows them side by side.
         s1: where mix lands first, in (0, 1); its own choice by default.
-        classes: labels to draw; all of them by default.
+        classes: labels to draw, at least one; all of them by default.
         per_class: images of each class, at least 1.
         prompts: for a model of captions, a file with one prompt a line; or, named .jsonl, one {"prompt": "..."} a line.
         encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
@@ -65,6 +66,8 @@ def draw(
     if s1 is not None and sampler in ("euler", "consistency"):
         raise ValueError(f"s1 is for the samplers mix and mix_renoised: got it with {sampler}")
     checked(device)
+    target = checked_out(out)
+    is_grid = target.suffix.lower() == ".png"
     network = load(model, device)
     options = {} if s1 is None else {"s1": s1}
 
@@ -76,13 +79,13 @@ def draw(
             raise ValueError(f"{model} draws captions: give --prompts FILE and --encoder, what it was trained with")
         found, decode = read_prompts(Path(prompts)), _decoder(vae, latents, network)
         drawing = PromptDrawing(network, text_encoder(encoder, device), make, decode, per_prompt, seed, device)
-        if Path(out).suffix == ".png":
-            write_grid(drawing, found, [steps] if isinstance(steps, int) else steps, Path(out))
+        if is_grid:
+            write_grid(drawing, found, [steps] if isinstance(steps, int) else steps, target)
             print(f"wrote images of {len(found)} prompts to {out}")
             return
         steps = _one(steps)
         settings = {"sampler": sampler, "steps": steps, "s1": s1, "per_prompt": per_prompt, "seed": seed, "vae": vae}
-        drawn = write(drawing, found, steps, _folder(out), settings)
+        drawn = write(drawing, found, steps, target, settings)
         print(f"wrote images of {drawn} prompts to {out}; {len(found) - drawn} of {len(found)} were there")
         return
     if prompts is not None or encoder is not None:
@@ -92,10 +95,10 @@ def draw(
     images = _of_classes(
         network, labels.to(device), make(generator), generator, _decoder(vae, latents, network), _one(steps)
     )
-    if Path(out).suffix == ".png":
-        save_grid(images, per_class, scale, Path(out))
+    if is_grid:
+        save_grid(images, per_class, scale, target)
     else:
-        save_files(images, labels, Path(out))
+        save_files(images, labels, target)
     print(f"wrote {len(images)} images to {out}")
 
 
@@ -148,12 +151,6 @@ def _fitting(vae: str, decode: Callable[[Sample], Sample], found: int, channels:
     return decode
 
 
-def _folder(out: str) -> Path:
-    if Path(out).is_file():
-        raise ValueError(f"prompts are drawn into a folder or a .png file: give --out FOLDER, not {out}")
-    return Path(out)
-
-
 def _one(steps: int | list[int]) -> int:
     if not isinstance(steps, int):
         raise ValueError(f"several numbers of steps are for prompts in one .png file: give one, not {steps}")
@@ -161,7 +158,9 @@ def _one(steps: int | list[int]) -> int:
 
 
 def _labels(classes: list[int] | None, per_class: int, num_classes: int) -> torch.Tensor:
-    wanted = classes or list(range(num_classes))
+    wanted = list(range(num_classes)) if classes is None else classes
+    if not wanted:
+        raise ValueError("classes must be at least one label: got none")
     for label in wanted:
         if not 0 <= label < num_classes:
             raise ValueError(f"classes must be from 0 to {num_classes - 1}: got {label}")

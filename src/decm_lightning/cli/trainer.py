@@ -3,15 +3,20 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
 from decm_lightning.losses import Objective
+from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.training import FlowTraining
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -32,12 +37,15 @@ class TrainerCLI(LightningCLI):
     """Lightning's CLI, in which the config alone says what is built."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to measure a network that nobody trained.
+        """Refuse to measure a network that nobody trained, and to train for no step.
 
         Raises:
-            ValueError: if validate, test or predict has no checkpoint.
+            ValueError: if validate, test or predict has no checkpoint, or fit no steps.
         """
         command = self.subcommand
+        for limit in ("max_steps", "max_epochs"):
+            if command == "fit" and self.config[command].trainer[limit] == 0:
+                raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
         if command in ("validate", "test", "predict") and not self.config[command].ckpt_path:
             raise ValueError(f"{command} needs --ckpt_path: without it the student would be as it began")
 
@@ -45,12 +53,31 @@ class TrainerCLI(LightningCLI):
         """Build everything, and refuse a checkpoint that does not suit it before any process has begun to read it.
 
         Raises:
-            ValueError: if it holds another network, or is sharded and the strategy cannot read that.
+            ValueError: if it holds another network, not all that will be read, or is sharded and the strategy cannot
+                read that; or if predict has nothing that says what to draw.
         """
         super().instantiate_classes()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
+            writer = "--trainer.callbacks+ decm_lightning.callbacks.SampleWriter --trainer.callbacks.folder FOLDER"
+            raise ValueError(f"predict needs a SampleWriter, which says what to draw, and where to: add {writer}")
         path = self.config[self.subcommand].ckpt_path if self.subcommand else None
         if path:
             self.model.check_checkpoint(path, self.trainer.strategy)
+            if Path(path).is_file():
+                refuse_partial(Path(path), self.model, self.subcommand == "fit")
+
+    def after_validate(self) -> None:
+        """Refuse to end in silence.
+
+        Raises:
+            ValueError: if nothing was measured.
+        """
+        if not self.trainer.callback_metrics:
+            callback = "a callback that logs, such as decm_lightning.callbacks.Evaluation"
+            raise ValueError(f"nothing was measured: {self.subcommand} needs {callback}")
+
+    after_test = after_validate
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyperparameters in the checkpoint override the command line, silently.
@@ -58,7 +85,12 @@ class TrainerCLI(LightningCLI):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run one of the trainer's commands; argv[0] is its name."""
+    """Run one of the trainer's commands; argv[0] is its name.
+
+    Raises:
+        ValueError: among others, if a config is no YAML of keys and values.
+    """
+    _check_configs(argv)
     # A usage line of its own, or the parser's would list hundreds of options; errors are shortened by the front.
     usage = {name: {"usage": f"decm {name} --config FILE [options]", "exit_on_error": False} for name in COMMANDS}
     _cli(argv, parser_kwargs={"prog": "decm", "exit_on_error": False} | usage)
@@ -67,6 +99,22 @@ def run(argv: Sequence[str]) -> None:
 def build(*argv: str) -> TrainerCLI:
     """Return what a config and its overrides name, without running it: `.trainer`, `.model` and `.datamodule`."""
     return _cli(argv, parser_kwargs={"exit_on_error": False}, run=False)
+
+
+def _check_configs(argv: Sequence[str]) -> None:
+    # The parser's own messages do not name the file.
+    files = [after for flag, after in pairwise(argv) if flag in ("-c", "--config")]
+    files += [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+    for file in map(Path, files):
+        if not file.is_file():
+            continue
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(config, dict):
+            found = "nothing" if config is None else type(config).__name__
+            raise ValueError(f"{file} must hold keys such as trainer, model and data: got {found}")
 
 
 def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:

@@ -44,7 +44,7 @@ class DualEndLoss:
         time_weight: factor of each row by its start time t: "constant" 1 or "cosine" cos(pi t / 2) (FACM).
 
     Raises:
-        ValueError: if a value is out of its range, or both ends weigh 0.
+        ValueError: if a value is out of its range, both ends weigh 0, or there is no such time_weight.
     """
 
     edge: Edge
@@ -67,6 +67,8 @@ class DualEndLoss:
             raise ValueError(f"share must be in (0, 1]: got {self.share}")
         if self.direction < 0:
             raise ValueError(f"direction must be at least 0: got {self.direction}")
+        if self.time_weight not in TIME_WEIGHTS:
+            raise ValueError(f"time_weight must be one of {', '.join(TIME_WEIGHTS)}: got {self.time_weight!r}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Objective:
         warmup_steps: steps over which the derivative term grows from 0 to its full size; 0 for none.
 
     Raises:
-        ValueError: if there is no loss, or warmup_steps is negative.
+        ValueError: if there is no loss or no such normaliser, or warmup_steps is negative.
     """
 
     losses: Mapping[str, DualEndLoss]
@@ -91,6 +93,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.losses:
             raise ValueError("an objective needs at least one loss")
+        if self.normaliser not in NORMALISERS:
+            raise ValueError(f"normaliser must be one of {', '.join(NORMALISERS)}: got {self.normaliser!r}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
 
@@ -102,7 +106,8 @@ class Objective:
         """Return which of `count` rows each loss takes, at least one: consecutive ones, each loss after the other.
 
         Shares of 1 give every row to every loss, as the paper does. Shares that sum to 1 divide the batch: a step then
-        costs about two fifths, and a loss is the mean over its own rows, so that weights mean the same.
+        costs about two fifths, and a loss is the mean over its own rows, so that weights mean the same. Shares that sum
+        to less leave the batch's last rows out: they are loaded, and no network sees them.
         """
         rows, first = {}, 0
         for name, loss in self.losses.items():

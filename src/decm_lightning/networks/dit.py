@@ -31,7 +31,7 @@ class DiT(Network):
         in_channels: channels of the input and of the velocity.
         patch_size: side of the square patch that becomes one token.
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
-        depth: number of blocks.
+        depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: classes; index num_classes is the null class.
@@ -45,7 +45,7 @@ class DiT(Network):
             weights that nothing trains.
 
     Raises:
-        ValueError: if a size does not divide as it must, or there is no such norm or mlp.
+        ValueError: if a size is below 1 or does not divide as it must, or there is no such norm or mlp.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DiT(Network):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, width, heads)
+        check_sizes(input_size, in_channels, patch_size, width, depth, heads)
         _check_names(norm, mlp)
         self.config = {
             "input_size": input_size,
@@ -140,10 +140,19 @@ class DiT(Network):
         return student.to(self.pos_embed)
 
 
-def _check_sizes(input_size: int, patch_size: int, width: int, heads: int) -> None:
+def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, depth: int, heads: int) -> None:
+    """Refuse sizes of which no transformer can be built.
+
+    Raises:
+        ValueError: if one is below 1 or does not divide as it must.
+    """
+    sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "depth": depth}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1: got {size}")
     if input_size % patch_size:
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
-    if heads < 1 or width % heads or width // heads % 4 or width % 4:
+    if heads < 1 or width < 1 or width % heads or width // heads % 4:
         raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
 
 

@@ -1,13 +1,17 @@
 """Networks to and from disk: a folder with config.json and model.safetensors, or a training checkpoint."""
 
 import json
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
@@ -30,7 +34,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: if it is not a folder or checkpoint of this package.
+        ValueError: naming `path` and the cause, if it is not a whole folder or checkpoint of this package.
     """
     path = Path(path)
     if not path.exists():
@@ -82,6 +86,26 @@ def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -
         raise ValueError(f"{where} holds another network than the config builds ({differing}): change one of them")
 
 
+def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
+    """Compare a training checkpoint in one file with all that a module, or a run that goes on, will look for in it.
+
+    Raises:
+        ValueError: naming what it lacks, or the first weight that is missing or of another shape.
+    """
+    found = _read(checkpoint)
+    needed = ("state_dict", "seed", "optimizer_states") if resume else ("state_dict", "seed")
+    if lacking := [key for key in needed if key not in found]:
+        remedy = "take a whole one, which ModelCheckpoint writes unless told to save_weights_only"
+        raise ValueError(f"{checkpoint} has no {' and no '.join(lacking)}: {remedy}")
+    weights = found["state_dict"]
+    for name, tensor in module.state_dict().items():
+        if name not in weights:
+            raise ValueError(f"{checkpoint} has no weights {name}: take another checkpoint")
+        given, known = tuple(weights[name].shape), tuple(tensor.shape)
+        if given != known:
+            raise ValueError(f"{checkpoint} has weights {name} of shape {given}, not {known}: take another checkpoint")
+
+
 def build(description: dict[str, Any]) -> Network:
     """Return a new network from what `describe` gave.
 
@@ -107,34 +131,54 @@ def _from_folder(folder: Path) -> Network:
     for file in (config, weights):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: a network folder holds config.json and model.safetensors")
-    network = build(json.loads(config.read_text()))
-    network.load_state_dict(load_file(weights))
+    with _naming(folder):
+        described = json.loads(config.read_text())
+        if not isinstance(described, dict):
+            raise ValueError(f"config.json must hold _class_name and the arguments: got {described}")
+        network = build(described)
+        network.load_state_dict(load_file(weights))
     return network
 
 
 def _from_checkpoint(file: Path) -> Network:
     checkpoint = _read(file)
-    network = build(_description(checkpoint, file))
-    weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
-    network.load_state_dict(weights)
+    described = _description(checkpoint, file)
+    with _naming(file):
+        network = build(described)
+        weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
+        network.load_state_dict(weights)
     return network
 
 
 def _from_shards(folder: Path) -> Network:
-    network = build(_description(read_rest(folder), folder))
+    described = _description(read_rest(folder), folder)
+    with _naming(folder):
+        network = build(described)
     fill({f"{AVERAGE}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
     return network
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        cause = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        # Torch names every weight that does not fit.
+        raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
 
 
 def _read(file: Path) -> Any:
     try:
         # Mapped: what is not asked for, such as the optimiser's state, is not read.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:
+        # Bytes that are no checkpoint can fail in any way.
         raise ValueError(f"{file} is not a checkpoint of decm-lightning: it cannot be read") from error
 
 
 def _description(checkpoint: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(checkpoint, dict) or "network" not in checkpoint:
+    described = checkpoint.get("network") if isinstance(checkpoint, dict) else None
+    if not isinstance(described, dict):
         raise ValueError(f"{path} is not a checkpoint of decm-lightning: it does not describe its network")
-    return checkpoint["network"]
+    return described

@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import nn
 
 from decm_lightning.networks.caption_layers import CaptionBlock, CaptionEmbedding
+from decm_lightning.networks.dit import check_sizes
 from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import FinalLayer, Rotary
 from decm_lightning.networks.network import Network
@@ -27,14 +28,14 @@ class TextDiT(Network):
         caption_width: size of a caption token, as the text encoder gives it.
         patch_size: side of the square patch that becomes one token.
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
-        depth: number of blocks.
+        depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
         features: those of a `Refinement` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
         landing_time: embed the landing time s; without it s is ignored.
 
     Raises:
-        ValueError: if a size does not divide as it must.
+        ValueError: if a size is below 1 or does not divide as it must.
     """
 
     def __init__(
@@ -51,10 +52,7 @@ class TextDiT(Network):
         landing_time: bool = False,
     ) -> None:
         super().__init__()
-        if input_size % patch_size:
-            raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
-        if heads < 1 or width % heads or width // heads % 4:
-            raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
+        check_sizes(input_size, in_channels, patch_size, width, depth, heads)
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,

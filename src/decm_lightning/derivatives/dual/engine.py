@@ -24,7 +24,8 @@ def dual(
     Every operation gives its value as always and beside it, under no_grad, its derivative along the tangent in the rows
     that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. The
     network's code must be made of torch's operations, none in place, and may be compiled, whole or in parts; dropout is
-    carried but in attention, checkpointing unless it is reentrant, and an autograd.Function is not.
+    carried but in attention, checkpointing unless it is reentrant, and an autograd.Function is not. A dual is no
+    torch.Tensor: code that asks isinstance takes its other branch, which may give another u.
 
     Args:
         network: the student.

@@ -60,7 +60,7 @@ TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/tea
 # A third faster, where there is a compiler of C++.
 COMPILED := $(if $(shell command -v $${CXX:-g++}),--model.init_args.compile true)
 
-demo-text-from-scratch: env ## the same after training teacher and student, and their figures (an hour and more on one slow core)
+demo-text-from-scratch: env ## the same after training teacher and student, and their figures (34 minutes on two slow cores)
 	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
 	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo $(COMPILED)
 	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher

@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 DEMO := runs/demo
 RUN := --trainer.logger.init_args.name demo --trainer.logger.init_args.version ''
 
-demo: env ## distil the kept digits teacher, test the student, leave grids and tables (about 6 minutes on 2 cores)
+demo: env ## distil the kept digits teacher, test the student, leave grids and tables (within 8 minutes on 2 cores)
 	rm -rf $(DEMO)
 	$(BIN)/decm fit --config configs/digits/decm.yaml $(RUN) $(TEACHER)
 	$(BIN)/decm test --config configs/digits/decm.yaml $(RUN) $(TEACHER) --ckpt_path $(DEMO)/checkpoints/last.ckpt

@@ -24,6 +24,7 @@ from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
+from decm_lightning.resuming import normalize_progress, start_epoch_anew
 from decm_lightning.samplers import SamplerName
 from decm_lightning.triangle import TimeLaw
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
@@ -204,6 +205,8 @@ class FlowTraining(L.LightningModule):
         known, given = self.network.num_classes, getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
         if known and given > known:
             raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+        # Before all others, which may save a checkpoint in the same hook.
+        self.trainer.callbacks.sort(key=lambda callback: callback is not self.averaging)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
@@ -211,6 +214,7 @@ class FlowTraining(L.LightningModule):
         Raises:
             ValueError: naming both numbers of steps.
         """
+        start_epoch_anew(self.trainer)
         # It would be too early where the schedule is made: a resumed one gets its checkpoint's steps, and to count the
         # run's Lightning would ask the data for their loader, which then begins with epoch 0.
         end = getattr(self.lr_schedulers(), "total_steps", None)
@@ -262,6 +266,7 @@ class FlowTraining(L.LightningModule):
         """Add the seed, and what `load` needs to build the network again."""
         checkpoint["network"] = describe(self.network)
         checkpoint["seed"] = self.seed
+        normalize_progress(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the seed of the run that is resumed.

@@ -108,23 +108,6 @@ def test_workers_change_nothing_and_an_epoch_has_every_image_once(tmp_path):
     assert len(torch.minimum(images, images.flip(-1)).flatten(1).unique(dim=0)) == len(images)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_it_was_saved(workers, tmp_path):
-    write_shards(tmp_path, (20, 1, 12))
-    loader = module(tmp_path, num_workers=workers).train_dataloader()
-    loader.sampler.set_epoch(3)
-    batches = iter(loader)
-    for _ in range(3):
-        next(batches)
-    place = loader.state_dict()
-    rest = list(batches)
-    again = module(tmp_path, num_workers=workers).train_dataloader()
-    again.sampler.set_epoch(3)
-    again.load_state_dict(place)
-    assert len(rest) == 5
-    assert same(rest, list(again))
-
-
 class Recorder(L.LightningModule):
     """Keeps the batches that it is given."""
 
@@ -168,21 +151,6 @@ def test_a_resumed_run_sees_what_an_unbroken_one_would(workers, tmp_path):
     rest = record(tmp_path / "rest", data(8), 19, tmp_path / "first" / "step=11.ckpt")
     assert (len(first), len(rest)) == (11, 8)
     assert same(whole, first + rest)
-
-
-@pytest.mark.parametrize(("saved", "workers"), [(2, 0), (0, 2), (2, 1)])
-def test_a_place_kept_by_other_workers_is_refused(saved, workers, tmp_path):
-    """By one line: the loader's own refusal is an AssertionError."""
-    write_shards(tmp_path, (20, 1, 12))
-    state = module(tmp_path, num_workers=saved).state_dict()
-    resumed = module(tmp_path, num_workers=workers)
-    resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match=f"resume with as many: give --data.init_args.num_workers {saved}$"):
-        resumed.train_dataloader()
-    assert resumed.val_dataloader() == []
-    again = module(tmp_path, num_workers=saved)
-    again.load_state_dict(state)
-    assert len(again.train_dataloader()) == 8
 
 
 def test_the_sample_is_of_at_most_1000_images_from_all_shards(tmp_path):

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from decm_lightning import Distiller, load, losses
 from decm_lightning.cli.consolidate import consolidate
@@ -47,17 +46,6 @@ class Curve(L.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.losses.append(trainer.callback_metrics["loss/total"].item())
-
-
-class Counted(Exact):
-    """Batches counted one by one, so that the tenth of one process holds the rows of the tenth of both.
-
-    The package's own loaders count the rows of a process: they find their place among as many processes as before.
-    """
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        loader = super().train_dataloader()
-        return StatefulDataLoader(self.train, batch_sampler=list(loader.batch_sampler), collate_fn=loader.collate_fn)
 
 
 def teacher() -> Teacher:
@@ -100,7 +88,7 @@ def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = N
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(distiller.double(), Counted(batch_size=ROWS * SIZE // processes), ckpt_path=resumed)
+    trainer.fit(distiller.double(), Exact(batch_size=ROWS * SIZE // processes), ckpt_path=resumed)
     return Run(whole(distiller.network), whole(distiller.average), curve.losses, whole(given.network))
 
 

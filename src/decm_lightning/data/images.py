@@ -1,12 +1,13 @@
 """A training loader that keeps its place, which all data share, and images held in memory with their loaders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from decm_lightning.types import Batch, Sample
 
@@ -21,6 +22,10 @@ class Rows(Dataset[Batch]):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of the given rows."""
         raise NotImplementedError
+
+    def place(self, row: int) -> str:
+        """Return where a row comes from, for error messages: its file and its row there, or its number."""
+        return f"image {row}"
 
 
 class LabelledImages(Rows):
@@ -45,14 +50,58 @@ class LabelledImages(Rows):
         return Batch(self.images[index], self.labels[index])
 
 
+class EpochSampler(DistributedSampler[int]):
+    """The shuffled rows of an epoch from row `skip` on; their order follows from the seed and the epoch alone.
+
+    A RandomSampler's order depends on all that was drawn before, so that a resumed run cannot repeat it.
+    """
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the rows of this process."""
+        return islice(super().__iter__(), self.skip, None)
+
+
+class EpochLoader(DataLoader[Batch]):
+    """A DataLoader that begins each epoch with the batch that is due, when its first batch is requested.
+
+    So a resumed run finds its place with any number of workers, and nothing has to be saved for it.
+
+    Args:
+        rows: the data set.
+        sampler: the order of its rows.
+        position: returns how many batches of this epoch have been trained on.
+        options: a DataLoader's own.
+    """
+
+    def __init__(self, rows: Rows, sampler: EpochSampler, position: Callable[[], int], **options: Any) -> None:
+        super().__init__(rows, sampler=sampler, drop_last=True, **options)
+        self.position = position
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches that are left of the epoch."""
+        assert isinstance(self.sampler, EpochSampler)
+        assert self.batch_size is not None
+        self.sampler.skip = self.position() * self.batch_size
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the trainer's counters are its place. Lightning warns of loaders without this method."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""
+
+
 class ResumableData(L.LightningDataModule):
     """The loader over `train`, which a subclass fills in `setup`; it keeps its place.
 
-    A run stopped in the middle of an epoch goes on with the next batch.
+    A run stopped in the middle of an epoch resumes with the next batch, with any number of workers.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        num_workers: loading processes.
+        num_workers: loading processes, at least 0. They live as long as the run.
 
     Raises:
         ValueError: if batch_size is below 1.
@@ -60,60 +109,73 @@ class ResumableData(L.LightningDataModule):
 
     num_classes: int
     train: Rows
-    sampler: type[DistributedSampler[int]] = DistributedSampler
+    sampler: type[EpochSampler] = EpochSampler
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0: got {num_workers}")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = torch.initial_seed() % 2**31
-        self.saved_workers: int | None = None
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Return shuffled training batches, the last incomplete one left out; each process gets its own share.
+    def train_dataloader(self) -> EpochLoader:
+        """Return shuffled training batches, the last incomplete one left out; each process gets its own.
 
         Raises:
-            ValueError: if there are too few images for one batch in each process: Lightning would train no step; or if
-                the run that is resumed had another number of workers.
+            ValueError: if there are too few images for one batch in each process: Lightning would train no step.
         """
-        if self.saved_workers not in (None, self.num_workers):
-            remedy = f"give --data.init_args.num_workers {self.saved_workers}"
-            raise ValueError(f"each worker keeps its own place in the epoch, so resume with as many: {remedy}")
-        # Its order follows from the seed and the epoch alone, unlike a RandomSampler's, which a resumed run cannot
-        # repeat beyond its first epoch.
         trainer = self.trainer
         world = trainer.world_size if trainer else 1
         if len(self.train) < world * self.batch_size:
             needed = f"{world} processes with batch_size {self.batch_size} need {world * self.batch_size}"
             raise ValueError(f"too few training images: {needed}, got {len(self.train)}")
-        sampler = self.sampler(
-            self.train, num_replicas=world, rank=trainer.global_rank if trainer else 0, seed=self.seed
-        )
-        # Lightning sets the epoch only from the next one on when it resumes in the middle of one.
-        sampler.set_epoch(trainer.current_epoch if trainer else 0)
-        return StatefulDataLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            num_workers=self.num_workers,
-            collate_fn=as_it_is,
-        )
+        return EpochLoader(self.train, self._order(), self._position, batch_size=self.batch_size, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Return what all loaders share: workers, which live as long as the run, and pinned memory before a GPU."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": on_gpu,
+            "collate_fn": as_it_is,
+        }
+
+    def place(self, batch_idx: int, row: int) -> str:
+        """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+        assert self.trainer is not None
+        order = self._order()
+        order.set_epoch(self.trainer.current_epoch)
+        return self.train.place(next(islice(iter(order), batch_idx * self.batch_size + row, None)))
 
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: pixels are images already."""
         return x
 
     def state_dict(self) -> dict[str, int]:
-        """Return the seed of the order, and how many workers keep the place in it."""
-        return {"seed": self.seed, "num_workers": self.num_workers}
+        """Return the seed of the order."""
+        return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on with the order of the run that is resumed."""
         self.seed = state_dict["seed"]
-        self.saved_workers = state_dict.get("num_workers")
+
+    def _order(self) -> EpochSampler:
+        trainer = self.trainer
+        return self.sampler(
+            self.train,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+
+    def _position(self) -> int:
+        trainer = self.trainer
+        # Lightning restores it before the first batch. Others than the fit, such as a metric, begin at the first batch.
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and trainer.training else 0
 
 
 class InMemoryImages(ResumableData):
@@ -137,18 +199,18 @@ class InMemoryImages(ResumableData):
             raise ValueError(f"reference_size must be at least 1: got {reference_size}")
         self.reference_size = reference_size
 
-    def val_dataloader(self) -> StatefulDataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return the reference images of the Fréchet distance, in order."""
         rows = self.reference
         if self.reference_size is not None:
             rows = LabelledImages(rows.images[: self.reference_size], rows.labels[: self.reference_size])
-        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return DataLoader(rows, batch_size=256, **self.options())
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Return the reference images of the Fréchet distance, in order."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> StatefulDataLoader:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Return the reference images, of which `decm predict` reads the labels."""
         return self.val_dataloader()
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
-from torch.utils.data import DistributedSampler, Subset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Subset
 
 from decm_lightning.data.decoding import LatentDecoder
-from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.images import EpochSampler, ResumableData, Rows
 from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
 from decm_lightning.data.shards import RECORD, Provenance, Shards
 from decm_lightning.types import Batch, Sample
@@ -113,8 +112,8 @@ class Latents(Rows):
         )
 
 
-class MirroringSampler(DistributedSampler[int]):
-    """DistributedSampler that mirrors half of the images: of N, it gives item N + i for image i mirrored.
+class MirroringSampler(EpochSampler):
+    """EpochSampler that mirrors half of the images: of N, it gives item N + i for image i mirrored.
 
     Whether it does follows from the seed, the epoch and i alone, whatever the number of processes and workers.
     """
@@ -205,19 +204,19 @@ class ImageNetLatents(ResumableData):
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
         return self.decoder(x)
 
-    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
         if self.vae is None:
             return []
         count = len(self.train)
         size = min(self.reference_size or count, count)
         rows = Subset(self.train, [number * count // size for number in range(size)])
-        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return DataLoader(rows, batch_size=256, **self.options())
 
-    def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents in order; no loader without a VAE."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents, of which `decm predict` reads the labels; no loader without a VAE."""
         return self.val_dataloader()

@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Bool, Float16, UInt8
 from numpy.random import SeedSequence
 from torch import Tensor
-from torch.utils.data import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
-from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.images import EpochSampler, ResumableData, Rows
 from decm_lightning.text import EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
@@ -58,8 +57,8 @@ class Pairs(Rows):
         return self.rows[items % len(self)] * self.variants + items // len(self)
 
 
-class VariantSampler(DistributedSampler[int]):
-    """DistributedSampler that chooses one of each image's captions: of N images, item N k + i is image i's caption k.
+class VariantSampler(EpochSampler):
+    """EpochSampler that chooses one of each image's captions: of N images, item N k + i is image i's caption k.
 
     The choice follows from the seed, the epoch and i alone, whatever the number of processes and workers.
     """
@@ -153,7 +152,7 @@ class CaptionedImages(ResumableData):
         """
         return self._held_out().condition([row % len(self.reference) for row in rows])
 
-    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the held-out pairs, in order: the reference of the Fréchet distance. With held_out 0 there are none.
 
         Raises:
@@ -161,13 +160,13 @@ class CaptionedImages(ResumableData):
         """
         if not self.held_out:
             return []
-        return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return DataLoader(self._held_out(), batch_size=256, **self.options())
 
-    def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the held-out pairs, in order."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the held-out pairs, of which `decm predict` reads the captions."""
         return self.val_dataloader()
 

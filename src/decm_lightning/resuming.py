@@ -1,0 +1,76 @@
+"""Resuming exactly: where a run stands in its epochs, in the one form from which Lightning continues without a loss.
+
+Lightning saves the counters of its loops as they are at the moment of saving, and several of these states do not resume:
+after an epoch's last batch it skips an epoch or trains one of no batches, after validation it counts a step twice, and
+gradients that have been accumulated are in no checkpoint. So each checkpoint is written with one of two states, a clean
+start of an epoch or the end of an optimizer step within one.
+"""
+
+from typing import Any
+
+import lightning as L
+
+FIT, BATCHES, EPOCHS = "fit_loop", "epoch_loop.batch_progress", "epoch_progress"
+FINISHED = "_iterator_finished"
+"""The key by which torchdata's StatefulDataLoader says that its epoch is over."""
+
+
+def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
+    """Rewrite the loops of a checkpoint, in place, to what has been trained on for good.
+
+    Batches after the last optimizer step are trained on again, as their accumulated gradients are not saved. That is
+    exact where the data loader finds its place by the trainer's counters, as `data.EpochLoader` does.
+
+    Args:
+        trainer: in a fit, at any moment between two batches or at an exception.
+        loops: `checkpoint["loops"]`.
+    """
+    fit = loops[FIT]
+    progress, epochs = fit[BATCHES], fit[EPOCHS]
+    trained, started = progress["current"]["processed"], epochs["current"]["started"]
+    # The last batch is known before it is trained on; an exception may have come in between.
+    is_finished = progress["is_last_batch"] and trained == progress["current"]["ready"]
+    loaders = [state for state in fit["state_dict"].get("combined_loader", []) if state]
+    # A loader that keeps its own place has already passed these batches.
+    again = 0 if is_finished or loaders else trained % trainer.accumulate_grad_batches
+    trained -= again
+    if is_finished:
+        done, trained = started, 0
+    elif trained:
+        # Lightning counts an epoch that max_steps or a signal has cut short as processed.
+        done = started - 1
+    else:
+        done = min(started, epochs["current"]["processed"])
+    for loader in loaders if is_finished else []:
+        if FINISHED in loader:
+            loader[FINISHED] = True
+    _set_epochs(epochs, done, in_epoch=trained > 0)
+    _set_batches(progress, trained, progress["total"]["processed"] - again)
+    # Lightning adds the step of the batch at which an epoch is resumed.
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - (trained > 0)
+    validated = fit["epoch_loop.val_loop.batch_progress"]
+    validated |= {"is_last_batch": False, "current": _counters(0), "total": _counters(0)}
+
+
+def start_epoch_anew(trainer: L.Trainer) -> None:
+    """Start a resumed run's first epoch as any other, if the checkpoint is from the end of one; in `on_train_start`."""
+    loop = trainer.fit_loop.epoch_loop
+    if loop.restarting and not loop.batch_progress.current.ready:
+        loop.restarting = False
+
+
+def _set_epochs(epochs: dict[str, Any], done: int, in_epoch: bool) -> None:
+    before = epochs["total"]["started"] - epochs["current"]["started"]
+    for part, count in (("current", done), ("total", before + done)):
+        epochs[part] = {"ready": count + in_epoch, "started": count + in_epoch, "processed": count, "completed": count}
+
+
+def _set_batches(progress: dict[str, Any], trained: int, total: int) -> None:
+    within = trained > 0
+    progress["current"] = _counters(trained) | {"completed": trained - within}
+    progress["total"] = _counters(total) | {"completed": total - within}
+    progress["is_last_batch"] = False
+
+
+def _counters(count: int) -> dict[str, int]:
+    return {"ready": count, "started": count, "processed": count, "completed": count}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from decm_lightning import Distiller, TeacherTraining, losses
 from decm_lightning.data import Digits
 from decm_lightning.data.images import InMemoryImages, LabelledImages
+from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 
@@ -230,3 +231,128 @@ def test_lightning_still_has_what_this_leans_on():
     assert loop.epoch_loop.restarting is False
     data.setup("fit")
     assert len(list(itertools.islice(data.train_dataloader(), 2))) == 2
+
+
+SCHEDULES = {
+    "one cycle": lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, n),
+    "cosine": lambda o, n: torch.optim.lr_scheduler.CosineAnnealingLR(o, n),
+    "warm-up, then cosine": lambda o, n: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, n - 3),
+        ],
+        [3],
+    ),
+    "by a function": lambda o, n: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+}
+
+
+def run(folder, steps, checkpoint=None, every=None, **options):  # type: ignore[no-untyped-def]
+    """Train with a given optimizer, schedule and so on, and return the trainer."""
+    torch.manual_seed(0)
+    trained = TeacherTraining(DiT(**NETWORK), **options)
+    saving = ModelCheckpoint(folder, every_n_train_steps=every or steps, save_top_k=-1, filename="{step}")
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, max_steps=steps, callbacks=[saving], default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(trained, Few(3), ckpt_path=checkpoint)
+    return trainer
+
+
+def adam(lr=1e-2, **options):  # type: ignore[no-untyped-def]
+    return lambda p: torch.optim.AdamW(p, lr, **options)
+
+
+def test_learning_rate_and_weight_decay_come_from_the_config_and_are_named(tmp_path, caplog):
+    run(tmp_path / "first", 3, optimizer=adam(1e-3, weight_decay=0.1))
+    checkpoint = tmp_path / "first" / "step=3.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"]
+    resumed = run(tmp_path / "again", 4, checkpoint, optimizer=adam(1e-6, weight_decay=0.5))
+    group = resumed.optimizers[0].param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-6, 0.5)
+    assert "optimizer.lr 1e-06 (0.001 in the checkpoint)" in caplog.text
+    assert "optimizer.weight_decay 0.5 (0.1 in the checkpoint)" in caplog.text
+    # Moments are state, and go on.
+    (before, *_), (after, *_) = saved.values(), resumed.optimizers[0].state_dict()["state"].values()
+    assert after["step"] == before["step"] + 1 == 4
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_of_other_length_is_that_of_the_config_from_the_next_step_on(name, tmp_path):
+    def options(length):
+        return {"optimizer": adam(), "lr_scheduler": lambda o: SCHEDULES[name](o, length)}
+
+    rates = []
+
+    class Rates(TeacherTraining):
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+            super().on_before_optimizer_step(optimizer)
+
+    optimizer = adam()(DiT(**NETWORK).parameters())
+    schedule, expected = SCHEDULES[name](optimizer, 12), []
+    for _ in range(12):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    run(tmp_path / "first", 5, **options(9))
+    checkpoint = tmp_path / "first" / "step=5.ckpt"
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        max_steps=12, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Rates(DiT(**NETWORK), **options(12)), Few(3), ckpt_path=checkpoint)
+    assert rates == pytest.approx(expected[5:], rel=1e-12)
+
+
+def test_a_schedule_that_is_new_or_gone_is_as_the_config_has_it(tmp_path):
+    cosine = {"lr_scheduler": lambda o: SCHEDULES["cosine"](o, 10)}
+    run(tmp_path / "constant", 5, optimizer=adam())
+    run(tmp_path / "cosine", 5, optimizer=adam(), **cosine)
+    added = run(tmp_path / "1", 6, tmp_path / "constant" / "step=5.ckpt", optimizer=adam(), **cosine)
+    removed = run(tmp_path / "2", 6, tmp_path / "cosine" / "step=5.ckpt", optimizer=adam())
+    same = run(tmp_path / "3", 6, tmp_path / "cosine" / "step=5.ckpt", optimizer=adam(), **cosine)
+    rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (added, removed, same)]
+    assert rates[0] == pytest.approx(rates[2], rel=1e-12)
+    assert rates[1] == 1e-2
+    assert rates[2] < 1e-2
+
+
+def test_another_optimizer_is_refused_by_name(tmp_path):
+    run(tmp_path, 2, optimizer=adam())
+    with pytest.raises(ValueError, match=r"optimizer\.class: got SGD \(AdamW"):
+        run(tmp_path / "b", 4, tmp_path / "step=2.ckpt", optimizer=lambda p: torch.optim.SGD(p, 0.1))
+
+
+def distill(folder, checkpoint=None, teacher_scale=1.0, **options):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    network = DiT(**NETWORK)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.2 * teacher_scale)
+    saving = ModelCheckpoint(folder, every_n_train_steps=2, filename="{step}")
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        max_steps=4 if checkpoint else 2, callbacks=[saving],
+    )  # fmt: skip
+    trainer.fit(Distiller(Teacher(network), optimizer=adam(), **options), Few(3), ckpt_path=checkpoint)
+    return trainer
+
+
+def test_another_teacher_is_refused_by_the_hash_of_its_weights(tmp_path):
+    distill(tmp_path / "a")
+    checkpoint = tmp_path / "a" / "step=2.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["settings"]["teacher"]
+    with pytest.raises(ValueError, match=f"another teacher: got [0-9a-f]{{16}} .{saved} in the checkpoint"):
+        distill(tmp_path / "b", checkpoint, teacher_scale=1.1)
+    assert distill(tmp_path / "c", checkpoint).global_step == 4
+
+
+def test_objective_and_guidance_come_from_the_config_and_are_named(tmp_path, caplog):
+    distill(tmp_path / "a", objective=losses.paper(n2n_every=3), guidance=Guidance(1.5))
+    checkpoint = tmp_path / "a" / "step=2.ckpt"
+    distill(tmp_path / "b", checkpoint, objective=losses.paper(n2n_every=2), guidance=Guidance(2.0), ema_decay=0.5)
+    assert "objective.losses.noise_to_noisy.every 2 (3 in the checkpoint)" in caplog.text
+    assert "guidance.scale 2.0 (1.5 in the checkpoint)" in caplog.text
+    assert "ema_decay 0.5 (0.999 in the checkpoint)" in caplog.text

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -56,7 +56,8 @@ class Distiller(FlowTraining):
     Args:
         teacher: the frozen teacher. It is no part of the checkpoint: it is made again from the config.
         student: the flow map to train; None for a copy of the teacher with a zero-initialised landing time.
-        objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own.
+        objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own; None for
+            `losses.recommended()`.
         guidance: how the teacher is guided; the student learns the guided velocity and needs no second pass.
         derivative: the engine for du: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
             "central" (a difference), or "auto": the first of them that can pass through the student; the log says why.
@@ -74,7 +75,7 @@ class Distiller(FlowTraining):
         self,
         teacher: Teacher,
         student: Network | None = None,
-        objective: Objective = recommended(),  # noqa: B008 - frozen
+        objective: Objective | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         derivative: EngineName | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -89,7 +90,8 @@ class Distiller(FlowTraining):
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher = teacher
         self.velocity = GuidedField(teacher, teacher.null, guidance)
-        self.objective = objective
+        self.objective = recommended() if objective is None else objective
+        self.teacher_identity = ""
         self.wanted: EngineName | None = None if derivative == "auto" else derivative
         self.derivative: Engine = ENGINES[self.wanted or "dual"]
 
@@ -106,6 +108,8 @@ class Distiller(FlowTraining):
         """
         super().setup(stage)
         if stage == "fit":
+            # Now, before a strategy moves, casts and shards it.
+            self.teacher_identity = self.teacher.identity()
             choice = choose(self.student, self.student.example(), self.wanted)
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
@@ -120,6 +124,11 @@ class Distiller(FlowTraining):
         # torch.func.jvp does not.
         student = [] if self.derivative is functional else [self.student]
         return [*student, *self.teacher.networks()]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the run apart from its data, by name; the teacher by the hash of its weights."""
+        own = {"objective": self.objective, "guidance": self.velocity.guidance, "teacher": self.teacher_identity}
+        return super().settings() | own
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as its own Euler sampler."""

@@ -1,11 +1,13 @@
-"""Resuming exactly: where a run stands in its epochs, in the one form from which Lightning continues without a loss.
+"""Resuming exactly: where a run stands in its epochs, in a form from which Lightning loses nothing, and its settings.
 
-Lightning saves the counters of its loops as they are at the moment of saving, and several of these states do not resume:
-after an epoch's last batch it skips an epoch or trains one of no batches, after validation it counts a step twice, and
-gradients that have been accumulated are in no checkpoint. So each checkpoint is written with one of two states, a clean
-start of an epoch or the end of an optimizer step within one.
+Lightning saves the counters of its loops as they are at the moment of saving, and several of these states do not
+resume: after an epoch's last batch it skips an epoch or trains one of no batches, after validation it counts a step
+twice, and gradients that have been accumulated are in no checkpoint. So each checkpoint is written with one of two
+states, a clean start of an epoch or the end of an optimizer step within one.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,8 @@ import lightning as L
 FIT, BATCHES, EPOCHS = "fit_loop", "epoch_loop.batch_progress", "epoch_progress"
 FINISHED = "_iterator_finished"
 """The key by which torchdata's StatefulDataLoader says that its epoch is over."""
+PLAIN = (str, int, float, bool, type(None))
+ABSENT = "none"
 
 
 def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
@@ -74,3 +78,29 @@ def _set_batches(progress: dict[str, Any], trained: int, total: int) -> None:
 
 def _counters(count: int) -> dict[str, int]:
     return {"ready": count, "started": count, "processed": count, "completed": count}
+
+
+def settings_of(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the settings within a value by dotted names: plain values as they are, all else in words.
+
+    Dataclasses, mappings and sequences are followed; of an object of another class the class is named.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        parts: dict[str, Any] = {"class": type(value).__name__} | own
+    elif isinstance(value, Mapping):
+        parts = {str(key): part for key, part in value.items()}
+    elif isinstance(value, (list, tuple)) and not all(isinstance(part, PLAIN) for part in value):
+        parts = {str(number): part for number, part in enumerate(value)}
+    elif isinstance(value, (list, tuple)):
+        return {name: list(value)}
+    else:
+        return {name: value if isinstance(value, PLAIN) else type(value).__qualname__}
+    prefix = f"{name}." if name else ""
+    return {key: part for inner, value in parts.items() for key, part in settings_of(value, prefix + inner).items()}
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return which settings differ, each in words: `value (saved in the checkpoint)`."""
+    names = [name for name in {**saved, **given} if saved.get(name, ABSENT) != given.get(name, ABSENT)]
+    return {name: f"{given.get(name, ABSENT)} ({saved.get(name, ABSENT)} in the checkpoint)" for name in names}

@@ -1,5 +1,7 @@
 """Training a class-conditional teacher by flow matching."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -50,6 +52,10 @@ class TeacherTraining(FlowTraining):
         self.class_dropout = class_dropout
         self.guidance = guidance
         self.times = times
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the run apart from its data, by name."""
+        return super().settings() | {"class_dropout": self.class_dropout, "times": self.times}
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged network, guided."""

@@ -1,6 +1,8 @@
 """What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
 
 import copy
+import logging
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,16 +21,26 @@ from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA
 from decm_lightning.callbacks.gradient_norms import total_norm
+from decm_lightning.callbacks.last_step import LastStep
+from decm_lightning.checkpoint_io import AtomicCheckpointIO
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
-from decm_lightning.resuming import normalize_progress, start_epoch_anew
+from decm_lightning.resuming import differences, normalize_progress, settings_of, start_epoch_anew
 from decm_lightning.samplers import SamplerName
 from decm_lightning.triangle import TimeLaw
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+
+log = logging.getLogger(__name__)
+NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
+FIXED = {
+    "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
+    "optimizer.class": "give the same optimizer, or " + NEW_RUN,
+}
+"""Settings that a resumed run cannot change, and what to do instead."""
 
 
 class FlowTraining(L.LightningModule):
@@ -67,6 +80,9 @@ class FlowTraining(L.LightningModule):
         self.make_schedule = lr_scheduler
         self.averaging = EMA(ema_decay)
         self.seed = torch.initial_seed()
+        self.recipe: dict[str, dict[str, Any]] = {}
+        self.groups: list[dict[str, Any]] = []
+        self.saved_settings: dict[str, Any] | None = None
         self.draws: Cell | None = None
         self.terms: dict[str, LossTerm] = {}
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -115,17 +131,27 @@ class FlowTraining(L.LightningModule):
             ValueError: if OneCycleLR has so few steps that one of its phases has none.
         """
         optimizer = self.make_optimizer(self.network.parameters())
+        groups = [{key: copy.copy(group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
+        self.groups = groups
+        self.recipe = {"optimizer": {"class": type(optimizer).__name__, **(groups[0] if len(groups) == 1 else {})}}
+        if len(groups) > 1:
+            self.recipe["optimizer"]["groups"] = groups
         if self.make_schedule is None:
             return optimizer
         try:
             schedule = self.make_schedule(optimizer)
         except ZeroDivisionError:
             raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
+        self.recipe["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the run apart from its data, by name: it is compared when a run is resumed."""
+        return self.recipe | {"ema_decay": self.averaging.decay}
+
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the averaging: a student without it would be tested as it began."""
-        return [self.averaging]
+        """Return the averaging, which is what is tested, and the saving of the last step."""
+        return [self.averaging, LastStep()]
 
     def generator(self, batch_idx: int) -> torch.Generator:
         """Return this batch's own source of randomness.
@@ -205,28 +231,61 @@ class FlowTraining(L.LightningModule):
         known, given = self.network.num_classes, getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
         if known and given > known:
             raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # Before all others, which may save a checkpoint in the same hook.
         self.trainer.callbacks.sort(key=lambda callback: callback is not self.averaging)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
-        """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
+        """Apply the config to a resumed run, and compare the lengths of schedule and run.
 
         Raises:
-            ValueError: naming both numbers of steps.
+            ValueError: if the checkpoint is of a run with another teacher or optimizer class, or the schedule ends
+                before the run does.
         """
         start_epoch_anew(self.trainer)
-        # It would be too early where the schedule is made: a resumed one gets its checkpoint's steps, and to count the
-        # run's Lightning would ask the data for their loader, which then begins with epoch 0.
+        if self.saved_settings is not None:
+            self._apply_settings(self.saved_settings)
+        # It would be too early where the schedule is made: to count the run's steps Lightning builds the data loader.
         end = getattr(self.lr_schedulers(), "total_steps", None)
         if end is None:
             return
         steps = self.trainer.estimated_stepping_batches
-        both = f"the lr_scheduler has {end} steps (if resumed, those of the checkpoint) and the run {steps}"
+        both = f"the lr_scheduler has {end} steps and the run {steps}"
         if steps > end:
             raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
         # -1 where the loader does not know its length.
         if 0 <= steps < end:
             rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
+
+    def _apply_settings(self, saved: dict[str, Any]) -> None:
+        """Let the config decide: the state comes from the checkpoint, the settings never do.
+
+        Optimizer and schedule are restored with their settings, so these are set again, and the schedule is run to the
+        step at which the run stands.
+        """
+        differing = differences(saved, settings_of(self.settings()))
+        for name, remedy in FIXED.items():
+            if name in differing:
+                raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
+        if not differing:
+            return
+        log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
+        if not any(name.startswith(("optimizer.", "lr_scheduler.")) for name in differing):
+            return
+        optimizer = self.trainer.optimizers[0]
+        for group, given in zip(optimizer.param_groups, self.groups, strict=True):
+            group.pop("initial_lr", None)
+            group.update(copy.deepcopy(given))
+        if self.make_schedule is None:
+            return
+        with warnings.catch_warnings():
+            # The optimizer has taken its steps, in another process.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            schedule = self.make_schedule(optimizer)
+            for _ in range(self.global_step):
+                schedule.step()
+        self.trainer.lr_scheduler_configs[0].scheduler = schedule
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse samples that are not of the network's shape.
@@ -266,6 +325,7 @@ class FlowTraining(L.LightningModule):
         """Add the seed, and what `load` needs to build the network again."""
         checkpoint["network"] = describe(self.network)
         checkpoint["seed"] = self.seed
+        checkpoint["settings"] = settings_of(self.settings())
         normalize_progress(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -276,6 +336,7 @@ class FlowTraining(L.LightningModule):
         """
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
         self.seed = checkpoint["seed"]
+        self.saved_settings = checkpoint.get("settings")
 
     def check_checkpoint(self, path: str, strategy: Strategy) -> None:
         """Refuse a checkpoint that cannot be gone on with, before any process has begun to read it.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decm_lightning.files import tensors_sha256
 from decm_lightning.networks.network import Network
 
 
@@ -46,7 +47,8 @@ class LoRANetwork(Network):
 
         Raises:
             ImportError: if peft is not installed.
-            ValueError: if rank is below 1, or there is no projection of one of the names.
+            ValueError: if rank is below 1, there is no projection of one of the names, or `config["base"]` is the hash
+                of other pretrained weights.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -60,6 +62,8 @@ class LoRANetwork(Network):
             # peft ignores one that is not there, if another is.
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ValueError(f"targets must end names of projections: got {target!r}, which ends none")
+        if "base" in self.config:
+            self.config["base"] = self._checked_base()
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), self.model)
         self.add_landing_time()
         self.config |= {"rank": rank, "targets": list(targets)}
@@ -80,6 +84,20 @@ class LoRANetwork(Network):
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in self.added)
         return student
+
+    def identity(self) -> str:
+        """Return the first 16 digits of the SHA-256 of all weights, those of the pretrained model included."""
+        return tensors_sha256(self.state_dict() | _base(self))[:16]
+
+    def _checked_base(self) -> str:
+        found, saved = self.identity(), self.config["base"]
+        if saved not in (None, found):
+            where = self.config.get("model", "the pretrained model")
+            raise ValueError(
+                f"{where} has other weights ({found}) than those that the student was trained on ({saved}): "
+                "give the same revision of the model"
+            )
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoRANetwork":
         """Copy what was added, and share the rest."""

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from decm_lightning.files import tensors_sha256
 from decm_lightning.types import Condition, Sample, Time
 
 
@@ -34,6 +35,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     @abstractmethod
     def with_landing_time(self) -> "Network":
         """Return a copy that also reads s, and at first equals this network for every s."""
+
+    def identity(self) -> str:
+        """Return the first 16 digits of the SHA-256 of all weights and buffers."""
+        return tensors_sha256(self.state_dict())[:16]
 
     def units(self) -> list[nn.Module]:
         """Return the repeated parts, each compiled and sharded by itself; the whole where there are none."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, full_like, nn
 
+from decm_lightning.files import tensors_sha256
 from decm_lightning.networks import Network
 from decm_lightning.teachers.diffusers_network import read
 from decm_lightning.teachers.diffusers_noise import NoisePrediction
@@ -56,6 +57,10 @@ class DiffusersDiTTeacher(Teacher):
     def null(self, condition: Condition) -> Condition:
         """Return as many null classes as there are labels."""
         return full_like(condition, self.num_classes) if isinstance(condition, Tensor) else None
+
+    def identity(self) -> str:
+        """Return a hash of all weights."""
+        return tensors_sha256(self.model.state_dict())[:16]
 
     def networks(self) -> list[Network]:
         """Return none: the model is no Network, and is neither compiled nor sharded."""

@@ -53,6 +53,7 @@ class Flux(DiffusersNetwork):
         dtype: of the pretrained weights. What is added is in float32.
         side: of the latents to draw, as sample_shape says; an even number.
         guidance: the guidance scale that is embedded, if the model embeds one.
+        base: as in DiffusersNetwork.
     """
 
     kind: ClassVar[str] = "FluxTransformer2DModel"
@@ -66,8 +67,9 @@ class Flux(DiffusersNetwork):
         dtype: Dtype = "float32",
         side: int | None = None,
         guidance: float = 3.5,
+        base: str | None = None,
     ) -> None:
-        super().__init__(model, dtype=dtype, side=side)
+        super().__init__(model, dtype=dtype, side=side, base=base)
         self.model.time_text_embed = ExactTime(self.model.time_text_embed)
         self.config |= {"guidance": guidance}
         self.sample_shape = (self.model.config.in_channels // 4, self.side, self.side)

@@ -56,10 +56,13 @@ class DiffusersNetwork(LoRANetwork):
         targets: ends of the names of the projections to adapt; None for the attention's.
         dtype: of the pretrained weights. What is added is in float32.
         side: of the latents to draw, as sample_shape says; None for the model's own.
+        base: with a rank, the hash of the pretrained weights that the adapters were trained on, which `adapt` writes
+            into the config; None for any.
 
     Raises:
         OSError: if there is no such folder or name.
-        ValueError: if tensors of the model are missing or left over, or it is of another family.
+        ValueError: if tensors of the model are missing or left over, it is of another family, or `base` is the hash of
+            other weights.
     """
 
     time_scale = 1000.0
@@ -79,10 +82,11 @@ class DiffusersNetwork(LoRANetwork):
         targets: Sequence[str] | None = None,
         dtype: Dtype = "float32",
         side: int | None = None,
+        base: str | None = None,
     ) -> None:
         # A transformer may drop labels or tokens by itself in training mode.
         super().__init__(read(self.kind, model, dtype).eval(), self.projections)
-        self.config = {"model": model, "rank": None, "targets": None, "dtype": dtype, "side": side}
+        self.config = {"model": model, "rank": None, "targets": None, "dtype": dtype, "side": side, "base": base}
         self.num_classes = 0
         settings = self.model.config
         self.side = side or getattr(settings, "sample_size", None) or 128

@@ -47,8 +47,9 @@ class PixArt(DiffusersNetwork):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         steps: int = 1000,
+        base: str | None = None,
     ) -> None:
-        super().__init__(model, rank, targets, dtype, side)
+        super().__init__(model, rank, targets, dtype, side, base)
         self.config |= {"beta_start": beta_start, "beta_end": beta_end, "steps": steps}
         self.noise = NoisePrediction(beta_start, beta_end, steps)
 

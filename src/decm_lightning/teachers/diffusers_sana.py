@@ -29,8 +29,9 @@ class Sana(DiffusersNetwork):
         targets: Sequence[str] | None = None,
         dtype: Dtype = "float32",
         side: int | None = None,
+        base: str | None = None,
     ) -> None:
-        super().__init__(model, rank, targets, dtype, side)
+        super().__init__(model, rank, targets, dtype, side, base)
         if self.model.config.guidance_embeds:
             raise ValueError(f"{model} is a SANA-Sprint, a few-step student on another clock: give a Sana")
 

@@ -40,6 +40,10 @@ class Teacher:
         """Return the networks that a velocity costs a pass of."""
         return [self.network]
 
+    def identity(self) -> str:
+        """Return a hash of all weights: a run is resumed with the teacher that it began with."""
+        return " ".join(network.identity() for network in self.networks())
+
     def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""
         return self.network.with_landing_time().train()

@@ -1,0 +1,31 @@
+"""Where checkpoints are written: next to their final name, never by way of the temporary directory."""
+
+from typing import Any
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+
+from decm_lightning.files import atomic
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, next to its final name; a full disk is named by the checkpoint's path.
+
+    Lightning's own keeps the whole checkpoint in memory, then writes it into the temporary directory and copies it: on
+    a cluster that is often another, smaller disk, or memory again. Remote paths (s3://, ...) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            OSError: naming the path, if it cannot be written.
+        """
+        if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic(str(path).removeprefix("file://")) as partial:
+            torch.save(checkpoint, partial)

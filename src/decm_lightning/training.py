@@ -265,9 +265,7 @@ class FlowTraining(L.LightningModule):
         step at which the run stands.
         """
         differing = differences(saved, settings_of(self.settings()))
-        for name, remedy in FIXED.items():
-            if name in differing:
-                raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
+        self._refuse(differing)
         if not differing:
             return
         log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
@@ -286,6 +284,12 @@ class FlowTraining(L.LightningModule):
             for _ in range(self.global_step):
                 schedule.step()
         self.trainer.lr_scheduler_configs[0].scheduler = schedule
+
+    def _refuse(self, differing: dict[str, str]) -> None:
+        for name, remedy in FIXED.items():
+            # Those of the optimizer are not known before it is made.
+            if name in differing and (name == "teacher" or self.recipe):
+                raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse samples that are not of the network's shape.
@@ -332,11 +336,13 @@ class FlowTraining(L.LightningModule):
         """Go on with the seed of the run that is resumed.
 
         Raises:
-            ValueError: if it trained another network.
+            ValueError: if it trained another network, or by another teacher.
         """
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
         self.seed = checkpoint["seed"]
         self.saved_settings = checkpoint.get("settings")
+        if self.saved_settings is not None and self._trainer is not None and self._trainer.state.fn == "fit":
+            self._refuse(differences(self.saved_settings, settings_of(self.settings())))
 
     def check_checkpoint(self, path: str, strategy: Strategy) -> None:
         """Refuse a checkpoint that cannot be gone on with, before any process has begun to read it.

@@ -51,7 +51,12 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that sys.argv names; return 0, or 2 after one line on standard error that says what was wrong."""
+    """Run the command that sys.argv names.
+
+    Returns:
+        0; 2 after one line on standard error that says what was wrong; 130 after Ctrl-C. A run that a signal stops
+        raises SystemExit with 128 + the signal's number.
+    """
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(HELP, end="")
         return 0
@@ -60,19 +65,24 @@ def main() -> int:
         return _refuse(f"no command {command!r}: expected one of {', '.join(COMMANDS)}")
     try:
         _run(command, argv)
-    except (SystemExit, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into exit code 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return _interrupted()
         raise
     # torch.distributed.checkpoint's is no Exception.
     except BaseException as error:
         if os.environ.get("DECM_TRACEBACK") or not _is_for_the_user(error):
             raise
-        return _refuse(_what(error))
+        return _refuse("; ".join([_what(error), *getattr(error, "__notes__", ())]))
     return 0
 
 
 def essence(message: str) -> str:
     """Return the parser's message on one line: the key and what is wrong with it, without the layers around it."""
-    lines = [line.strip(" -") for line in message.splitlines()]
+    lines = [re.sub(r"^\s*- ", "", line).strip() for line in message.splitlines()]
     keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
     faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
     # Beside it stands what is wrong with the arguments of a class that is valid.
@@ -121,6 +131,11 @@ def _what(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return essence(str(error))
+
+
+def _interrupted() -> int:
+    print("decm: interrupted", file=sys.stderr)
+    return 130
 
 
 def _refuse(message: str) -> int:

@@ -1,21 +1,25 @@
 """decm fit | validate | test | predict: Lightning's own command line over this package's modules."""
 
 import logging
+import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.cli import LightningCLI
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
-from decm_lightning.losses import Objective
+from decm_lightning.files import atomic
+from decm_lightning.losses import Objective, recommended
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.training import FlowTraining
 
@@ -33,6 +37,14 @@ NOISE = (
 )
 
 
+class ConfigSaver(SaveConfigCallback):
+    """Saves the resolved config next to the checkpoints, and within each of them."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the config, as YAML that repeats the run."""
+        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+
+
 class TrainerCLI(LightningCLI):
     """Lightning's CLI, in which the config alone says what is built."""
 
@@ -47,7 +59,9 @@ class TrainerCLI(LightningCLI):
             if command == "fit" and self.config[command].trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
         if command in ("validate", "test", "predict") and not self.config[command].ckpt_path:
-            raise ValueError(f"{command} needs --ckpt_path: without it the student would be as it began")
+            raise ValueError(f"{command} needs --ckpt_path: without a checkpoint the student is untrained")
+        if command is not None:
+            _spell_out(self.config[command])
 
     def instantiate_classes(self) -> None:
         """Build everything, and refuse a checkpoint that does not suit it before any process has begun to read it.
@@ -56,16 +70,48 @@ class TrainerCLI(LightningCLI):
             ValueError: if it holds another network, not all that will be read, or is sharded and the strategy cannot
                 read that; or if predict has nothing that says what to draw.
         """
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except RuntimeError as error:
+            # Such as SLURM_NTASKS without SLURM_NTASKS_PER_NODE: a setting, not a bug.
+            raise ValueError(f"the trainer cannot be built: {error}") from error
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
             writer = "--trainer.callbacks+ decm_lightning.callbacks.SampleWriter --trainer.callbacks.folder FOLDER"
             raise ValueError(f"predict needs a SampleWriter, which says what to draw, and where to: add {writer}")
         path = self.config[self.subcommand].ckpt_path if self.subcommand else None
         if path:
+            self._check_exists(path)
             self.model.check_checkpoint(path, self.trainer.strategy)
             if Path(path).is_file():
                 refuse_partial(Path(path), self.model, self.subcommand == "fit")
+
+    def _check_exists(self, path: str) -> None:
+        """Refuse a checkpoint that is not there: Lightning goes on without one if it is called "last"."""
+        if "://" in path or path.startswith("registry:"):
+            return
+        if path == "best":
+            raise ValueError("--ckpt_path best is known only to the process that trained: give the checkpoint's path")
+        if path == "hpc":
+            if self.trainer._checkpoint_connector._hpc_resume_path is None:
+                raise ValueError(f"--ckpt_path hpc: there is no hpc_ckpt_N.ckpt in {self.trainer.default_root_dir}")
+        elif path == "last":
+            found = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            if not any(callback._find_last_checkpoints(self.trainer) for callback in found):
+                raise ValueError(f"--ckpt_path last: {_newest(self.trainer)}")
+        elif not Path(path).exists():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            # An error in the middle of a run is one line on the terminal; where it came from must not be lost.
+            if any(frame.name == "_run_stage" for frame in traceback.extract_tb(error.__traceback__)):
+                # A disk that is full must not hide why.
+                with suppress(OSError):
+                    error.add_note(f"traceback in {_write_traceback(self.trainer)}")
+            raise
 
     def after_validate(self) -> None:
         """Refuse to end in silence.
@@ -101,6 +147,34 @@ def build(*argv: str) -> TrainerCLI:
     return _cli(argv, parser_kwargs={"exit_on_error": False}, run=False)
 
 
+def _write_traceback(trainer: L.Trainer) -> Path:
+    # Not trainer.log_dir, for which all processes would have to agree.
+    folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
+    file = Path(folder or trainer.default_root_dir) / f"traceback-{trainer.global_rank}.txt"
+    with atomic(file) as partial:
+        partial.write_text(traceback.format_exc(), encoding="utf-8")
+    return file
+
+
+def _newest(trainer: L.Trainer) -> str:
+    """Return in words that this run has no last checkpoint, and which is the newest of its experiment."""
+    logger = trainer.logger
+    folder = Path(trainer.default_root_dir if logger is None else logger.save_dir or ".")
+    folder = folder / str(logger.name or "") if logger is not None else folder
+    files = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
+    newest = f"the newest in {folder} is {files[-1]}, give its path" if files else f"there is none in {folder}"
+    return f"this run has no last checkpoint; {newest}"
+
+
+def _spell_out(config: Namespace) -> None:
+    """Write the default objective out, so that a saved config repeats the run when the default has changed."""
+    arguments = config.get("model.init_args")
+    if arguments is not None and "objective" in arguments and arguments.objective is None:
+        defaults = {name: parameter.default for name, parameter in signature(recommended).parameters.items()}
+        name = f"{recommended.__module__}.{recommended.__qualname__}"
+        arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))
+
+
 def _check_configs(argv: Sequence[str]) -> None:
     # The parser's own messages do not name the file.
     files = [after for flag, after in pairwise(argv) if flag in ("-c", "--config")]
@@ -133,6 +207,7 @@ def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        save_config_callback=ConfigSaver,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         args=list(argv),

@@ -1,0 +1,211 @@
+"""However a run ends, its last step is in last.ckpt, and a signal ends it with the exit code that shells expect."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from decm_lightning import TeacherTraining
+from decm_lightning.callbacks.last_step import Stopped
+from decm_lightning.data import Digits
+from decm_lightning.networks import DiT
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        **{"limit_val_batches": 0} | options,
+    )
+
+
+def module() -> TeacherTraining:
+    L.seed_everything(0, verbose=False)
+    network = DiT(8, 1, patch_size=4, width=8, depth=1, heads=2, num_classes=10)
+    return TeacherTraining(network, optimizer=lambda p: torch.optim.AdamW(p, 1e-2))
+
+
+def step_of(file: Path) -> int:
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+class At(L.Callback):
+    """Does something in a hook, at a step."""
+
+    def __init__(self, step: int, action, hook: str = "on_train_batch_start") -> None:
+        self.step = step
+        setattr(self, hook, lambda trainer, *_: trainer.global_step == step and action(trainer))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 5}, 5),
+        ({"max_epochs": 2, "limit_train_batches": 4}, 8),
+        ({"max_time": timedelta(seconds=1)}, None),
+    ],
+)
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"every_n_train_steps": 3, "save_last": True},
+        {"every_n_train_steps": 3, "save_last": "link", "save_top_k": -1},
+        {"every_n_train_steps": 3},
+        {"save_top_k": 0},
+        {},
+    ],
+)
+def test_the_last_step_is_saved(options, steps, saving, tmp_path):
+    run = trainer(tmp_path, ModelCheckpoint(tmp_path, **saving), **options)
+    run.fit(module(), Digits(batch_size=100))
+    assert steps in (None, run.global_step)
+    assert step_of(tmp_path / "last.ckpt") == run.global_step > 0
+
+
+def test_a_run_that_stops_early_saves_its_last_step(tmp_path):
+    stopping = EarlyStopping("loss/flow_matching", patience=1, min_delta=1e9, check_on_train_epoch_end=True)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_last=True)
+    run = trainer(tmp_path, saving, stopping, max_epochs=9, limit_train_batches=7)
+    run.fit(module(), Digits(batch_size=100))
+    assert run.global_step < 9 * 7
+    assert step_of(tmp_path / "last.ckpt") == run.global_step
+
+
+def test_each_callback_that_saves_the_last_has_it(tmp_path):
+    first = ModelCheckpoint(tmp_path / "a", every_n_train_steps=2, save_last=True)
+    second = ModelCheckpoint(tmp_path / "b", every_n_train_steps=3, save_last=True)
+    trainer(tmp_path, first, second, max_steps=5).fit(module(), Digits(batch_size=100))
+    assert [step_of(tmp_path / name / "last.ckpt") for name in "ab"] == [5, 5]
+
+
+def test_without_checkpoints_nothing_is_saved(tmp_path):
+    trainer(tmp_path, max_steps=2, enable_checkpointing=False).fit(module(), Digits(batch_size=100))
+    trainer(tmp_path, ModelCheckpoint(tmp_path), fast_dev_run=2).fit(module(), Digits(batch_size=100))
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_start", "on_validation_batch_end"])
+def test_a_run_that_a_signal_has_stopped_resumes_to_the_same_bits(signum, hook, tmp_path):
+    # An epoch has 14 steps: the 18th is the fourth of the second one.
+    options = {"max_steps": 30, "val_check_interval": 4, "limit_val_batches": 1}
+    whole = module()
+    trainer(tmp_path, enable_checkpointing=False, **options).fit(whole, Digits(batch_size=128))
+    before = signal.getsignal(signum)
+    interrupted = trainer(
+        tmp_path,
+        ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True),
+        At(18, lambda _: os.kill(os.getpid(), signum), hook),
+        **options,
+    )
+    with pytest.raises(Stopped) as caught:
+        interrupted.fit(module(), Digits(batch_size=128))
+    assert caught.value.code == 128 + signum
+    assert signal.getsignal(signum) == before
+    assert step_of(tmp_path / "last.ckpt") == 18 + (hook == "on_train_batch_start")
+    resumed = module()
+    trainer(tmp_path, enable_checkpointing=False, **options).fit(
+        resumed, Digits(batch_size=128), ckpt_path=tmp_path / "last.ckpt"
+    )
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path):
+    def twice(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True)
+    with pytest.raises(SystemExit) as caught:
+        trainer(tmp_path, saving, At(2, twice), max_steps=9).fit(module(), Digits(batch_size=100))
+    assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_job_that_slurm_will_requeue_is_saved_between_two_steps(tmp_path, monkeypatch):
+    """Lightning saves within the signal's handler, in the middle of a step: there it would not resume exactly."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
+    run = trainer(
+        tmp_path,
+        At(3, lambda _: os.kill(os.getpid(), signal.SIGUSR1)),
+        max_steps=6,
+        enable_checkpointing=False,
+        plugins=[SLURMEnvironment()],
+        devices=1,
+    )
+    monkeypatch.setattr(SLURMEnvironment, "world_size", lambda self: 1)
+    monkeypatch.setattr(SLURMEnvironment, "global_rank", lambda self: 0)
+    monkeypatch.setattr(SLURMEnvironment, "local_rank", lambda self: 0)
+    run.fit(module(), Digits(batch_size=100))
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] == 4
+    assert run.global_step == 6
+
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  devices: {devices}
+  max_steps: 100000
+  limit_val_batches: 0
+  enable_progress_bar: false
+  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: ., name: run, version: ""}}}}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{every_n_train_steps: 10, save_last: true}}
+model:
+  class_path: decm_lightning.TeacherTraining
+  init_args:
+    network:
+      class_path: decm_lightning.networks.DiT
+      init_args: {{input_size: 8, in_channels: 1, patch_size: 4, width: 16, depth: 1, heads: 2, num_classes: 10}}
+data: {{class_path: decm_lightning.data.Digits, init_args: {{batch_size: 32}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "devices"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_exits_as_shells_expect(signum, devices, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG.format(devices=devices))
+    command = [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    try:
+        while not last.exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        # A terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the first.
+        os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)
+        assert process.wait(120) == 128 + signum
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert f"after step {step_of(last)}" in log

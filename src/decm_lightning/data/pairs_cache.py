@@ -1,7 +1,6 @@
 """Pairs read and checked once: pixels in one file on the disk, captions and faults beside it."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,14 +16,12 @@ from typing import IO
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from decm_lightning.data.image_files import what_pil_says
 from decm_lightning.data.pairs_sources import Fault, Pair, files_of, named_in, read_csv
+from decm_lightning.image_reader import pixels_of
 
-EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
 BLANK = {"Cc", "Cf", "Zs"}
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -86,27 +83,6 @@ def prepare(source: Path, cache: Path, size: int, column: str | None, max_charac
             if not folder.is_dir():
                 _write(folder, chain.from_iterable(read(file, column) for file in files), size, max_characters)
     return _load(folder, size)
-
-
-def pixels_of(image: bytes | Path, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Return an image file as pixels: upright, on white where it is transparent, cropped to a square and resized.
-
-    Raises:
-        ValueError: if it cannot be read, or has more than 8 bits a channel.
-    """
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"is no image that can be read ({what_pil_says(error)})") from error
-    if upright.mode not in EIGHT_BITS:
-        raise ValueError(f"has pixels of another mode (mode {upright.mode}: save it with 8 bits a channel)")
-    if upright.has_transparency_data:
-        coloured = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
-    fitted = ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def _write(folder: Path, pairs: Iterable[Pair | Fault], size: int, max_characters: int) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.data.latent_coder import LatentCoder
-from decm_lightning.data.pairs_cache import Prepared
+from decm_lightning.data.pairs_cache import PreparedPairs
 from decm_lightning.errors import NonFiniteError
 
 BATCH = 64
 
 
-def encode_latents(prepared: Prepared, coder: LatentCoder, device: torch.device) -> Float[Tensor, "n c h w"]:
+def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> Float[Tensor, "n c h w"]:
     """Return the latents of all pairs, in float16: as they were kept, or encoded and kept now.
 
     The file is named by a hash of the VAE's weights and of its scaling. A run that is stopped goes on with the next
@@ -45,7 +45,7 @@ def encode_latents(prepared: Prepared, coder: LatentCoder, device: torch.device)
     return torch.from_file(str(file), size=torch.Size(shape).numel(), dtype=torch.float16).view(shape)
 
 
-def _write(file: Path, prepared: Prepared, coder: LatentCoder, device: torch.device) -> None:
+def _write(file: Path, prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> None:
     # Another name until it is whole.
     partial = file.with_suffix(".partial")
     images, size = prepared.images, prepared.images.shape[-1]

@@ -1,6 +1,5 @@
 """Text-image pairs of your own: pixels or latents, with captions of any encoder."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,14 +10,12 @@ from torch import Tensor
 
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.data.latent_coder import LatentCoder
+from decm_lightning.data.pair import no_caption_column, summary
 from decm_lightning.data.pairs import CaptionedImages
-from decm_lightning.data.pairs_cache import Prepared, prepare
+from decm_lightning.data.pairs_cache import PreparedPairs, prepare
 from decm_lightning.data.pairs_latents import encode_latents
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
-
-NAMED = 3
-"""So many faults are named in a message; all are counted."""
 
 
 class TextImagePairs(CaptionedImages):
@@ -137,7 +134,7 @@ class TextImagePairs(CaptionedImages):
         self.encoder.to(device)
         return unencoded.encode(condition, self.encoder)
 
-    def _load(self, stage: str, device: torch.device) -> Prepared:
+    def _load(self, stage: str, device: torch.device) -> PreparedPairs:
         if self.vae is None:
             self.fit_network("images", (3, self.size, self.size))
         else:
@@ -157,17 +154,18 @@ class TextImagePairs(CaptionedImages):
         self.split(images, captions, prepared.captions, prepared.names)
         return prepared
 
-    def _prepared(self, stage: str) -> Prepared:
+    def _prepared(self, stage: str) -> PreparedPairs:
         prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
-        count, faults = len(prepared.captions), prepared.faults
-        kinds = Counter(fault.kind for fault in faults).most_common()
-        counted = ", ".join(f"{number} x {kind}" for kind, number in kinds)
-        named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
-        message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named} ({counted})"
+        count, errors = len(prepared.captions), prepared.errors
+        message = summary(self.source, count, errors)
         if not count:
-            raise ValueError(f"no good pair in {self.source}" + (f": {message}" if faults else ""))
-        if faults and self.on_error == "raise":
+            missing = no_caption_column(self.source, errors, self.caption_column)
+            raise ValueError(missing or f"no good pair in {self.source}" + (f": {message}" if errors else ""))
+        if errors and self.on_error == "raise":
             raise ValueError(f"{message}; on_error: skip trains on the others")
-        if faults and stage == "prepare":
+        if errors and stage == "prepare":
             rank_zero_warn(f"{message}; left out")
+        if prepared.unread and stage == "prepare":
+            unread = ", ".join(f"{number} x {suffix}" for suffix, number in prepared.unread.items())
+            rank_zero_warn(f"{self.source} also has files that are not read: {unread}")
         return prepared

@@ -188,7 +188,11 @@ class _Writer:
 
 def _is_current(folder: Path) -> bool:
     """Return whether all image files that the source names are as they were."""
-    return all(FileStamp(*stamp) == stamp_of(stamp[0]) for stamp in _read(folder / STAMPS))
+    try:
+        stamps = [FileStamp(*stamp) for stamp in _read(folder / STAMPS)]
+    except TypeError as error:
+        raise _damaged(folder, f"{STAMPS}: {error}") from error
+    return all(stamp == stamp_of(stamp.name) for stamp in stamps)
 
 
 def _read(file: Path) -> Any:

@@ -1,6 +1,9 @@
 """Lists of images: what is wrong with a line costs its own row, and rows that are not wrong stay as they are."""
 
+import csv
+import io
 import json
+import random
 import time
 
 import pytest
@@ -50,6 +53,31 @@ def test_a_damaged_row_costs_itself_alone(kind, end, source):
     assert len(found.errors) == (2 if kind == "no image" else 1)
 
 
+def as_csv(rows):
+    content = io.StringIO(newline="")
+    csv.writer(content, lineterminator="\n").writerows(rows)
+    return list(io.StringIO(content.getvalue(), newline=""))
+
+
+def read_records(lines):
+    return list(records(lines, ",", ["file_name", "text"], lambda fields: fields[0].endswith(".png")))
+
+
+def test_what_the_csv_module_writes_is_read_and_one_more_quote_costs_its_own_row():
+    """Random captions of commas, quotes and line breaks, and a quote at a random place."""
+    chance = random.Random(0)
+    for _ in range(2500):
+        rows = [[f"{row}.png", "".join(chance.choices('ab ,"\n', k=9)) + "z"] for row in range(6)]
+        assert [record.fields for record in read_records(as_csv(rows))] == rows
+        rows = [[f"{row}.png", "".join(chance.choices("ab ,", k=9)) + "z"] for row in range(6)]
+        lines, bad = as_csv(rows), chance.randrange(6)
+        place = chance.randrange(len(lines[bad]) - 1)
+        lines[bad] = lines[bad][:place] + '"' + lines[bad][place:]
+        found = {record.line: (record.fields, record.error) for record in read_records(lines)}
+        for row in {*range(6)} - {bad}:
+            assert found.get(row + 1) == (rows[row], None), lines
+
+
 @pytest.mark.parametrize(
     "next_row", ['4.png,the 5"', '4.png,"', '4.png,""', '4.png,"a, b"', '4.png,"a" b', '"4.png",x']
 )
@@ -90,7 +118,7 @@ def test_captions_with_line_breaks_commas_and_quotes_are_read(header, source):
 def test_many_open_quotes_take_no_quadratic_time():
     lines = [f'{row}.png,"open {row}\n' for row in range(20_000)]
     start = time.perf_counter()
-    found = list(records(lines, ",", lambda fields: False))
+    found = list(records(lines, ",", [], lambda fields: False))
     assert time.perf_counter() - start < 10
     assert [record.line for record in found] == list(range(1, 20_001))
     assert all(record.error for record in found)
@@ -99,7 +127,7 @@ def test_many_open_quotes_take_no_quadratic_time():
 def test_a_quote_may_stay_open_for_a_hundred_lines_and_no_longer():
     for length, errors in ((MAX_LINES, 0), (MAX_LINES + 1, MAX_LINES + 1)):
         lines = ['a,"x\n', *["x\n"] * (length - 2), 'x"\n']
-        found = list(records(lines, ",", lambda fields: False))
+        found = list(records(lines, ",", [], lambda fields: False))
         assert len(found) == (errors or 1)
 
 

@@ -2,8 +2,9 @@
 
 import csv
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 MAX_LINES = 100
 """A quote must be closed within this number of lines."""
@@ -24,21 +25,30 @@ class Record:
     error: str | None = None
 
 
-def records(lines: Iterable[str], delimiter: str, is_row: Callable[[list[str]], bool]) -> Iterator[Record]:
+def records(
+    lines: Iterable[str], delimiter: str, header: Sequence[str], names_an_image: Callable[[list[str]], bool]
+) -> Iterator[Record]:
     """Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
 
     If a record cannot be read, reading resumes at the line after its first one. That is the case if a quote is not
-    closed within 100 lines, if text follows a closing quote, if a field is beyond the csv module's limit, or if several
-    lines of the record are rows of their own, because a quote that was left open swallows the rows after it.
+    closed within 100 lines, if text follows a closing quote, or if a field is beyond the csv module's limit. A quote
+    that was left open may also be closed by a quote of a later row, which it swallows. So a record of several lines is
+    taken for that if it has not as many fields as the header, or if more than one of its lines is a row of its own.
 
     Args:
         lines: the lines with their ends.
         delimiter: one character.
-        is_row: whether the values of a line, split at the delimiter, are a complete row.
+        header: the columns; the caller may fill it after the first record.
+        names_an_image: whether the values of a row, as many as the header has, name an image file.
     """
     source = iter(lines)
     waiting: deque[str] = deque()
     number = 1
+
+    def is_row(line: str) -> bool:
+        fields = _split(line, delimiter)
+        return len(fields) == len(header) and names_an_image(fields)
+
     while True:
         reader = csv.reader(_feed(waiting, source), delimiter=delimiter, strict=True)
         try:
@@ -46,7 +56,7 @@ def records(lines: Iterable[str], delimiter: str, is_row: Callable[[list[str]], 
             if fields is None:
                 return
             used, error = reader.line_num, None
-            if used > 1 and sum(is_row(_split(waiting[line], delimiter)) for line in range(used)) > 1:
+            if used > 1 and header and (len(fields) != len(header) or sum(map(is_row, islice(waiting, used))) > 1):
                 error = f"the quote of line {number} is not closed"
         except csv.Error as problem:
             error = _reason(str(problem), number, reader.line_num)

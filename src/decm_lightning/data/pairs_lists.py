@@ -106,14 +106,15 @@ def _csv_rows(file: Path, lines: Iterator[str], column: str | None) -> Iterator[
     delimiter = next((mark for mark in DELIMITERS if not {*_names(first.split(mark))}.isdisjoint(FILE_COLUMNS)), ",")
     header: list[str] = []
 
-    def is_row(fields: list[str]) -> bool:
-        return len(fields) == len(header) and _names_an_image(file, dict(zip(header, fields, strict=True)))
+    def names_an_image(fields: list[str]) -> bool:
+        name = _image(dict(zip(header, fields, strict=True)))
+        return name.lower().endswith(IMAGES + OTHER_IMAGES) or (bool(name) and os.path.isfile(file.parent / name))
 
-    for record in records(chain(before, lines), delimiter, is_row):
+    for record in records(chain(before, lines), delimiter, header, names_an_image):
         if header:
             yield _csv_row(file, record, header)
         else:
-            header = _checked_header(file, record, column)
+            header += _checked_header(file, record, column)
 
 
 def _names(fields: list[str]) -> list[str]:
@@ -175,11 +176,6 @@ def _image(values: dict[str, Any]) -> str:
     """Return the image file that a row names, or nothing."""
     found = (values.get(name) for name in FILE_COLUMNS)
     return next((name.strip() for name in found if isinstance(name, str) and name.strip()), "")
-
-
-def _names_an_image(file: Path, values: dict[str, Any]) -> bool:
-    name = _image(values)
-    return name.lower().endswith(IMAGES + OTHER_IMAGES) or (bool(name) and os.path.isfile(file.parent / name))
 
 
 def _starts_as_utf_16(file: Path) -> bool:

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from numpy.random import SeedSequence
+from PIL import Image
+from safetensors import SafetensorError
 
 from decm_lightning import cli
 from decm_lightning.data import ImageNetLatents
@@ -20,7 +22,7 @@ from decm_lightning.data.image_files import ImageFiles
 from decm_lightning.data.latents import Latents
 from decm_lightning.networks import DiT, save
 from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
-from tests.data.photos import encoded, photos, write_folder, write_tar
+from tests.data.photos import encoded, noise_seed, photos, write_folder, write_tar
 
 ROOT = Path(__file__).parents[2]
 QUIET = ["--accelerator", "cpu", "--num_workers", "0"]
@@ -82,7 +84,7 @@ def test_shards_hold_what_the_vae_says_of_both_flips(posterior, decm):
     assert latents.shards.labels.tolist() == [0] * 15 + [1] * 15
     for number in (0, 7, 8, 29):
         image = files.read(number, 16)[None] / 127.5 - 1
-        noise = torch.Generator().manual_seed(int(SeedSequence((5, number)).generate_state(1)[0]))
+        noise = torch.Generator().manual_seed(noise_seed(5, files.files[number].name))
         found = latents.shards.read([number, 30 + number])
         for row, pixels in enumerate((image, image.flip(-1))):
             encoded = vae.encode(pixels).latent_dist
@@ -167,33 +169,207 @@ def test_two_processes_write_what_one_does(shard_size, decm):
     assert contents("two") == contents("one")
 
 
-def spoil_an_image():
-    Path("images/flower/0003.png").write_bytes(Path("images/flower/0003.png").read_bytes()[:100])
+def shards(folder="latents"):
+    return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in Path(folder).glob("*.safetensors")}
 
 
-def test_a_broken_image_is_named_and_finished_shards_are_kept(decm):
-    whole = Path("images/flower/0003.png").read_bytes()
-    spoil_an_image()
-    for workers in ("0", "2"):
-        refused(decm, command("latents", "--num_workers", workers), "flower/0003.png is no whole image: ")
-    assert len(list(Path("latents").glob("*.safetensors"))) == 2
-    Path("images/flower/0003.png").write_bytes(whole)
-    assert decm(*command("latents"))[0] == 0
+def test_broken_headers_are_found_before_the_folder_is_begun(decm):
+    for number in (5, 7, 9, 11):
+        Path(f"images/flower/{number:04d}.png").write_bytes(b"broken")
+    named = "4 broken images: flower/0005.png cannot be read as an image (cannot identify image file); flower/0007.png"
+    refused(decm, command("latents"), named)
+    refused(decm, command("latents"), "; and 1 more: replace or delete, or leave out by --on_error skip")
+    assert not list(Path("latents").glob("*.*"))
+    assert not Path("latents/manifest/request.json").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_pixels_are_named_and_finished_shards_are_kept(workers, decm):
+    image = Path("images/flower/0003.png")
+    whole, stat = image.read_bytes(), image.stat()
+    image.write_bytes(whole[:300])
+    refused(decm, command("latents", "--num_workers", workers), "1 broken image: flower/0003.png cannot be read as an")
+    before = shards()
+    assert len(before) == 2
+    image.write_bytes(whole)
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    code, out, _ = decm(*command("latents"))
+    assert code == 0
+    assert "2 of 4 shards are up to date, 2 are encoded" in out
+    assert shards().items() >= before.items()
     assert decm(*command("again"))[0] == 0
     assert contents("latents") == contents("again")
 
 
+def test_skip_leaves_out_broken_images_and_keeps_the_others_as_they_were(decm):
+    assert decm(*command("whole"))[0] == 0
+    Path("images/china/0002.png").write_bytes(Path("images/china/0002.png").read_bytes()[:300])
+    Path("images/flower/0005.png").write_bytes(b"broken")
+    code, out, _ = decm(*command("latents", "--on_error", "skip"))
+    assert code == 0
+    assert "wrote 4 shards of 28 images" in out
+    assert "left out 2 broken images: china/0002.png cannot be read as an image (" in out
+    assert "flower/0005.png cannot" in out
+    left, whole = (Latents(folder, 2).shards for folder in ("latents", "whole"))
+    kept = [number for number in range(30) if number not in (1, 17)]
+    assert left.labels.tolist() == whole.labels[kept].tolist()
+    torch.testing.assert_close(left.read(range(28)), whole.read(kept), atol=1e-4, rtol=0)
+    before = shards()
+    code, out, _ = decm(*command("latents", "--on_error", "skip"))
+    assert "all 4 shards of 28 images in latents were up to date" in out
+    assert "left out 2 broken images: china/0002.png" in out
+    assert shards() == before
+    refused(decm, command("latents"), "1 broken image: flower/0005.png")
+
+
+def test_a_shard_without_an_image_has_no_file(decm):
+    for number in range(16, 30):
+        for image in Path("images").glob(f"*/{number:04d}.png"):
+            image.write_bytes(b"broken")
+    code, out, _ = decm(*command("latents", "--on_error", "skip", "--batch_size", "8", "--shard_size", "2"))
+    assert code == 0
+    assert "of 16 images" in out
+    assert len(Latents("latents", 2)) == 16
+    assert len(shards()) == 9
+    assert decm(*command("latents", "--on_error", "skip", "--shard_size", "2"))[1].startswith("all 15 shards of 16")
+    for image in Path("images").glob("*/*.png"):
+        image.write_bytes(b"broken")
+    refused(decm, command("none", "--on_error", "skip"), "none of the 30 images can be read")
+
+
+def test_a_replaced_image_is_encoded_again(decm):
+    assert decm(*command("latents"))[0] == 0
+    before = shards()
+    Image.new("RGB", (20, 20), "red").save("images/flower/0003.png")
+    code, out, _ = decm(*command("latents"))
+    assert code == 0
+    assert "wrote 1 shards (3 were up to date) of 30 images" in out
+    assert [name for name, content in shards().items() if content != before[name]] == [
+        "latents_rank00_shard002.safetensors"
+    ]
+    assert decm(*command("again"))[0] == 0
+    assert contents("latents") == contents("again")
+    code, out, _ = decm(*command("latents"))
+    assert out.startswith("all 4 shards of 30 images in latents were up to date")
+    assert "wrote" not in out
+
+
+def test_a_removed_or_new_image_changes_its_own_shard_only(decm):
+    assert decm(*command("latents"))[0] == 0
+    before, whole = shards(), Latents("latents", 2).shards
+    latents = whole.read(range(30))
+    Path("images/china/0002.png").unlink()
+    assert "wrote 1 shards (3 were up to date) of 29 images" in decm(*command("latents"))[1]
+    assert len(before.items() - shards().items()) == 1
+    found = Latents("latents", 2)
+    rows = [number for number in range(30) if number != 1]
+    torch.testing.assert_close(found.shards.read(range(29)), latents[rows], atol=1e-4, rtol=0)
+    Image.new("RGB", (20, 20), "red").save("images/flower/new.png")
+    assert "wrote 1 shards (3 were up to date) of 30 images" in decm(*command("latents"))[1]
+    assert len(before.items() - shards().items()) == 2
+
+
+def test_files_of_a_shard_without_images_are_removed(decm):
+    assert decm(*command("latents"))[0] == 0
+    for image in Path("images/flower").glob("*.png"):
+        if int(image.stem) > 3:
+            image.unlink()
+    Path("latents/latents_rank00_shard009.safetensors.partial").touch()
+    assert "of 17 images" in decm(*command("latents"))[1]
+    assert sorted(shards()) == [f"latents_rank00_shard00{number}.safetensors" for number in range(3)]
+    assert len(list(Path("latents/manifest").glob("*.safetensors.json"))) == 3
+    assert not list(Path("latents").glob("*.partial"))
+    assert len(Latents("latents", 2)) == 17
+
+
+def test_a_stray_hidden_file_is_counted_and_left_out(decm):
+    Path("images/china/._0.png").write_bytes(b"Mac OS X")
+    Path("images/notes.txt").touch()
+    code, out, _ = decm(*command("latents"))
+    assert code == 0
+    assert "left out of images: " in out
+    assert "hidden (1)" in out
+    assert ".txt (1)" in out
+    Path("images/china/._0.png").unlink()
+    assert "all 4 shards of 30 images" in decm(*command("latents"))[1]
+
+
+def test_a_file_name_that_is_not_utf_8_is_encoded(decm):
+    os.rename(b"images/china/0002.png", b"images/china/na\xefve.png")
+    assert "of 30 images" in decm(*command("latents"))[1]
+    with open(b"images/china/na\xefve.png", "wb") as file:
+        file.write(b"broken")
+    refused(decm, command("latents"), r"china/na\xefve.png cannot be read as an image (cannot identify image file)")
+
+
+def test_damaged_files_of_a_folder_are_encoded_again_or_named(decm):
+    assert decm(*command("latents"))[0] == 0
+    whole = contents("latents")
+    shard = Path("latents/latents_rank00_shard001.safetensors")
+    record = Path("latents/manifest/latents_rank00_shard002.safetensors.json")
+    for damage in (b"", b"{}", b"[]", b"\xff\xfe", record.read_bytes()[:-20], record.read_bytes().replace(b"[", b"{")):
+        shard.write_bytes(shard.read_bytes()[:-1])
+        record.write_bytes(damage)
+        assert "wrote 2 shards (2 were up to date)" in decm(*command("latents"))[1]
+        assert contents("latents") == whole
+    request = Path("latents/manifest/request.json")
+    for damage in (b"", b"{}", b"[]", b"null", b"\xff\xfe"):
+        request.write_bytes(damage)
+        refused(decm, command("latents"), "manifest/request.json is damaged: delete latents, or give another --out")
+
+
+def test_a_folder_in_use_is_refused(decm):
+    """Two processes would write the same shards."""
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); sys.stdin.read()"
+    Path("latents/manifest").mkdir(parents=True)
+    lock = [sys.executable, "-u", "-c", hold, "latents/manifest/encode.lock"]
+    with subprocess.Popen(lock, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        refused(decm, command("latents"), "another process encodes into latents: wait until it has ended")
+        other.kill()
+    assert decm(*command("latents"))[0] == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named(decm):
+    Path("latents").mkdir(mode=0o500)
+    refused(decm, command("latents"), "latents/manifest: Permission denied")
+
+
+def test_a_full_disk_is_named_by_its_path(decm, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
+    monkeypatch.setattr("decm_lightning.data.manifest.save_file", full)
+    refused(decm, command("latents"), "latents/latents_rank00_shard000.safetensors: No space left on device")
+
+
+def full(tensors, file):
+    raise SafetensorError("Error while serializing: I/O error")
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_passed_on(decm):
+    write_folder(Path("more"), 2000)
+    run = start(*command("latents", "--num_workers", "2", images="more"), stderr=subprocess.PIPE)
+    while not list(Path("latents").glob("*.safetensors")) and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode in (130, -signal.SIGINT)
+    assert "graceful" not in err.decode()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["china/0004.png", "flower/0003.png"])
-def test_a_broken_image_of_one_of_two_processes_is_named(name, decm):
+@pytest.mark.parametrize("length", [6, 300])
+def test_a_broken_image_of_one_of_two_processes_is_named(name, length, decm):
     """The other process, which has no reason of its own to stop, gives one line too."""
-    Path("images", name).write_bytes(b"broken")
+    Path("images", name).write_bytes(Path("images", name).read_bytes()[:length])
     run = start(*command("latents", "--devices", "2"), stderr=subprocess.PIPE)
     _, err = run.communicate(timeout=200)
     lines = [line for line in err.decode().splitlines() if line.startswith("decm: error: ")]
     assert run.returncode == 2
     assert "Traceback" not in err.decode()
-    assert any(line.startswith(f"decm: error: {name} is no whole image: ") for line in lines)
+    assert any(line.startswith(f"decm: error: 1 broken image: {name} cannot be read as an image (") for line in lines)
 
 
 def grey_vae():
@@ -205,7 +381,7 @@ def grey_vae():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (command("latents", images="gone"), "no folder or file gone: give a folder of class folders, or tars"),
+        (command("latents", images="gone"), "no folder or file gone: expected a folder of class folders, or tars"),
         (command("latents", images="vae"), "no image in vae"),
         (command("latents", vae="gone.pt"), "no file gone.pt: give a VAE's file"),
         (command("latents", vae="grey"), "the VAE must be for RGB images: grey has 1 channels"),
@@ -218,7 +394,11 @@ def grey_vae():
         (["encode", "--vae", "vae", "--out", "latents"], "images"),
         (command("begun", size=18), "begun was begun with size 16: got 18; give the same, or another --out"),
         (command("begun", vae="other"), "begun was begun with vae AutoencoderKL"),
-        (command("begun", images="fewer"), "begun was begun with images_sha256"),
+        (command("begun", "--seed", "1"), "begun was begun with seed 0: got 1; give the same, or another --out"),
+        (command("begun", "--shard_size", "9"), "begun was begun with shard_size 8: got 9; give the same"),
+        (command("latents", "--seed", "-1"), "seed must be from 0 to 2^63 - 1: got -1"),
+        (command("latents", "--seed", str(1 << 63)), "seed must be from 0 to 2^63 - 1: got 9223372036854775808"),
+        (command("latents", "--on_error", "ignore"), "on_error: Expected a typing.Literal"),
     ],
 )
 def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
@@ -248,8 +428,6 @@ def test_a_latent_student_gives_pictures(decm):
 
 
 def test_what_is_drawn_is_decoded(decm):
-    from PIL import Image
-
     from decm_lightning.samplers import mix
 
     assert decm(*command("latents"))[0] == 0
@@ -272,8 +450,10 @@ def test_what_is_drawn_is_decoded(decm):
 def test_the_record_says_how_it_was_encoded(decm):
     assert decm(*command("latents"))[0] == 0
     content = json.loads(Path("latents/cache.json").read_text())
-    assert content["encoding"] == json.loads(Path("latents/manifest/request.json").read_text())
+    request = json.loads(Path("latents/manifest/request.json").read_text())
+    assert content["encoding"].items() >= {name: request[name] for name in request if name != "shard_starts"}.items()
     assert content["encoding"]["size"] == 16
+    assert len(content["encoding"]["images_sha256"]) == 64
 
 
 def refused(decm, argv, message):

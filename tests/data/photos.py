@@ -1,5 +1,6 @@
 """Small photographs with classes, cut out of the two that come with scikit-learn: as class folders, and as tars."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -45,3 +46,9 @@ def write_tar(file: Path, members: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return file
+
+
+def noise_seed(seed: int, name: str) -> int:
+    """Return the seed of the noise of an image's latent, by the seed of the encoding and the name of the image."""
+    digest = hashlib.sha256(name.encode()).digest()[:16]
+    return int(np.random.SeedSequence((seed, int.from_bytes(digest))).generate_state(1)[0])

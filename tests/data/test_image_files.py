@@ -1,5 +1,8 @@
 """Images as files: the crop, what is found in folders and tars and in which order, and what is said of bad ones."""
 
+import io
+import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -93,24 +96,152 @@ def test_tars_are_read_in_order_in_every_format_and_with_every_kind_of_label(tmp
     assert len(ImageFiles(str(tmp_path / "b.tar"), 1000)) == 3
 
 
-def test_the_fingerprint_is_of_names_and_labels(tmp_path):
-    for name, labels in (("a", [0, 1, 2]), ("b", [0, 1, 2]), ("c", [0, 2, 1])):
+def identities(source):
+    files = ImageFiles(str(source))
+    return [files.identity(file) for file in files.files]
+
+
+def test_the_identity_is_of_name_label_size_and_time(tmp_path):
+    write_folder(tmp_path / "a", 4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert identities(tmp_path / "a") == identities(tmp_path / "b")
+    image = tmp_path / "b" / "flower" / "0001.png"
+    os.utime(image, ns=(0, 0))
+    assert [x == y for x, y in zip(identities(tmp_path / "a"), identities(tmp_path / "b"), strict=True)] == [
+        *(True, True, False, True),
+    ]
+    time = (tmp_path / "a" / "flower" / "0001.png").stat().st_mtime_ns
+    image.write_bytes(b"another size")
+    os.utime(image, ns=(time, time))
+    assert identities(tmp_path / "a")[2] != identities(tmp_path / "b")[2]
+    (tmp_path / "b" / "a new first class").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "b" / "a new first class" / "x.png")
+    assert not set(identities(tmp_path / "a")) & set(identities(tmp_path / "b"))
+
+
+def test_all_images_of_a_tar_differ_after_it_was_replaced(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", labelled(3, [0, 1, 2]))
+    before = identities(tmp_path)
+    assert identities(tmp_path) == before
+    os.utime(tar, ns=(0, 0))
+    assert not set(before) & set(identities(tmp_path))
+
+
+def test_every_suffix_links_and_deep_folders_are_read_and_the_rest_is_counted(tmp_path):
+    write_folder(tmp_path / "source", 2)
+    for suffix in ("BMP", "gif", "tiff", "JPG", "jp2"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "source" / "china" / f"x.{suffix}")
+    write_folder(tmp_path / "other", 2)
+    (tmp_path / "source" / "linked").symlink_to(tmp_path / "other" / "china")
+    deep = tmp_path / "source" / "flower" / "deep" / "er"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(deep / "x.webp")
+    Image.new("RGB", (4, 4)).save(tmp_path / "source" / "flat.png")
+    for name in ("china/._0.png", ".hidden/x.png", "notes.txt", "china/a.TXT", "china/old.tar", "more.tar.gz"):
+        (tmp_path / "source" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "source" / name).touch()
+    files = ImageFiles(str(tmp_path / "source"))
+    assert [file.name for file in files.files] == [
+        *("china/0000.png", "china/x.BMP", "china/x.JPG", "china/x.gif", "china/x.jp2", "china/x.tiff"),
+        *("flower/0001.png", "flower/deep/er/x.webp", "linked/0000.png"),
+    ]
+    assert [file.label for file in files.files] == [0] * 6 + [1] * 2 + [2]
+    assert files.left_out == {
+        **{"images outside of class folders": 1, "hidden": 2, ".txt": 2, ".tar": 1, ".tar.gz": 1},
+    }
+    assert all(files.read(number, 4).shape == (3, 4, 4) for number in range(len(files)))
+    assert [file.order for file in files.files] == sorted(file.order for file in files.files)
+
+
+def test_a_folder_of_tars_counts_what_is_next_to_them(tmp_path):
+    members = labelled(2, [0, 1])
+    hidden = {
+        "train/._000.jpg": b"mac",
+        "PaxHeaders.7/train/001.png": b"pax",
+        "train/000.mask.png": b"x",
+        "README": b"",
+    }
+    write_tar(tmp_path / "x.tar", members | hidden)
+    (tmp_path / "deep").mkdir()
+    write_tar(tmp_path / "deep" / "x.TAR", labelled(1, [2]))
+    write_folder(tmp_path / "classes", 2)
+    (tmp_path / "list.csv").touch()
+    files = ImageFiles(str(tmp_path))
+    assert [file.name for file in files.files] == [
+        "deep/x.TAR: train/000.jpg",
+        "x.tar: train/000.jpg",
+        "x.tar: train/001.png",
+    ]
+    assert files.left_out == {"hidden": 2, ".mask.png": 1, "no suffix": 1, "images next to tars": 2, ".csv": 1}
+    assert [file.order for file in files.files] == sorted(file.order for file in files.files)
+
+
+def test_tars_of_one_name_in_two_folders_are_two(tmp_path):
+    for name in "ab":
         (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / "x.tar", labelled(3, labels))
-    first, same, other = (ImageFiles(str(tmp_path / name)).fingerprint() for name in "abc")
-    assert first == same != other
+        write_tar(tmp_path / name / "x.tar", labelled(1, [0]))
+    names = [file.name for file in ImageFiles(str(tmp_path / "*" / "x.tar")).files]
+    assert names == ["a/x.tar: train/000.jpg", "b/x.tar: train/000.jpg"]
+
+
+def test_links_and_second_images_of_a_name_in_a_tar_are_counted(tmp_path):
+    write_tar(tmp_path / "x.tar", {"1.png": b"old", "1.png ": b"", "1.cls": b"1"})
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        for name, kind in (("1.png", None), ("2.png", tarfile.LNKTYPE), ("3.png", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.size = len(IMAGE) if kind is None else 0
+            if kind:
+                member.type, member.linkname = kind, "1.png"
+            tar.addfile(member, io.BytesIO(IMAGE))
+    files = ImageFiles(str(tmp_path))
+    assert files.left_out == {"images of a name that comes again": 1, ".png ": 1, "links and sparse files": 2}
+    assert files.read(0, 4).shape == (3, 4, 4)
+
+
+def test_skip_leaves_out_what_has_no_valid_label_and_the_rest_of_a_cut_tar(tmp_path):
+    members = labelled(3, [0, 1, 2])
+    bad = {"a.png": IMAGE, "b.cls": b"1", "c.png": IMAGE, "c.cls": b"cat", "d.png": IMAGE, "d.cls": b"9"}
+    tar = write_tar(tmp_path / "x.tar", members | bad)
+    files = ImageFiles(str(tmp_path), 3, "skip")
+    assert [file.label for file in files.files] == [0, 1, 2]
+    assert files.left_out == {"no label": 1, "no image": 1, "no class number": 1, "label not from 0 to 2": 1}
+    whole = write_tar(tmp_path / "x.tar", members).read_bytes()
+    tar.write_bytes(whole[: len(whole.rstrip(b"\0")) - 1000])
+    files = ImageFiles(str(tmp_path), 3, "skip")
+    assert files.left_out["tars cut short"] == 1
+    assert len(files) == 2
+
+
+@pytest.mark.parametrize(("mark", "name"), [(b"\x1f\x8b", "gzip"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz")])
+def test_a_compressed_tar_is_refused_by_name(mark, name, tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(mark + bytes(1000))
+    with pytest.raises(ValueError, match=rf"x\.tar\.gz is compressed \({name}\)"):
+        ImageFiles(str(tmp_path / "x.tar.gz"))
+    with pytest.raises(FileNotFoundError, match=r"\.tar\.gz \(1\)"):
+        ImageFiles(str(tmp_path))
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    (tmp_path / "c").mkdir()
+    name = os.fsencode(tmp_path / "c") + b"/na\xefve\n.png"
+    with open(name, "wb") as file:
+        file.write(IMAGE)
+    files = ImageFiles(str(tmp_path))
+    assert files.files[0].name == "c/na\\xefve\\n.png"
+    assert files.read(0, 4).shape == (3, 4, 4)
+    assert files.identity(files.files[0]).encode()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda whole: whole[: len(whole) // 2], "is no whole, plain tar|is cut short"),
+        (lambda whole: whole[: len(whole) // 2], "is not a whole, plain tar|is cut short"),
         (
             lambda whole: whole[: -(-len(whole.rstrip(b"\0")) // 512) * 512],
             "x.tar is cut short: it ends after 9 images",
         ),
-        (lambda whole: b"", "x.tar is no whole, plain tar: empty file"),
-        (lambda whole: b"\x1f\x8b" + whole, "x.tar is no whole, plain tar"),
+        (lambda whole: b"", "x.tar is not a whole, plain tar: empty file"),
+        (lambda whole: b"x" * 100 + whole, "x.tar is not a whole, plain tar"),
     ],
 )
 def test_a_tar_that_is_not_whole_is_refused(spoil, message, tmp_path):
@@ -137,12 +268,12 @@ IMAGE = encoded(Image.new("RGB", (4, 4)))
     [
         ({"1.png": IMAGE, "1.cls": b"10"}, "x.tar: the label of 1.png is 10: expected from 0 to 9"),
         ({"1.png": IMAGE, "1.cls": b"-1"}, "x.tar: the label of 1.png is -1: expected from 0 to 9"),
-        ({"1.png": IMAGE, "1.cls": b"cat"}, "x.tar: 1.cls holds no class number: got 'cat'"),
-        ({"1.png": IMAGE, "1.json": b'{"label": 3.7}'}, "1.json holds no class number: got '3.7'"),
-        ({"1.png": IMAGE, "1.json": b'{"name": 3}'}, "1.json holds no class number"),
-        ({"1.png": IMAGE, "1.json": b"[3]"}, "1.json holds no class number"),
-        ({"1.png": IMAGE, "2.png": IMAGE, "1.cls": b"1"}, "x.tar: 2.png has no label beside it"),
-        ({"1.png": IMAGE, "1.cls": b"1", "2.cls": b"1"}, "x.tar: 2.cls has no image beside it"),
+        ({"1.png": IMAGE, "1.cls": b"cat"}, "x.tar: 1.cls does not hold a class number: got 'cat'"),
+        ({"1.png": IMAGE, "1.json": b'{"label": 3.7}'}, "1.json does not hold a class number: got '3.7'"),
+        ({"1.png": IMAGE, "1.json": b'{"name": 3}'}, "1.json does not hold a class number"),
+        ({"1.png": IMAGE, "1.json": b"[3]"}, "1.json does not hold a class number"),
+        ({"1.png": IMAGE, "2.png": IMAGE, "1.cls": b"1"}, "x.tar: 2.png has no label next to it"),
+        ({"1.png": IMAGE, "1.cls": b"1", "2.cls": b"1"}, "x.tar: 2.cls has no image next to it"),
     ],
 )
 def test_a_label_that_does_not_fit_is_named_with_its_tar(members, message, tmp_path):
@@ -159,10 +290,10 @@ def test_a_label_that_does_not_fit_is_named_with_its_tar(members, message, tmp_p
 def test_a_broken_image_is_named(content, place, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{place} is no whole image: "):
+    with pytest.raises(ValueError, match=f"{place} cannot be read as an image "):
         ImageFiles(str(tmp_path)).read(0, 16)
     file = write_tar(tmp_path / "x.tar", {place: content, "a/1.cls": b"0"})
-    with pytest.raises(ValueError, match=f"x.tar: {place} is no whole image: ") as refused:
+    with pytest.raises(ValueError, match=f"x.tar: {place} cannot be read as an image ") as refused:
         ImageFiles(str(file)).read(0, 16)
     assert "BytesIO" not in str(refused.value)
 
@@ -186,9 +317,11 @@ def test_a_class_folder_named_like_a_tar_is_none(tmp_path):
 
 
 def test_where_there_are_no_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder or file .*gone: give a folder of class folders, or tars"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder or file .*gone: expected a folder of class folders, or tars"
+    ):
         ImageFiles(str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=r"no image in .*: expected .jpg, .jpeg, .png, .webp in class folders"):
+    with pytest.raises(FileNotFoundError, match=r"no image in .*: expected images in class folders or tars"):
         ImageFiles(str(tmp_path))
     write_folder(tmp_path, 2)
     (tmp_path / "empty").mkdir()

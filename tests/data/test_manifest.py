@@ -8,33 +8,46 @@ from pathlib import Path
 import pytest
 import torch
 
+from decm_lightning.data.encoding_records import EncodingSettings, Shard
 from decm_lightning.data.latents import Latents
-from decm_lightning.data.manifest import Manifest, Request
+from decm_lightning.data.manifest import Manifest
 from decm_lightning.data.scaling import Moments
-from decm_lightning.data.shards import Provenance, checksum
+from decm_lightning.data.shards import Provenance
+from decm_lightning.files import file_sha256
 
 SHAPE = (2, 4, 4)
-REQUEST = Request("a VAE", 8, "sample", 0, "the names", num_images=10, num_classes=10, shard_size=4)
+SETTINGS = EncodingSettings("a VAE", 8, "sample", 0, num_classes=100, shard_size=4)
+NAMES = [f"{number:04d}" for number in range(10)]
 
 
-def write(manifest: Manifest, shard: int) -> None:
-    numbers = manifest.shards[shard]
-    generator = torch.Generator().manual_seed(shard)
+def write(manifest: Manifest, shard: Shard, **options) -> None:
+    numbers = list(shard.images)
+    generator = torch.Generator().manual_seed(numbers[0])
     latents, mirrored = torch.randn(2, len(numbers), *SHAPE, generator=generator)
     moments = Moments(2)
     moments.add(latents)
     moments.add(mirrored)
     tensors = {"latents": latents, "latents_flip": mirrored, "labels": torch.tensor(numbers)}
-    manifest.write(shard, {name: tensor.clone() for name, tensor in tensors.items()}, moments)
+    manifest.write(shard, {name: tensor.clone() for name, tensor in tensors.items()}, moments, **options)
 
 
-def encode(folder: Path) -> None:
-    """Do all that is left to do."""
-    manifest = Manifest(folder, REQUEST)
-    manifest.begin()
-    for shard in manifest.pending():
+def plan(folder: Path, names: list[str] = NAMES, changed: tuple[str, ...] = ()) -> tuple[Manifest, list[Shard]]:
+    manifest = Manifest(folder, SETTINGS)
+    return manifest, manifest.plan([(name,) for name in names], [name + "!" * (name in changed) for name in names])
+
+
+def encode(folder: Path, *args) -> list[Shard]:
+    """Do all that is left to do, and return the shards that were written."""
+    manifest, shards = plan(folder, *args)
+    manifest.lock()
+    pending = [shard for shard in shards if not manifest.is_up_to_date(shard)]
+    if pending:
+        manifest.begin()
+    for shard in pending:
         write(manifest, shard)
-    manifest.finish(SHAPE)
+    manifest.finish(SHAPE, shards)
+    manifest.unlock()
+    return pending
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,61 +100,131 @@ def test_a_finished_folder_is_read_as_latents(tmp_path):
     torch.testing.assert_close(latents.scaling.mean, mean.float(), atol=1e-7, rtol=0)
     torch.testing.assert_close(latents.scaling.std, std.float(), atol=1e-7, rtol=0)
     provenance = Provenance.read(tmp_path)
-    assert provenance.checksums == {f.name: checksum(f) for f in [*latents.shards.files, tmp_path / "latents_stats.pt"]}
+    assert provenance.checksums == {
+        f.name: file_sha256(f) for f in [*latents.shards.files, tmp_path / "latents_stats.pt"]
+    }
     assert provenance.encoding["size"] == 8
 
 
-def test_shards_are_shared_among_processes(tmp_path):
-    manifest = Manifest(tmp_path, replace(REQUEST, num_images=21))
-    assert [len(numbers) for numbers in manifest.shards] == [4, 4, 4, 4, 4, 1]
-    assert [manifest.pending(rank, 4) for rank in range(4)] == [[0, 4], [1, 5], [2], [3]]
-    assert Manifest(tmp_path, replace(REQUEST, num_images=3)).pending(5, 8) == []
+def test_shards_are_ranges_of_the_images(tmp_path):
+    _, shards = plan(tmp_path)
+    assert [shard.images for shard in shards] == [range(4), range(4, 8), range(8, 10)]
 
 
 def test_many_shards_keep_their_order_by_name(tmp_path):
-    manifest = Manifest(tmp_path, replace(REQUEST, num_images=4 * 1200))
-    names = [manifest.name(shard) for shard in range(len(manifest.shards))]
+    _, shards = plan(tmp_path, [f"{number:04d}" for number in range(4 * 1200)])
+    names = [shard.name for shard in shards]
     assert names[7] == "latents_rank00_shard0007.safetensors"
     assert names == sorted(names)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("vae", "another VAE"), ("size", 16), ("images_sha256", "others"), ("seed", 1), ("posterior", "mode")],
+    ("name", "value"), [("vae", "another VAE"), ("size", 16), ("seed", 1), ("posterior", "mode"), ("num_classes", 5)]
 )
-def test_another_request_is_refused(name, value, tmp_path):
-    Manifest(tmp_path, REQUEST).begin()
-    begun = getattr(REQUEST, name)
+def test_other_settings_are_refused(name, value, tmp_path):
+    manifest, _ = plan(tmp_path)
+    manifest.begin()
+    begun = getattr(SETTINGS, name)
     with pytest.raises(ValueError, match=f"was begun with {name} {begun}: got {value}; give the same, or another"):
-        Manifest(tmp_path, replace(REQUEST, **{name: value}))
+        Manifest(tmp_path, replace(SETTINGS, **{name: value})).plan([("0",)], ["0"])
+
+
+@pytest.mark.parametrize(
+    ("names", "changed", "pending"),
+    [
+        (NAMES, ("0005",), [range(4, 8)]),
+        (NAMES[1:], (), [range(3)]),
+        (NAMES[:5] + NAMES[6:], (), [range(4, 7)]),
+        ([*NAMES[:4], "0003a", *NAMES[4:]], (), [range(5)]),
+        (["", *NAMES, "z"], (), [range(5), range(9, 12)]),
+        (NAMES[:4] + NAMES[8:], (), []),
+        (NAMES[8:], (), []),
+    ],
+)
+def test_a_change_of_images_keeps_the_other_shards(names, changed, pending, tmp_path):
+    assert len(encode(tmp_path)) == 3
+    files = set(tmp_path.glob("*.safetensors"))
+    assert [shard.images for shard in encode(tmp_path, names, changed)] == pending
+    assert encode(tmp_path, names, changed) == []
+    left = sorted(tmp_path.glob("*.safetensors"))
+    assert set(left) <= files
+    assert sum(len(shard.images) for shard in plan(tmp_path, names, changed)[1]) == len(names)
+    assert Provenance.read(tmp_path).num_images == len(names)
+    assert Provenance.read(tmp_path).checksums.keys() == {*(file.name for file in left), "latents_stats.pt"}
+
+
+def test_a_shard_never_grows_beyond_twice_its_size(tmp_path):
+    encode(tmp_path)
+    more = [f"0005{number:03d}" for number in range(20)]
+    encode(tmp_path, sorted([*NAMES, *more]))
+    _, shards = plan(tmp_path, sorted([*NAMES, *more]))
+    assert [len(shard.images) for shard in shards] == [4] * 7 + [2]
+
+
+def test_the_statistics_are_of_the_images_that_are_left(tmp_path):
+    encode(tmp_path / "a")
+    encode(tmp_path / "a", NAMES[8:])
+    both = Latents(tmp_path / "a", 100)
+    std, mean = torch.std_mean(both.shards.read(range(4)), (0, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(both.scaling.mean, mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both.scaling.std, std, atol=1e-6, rtol=0)
+
+
+def test_a_shard_with_left_out_images_is_up_to_date_if_they_may_be(tmp_path):
+    manifest, shards = plan(tmp_path)
+    write(manifest, shards[0], skipped={"0001": "is broken"})
+    assert manifest.is_up_to_date(shards[0], allow_skipped=True)
+    assert not manifest.is_up_to_date(shards[0])
+
+
+def test_of_two_processes_one_is_refused(tmp_path):
+    first, _ = plan(tmp_path)
+    first.lock()
+    with pytest.raises(ValueError, match=f"another process encodes into {tmp_path}: wait"):
+        plan(tmp_path)[0].lock()
+    first.unlock()
+    plan(tmp_path)[0].lock()
 
 
 def test_shards_of_others_are_left_alone(tmp_path):
     (tmp_path / "latents_rank00_shard000.safetensors").touch()
-    with pytest.raises(ValueError, match="holds shards that were not encoded here: give --out a folder of its own"):
-        Manifest(tmp_path, REQUEST)
+    with pytest.raises(ValueError, match="holds shards that were not encoded here, such as latents_rank00_shard000"):
+        plan(tmp_path)
+    (tmp_path / "latents_rank00_shard000.safetensors").unlink()
+    encode(tmp_path)
+    (tmp_path / "mine.safetensors").touch()
+    with pytest.raises(ValueError, match=r"not encoded here, such as mine.safetensors: give --out a folder of its own"):
+        plan(tmp_path)
 
 
-def test_a_shard_that_has_changed_is_never_taken_for_done(tmp_path):
+def test_a_shard_that_has_changed_is_encoded_again(tmp_path):
     encode(tmp_path)
     file = tmp_path / "latents_rank00_shard001.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"shard001.safetensors has changed since it was written: delete it"):
-        Manifest(tmp_path, REQUEST).pending()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert [shard.name for shard in encode(tmp_path)] == [file.name]
+    assert file.read_bytes() == whole
     file.unlink()
-    assert Manifest(tmp_path, REQUEST).pending() == [1]
+    manifest, shards = plan(tmp_path)
     with pytest.raises(ValueError, match=r"1 of 3 shards are missing in .*, latents_rank00_shard001.safetensors first"):
-        Manifest(tmp_path, REQUEST).finish(SHAPE)
+        manifest.finish(SHAPE, shards)
+    assert [shard.name for shard in encode(tmp_path)] == [file.name]
 
 
-def test_what_is_not_complete_trains_nothing(tmp_path):
-    manifest = Manifest(tmp_path, REQUEST)
+def test_an_incomplete_folder_is_not_trained_on(tmp_path):
+    manifest, shards = plan(tmp_path)
     manifest.begin()
-    write(manifest, 0)
+    write(manifest, shards[0])
     with pytest.raises(ValueError, match=r"the latents in .* are not complete: run decm encode again"):
-        Latents(tmp_path, 10)
+        Latents(tmp_path, 100)
+    encode(tmp_path)
+    manifest, shards = plan(tmp_path, NAMES, ("0001",))
+    manifest.begin()
+    with pytest.raises(ValueError, match=r"the latents in .* are not complete: run decm encode again"):
+        Latents(tmp_path, 100)
 
 
-def test_a_shard_has_at_least_one_image():
-    with pytest.raises(ValueError, match="shard_size must be at least 1: got 0"):
-        replace(REQUEST, shard_size=0)
+@pytest.mark.parametrize(("name", "value"), [("shard_size", 0), ("seed", -1), ("seed", 1 << 63)])
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*: got {value}"):
+        replace(SETTINGS, **{name: value})

@@ -17,8 +17,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from decm_lightning import TeacherTraining
 from decm_lightning.data import pairs_cache
 from decm_lightning.data.pairs import Pairs, VariantSampler, is_held_out
-from decm_lightning.data.pairs_cache import pixels_of, prepare
+from decm_lightning.data.pairs_cache import prepare
 from decm_lightning.data.text_image_pairs import TextImagePairs
+from decm_lightning.image_reader import pixels_of
 from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
 
@@ -154,10 +155,13 @@ def test_a_second_run_reads_nothing_again(source, encoder, tmp_path):
 
 
 FAULTS = {
-    "a broken image": ([("a.png", image((1, 1, 1))[:40]), ("a.txt", b"x")], r"000.tar: a.png: is no image that can"),
+    "a broken image": (
+        [("a.png", image((1, 1, 1))[:40]), ("a.txt", b"x")],
+        r"000.tar: a.png: cannot be read as an image",
+    ),
     "no image at all": (
         [("a.jpg", b"<html>"), ("a.txt", b"x")],
-        r"000.tar: a.jpg: is no image that can be read \(cannot identify image file\) \(",
+        r"000.tar: a.jpg: cannot be read as an image \(cannot identify image file\) \(",
     ),
     "an empty caption": ([("a.png", image((1, 1, 1))), ("a.txt", b" \n ")], r"000.tar: a.png: its caption is empty"),
     "nothing to see": (
@@ -269,7 +273,7 @@ def test_faults_of_tables_are_named_by_their_rows(source, encoder, tmp_path):
     parquet.write_table(table, source / "a.parquet")
     with pytest.raises(ValueError, match=r"^3 of 4 pairs") as raised:
         ready(source, encoder, tmp_path)
-    for expected in ("row 1: has no image", "row 2: is no image that can be read", "row 3: its caption is empty"):
+    for expected in ("row 1: has no image", "row 2: cannot be read as an image", "row 3: its caption is empty"):
         assert f"a.parquet: {expected}" in str(raised.value)
     (source / "a.parquet").write_bytes((source / "a.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read"):
@@ -392,32 +396,6 @@ def test_what_is_no_source_is_refused(source, encoder, tmp_path):
 def test_values_out_of_range_are_refused(arguments, encoder, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}.*got"):
         TextImagePairs("source", encoder=encoder, **{"size": 8} | arguments)
-
-
-def test_pixels_are_cropped_about_the_centre_laid_on_white_and_turned_upright():
-    def png(picture, **options):
-        content = io.BytesIO()
-        picture.save(content, "png", **options)
-        return content.getvalue()
-
-    wide = Image.new("RGB", (48, 16), "red")
-    wide.paste("blue", (16, 0, 32, 16))
-    # The filter reaches beyond the edge of the crop.
-    assert (pixels_of(png(wide), 8)[:, :, 2:6] == torch.tensor([0, 0, 255])[:, None, None]).all()
-    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
-    assert pixels_of(png(half), 4).unique().tolist() == [127]
-    assert pixels_of(png(Image.new("RGBA", (4, 4), (9, 9, 9, 0))), 4).unique().tolist() == [255]
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30])
-    assert pixels_of(png(palette, transparency=0), 4).unique().tolist() == [255]
-    assert pixels_of(png(palette), 4)[:, 0, 0].tolist() == [10, 20, 30]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # as a camera writes that was held upright: turn by 90 degrees to the right
-    lying = Image.new("RGB", (4, 4), "black")
-    lying.paste("white", (0, 0, 2, 4))
-    assert pixels_of(png(lying, exif=exif), 4)[0, :, 0].tolist() == [255, 255, 0, 0]
-    with pytest.raises(ValueError, match="mode I;16: save it with 8 bits"):
-        pixels_of(png(Image.new("I;16", (4, 4))), 4)
 
 
 def test_a_split_depends_on_names_alone():

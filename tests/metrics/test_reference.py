@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from decm_lightning.metrics import DigitsFeatures, Quality
+from decm_lightning.metrics.features import EfficientNetLite0Features
 from decm_lightning.metrics.reference import read
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 
@@ -163,8 +164,72 @@ def test_other_folders_are_refused(tmp_path):
     assert f"{empty / 'c.png'} cannot be read as an image" in refused(empty)
 
 
-def test_colour_of_the_first_image_is_that_of_all(tmp_path):
-    Image.new("RGB", (2, 2), (10, 20, 30)).save(tmp_path / "a.png")
-    Image.new("L", (2, 2), 40).save(tmp_path / "b.png")
-    (batch,) = read(tmp_path).images.batches([range(2)])
-    assert batch[:, :, 0, 0].tolist() == [[10, 20, 30], [40, 40, 40]]
+def first_pixels(folder: Path) -> list[list[int]]:
+    images = read(folder).images
+    (batch,) = images.batches([range(len(images))])
+    return batch[:, :, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_grey_images_among_colored_ones_have_three_channels(order, tmp_path):
+    colored, grey = (tmp_path / f"{name}.png" for name in order)
+    Image.new("RGB", (2, 2), (10, 20, 30)).save(colored)
+    Image.new("L", (2, 2), 40).save(grey)
+    found = {order[0]: [10, 20, 30], order[1]: [40, 40, 40]}
+    assert first_pixels(tmp_path) == [found["a"], found["b"]]
+
+
+def test_grey_images_alone_have_one_channel(tmp_path):
+    Image.new("L", (2, 2), 40).save(tmp_path / "a.png")
+    Image.new("1", (2, 2), 1).save(tmp_path / "b.png")
+    Image.fromarray(np.full((2, 2), 257 * 7, np.uint16)).save(tmp_path / "c.tiff")
+    Image.new("LA", (2, 2), (0, 0)).save(tmp_path / "d.webp")
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "e.gif")
+    (tmp_path / "d.webp").unlink()
+    assert first_pixels(tmp_path) == [[40], [255], [7], [9]]
+    palette.putpalette([0, 0, 0, 9, 9, 8])
+    palette.save(tmp_path / "e.gif")
+    assert first_pixels(tmp_path) == [[40] * 3, [255] * 3, [7] * 3, [9, 9, 8]]
+
+
+def test_transparency_orientation_links_and_hidden_files_are_as_for_other_images(tmp_path, caplog):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (2, 2), (1, 2, 3, 0)).save(folder / "a.PNG")
+    lying = Image.new("RGB", (2, 2), "black")
+    lying.putpixel((0, 1), (255, 0, 0))
+    lying.save(elsewhere / "b.png", exif=exif)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "._a.png").write_bytes(b"Mac OS X")
+    (folder / "notes.txt").touch()
+    assert first_pixels(folder) == [[255] * 3, [255, 0, 0]]
+    assert "hidden (1)" in caplog.text
+    assert ".txt (1)" in caplog.text
+
+
+def test_all_broken_headers_are_found_at_once(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    for name in "bcde":
+        (tmp_path / f"{name}.png").write_bytes(b"broken")
+    message = refused(tmp_path)
+    assert message.startswith(f"4 broken images: {tmp_path / 'b.png'} cannot be read as an image")
+    assert message.endswith("; and 1 more")
+
+
+@pytest.mark.parametrize(("real", "made"), [(1, 3), (3, 1)])
+def test_grey_and_colored_images_can_be_compared(real, made, tmp_path):
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 255, (32, 32, real), dtype=np.uint8)
+        Image.fromarray(noise.squeeze()).save(tmp_path / f"{number}.png")
+    found = read(tmp_path)
+    quality = Quality(EfficientNetLite0Features(32, 2), reference=found)
+    for batch in found.images.batches([range(4)]):
+        assert batch.shape[1] == real
+        quality.real(batch)
+    quality.generated(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8))
+    assert np.isfinite(quality.compute()["fd"])

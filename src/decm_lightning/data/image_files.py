@@ -1,11 +1,10 @@
 """Images with labels as files: a folder of class folders, or webdataset tars; read one by one as square RGB pixels."""
 
 import glob
-import hashlib
-import io
-from collections.abc import Sequence
+import os
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,63 +12,84 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from decm_lightning.data.tars import TarMember, tar_members
+from decm_lightning.data.tars import tar_members
+from decm_lightning.image_listing import Listing, counted, is_hidden, list_files
+from decm_lightning.image_reader import Location, printable, read_image, suffixes
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
+TAR = ".tar"
+OnError = Literal["raise", "skip"]
 
 
 class ImageFile(NamedTuple):
-    """Where one image is, and its class.
+    """One image and its class.
 
     Args:
-        name: under which it is sorted, named in errors, and counted in `fingerprint`.
+        name: unique in its source, with escapes for what cannot be printed; errors and the noise of its latent use it.
         label: its class, at least 0.
-        file: the file that holds it.
-        offset: its first byte there.
-        length: its bytes; -1 for the whole file.
+        place: where its bytes are.
+        tar: the name of its tar; "" for an image in a class folder.
     """
 
     name: str
     label: int
-    file: str
-    offset: int = 0
-    length: int = -1
+    place: Location
+    tar: str = ""
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """What images are sorted by: the parts of the path, or the tar and the position in it."""
+        return (self.tar, f"{self.place.offset:020d}") if self.tar else tuple(self.name.split("/"))
 
 
 class ImageFiles:
-    """All images of a source, in an order that depends on their names alone.
+    """All images of a source, in the order of their names, or of their positions in sorted tars.
 
-    In a folder of class folders (ImageNet's layout) the classes are numbered by their sorted names. In tars each image
-    has its class beside it, as name.cls, name.json ({"label": 3} or {"cls": 3}) or name.txt.
+    In a folder of class folders (ImageNet's layout) the classes are numbered by their sorted names, and the images of a
+    class may lie in folders inside of its own. In tars each image has its class next to it, as name.cls, name.json
+    ({"label": 3} or {"cls": 3}) or name.txt. A folder with a tar in it is one of tars. Images have any suffix that
+    `image_reader.suffixes` names. Links are followed, hidden files left out.
 
     Args:
         source: a folder of class folders, a folder of .tar files, one .tar file, or a pattern such as "train-*.tar".
         num_classes: labels must be below it; None for the number of class folders, or one more than the largest label.
+        on_error: "raise", or "skip" to leave out and count images in tars without a valid label and the rest of a tar
+            that is cut short.
+
+    Attributes:
+        files: the images.
+        left_out: the number of files that were left out, by kind.
 
     Raises:
-        FileNotFoundError: if there is no such source, or no image in it.
+        FileNotFoundError: if there is no such source, no image in it, or no image in a class folder.
         ValueError: naming the file or member that is cut short, has no label or a label outside of the classes.
     """
 
-    def __init__(self, source: str, num_classes: int | None = None) -> None:
+    def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
         self.source = source
-        tars = _tars(source)
-        files, self.num_classes = _from_tars(tars, num_classes) if tars else _from_folder(source, num_classes)
-        if not files:
-            raise FileNotFoundError(f"no image in {source}: expected {', '.join(SUFFIXES)} in class folders or tars")
-        self.files: Sequence[ImageFile] = files
+        self.on_error = on_error
+        self.left_out: Counter[str] = Counter()
+        self._tar_times: dict[str, str] = {}
+        path = Path(source)
+        listing = list_files(path, suffixes() | {TAR}) if path.is_dir() else None
+        tars = _tars_of(source, listing)
+        if tars:
+            self.files = self._from_tars(tars, num_classes)
+            self.num_classes = num_classes or max((file.label for file in self.files), default=-1) + 1
+        else:
+            assert listing is not None
+            self.files = self._from_folder(path, listing)
+            self.num_classes = len(listing.folders)
+            if num_classes not in (None, self.num_classes):
+                raise ValueError(f"{source} has {self.num_classes} class folders: num_classes is {num_classes}")
+        if listing is not None:
+            self._count_others(listing, bool(tars))
+        if not self.files:
+            found = f"; it has {counted(self.left_out)}" if self.left_out else ""
+            raise FileNotFoundError(f"no image in {source}: expected images in class folders or tars{found}")
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.files)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of all names and labels in order."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(f"{file.name}\t{file.label}\n".encode())
-        return digest.hexdigest()
 
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
         """Return the pixels of an image, cropped to size x size.
@@ -79,28 +99,75 @@ class ImageFiles:
         """
         image = self.files[number]
         try:
-            with open(image.file, "rb") as file:
-                file.seek(image.offset)
-                content = io.BytesIO(file.read(image.length))
-            # Other formats of PIL's run code of their own, or have no pixels.
-            with Image.open(content, formats=FORMATS) as opened:
-                pixels = center_crop(opened.convert("RGB"), size)
-        # A broken image fails in any way.
-        except Exception as error:
-            raise ValueError(f"{image.name} is no whole image: {what_pil_says(error)}") from error
+            pixels = center_crop(read_image(image.place.read()).convert("RGB"), size)
+        except OSError as error:
+            raise ValueError(f"{image.name} cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ValueError(f"{image.name} {error}") from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
+    def identity(self, image: ImageFile) -> str:
+        """Return name, label, size and modification time of an image: what differs after the image was replaced.
 
-def what_pil_says(error: Exception) -> str:
-    """Return PIL's message on a broken image: its first line, without the address of the image in memory."""
-    return str(error).partition("\n")[0].partition(" <_io")[0]
+        Raises:
+            OSError: if the file is gone.
+        """
+        file = image.place.file
+        # A tar is asked once, not for each of its images.
+        changed = self._tar_times[file] if image.tar else _size_and_time(file)
+        return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
+
+    def _from_folder(self, root: Path, listing: Listing) -> list[ImageFile]:
+        labels = {folder: label for label, folder in enumerate(listing.folders)}
+        inside = [parts for parts in listing.files if len(parts) > 1 and not parts[-1].lower().endswith(TAR)]
+        empty = sorted(labels.keys() - {parts[0] for parts in inside})
+        if empty:
+            more = f" (and in {len(empty) - 1} others)" if len(empty) > 1 else ""
+            raise FileNotFoundError(
+                f"no image in the class folder {printable(root / empty[0])}{more}: expected .jpg, .png, ..."
+            )
+        files = [
+            ImageFile("/".join(map(printable, parts)), labels[parts[0]], Location(os.path.join(root, *parts)))
+            for parts in inside
+        ]
+        return sorted(files, key=lambda file: file.order)
+
+    def _from_tars(self, tars: dict[str, Path], num_classes: int | None) -> list[ImageFile]:
+        files = []
+        limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+        for name, tar in sorted(tars.items()):
+            self._tar_times[str(tar)] = _size_and_time(str(tar))
+            for member in tar_members(tar, self._fault, self.left_out):
+                if member.label < 0 or (num_classes is not None and member.label >= num_classes):
+                    message = f"{tar}: the label of {member.name} is {member.label}: expected {limit}"
+                    self._fault(f"label not {limit}", message)
+                    continue
+                place = Location(str(tar), member.offset, member.length)
+                files.append(ImageFile(f"{name}: {member.name}", member.label, place, name))
+        return files
+
+    def _fault(self, kind: str, message: str) -> None:
+        if self.on_error == "raise":
+            raise ValueError(message)
+        self.left_out[kind] += 1
+
+    def _count_others(self, listing: Listing, are_tars: bool) -> None:
+        self.left_out += listing.left_out
+        for parts in listing.files:
+            is_tar = parts[-1].lower().endswith(TAR)
+            if is_tar and not are_tars:
+                self.left_out[TAR] += 1
+            elif not is_tar and are_tars:
+                self.left_out["images next to tars"] += 1
+            elif not is_tar and len(parts) == 1:
+                self.left_out["images outside of class folders"] += 1
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
     """Return the middle size x size pixels of an image whose shorter side is scaled to `size`.
 
     As ADM does (arXiv 2105.05233), whose reference statistics are of such images: halved by box averages while it is
-    at least twice as large, then resized bicubically. The orientation in a photo's EXIF is not looked at.
+    at least twice as large, then resized bicubically.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -110,42 +177,23 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-def _tars(source: str) -> list[Path]:
+def _tars_of(source: str, listing: Listing | None) -> dict[str, Path]:
+    """Return the tars of a source by their names, none if it is a folder of class folders."""
     path = Path(source)
-    if path.is_dir():
-        return sorted(tar for tar in path.glob("*.tar") if tar.is_file())
+    if listing is not None:
+        found = [parts for parts in listing.files if parts[-1].lower().endswith(TAR)]
+        # Next to images, tars inside of folders are not the source.
+        are_source = any(len(parts) == 1 for parts in found) or len(found) == len(listing.files)
+        return {"/".join(map(printable, parts)): path.joinpath(*parts) for parts in found if are_source}
     if path.is_file():
-        return [path]
-    found = sorted(tar for tar in map(Path, glob.glob(source)) if tar.is_file())
-    if not found:
-        raise FileNotFoundError(f"no folder or file {source}: give a folder of class folders, or tars")
-    return found
+        return {printable(path.name): path}
+    matching = [file for file in glob.glob(source) if os.path.isfile(file) and not is_hidden(os.path.basename(file))]
+    if not matching:
+        raise FileNotFoundError(f"no folder or file {source}: expected a folder of class folders, or tars")
+    common = os.path.commonpath([os.path.dirname(file) for file in matching])
+    return {printable(os.path.relpath(file, common or ".")): Path(file) for file in matching}
 
 
-def _from_folder(source: str, num_classes: int | None) -> tuple[list[ImageFile], int]:
-    folders = sorted(path for path in Path(source).iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = []
-    for label, folder in enumerate(folders):
-        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not images:
-            raise FileNotFoundError(f"no image in the class folder {folder}: expected {', '.join(SUFFIXES)}")
-        files += [ImageFile(f"{folder.name}/{path.name}", label, str(path)) for path in images]
-    if num_classes not in (None, len(folders)):
-        raise ValueError(f"{source} has {len(folders)} class folders: num_classes is {num_classes}")
-    return files, len(folders)
-
-
-def _from_tars(tars: Sequence[Path], num_classes: int | None) -> tuple[list[ImageFile], int]:
-    files = []
-    for tar in tars:
-        for member in tar_members(tar, SUFFIXES):
-            _check_label(tar, member, num_classes)
-            name = f"{tar.name}: {member.name}"
-            files.append(ImageFile(name, member.label, str(tar), member.offset, member.length))
-    return files, num_classes or max((file.label for file in files), default=-1) + 1
-
-
-def _check_label(tar: Path, member: TarMember, num_classes: int | None) -> None:
-    if member.label < 0 or (num_classes is not None and member.label >= num_classes):
-        limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-        raise ValueError(f"{tar}: the label of {member.name} is {member.label}: expected {limit}")
+def _size_and_time(file: str) -> str:
+    found = os.stat(file)
+    return f"{found.st_size}\t{found.st_mtime_ns}"

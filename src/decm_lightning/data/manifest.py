@@ -1,159 +1,226 @@
-"""A folder of latents while it is encoded: what was asked for, which shards are done, and how it is finished."""
+"""A folder of latents while it is encoded: the settings, which shards are up to date, and how it is finished."""
 
+import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
+from decm_lightning.data.encoding_records import EncodingSettings, Shard, ShardRecord, write_json
 from decm_lightning.data.scaling import STATISTICS, Moments
-from decm_lightning.data.shards import MANIFEST, Provenance, checksum, write_whole
+from decm_lightning.data.shards import MANIFEST, RECORD, Provenance
+from decm_lightning.files import PARTIAL, atomic, file_sha256
 
 REQUEST = "request.json"
+STARTS = "shard_starts"
+LOCK = "encode.lock"
+SHARDS = "latents_rank00_shard*.safetensors"
 SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What decides every number of the latents: a folder is finished by the request that began it, or not at all.
-
-    Args:
-        vae: identity of the VAE.
-        size: height and width of the images in pixels.
-        posterior: "sample" or "mode".
-        seed: of the samples of the posterior.
-        images_sha256: SHA-256 of the names and labels of all images in order.
-        num_images: how many there are.
-        num_classes: labels are below it.
-        shard_size: images in each shard but the last, at least 1.
-
-    Raises:
-        ValueError: if shard_size is below 1.
-    """
-
-    vae: str
-    size: int
-    posterior: str
-    seed: int
-    images_sha256: str
-    num_images: int
-    num_classes: int
-    shard_size: int
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size must be at least 1: got {self.shard_size}")
+Order = tuple[str, ...]
 
 
 class Manifest:
-    """The shards of a folder: fixed ranges of the images, each written whole or not at all.
+    """The shards of a folder: neighboring images, written as a whole or not at all.
 
-    The subfolder `manifest` holds the request and, for each shard, a record with its checksum and moments. The record
-    is written before the shard, so that a shard that is there is done. Each shard belongs to one process.
+    The subfolder `manifest` holds the settings, the first image of each shard, and for each shard a `ShardRecord`,
+    which is written before the shard. A shard is up to date if its images have the names, labels, sizes and times of
+    its record, and its file the checksum of the record. Where shards begin is kept, so that an image that is removed
+    or added changes its own shard only. Files that are damaged are encoded again.
 
     Args:
-        folder: where the shards go, made if need be.
-        request: what was asked for.
-
-    Raises:
-        ValueError: if another request began the folder, or it holds shards that nobody asked for here.
+        folder: where the shards are written, created if it is missing.
+        settings: what the latents depend on.
     """
 
-    def __init__(self, folder: str | Path, request: Request) -> None:
+    def __init__(self, folder: str | Path, settings: EncodingSettings) -> None:
         self.folder = Path(folder)
-        self.request = request
-        count, step = request.num_images, request.shard_size
-        self.shards = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        self._digits = max(3, len(str(len(self.shards) - 1)))
-        begun = self._records / REQUEST
-        if begun.is_file():
-            self._compare(json.loads(begun.read_text()))
-        elif self.folder.is_dir() and any(self.folder.glob("*.safetensors")):
-            raise ValueError(f"{folder} holds shards that were not encoded here: give --out a folder of its own")
+        self.settings = settings
+        self._starts: list[Order] = []
+        self._lock = FileLock(self._records / LOCK)
+
+    def lock(self) -> None:
+        """Keep other processes from encoding into the folder until `unlock`, or the end of this process.
+
+        Raises:
+            ValueError: if another process encodes into it.
+        """
+        self._records.mkdir(parents=True, exist_ok=True)
+        try:
+            # Some network disks have no locks.
+            with suppress(NotImplementedError):
+                self._lock.acquire(blocking=False)
+        except Timeout as error:
+            what = f"another process encodes into {self.folder}"
+            raise ValueError(f"{what}: wait until it has ended, or give another --out") from error
+
+    def unlock(self) -> None:
+        """Let other processes encode into the folder."""
+        self._lock.release()
+
+    def plan(self, order: Sequence[Order], identities: Sequence[str]) -> list[Shard]:
+        """Return the shards of all images.
+
+        Args:
+            order: what each image is sorted by, ascending.
+            identities: what differs for each image after it was replaced.
+
+        Raises:
+            ValueError: if the folder was begun with other settings, or holds shards that were not encoded here.
+        """
+        starts = self._begun()
+        ranges = _ranges([bisect_left(order, start) for start in starts], len(order))
+        # Also where there are no starts yet.
+        if max(map(len, ranges)) > 2 * self.settings.shard_size or not starts:
+            ranges = _ranges(list(range(0, len(order), self.settings.shard_size)), len(order))
+            starts = [order[part.start] for part in ranges]
+        self._starts = starts
+        digits = max(3, len(str(len(starts) - 1)))
+        return [
+            # LightningDiT's form. The rank is 0 in all of them: which process encodes a shard makes no difference.
+            Shard(
+                f"latents_rank00_shard{number:0{digits}d}.safetensors",
+                part,
+                _sha256(identities[part.start : part.stop]),
+            )
+            for number, part in enumerate(ranges)
+            if part
+        ]
 
     def begin(self) -> None:
-        """Write the request; for one process only."""
-        self._records.mkdir(parents=True, exist_ok=True)
-        _write_json(self._records / REQUEST, asdict(self.request))
+        """Write the settings and the first images of the shards that were planned last."""
+        write_json(self._records / REQUEST, asdict(self.settings) | {STARTS: self._starts})
+        # Until all shards are written, the folder is not complete.
+        (self.folder / RECORD).unlink(missing_ok=True)
 
-    def name(self, shard: int) -> str:
-        """Return a shard's file name, in LightningDiT's way.
+    def is_up_to_date(self, shard: Shard, allow_skipped: bool = False) -> bool:
+        """Return whether a shard need not be encoded.
 
-        The rank is 0 in all of them: which process encoded a shard is nothing that the result depends on.
+        Args:
+            shard: as planned.
+            allow_skipped: whether it may lack images that could not be read.
         """
-        return f"latents_rank00_shard{shard:0{self._digits}d}.safetensors"
+        record, file = ShardRecord.read(self._record(shard.name)), self.folder / shard.name
+        if record is None or record.images_sha256 != shard.images_sha256 or (record.skipped and not allow_skipped):
+            return False
+        if not record.checksum:
+            return not file.exists()
+        return file.is_file() and file_sha256(file) == record.checksum
 
-    def pending(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Return which of the shards of a process, every world-th, are still to be written.
-
-        Raises:
-            ValueError: if a shard that is there has changed since it was written.
-        """
-        return [shard for shard in range(rank, len(self.shards), world) if not self._is_done(shard)]
-
-    def write(self, shard: int, tensors: dict[str, Tensor], moments: Moments) -> None:
-        """Write a shard with its record."""
-
-        def shard_and_record(part: Path) -> None:
+    def write(
+        self, shard: Shard, tensors: dict[str, Tensor], moments: Moments, skipped: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a shard with its record; without rows there is no file."""
+        file, record = self.folder / shard.name, self._record(shard.name)
+        rows = len(next(iter(tensors.values()), ()))
+        known = ShardRecord("", shard.images_sha256, rows, moments.as_json(), dict(skipped or {}))
+        if not rows:
+            file.unlink(missing_ok=True)
+            known.write(record)
+            return
+        with atomic(file) as part:
             save_file(tensors, part)
-            _write_json(self._record(shard), {"checksum": checksum(part), "moments": moments.as_json()})
+            replace(known, checksum=file_sha256(part)).write(record)
 
-        write_whole(self.folder / self.name(shard), shard_and_record)
+    def finish(self, shape: Sequence[int], shards: Sequence[Shard]) -> tuple[Provenance, dict[str, str]]:
+        """Write latents_stats.pt and cache.json from the records of all shards, and remove files of former shards.
 
-    def finish(self, shape: Sequence[int]) -> Provenance:
-        """Write latents_stats.pt and cache.json from the records of all shards; for one process only.
+        Returns:
+            What cache.json holds, and what was wrong with the images that were left out, by name.
 
         Raises:
-            ValueError: if a shard is missing.
+            ValueError: if a shard is missing, or none has an image.
         """
-        names = [self.name(shard) for shard in range(len(self.shards))]
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        records = {shard.name: ShardRecord.read(self._record(shard.name)) for shard in shards}
+        missing = [
+            name
+            for name, record in records.items()
+            if record is None or (record.checksum and not (self.folder / name).is_file())
+        ]
         if missing:
-            what = f"{len(missing)} of {len(names)} shards are missing in {self.folder}, {missing[0]} first"
+            what = f"{len(missing)} of {len(shards)} shards are missing in {self.folder}, {missing[0]} first"
             raise ValueError(f"{what}: run decm encode again")
-        records = [json.loads(self._record(shard).read_text()) for shard in range(len(self.shards))]
+        known = {name: record for name, record in records.items() if record is not None}
+        self._remove_others(known)
         moments = Moments(shape[0])
-        for record in records:
-            moments.merge(Moments.from_json(record["moments"]))
+        for record in known.values():
+            if record.num_images:
+                moments.merge(Moments.from_json(record.moments))
+        skipped = {name: fault for record in known.values() for name, fault in record.skipped.items()}
+        if not moments.count:
+            raise ValueError(f"none of the {len(skipped)} images can be read")
+        return self._write_provenance(shape, moments, known, shards), skipped
+
+    def _write_provenance(
+        self, shape: Sequence[int], moments: Moments, known: Mapping[str, ShardRecord], shards: Sequence[Shard]
+    ) -> Provenance:
         content = io.BytesIO()
         torch.save(moments.statistics(), content)
-        statistics = self.folder / STATISTICS
-        write_whole(statistics, lambda part: part.write_bytes(content.getvalue()))
-        checksums = {name: record["checksum"] for name, record in zip(names, records, strict=True)}
-        checksums[STATISTICS] = checksum(statistics)
-        asked = self.request
-        provenance = Provenance(
-            asked.vae, SCALING, list(shape), asked.num_images, asked.num_classes, checksums, asdict(asked)
-        )
+        with atomic(self.folder / STATISTICS) as file:
+            file.write_bytes(content.getvalue())
+        checksums = {name: record.checksum for name, record in known.items() if record.checksum}
+        checksums[STATISTICS] = file_sha256(self.folder / STATISTICS)
+        images = _sha256([shard.images_sha256 for shard in shards])
+        count, settings = sum(record.num_images for record in known.values()), self.settings
+        encoding = asdict(settings) | {"images_sha256": images}
+        provenance = Provenance(settings.vae, SCALING, list(shape), count, settings.num_classes, checksums, encoding)
         provenance.write(self.folder)
         return provenance
+
+    def _remove_others(self, known: Mapping[str, ShardRecord]) -> None:
+        """Remove shards that a former plan had more than this one, and what killed processes have left."""
+        for file in self.folder.glob(SHARDS):
+            if file.name not in known or not known[file.name].checksum:
+                file.unlink()
+        for record in self._records.glob(f"{SHARDS}.json"):
+            if record.name.removesuffix(".json") not in known:
+                record.unlink()
+        for part in (*self.folder.glob(f"*{PARTIAL}"), *self._records.glob(f"*{PARTIAL}")):
+            part.unlink()
 
     @property
     def _records(self) -> Path:
         return self.folder / MANIFEST
 
-    def _record(self, shard: int) -> Path:
-        return self._records / f"{self.name(shard)}.json"
+    def _record(self, shard: str) -> Path:
+        return self._records / f"{shard}.json"
 
-    def _is_done(self, shard: int) -> bool:
-        file, record = self.folder / self.name(shard), self._record(shard)
-        if not (file.is_file() and record.is_file()):
-            return False
-        if json.loads(record.read_text())["checksum"] != checksum(file):
-            raise ValueError(f"{file} has changed since it was written: delete it, and it will be encoded again")
-        return True
-
-    def _compare(self, begun: dict[str, Any]) -> None:
-        for name, value in asdict(self.request).items():
-            if begun.get(name) != value:
-                was = f"{self.folder} was begun with {name} {begun.get(name)}"
+    def _begun(self) -> list[Order]:
+        """Return the first image of each shard, none if the folder was not begun."""
+        file, ours = self._records / REQUEST, set(self.folder.glob(SHARDS))
+        foreign = sorted(set(self.folder.glob("*.safetensors")) - (ours if file.is_file() else set()))
+        if foreign:
+            what = f"{self.folder} holds shards that were not encoded here, such as {foreign[0].name}"
+            raise ValueError(f"{what}: give --out a folder of its own")
+        if not file.is_file():
+            return []
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            starts = [tuple(map(str, start)) for start in begun[STARTS]]
+            found = {field.name: begun[field.name] for field in fields(EncodingSettings)}
+            if starts != sorted(starts):
+                raise ValueError("the first images of the shards are not in order")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is damaged: delete {self.folder}, or give another --out") from error
+        for name, value in asdict(self.settings).items():
+            if found[name] != value:
+                was = f"{self.folder} was begun with {name} {found[name]}"
                 raise ValueError(f"{was}: got {value}; give the same, or another --out")
+        return starts
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_whole(file, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+def _sha256(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _ranges(starts: Sequence[int], count: int) -> list[range]:
+    """Return the ranges between the starts; the first begins at 0."""
+    return [range(start, stop) for start, stop in pairwise([0, *starts[1:], count])]

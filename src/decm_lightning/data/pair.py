@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from decm_lightning.image_reader import suffixes
 
 FILE_COLUMNS = ("file_name", "file", "filename", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-# Pillow knows these formats but needs another program to read their pixels.
-UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 LINE = re.compile(r" of line \d+")
 NAMED = 3
 """Errors that are named in a message; all are counted."""
 LISTED = 400
 """Column names in a message are cut to this number of characters."""
-
-
-def _readable_suffixes() -> tuple[str, ...]:
-    known = Image.registered_extensions().items()
-    return tuple(sorted(suffix for suffix, kind in known if kind in Image.OPEN and kind not in UNREADABLE))
-
-
-IMAGES = _readable_suffixes()
+IMAGES = tuple(sorted(suffixes()))
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jxl", ".svg")
 """Suffixes of images that cannot be read. They are counted as errors where a caption is missing."""
 

@@ -1,12 +1,12 @@
 """Pairs that are read and checked once: pixels in one file on the disk, captions and errors next to it."""
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from itertools import chain
@@ -15,18 +15,16 @@ from typing import IO, Any
 
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
-from decm_lightning.data.image_files import what_pil_says
 from decm_lightning.data.pair import DataError, FileStamp, Pair
 from decm_lightning.data.pairs_lists import stamp_of
 from decm_lightning.data.pairs_sources import find_pairs
 from decm_lightning.files import PARTIAL, atomic
+from decm_lightning.image_reader import pixels_of
 
-EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 # Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
 BLANK = {"Cc", "Cf", "Zs"}
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -46,7 +44,7 @@ class PreparedPairs:
         captions: one for each image.
         names: what tells an image from all others.
         errors: what was left out.
-        unread: how many files of other kinds are in the source, by suffix.
+        unread: how many files of the source are not read, by kind.
         folder: where all this is stored.
     """
 
@@ -54,7 +52,7 @@ class PreparedPairs:
     captions: list[str]
     names: list[str]
     errors: list[DataError]
-    unread: dict[str, int]
+    unread: Counter[str]
     folder: Path
 
 
@@ -89,27 +87,6 @@ def prepare(source: Path, cache: Path, size: int, column: str | None, max_charac
 
     make_once(folder, make, lambda: folder.is_dir() and _is_current(folder))
     return _load(folder, size, found.unread)
-
-
-def pixels_of(image: bytes | Path, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Return an image file as pixels: upright, on white where it is transparent, cropped to a square and resized.
-
-    Raises:
-        ValueError: if it cannot be read, or has more than 8 bits a channel.
-    """
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"is no image that can be read ({what_pil_says(error)})") from error
-    if upright.mode not in EIGHT_BITS:
-        raise ValueError(f"has pixels of another mode (mode {upright.mode}: save it with 8 bits a channel)")
-    if upright.has_transparency_data:
-        coloured = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
-    fitted = ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_characters: int) -> None:
@@ -206,7 +183,7 @@ def _damaged(folder: Path, reason: object) -> ValueError:
     return ValueError(f"the prepared pairs in {folder} are damaged ({reason}): delete the folder, and run again")
 
 
-def _load(folder: Path, size: int, unread: dict[str, int]) -> PreparedPairs:
+def _load(folder: Path, size: int, unread: Counter[str]) -> PreparedPairs:
     record = _read(folder / "pairs.json")
     try:
         captions, names = record["captions"], record["names"]

@@ -21,7 +21,7 @@ from decm_lightning.data.pair import (
     caption_of,
     listed,
 )
-from decm_lightning.data.source_files import files_in
+from decm_lightning.image_listing import list_files
 
 DELIMITERS = ",;\t|"
 # The byte order marks.
@@ -55,8 +55,10 @@ def read_list(file: Path, column: str | None) -> Iterator[Pair | DataError]:
             if row.image:
                 named.add(os.path.realpath(file.parent / row.image))
             yield _pair(file, row, column)
-    for image in files_in(file.parent, IMAGES + OTHER_IMAGES):
-        if os.path.realpath(image) not in named:
+    for parts in list_files(file.parent, IMAGES + OTHER_IMAGES).files:
+        image = file.parent.joinpath(*parts)
+        if (real := os.path.realpath(image)) not in named:
+            named.add(real)
             yield DataError(str(image), f"has no caption in {file.name}")
 
 

@@ -14,6 +14,7 @@ from decm_lightning.data.pair import no_caption_column, summary
 from decm_lightning.data.pairs import CaptionedImages
 from decm_lightning.data.pairs_cache import PreparedPairs, prepare
 from decm_lightning.data.pairs_latents import encode_latents
+from decm_lightning.image_listing import counted
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -169,6 +170,5 @@ class TextImagePairs(CaptionedImages):
         if errors and stage == "prepare":
             rank_zero_warn(f"{message}; left out")
         if prepared.unread and stage == "prepare":
-            unread = ", ".join(f"{number} x {suffix}" for suffix, number in prepared.unread.items())
-            rank_zero_warn(f"{self.source} also has files that are not read: {unread}")
+            rank_zero_warn(f"{self.source} has files that are not read: {counted(prepared.unread)}")
         return prepared

@@ -1,7 +1,10 @@
 """What generated images are measured against, from a file: moments of Inception features, images, or both."""
 
 import hashlib
+import logging
+import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,15 +14,18 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from decm_lightning.files import file_sha256
+from decm_lightning.image_listing import counted, list_files
+from decm_lightning.image_reader import Location, broken, printable, read_image, read_modes, suffixes
 from decm_lightning.metrics.frechet import Moments
 
+log = logging.getLogger(__name__)
 IMAGES = "arr_0"
 # ADM's names: the pooled features and the spatial ones.
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EXPECTED = f"expected mu and sigma, images {IMAGES}, or both"
 
 
@@ -50,13 +56,12 @@ class Reference:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the file, or of all names and contents in the folder, in order."""
+        if not self.path.is_dir():
+            return file_sha256(self.path)
         digest = hashlib.sha256()
-        for file in _pictures(self.path) if self.path.is_dir() else [self.path]:
-            if self.path.is_dir():
-                digest.update(str(file.relative_to(self.path)).encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+        for file in _images(self.path)[0]:
+            digest.update(os.fsencode(file.relative_to(self.path)))
+            digest.update(file_sha256(file).encode())
         return digest.hexdigest()
 
 
@@ -137,24 +142,31 @@ class NpzImages:
 
 
 class FolderImages:
-    """The images of a folder and its sub-folders, in the order of their names, all of one size.
+    """The images of a folder and of all folders below it, in the order of their names, all of one size.
 
-    Grey ones have one channel if the first is grey, three otherwise.
+    They have three channels if any of them is colored or has a palette with colors, in which grey images have three
+    equal channels. They have one channel if all are grey. What else is in the folder is counted in one warning.
 
     Args:
-        folder: with .png, .jpg, .jpeg, .webp or .bmp files.
+        folder: with images of any format that `image_reader.formats` names.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no image, or the header of one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = _pictures(folder)
+        self.files, left_out = _images(folder)
+        if getattr(rank_zero_only, "rank", 0) == 0 and left_out:
+            log.warning("left out of the reference %s: %s", folder, counted(left_out))
         if not self.files:
-            raise ValueError(f"no images in {folder}: expected {', '.join(SUFFIXES)} files")
-        with _opened(self.files[0]) as first:
-            self.mode = "L" if first.mode in ("1", "L") else "RGB"
-            self.size = first.size
+            found = f"; it has {counted(left_out)}" if left_out else ""
+            raise ValueError(f"no images in {folder}: expected .jpg, .png, ...{found}")
+        modes = dict(zip(self.files, read_modes([Location(str(file)) for file in self.files]), strict=True))
+        faults = {printable(file): str(error) for file, error in modes.items() if isinstance(error, ValueError)}
+        if faults:
+            raise ValueError(broken(faults))
+        self.mode = "RGB" if "RGB" in modes.values() else "L"
+        self.size = read_image(self.files[0]).size
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -174,25 +186,17 @@ class FolderImages:
             yield rearrange(pixels, "n h w c -> n c h w")
 
     def _read(self, file: Path) -> Tensor:
-        with _opened(file) as image:
-            if image.size != self.size:
-                sizes = f"{image.size[0]} x {image.size[1]}, and {self.files[0]} {self.size[0]} x {self.size[1]}"
-                raise ValueError(f"images must be of one size: {file} is {sizes}")
-            try:
-                return torch.from_numpy(np.array(image.convert(self.mode)))
-            except OSError as error:
-                raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        image = read_image(file)
+        if image.size != self.size:
+            first = f"{printable(self.files[0])} {self.size[0]} x {self.size[1]}"
+            sizes = f"{image.size[0]} x {image.size[1]}, and {first}"
+            raise ValueError(f"images must be of one size: {printable(file)} is {sizes}")
+        return torch.from_numpy(np.array(image.convert(self.mode)))
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} cannot be read as an image: it is of no known format") from error
+def _images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    listing = list_files(folder, suffixes())
+    return [folder.joinpath(*parts) for parts in listing.files], listing.left_out
 
 
 def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Path) -> Moments:

@@ -1,0 +1,87 @@
+"""Find the image files of a folder, and count what else is in it."""
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+HIDDEN = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
+"""What operating systems leave in folders under names without a dot at the front, in lower case."""
+Parts = tuple[str, ...]
+
+
+@dataclass
+class Listing:
+    """The files of a folder and of all folders below it.
+
+    Attributes:
+        files: those with one of the suffixes, as the parts of their paths relative to the folder, sorted.
+        folders: the names of the folders at the first level, sorted.
+        left_out: the number of files and folders that were left out, by kind.
+    """
+
+    files: list[Parts] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def list_files(folder: str | Path, suffixes: Collection[str]) -> Listing:
+    """List the files with one of the suffixes, in lower or upper case, in a folder and all folders below it.
+
+    Links are followed, except to a folder that contains the link. Hidden files and folders are left out.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    listing = Listing()
+    _walk(os.fspath(folder), (), (_identity(os.fspath(folder)),), suffixes, listing)
+    listing.files.sort()
+    listing.folders.sort()
+    return listing
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden: by a dot at the front of its name, or by a name in HIDDEN."""
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def kind(name: str) -> str:
+    """Return how a file is counted that is left out: by its suffix in lower case."""
+    ends = PurePath(name).suffixes[-2:]
+    ends = ends if ends[:1] == [".tar"] else ends[-1:]
+    return "".join(ends).lower() or "no suffix"
+
+
+def counted(left_out: Counter[str]) -> str:
+    """Return the counts on one line, such as `.txt (3), hidden (1)`, the largest first."""
+    return ", ".join(f"{kind} ({count})" for kind, count in left_out.most_common())
+
+
+def _walk(
+    folder: str, parts: Parts, above: tuple[tuple[int, int], ...], suffixes: Collection[str], listing: Listing
+) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            # Of a link that leads to itself, entry.is_dir would raise OSError.
+            if is_hidden(name):
+                listing.left_out["hidden"] += 1
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                if (identity := _identity(entry.path)) in above:
+                    listing.left_out["links to a folder above"] += 1
+                    continue
+                if not parts:
+                    listing.folders.append(name)
+                _walk(entry.path, (*parts, name), (*above, identity), suffixes, listing)
+            elif not os.path.isfile(entry.path):
+                listing.left_out["broken links" if entry.is_symlink() else "special files"] += 1
+            elif os.path.splitext(name)[1].lower() in suffixes:
+                listing.files.append((*parts, name))
+            else:
+                listing.left_out[kind(name)] += 1
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino

@@ -232,6 +232,43 @@ def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(so
     assert kept.unique().tolist() == [2]
 
 
+@pytest.mark.parametrize("kind", ["tars", "parquet", "arrow", "csv"])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_caption_column_that_is_nowhere_is_refused_with_the_columns_that_are_there(
+    on_error, kind, source, encoder, tmp_path
+):
+    FORMATS[kind](source)
+    found = {"tars": "caption, id", "parquet": "image, text, other", "arrow": "image, prompt", "csv": "file_name, text"}
+    for column in ("recaption", ""):
+        with pytest.raises(ValueError, match=rf"no caption column .*'{column}'.*its columns are {found[kind]}$"):
+            ready(source, encoder, tmp_path, caption_column=column, on_error=on_error)
+
+
+def test_rows_that_are_lost_are_counted_and_files_that_are_not_read(source, encoder, tmp_path):
+    """Three of four row groups of 64 rows, and a picture next to a table's tar."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"image": [image((1, 1, 1))] * 256, "text": ["a"] * 256})
+    parquet.write_table(table, source / "a.parquet", row_group_size=64, compression="none", use_dictionary=False)
+    metadata = parquet.ParquetFile(source / "a.parquet").metadata
+    content = bytearray((source / "a.parquet").read_bytes())
+    for group in (0, 1, 3):
+        place = metadata.row_group(group).column(1).data_page_offset
+        content[place : place + 16] = b"\xff" * 16
+    (source / "a.parquet").write_bytes(content)
+    (source / "notes.md").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"^192 of 256 pairs of .*row group 0 \(rows 0 to 63, 64 rows\).*\(192 x cannot"
+    ):
+        ready(source, encoder, tmp_path)
+    with pytest.warns(UserWarning, match="192 of 256 pairs") as warned:
+        assert len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train) == 64
+    said = "\n".join(str(warning.message) for warning in warned)
+
+    assert "files that are not read: .md (1)" in said
+
+
 def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
     """Its member is lost, and reading resumes at the next one."""
     as_tars(source)

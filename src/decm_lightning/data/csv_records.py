@@ -32,8 +32,8 @@ def records(
 
     If a record cannot be read, reading resumes at the line after its first one. That is the case if a quote is not
     closed within 100 lines, if text follows a closing quote, or if a field is beyond the csv module's limit. A quote
-    that was left open may also be closed by a quote of a later row, which it swallows. So a record of several lines is
-    taken for that if it has not as many fields as the header, or if more than one of its lines is a row of its own.
+    that was left open may also be closed by a quote of a later row. A record of several lines counts as such a one if
+    its number of fields differs from the header's, or if more than one of its lines is a row of its own.
 
     Args:
         lines: the lines with their ends.
@@ -52,8 +52,7 @@ def records(
     while True:
         reader = csv.reader(_feed(waiting, source), delimiter=delimiter, strict=True)
         try:
-            fields = next(reader, None)
-            if fields is None:
+            if (fields := next(reader, None)) is None:
                 return
             used, error = reader.line_num, None
             if used > 1 and header and (len(fields) != len(header) or sum(map(is_row, islice(waiting, used))) > 1):

@@ -1,6 +1,9 @@
 """decm encode --pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
 
+import errno
 import logging
+import os
+import resource
 import sys
 
 import numpy as np
@@ -112,6 +115,53 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(cut, decm, tmp_path, monkeypatc
     assert code == 0
     assert file.read_bytes() == marked + whole[batch:]
     assert not list(file.parent.glob("*.partial"))
+
+
+def test_a_partial_file_of_another_vae_is_not_used(decm, tmp_path):
+    """Another VAE of the same shapes, interrupted after its first batch."""
+    assert decm("--vae", "vae")[0] == 0
+    (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
+    whole = file.read_bytes()
+    file.unlink()
+    file.with_suffix(".partial").write_bytes(b"\0" * (len(whole) // COUNT * 4))
+    model = AutoencoderKL.from_pretrained("vae")
+    with torch.no_grad():
+        model.encoder.conv_in.bias += 1
+    model.save_pretrained("other")
+    assert decm("--vae", "other")[0] == 0
+    (other,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
+    assert other.name != file.name
+    assert other.read_bytes()[:100].strip(b"\0")
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_latents_of_the_wrong_size_are_named(keep, decm, tmp_path):
+    assert decm("--vae", "vae")[0] == 0
+    (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:keep])
+    code, _, err = decm("--vae", "vae")
+    assert code == 2
+    assert f"{file.relative_to(tmp_path)} is damaged ({keep} bytes, expected {size}): delete it" in err
+
+
+def test_a_full_disk_is_named_and_the_run_resumes(decm, tmp_path):
+    """A limit on the size of files fails in the same place as a full disk."""
+    assert decm("--vae", "vae")[0] == 0
+    (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
+    whole = file.read_bytes()
+    file.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        code, _, err = decm("--vae", "vae")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert str(file.relative_to(tmp_path)) in err
+    assert os.strerror(errno.EFBIG) in err
+    assert decm("--vae", "vae")[0] == 0
+    assert file.read_bytes() == whole
 
 
 def test_another_vae_has_a_file_of_its_own(decm, tmp_path):

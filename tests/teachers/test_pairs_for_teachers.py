@@ -145,7 +145,7 @@ def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
     null = kind(folder, rank=2, side=4, max_tokens=20).null(cached)
     assert null.tokens.shape == cached.tokens.shape
     # None is written where captions are encoded on the fly.
-    assert len(list(tmp_path.glob("captions-*"))) == 1
+    assert len(list(tmp_path.glob("captions-*.safetensors"))) == 1
 
 
 def test_encoders_are_known_by_their_files_and_settings(tmp_path):

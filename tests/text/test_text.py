@@ -1,14 +1,24 @@
 """Text encoders and their cache: the real MiniLM by its published similarities, and captions encoded once."""
 
+import hashlib
 import logging
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Model
 
-from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, UnencodedCaptions, encode
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.text import EncodedCaptions, MiniLM, TextEncoder, UnencodedCaptions, cache, encode
+from decm_lightning.text.encoder import fingerprint
 from decm_lightning.types import Captions
 
 CAPTIONS = ["grinning face, smile", "a", "red heart, love, emotion", "a"]
@@ -17,6 +27,10 @@ CAPTIONS = ["grinning face, smile", "a", "red heart, love, emotion", "a"]
 @pytest.fixture(scope="module")
 def minilm():
     return MiniLM()
+
+
+def cached(folder):
+    return sorted(folder.glob("captions-*.safetensors"))
 
 
 def sentence(encoder, texts):
@@ -56,7 +70,7 @@ def test_captions_are_encoded_once(minilm, tmp_path, caplog):
     blind = MiniLM()
     blind.__dict__["_loaded"] = None
     assert torch.equal(encode(CAPTIONS[::-1], blind, tmp_path).read([3]).tokens, encoded.read([0]).tokens)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(cached(tmp_path)) == 1
 
 
 def test_captions_encoded_when_needed_are_those_of_the_encoder(minilm):
@@ -98,15 +112,105 @@ def test_another_encoder_or_caption_is_another_file(minilm, tmp_path, caplog):
         encode(CAPTIONS, MiniLM(max_tokens=4), tmp_path)
     assert "2 of 3 captions were cut to 4 tokens" in caplog.text
     encode([*CAPTIONS, "b"], minilm, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(cached(tmp_path)) == 3
 
 
-def test_a_file_that_is_cut_short_is_named(minilm, tmp_path):
+def spoiled(content, key, *place):
+    content[key][*place] = torch.nan if content[key].is_floating_point() else -1
+    return content
+
+
+DAMAGE = {
+    "cut short": lambda file, content: file.write_bytes(file.read_bytes()[:-10]),
+    "empty": lambda file, content: file.write_bytes(b""),
+    "garbage": lambda file, content: file.write_bytes(b"garbage" * 100),
+    "a folder": lambda file, content: (file.unlink(), file.mkdir()),
+    "another key": lambda file, content: save_file({"x": torch.zeros(1)}, file),
+    "NaN": lambda file, content: save_file(spoiled(content, "tokens", -1, -1), file),
+    "infinite pooled": lambda file, content: save_file(content | {"pooled": torch.full((3, 2), torch.inf)}, file),
+    "fewer captions": lambda file, content: save_file(content | {"ends": content["ends"][1:].clone()}, file),
+    "ends below 0": lambda file, content: save_file(spoiled(content, "ends", 0), file),
+    "fewer tokens": lambda file, content: save_file(content | {"tokens": content["tokens"][1:].clone()}, file),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_named_with_the_remedy(kind, minilm, tmp_path):
     encode(CAPTIONS, minilm, tmp_path)
-    [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=rf"{file.name} cannot be read .*delete it"):
+    [file] = cached(tmp_path)
+    content = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    DAMAGE[kind](file, content)
+    with pytest.raises((ValueError, OSError), match=rf"{file.name}") as raised:
         encode(CAPTIONS, minilm, tmp_path)
+    assert kind == "a folder" or "is damaged" in str(raised.value)
+    assert kind == "a folder" or "delete it" in str(raised.value)
+
+
+def test_the_file_has_the_modes_of_the_umask(minilm, tmp_path):
+    before = os.umask(0o022)
+    try:
+        encode(CAPTIONS, minilm, tmp_path)
+    finally:
+        os.umask(before)
+    assert [oct(file.stat().st_mode & 0o777) for file in cached(tmp_path)] == ["0o644"]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(minilm, tmp_path, monkeypatch):
+    """safetensors reports a full disk without a path."""
+
+    def fill(content, file):
+        Path(file).write_bytes(b"x")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cache, "save_file", fill)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/captions-.*safetensors'"):
+        encode(CAPTIONS, minilm, tmp_path)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_files_of_killed_processes_are_removed(minilm, tmp_path):
+    abandoned, live = (tmp_path / f"captions-{name}.safetensors.partial" for name in ("abandoned", "live"))
+    for file in (abandoned, live):
+        file.write_bytes(b"x")
+    with FileLock(tmp_path / "captions-live.safetensors.lock"):
+        encode(CAPTIONS, minilm, tmp_path)
+    assert not abandoned.exists()
+    assert live.exists()
+
+
+def test_of_two_that_encode_at_once_the_second_waits_and_encodes_nothing(tmp_path):
+    encoding, proceed = Event(), Event()
+
+    class Slow(MiniLM):
+        calls = 0
+
+        def __call__(self, captions):
+            Slow.calls += 1
+            encoding.set()
+            assert proceed.wait(60)
+            return super().__call__(captions)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(encode, CAPTIONS, Slow(), tmp_path)
+        assert encoding.wait(60)
+        second = pool.submit(encode, CAPTIONS, Slow(), tmp_path)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        proceed.set()
+        assert torch.equal(first.result(60).tokens, second.result(60).tokens)
+    assert Slow.calls == 1
+
+
+def test_tokens_that_are_not_finite_are_refused_by_their_caption(tmp_path):
+    class Broken(MiniLM):
+        def __call__(self, captions):
+            found = super().__call__(captions)
+            found.tokens[captions.index("a"), 0, 0] = 1e6
+            return found
+
+    with pytest.raises(NonFiniteError, match=r"the tokens of 'a' are not finite in float16"):
+        encode(CAPTIONS, Broken(), tmp_path)
+    assert not cached(tmp_path)
 
 
 def test_nothing_to_encode_is_refused(minilm, tmp_path):
@@ -142,10 +246,28 @@ def test_the_identity_is_of_the_files(minilm, tmp_path):
     before = TextEncoder(str(tmp_path)).identity
     assert TextEncoder(str(tmp_path)).identity == before
     assert TextEncoder(str(tmp_path), max_tokens=5).identity != before
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
-    longer = TextEncoder(str(tmp_path)).identity
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20 - 1) + b"1")
-    assert len({before, longer, TextEncoder(str(tmp_path)).identity}) == 3
+    found = {before}
+    weights = bytearray(3 * 2**20)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        # Old weights and new ones that differ in the middle alone.
+        for byte in (0, 1):
+            weights[len(weights) // 2] = byte
+            (tmp_path / name).write_bytes(weights)
+            found.add(TextEncoder(str(tmp_path)).identity)
+    assert len(found) == 5
+
+
+def test_a_file_of_the_hub_is_known_by_the_name_of_its_blob(tmp_path):
+    """As huggingface_hub's cache stores it: a link to a file that is named by its SHA-256, which is not read."""
+    content = bytes(range(256)) * 100
+    for folder in ("local/text_encoder", "hub/text_encoder", "blobs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "local/text_encoder/model.safetensors").write_bytes(content)
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(b"")
+    (tmp_path / "hub/text_encoder/model.safetensors").symlink_to(blob)
+    local, hub = (fingerprint("", [tmp_path / name / "text_encoder/model.safetensors"]) for name in ("local", "hub"))
+    assert local == hub
 
 
 def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -28,16 +28,18 @@ def encode_pairs(
     at once. Stopped while it encodes images, the same command goes on.
 
     Args:
-        pairs: webdataset tars, parquet or Arrow tables, or a folder with a CSV file.
+        pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a
+            pattern such as "train-*.tar".
         size: images are cropped to size x size pixels.
         encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with --encoder.path
             and the like for its settings; MiniLM by default.
         out: the folder to keep pixels, latents and tokens in.
         captions: cached, or on_the_fly to leave them to training.
         vae: for latents, a folder, a name on the Hugging Face hub, or a file, as for --images; none for pixels.
-        caption_column: the caption's name in JSON files and tables; caption, text or prompt by default.
-        max_characters: longer captions are faults, at least 1.
-        on_error: raise if there is a fault, or skip to count them and go on with the others.
+        caption_column: the caption's name in JSON files and tables, which comes before a .txt file; caption, text or
+            prompt by default.
+        max_characters: longer captions are errors, at least 1.
+        on_error: raise if a pair is bad, or skip to count the bad ones and use the others.
         device: where to encode, such as cpu or cuda:1; by default the first accelerator if there is one.
     """
     data = TextImagePairs(

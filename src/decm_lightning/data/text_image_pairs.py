@@ -1,6 +1,5 @@
 """Text-image pairs of your own: pixels or latents, with captions of any encoder."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,30 +10,30 @@ from torch import Tensor
 
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.data.latent_coder import LatentCoder
+from decm_lightning.data.pair import no_caption_column, summary
 from decm_lightning.data.pairs import CaptionedImages
-from decm_lightning.data.pairs_cache import Prepared, prepare
+from decm_lightning.data.pairs_cache import PreparedPairs, prepare
 from decm_lightning.data.pairs_latents import encode_latents
+from decm_lightning.image_listing import counted
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
 
-NAMED = 3
-"""So many faults are named in a message; all are counted."""
-
 
 class TextImagePairs(CaptionedImages):
-    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a folder with a CSV file.
+    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a list of image files.
 
-    - tars: neighbours `name.jpg` (.jpeg, .png, .webp) and `name.txt` or `name.json`;
-    - tables: a column `image` of {"bytes", "path"} or bytes, and one of captions;
-    - CSV: columns `file_name`, beside the CSV file or below, and the caption.
+    - tars: neighbors `name.jpg` (or another format that Pillow reads) and `name.txt` or `name.json`; .tar.gz as well;
+    - tables: a column `image` of {"bytes", "path"}, bytes or names of files, and one of captions;
+    - lists: a CSV file with a header, or JSON lines; `file_name`, relative to the folder of the list, and the caption.
 
-    Images are read, cropped to a square about their centre, resized and laid on white where they are transparent, once,
-    into `cache`. So all faults are found before training starts: an image that cannot be read, a caption that is empty
-    or too long, a pair with one half missing, a tar cut short. With a VAE, a batch holds latents, (z - shift_factor)
-    scaling_factor. What is kept in `cache` may be made ahead of training: `decm encode --pairs`.
+    A folder has one of these kinds. Links are followed, and hidden files are skipped. Images are read, cropped to a
+    square about their center, resized and composited on white where they are transparent, once, into `cache`. So all
+    errors are found before training starts: an image that cannot be read, a caption that is empty or too long, a pair
+    with one half missing, a damaged row group, a tar cut short. With a VAE, a batch holds latents,
+    (z - shift_factor) scaling_factor. The content of `cache` can be prepared ahead of training: `decm encode --pairs`.
 
     Args:
-        source: a file or folder.
+        source: a file, a folder, or a pattern such as "train-*.tar".
         size: height and width of the images in pixels, at least 1.
         encoder: the text encoder, such as text.TextEncoder, or teachers.DiffusersPrompts for a teacher of diffusers;
             None for MiniLM.
@@ -47,9 +46,10 @@ class TextImagePairs(CaptionedImages):
         batch_size: pairs per training batch on each device, at least 1.
         held_out: share of pairs kept from training by a hash of their names, in [0, 1).
         reference_size: at most so many reference images; None for all that are held out.
-        caption_column: the caption's name in JSON files and tables; None for caption, text or prompt.
-        max_characters: longer captions are faults, at least 1.
-        on_error: "raise" if there is a fault, or "skip" to count them in the log and train on the others.
+        caption_column: the caption's name in JSON files and tables, which comes before a .txt file; None for caption,
+            text or prompt.
+        max_characters: longer captions are errors, at least 1.
+        on_error: "raise" if a pair is bad, or "skip" to count the bad ones in the log and train on the others.
         num_workers: loading processes on each device.
 
     Raises:
@@ -108,7 +108,8 @@ class TextImagePairs(CaptionedImages):
 
         Raises:
             FileNotFoundError: if there is no source, or no VAE.
-            ValueError: counting and naming the faults, if no pair is without one, or the network makes other samples.
+            ValueError: counting and naming the errors, if no pair is good, or the network makes other samples; naming
+                the columns, if none is the caption column.
             ImportError: if what reads tables or encodes captions is not installed.
         """
         self._load(stage, self.device)
@@ -137,7 +138,7 @@ class TextImagePairs(CaptionedImages):
         self.encoder.to(device)
         return unencoded.encode(condition, self.encoder)
 
-    def _load(self, stage: str, device: torch.device) -> Prepared:
+    def _load(self, stage: str, device: torch.device) -> PreparedPairs:
         if self.vae is None:
             self.fit_network("images", (3, self.size, self.size))
         else:
@@ -157,17 +158,17 @@ class TextImagePairs(CaptionedImages):
         self.split(images, captions, prepared.captions, prepared.names)
         return prepared
 
-    def _prepared(self, stage: str) -> Prepared:
+    def _prepared(self, stage: str) -> PreparedPairs:
         prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
-        count, faults = len(prepared.captions), prepared.faults
-        kinds = Counter(fault.kind for fault in faults).most_common()
-        counted = ", ".join(f"{number} x {kind}" for kind, number in kinds)
-        named = "; ".join(map(str, faults[:NAMED])) + (" ..." if len(faults) > NAMED else "")
-        message = f"{len(faults)} of {count + len(faults)} pairs of {self.source} are bad: {named} ({counted})"
+        count, errors = len(prepared.captions), prepared.errors
+        message = summary(self.source, count, errors)
         if not count:
-            raise ValueError(f"no good pair in {self.source}" + (f": {message}" if faults else ""))
-        if faults and self.on_error == "raise":
+            missing = no_caption_column(self.source, errors, self.caption_column)
+            raise ValueError(missing or f"no good pair in {self.source}" + (f": {message}" if errors else ""))
+        if errors and self.on_error == "raise":
             raise ValueError(f"{message}; on_error: skip trains on the others")
-        if faults and stage == "prepare":
+        if errors and stage == "prepare":
             rank_zero_warn(f"{message}; left out")
+        if prepared.unread and stage == "prepare":
+            rank_zero_warn(f"{self.source} has files that are not read: {counted(prepared.unread)}")
         return prepared

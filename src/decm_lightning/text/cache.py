@@ -1,7 +1,6 @@
 """Captions encoded once: kept in one file, ragged, and padded when they are read."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from decm_lightning.caches import make_once, remove_abandoned
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.files import atomic
 from decm_lightning.text.encoder import CaptionEncoder
 from decm_lightning.types import Captions
 
 BATCH = 64
+CHECKED = 1 << 16
+"""Rows that are checked for NaN at once."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def encode(
 
     The file is named by a hash of the encoder and of the captions: with any other of them, another file is written.
     A caption that occurs more than once is encoded once. Captions with more tokens than the encoder's max_tokens are
-    cut, and a warning says how many.
+    cut, and a warning says how many. Of two processes that encode the same captions, the second waits for the first.
 
     Args:
         captions: what to encode, at least one.
@@ -77,7 +81,9 @@ def encode(
 
     Raises:
         ImportError: if the encoder is needed and not installed.
-        ValueError: if there is no caption, or the file cannot be read.
+        NonFiniteError: naming the caption, if a token is NaN, infinite, or beyond float16.
+        OSError: naming the file, if it cannot be written or opened.
+        ValueError: if there is no caption, or the file is damaged.
     """
     if not captions:
         raise ValueError("captions must be at least one: got none")
@@ -86,19 +92,47 @@ def encode(
     for caption in different:
         digest.update(caption.encode() + b"\0")
     file = Path(folder) / f"captions-{digest.hexdigest()[:32]}.safetensors"
-    if not file.exists():
+
+    def make() -> None:
+        remove_abandoned(file.parent, "captions-*.safetensors")
         encoder.to(device)
-        _write(file, _encode(different, encoder))
+        content = _encode(different, encoder)
         encoder.to("cpu")
-    try:
-        content = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): delete it, and it is made again") from error
+        with atomic(file) as partial:
+            save_file(content, partial)
+
+    make_once(file, make)
+    content = _load(file, len(different))
     place = {caption: row for row, caption in enumerate(different)}
     which = torch.tensor([place[caption] for caption in captions])
-    # A file that says neither is of captions with a mask, padded to the longest.
-    masked, length = bool(content.get("masked", True)), int(content.get("length", 0)) or None
+    masked, length = bool(content["masked"]), int(content["length"])
     return EncodedCaptions(content["tokens"], content["ends"], which, masked, content.get("pooled"), length)
+
+
+def _load(file: Path, count: int) -> dict[str, Tensor]:
+    # safetensors reports a missing permission as a missing file.
+    file.open("rb").close()
+    try:
+        content = load_file(file)
+        _check(content, count)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+    return content
+
+
+def _check(content: dict[str, Tensor], count: int) -> None:
+    if missing := {"tokens", "ends", "masked", "length"} - content.keys():
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    tokens, ends, pooled = content["tokens"], content["ends"], content.get("pooled")
+    if tokens.ndim != 2 or ends.shape != (count,) or (pooled is not None and len(pooled) != count):
+        raise ValueError(f"tokens {tuple(tokens.shape)} and ends {tuple(ends.shape)} are not those of {count} captions")
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    if ends[-1] != len(tokens) or lengths.min() < 0 or lengths.max() > content["length"]:
+        raise ValueError("the ends of the captions are not those of the tokens")
+    for name, values in {"tokens": tokens, "pooled": pooled}.items():
+        # In parts: a mask of all values would take half of their memory.
+        if values is not None and not all(part.isfinite().all() for part in values.split(CHECKED)):
+            raise ValueError(f"{name} are NaN or infinite")
 
 
 def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tensor]:
@@ -116,8 +150,12 @@ def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tenso
             length = max(length, encoded.tokens.shape[1])
             mask = torch.ones_like(encoded.tokens[..., 0], dtype=torch.bool) if encoded.mask is None else encoded.mask
             for row, part, kept in zip(rows, encoded.tokens, mask, strict=True):
-                tokens[row] = part[kept].half().cpu()
-            pooled += [] if encoded.pooled is None else [encoded.pooled.half().cpu()]
+                tokens[row] = _finite(part[kept].half().cpu(), captions[row])
+            if encoded.pooled is not None:
+                pooled += [
+                    _finite(part.half().cpu(), captions[row])[None]
+                    for row, part in zip(rows, encoded.pooled, strict=True)
+                ]
             bar.update(len(rows))
     content = {
         "tokens": torch.cat(tokens),
@@ -129,9 +167,7 @@ def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tenso
     return content | ({"pooled": torch.cat(pooled)[back]} if pooled else {})
 
 
-def _write(file: Path, content: dict[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Another name until it is whole: a process that is stopped leaves no file that looks finished.
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file(content, partial)
-    partial.replace(file)
+def _finite(encoded: Tensor, caption: str) -> Tensor:
+    if not encoded.isfinite().all():
+        raise NonFiniteError(f"the tokens of {caption!r:.80} are not finite in float16: the text encoder is broken")
+    return encoded

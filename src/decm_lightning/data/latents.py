@@ -60,7 +60,11 @@ class Latents(Rows):
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
-        return Batch(self.scaling(self.shards.read(items)), labels)
+        return Batch(self.scaling.scale_(self.shards.read(items)), labels)
+
+    def place(self, item: int) -> str:
+        """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
+        return self.shards.place(item)
 
     def sample(self) -> list[range]:
         """Return at most 1,000 images, plain and mirrored, as blocks of items for `measure`."""

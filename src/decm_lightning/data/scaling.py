@@ -28,7 +28,12 @@ class Scaling:
 
     def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the scaled latents."""
-        return (x - self.mean) / self.std * self.multiplier
+        return self.scale_(x.clone())
+
+    def scale_(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Scale latents in place and return them: without a copy of a batch, which would cost as much again."""
+        x.sub_(self.mean).div_(self.std)
+        return x if self.multiplier == 1 else x.mul_(self.multiplier)
 
     def inverse(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the latents that were scaled to x, on its device: x / multiplier * std + mean."""

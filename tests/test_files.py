@@ -86,7 +86,7 @@ def test_hashes_tell_content_apart(tmp_path: Path) -> None:
     assert tensors_sha256({"a": x, "b": x}) == tensors_sha256({"b": x.t().contiguous().t(), "a": x})
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2700000000\n"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2700000000\n"
 WHOLE = save({"x": torch.zeros(100)})
 HEADER = int.from_bytes(WHOLE[:8], "little")
 
@@ -95,7 +95,7 @@ HEADER = int.from_bytes(WHOLE[:8], "little")
     ("content", "said"),
     [
         (b"", "empty (0 bytes)"),
-        (LFS, "git lfs pull"),
+        (LFS.encode(), "git lfs pull"),
         (b"/annex/objects/SHA256E-s1--a.pt\n", "git annex get"),
         (b"<!DOCTYPE html>\n<html></html>", "web page"),
         (b"\n<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),

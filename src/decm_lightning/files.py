@@ -83,7 +83,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_unreadable(path: str | Path) -> str:
+def describe_unreadable(path: str | Path, text: bool = False) -> str:
     """Say why a file of tensors (safetensors or torch.save) cannot be read, from its kind, permissions and first bytes.
 
     Loaders call this after a failure: safetensors and torch report a missing permission as "No such file", and
@@ -91,6 +91,10 @@ def describe_unreadable(path: str | Path) -> str:
 
     Example:
         >>> raise ValueError(f"{file}: {describe_unreadable(file) or error}")
+
+    Args:
+        path: the file.
+        text: it should hold text, such as JSON, instead of tensors.
 
     Returns:
         A phrase such as "permission denied", "no such file", "a folder instead of a file", "empty (0 bytes)", "a
@@ -110,10 +114,10 @@ def describe_unreadable(path: str | Path) -> str:
         if error.errno == errno.ENOENT and path.is_symlink():
             return f"a link to {os.readlink(path)}, which does not exist"
         return os.strerror(error.errno).lower().replace(" or directory", "") if error.errno else str(error)
-    return _describe_content(path, head, status.st_size)
+    return _describe_content(path, head, status.st_size, text)
 
 
-def _describe_content(path: Path, head: bytes, size: int) -> str:
+def _describe_content(path: Path, head: bytes, size: int, text: bool) -> str:
     """Return what is wrong with a file of `size` bytes that begins with `head`, empty if nothing is."""
     if size == 0:
         return "empty (0 bytes)"
@@ -123,13 +127,12 @@ def _describe_content(path: Path, head: bytes, size: int) -> str:
         return "a git-annex pointer instead of the file: run git annex get"
     if not head.strip(b"\0"):
         return f"all zeros at the beginning ({size} bytes): a download or copy was interrupted"
-    if head.startswith(ZIP):
-        whole = zipfile.is_zipfile(path)
-        return (
-            "a zip archive, as torch.save writes" if whole else f"cut short at {size} bytes: a zip file without an end"
-        )
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "a web page instead of the file: download it again"
+    if text:
+        return ""
+    if head.startswith(ZIP) and not zipfile.is_zipfile(path):
+        return f"cut short at {size} bytes: a zip file without an end"
     # The length of a safetensors header has zeros among its 8 bytes.
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return f"text instead of tensors: it begins with {head[:40].decode()!r}"

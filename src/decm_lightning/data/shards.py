@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decm_lightning.data.shard_files import KEYS, LATENTS, MIRRORED, check_labels, find_files, open_file, read_head
+from decm_lightning.files import atomic, describe_unreadable, file_sha256
 
 BFLOAT16 = np.uint16
 RECORD = "cache.json"
@@ -124,53 +126,63 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
-        """Return a folder's record, None if it has none.
+        """Return a folder's record, None if it has none. Entries that it does not know are left alone.
 
         Raises:
-            ValueError: if it is no JSON, lacks an entry, or is still to come.
+            ValueError: naming the file and the entry, if it cannot be read, is not JSON, lacks an entry or has one of
+                another type, or is still to come.
+            PermissionError: if it may not be read.
         """
         file = Path(folder) / RECORD
-        if not file.is_file():
+        if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
                 raise ValueError(f"the latents in {folder} are not complete: run decm encode again, and it goes on")
             return None
         try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON: {error}") from error
-        names = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in names if name not in content] if isinstance(content, dict) else names
-        if missing:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {describe_unreadable(file, text=True) or f'not JSON: {error}'}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold an object with {', '.join(ENTRIES)}: got {_short(content)}")
+        if missing := [name for name in ENTRIES if name not in content and name != "encoding"]:
             raise ValueError(f"{file} lacks {', '.join(missing)}")
-        if not isinstance(content["checksums"], dict):
-            raise ValueError(f"{file}: checksums must be SHA-256 by file name: got {content['checksums']!r}")
-        return cls(**{name: content[name] for name in names}, encoding=content.get("encoding"))
+        for name, (fits, expected) in ENTRIES.items():
+            if not fits(content.get(name)):
+                raise ValueError(f"{file}: {name} must be {expected}: got {_short(content[name])}")
+        known: dict[str, Any] = {name: content.get(name) for name in ENTRIES}
+        return cls(**known)
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder."""
-        content = json.dumps(asdict(self), indent=2) + "\n"
-        write_whole(Path(folder) / RECORD, lambda part: part.write_text(content))
+        with atomic(Path(folder) / RECORD) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
         """Refuse shards or a scaling that are not those of the record.
 
         Raises:
-            FileNotFoundError: if a file of the checksums is not there.
-            ValueError: naming what differs.
+            ValueError: naming the first thing that differs, or is missing.
         """
+        if faults := self.faults(shards, scaling):
+            raise ValueError(faults[0])
+
+    def faults(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
+        """Return everything that differs from the record, or is missing, in words."""
         found = {
             "shape": list(shards.shape),
             "num_images": len(shards),
             "num_classes": shards.num_classes,
             "scaling": scaling,
         }
-        for name, value in found.items():
-            recorded = getattr(self, name)
-            if recorded != value:
-                raise ValueError(f"{shards.folder / RECORD} says that {name} is {recorded}: got {value}")
-        for name in self.checksums:
-            if not (shards.folder / name).is_file():
-                raise FileNotFoundError(f"no file {shards.folder / name}, which {RECORD} names")
+        recorded = {name: getattr(self, name) for name in found}
+        recorded["scaling"] = {name: self.scaling[name] for name in scaling}
+        file = shards.folder / RECORD
+        differing = [name for name in found if found[name] != recorded[name]]
+        missing = [shards.folder / name for name in self.checksums if not (shards.folder / name).is_file()]
+        return [
+            *(f"{file} says that {name} is {recorded[name]}: got {found[name]}" for name in differing),
+            *(f"no file {path}, which {RECORD} names" for path in missing),
+        ]
 
     def check_file(self, file: Path) -> None:
         """Refuse a file that has changed since the record was written; one that the record does not name passes.
@@ -178,8 +190,62 @@ class Provenance:
         Raises:
             ValueError: naming the file.
         """
-        if file.name in self.checksums and self.checksums[file.name] != checksum(file):
-            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {checksum(file)}")
+        recorded = self.checksums.get(file.name)
+        if recorded is not None and recorded != (found := file_sha256(file)):
+            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {found}")
+
+    def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
+        """Refuse a VAE that did not encode the images.
+
+        Args:
+            folder: of the latents.
+            vae: the name that the user knows it by.
+            identity: its `Autoencoder.identity`.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.vae != identity:
+            raise ValueError(
+                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents: {vae} is {identity}, which would "
+                "decode them wrongly"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_scaling(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("latent_norm"), bool):
+        return False
+    multiplier = value.get("latent_multiplier")
+    return isinstance(multiplier, int | float) and not isinstance(multiplier, bool) and 0 < multiplier < math.inf
+
+
+def _is_checksums(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "vae": (lambda value: isinstance(value, str), "a string"),
+    "scaling": (_is_scaling, "latent_norm (true or false) and latent_multiplier (a number above 0)"),
+    "shape": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count, value)),
+        "[channels, height, width], integers above 0",
+    ),
+    "num_images": (_is_count, "an integer above 0"),
+    "num_classes": (_is_count, "an integer above 0"),
+    "checksums": (_is_checksums, "SHA-256 by file name"),
+    "encoding": (lambda value: value is None or isinstance(value, dict), "an object or null"),
+}
+"""The entries of cache.json: whether a value fits, and what is expected."""
+
+
+def _short(value: object) -> str:
+    """Return a value as JSON, at most 60 characters of it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def checksum(file: Path) -> str:

@@ -61,7 +61,7 @@ def test_a_bare_multiplier_needs_no_statistics(tmp_path):
     (tmp_path / "latents_stats.pt").unlink()
     train = module(tmp_path, latent_norm=False, latent_multiplier=0.18215).train
     assert torch.equal(train.__getitems__([5]).x_1, latents[5:6] * 0.18215)
-    assert train.measure(train.everything()).overall()[0] == pytest.approx(0.32, abs=0.01)
+    assert train.measure(train.shards.blocks()).overall()[0] == pytest.approx(0.32, abs=0.01)
 
 
 def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
@@ -195,14 +195,14 @@ def test_the_sample_is_of_at_most_1000_images_from_all_shards(tmp_path):
     assert 500 <= len({item % 2200 for item in images}) <= 1000
     assert len(images) == 2 * len({item % 2200 for item in images}) == len(set(images))
     assert {item // 1000 for item in images} == {0, 1, 2, 3, 4}
-    assert sorted(item for block in train.everything() for item in block) == list(range(4400))
+    assert sorted(item for block in train.shards.blocks() for item in block) == list(range(4400))
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
 def test_moments_are_those_of_all_values_together(count, tmp_path):
     latents, mirrored = write_shards(tmp_path, (count,))
     train = module(tmp_path, batch_size=1).train
-    for blocks in (train.sample(), train.everything()):
+    for blocks in (train.sample(), train.shards.blocks()):
         moments = train.measure(blocks)
         both = train.scaling(torch.cat([latents, mirrored])).double()
         torch.testing.assert_close(moments.mean, both.mean((0, 2, 3)), atol=1e-6, rtol=0)

@@ -14,11 +14,10 @@ from decm_lightning.data.decoding import LatentDecoder
 from decm_lightning.data.images import ResumableData, Rows, as_it_is
 from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
 from decm_lightning.data.shard_files import describe_skipped
-from decm_lightning.data.shards import RECORD, Provenance, Shards
+from decm_lightning.data.shards import BLOCK, RECORD, Provenance, Shards
 from decm_lightning.types import Batch, Sample
 
 SAMPLE = 1000
-BLOCK = 64
 
 
 class Latents(Rows):
@@ -77,10 +76,6 @@ class Latents(Rows):
             for first, end in ((0, count), (count, 2 * count))
             for start in range(first, end, BLOCK * step)
         ]
-
-    def everything(self) -> list[range]:
-        """Return all images, plain and mirrored, as blocks of items for `measure`."""
-        return [range(start, min(start + BLOCK, 2 * len(self))) for start in range(0, 2 * len(self), BLOCK)]
 
     def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
         """Return the moments of the scaled items, after a look at every number.

@@ -20,6 +20,7 @@ from decm_lightning.data.shard_files import KEYS, LATENTS, MIRRORED, check_label
 from decm_lightning.files import atomic, describe_unreadable, file_sha256
 
 BFLOAT16 = np.uint16
+BLOCK = 64
 RECORD = "cache.json"
 MANIFEST = "manifest"
 
@@ -33,25 +34,45 @@ class Shards:
     Args:
         folder: where the files are; hidden and unfinished ones are skipped, and counted in `skipped`.
         num_classes: labels must be below it; None for one more than the largest label.
+        report: receives the kind of each fault and the fault, which is raised without it. Files that cannot be used are
+            then left out; one with wrong labels is not.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no file in it.
         ValueError: naming the file, if one cannot be read, is empty, lacks a key, has a shape or type that does not
-            fit, or has a label outside of [0, num_classes), naming its row, too.
+            fit, or has a label outside of [0, num_classes), naming its row, too; if no file is left.
     """
 
-    def __init__(self, folder: str | Path, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        num_classes: int | None = None,
+        report: Callable[[str, ValueError], object] | None = None,
+    ) -> None:
+        report = report or _raise
         self.folder = Path(folder)
-        self.files, self.skipped = find_files(self.folder)
+        files, self.skipped = find_files(self.folder)
+        self.files: list[Path] = []
+        self.shape: tuple[int, ...] = ()
         parts: list[Tensor] = []
-        for file in self.files:
-            shape, labels = read_head(file)
-            if not parts:
-                self.shape = shape
-            if shape != self.shape:
-                raise ValueError(f"{file}: latents are {shape}, but {self.shape} in {self.files[0].name}")
-            check_labels(file, labels, num_classes)
+        for file in files:
+            try:
+                shape, labels = read_head(file)
+                if parts and shape != self.shape:
+                    raise ValueError(f"{file}: latents are {shape}, but {self.shape} in {self.files[0].name}")
+            except ValueError as error:
+                report("shard", error)
+                continue
+            try:
+                check_labels(file, labels, num_classes)
+            except ValueError as error:
+                report("label file", error)
+            self.shape = shape
+            self.files.append(file)
             parts.append(labels)
+        if not parts:
+            raise ValueError(f"none of the {len(files)} shards in {folder} can be used")
+        self.left_out = len(files) - len(self.files)
         self.ends = list(accumulate(map(len, parts)))
         self.labels: Int[Tensor, " n"] = torch.cat(parts)
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
@@ -79,12 +100,20 @@ class Shards:
                     batch[i] = values
         return torch.from_numpy(batch)
 
-    def place(self, item: int) -> str:
-        """Return where an item is, in words."""
+    def find(self, item: int) -> tuple[int, int, int]:
+        """Return where an item is: 0 for latents or 1 for latents_flip, the number of the file, and the row in it."""
         mirrored, image = divmod(item, len(self))
         shard = bisect_right(self.ends, image)
-        row = image - (self.ends[shard - 1] if shard else 0)
+        return mirrored, shard, image - (self.ends[shard - 1] if shard else 0)
+
+    def place(self, item: int) -> str:
+        """Return where an item is, in words."""
+        mirrored, shard, row = self.find(item)
         return f"{self.files[shard]}: row {row} of {KEYS[mirrored]}"
+
+    def blocks(self) -> list[range]:
+        """Return all items, in ranges of at most 64."""
+        return [range(start, min(start + BLOCK, 2 * len(self))) for start in range(0, 2 * len(self), BLOCK)]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"mapped": {}}  # a pickle would hold whole files
@@ -95,6 +124,10 @@ class Shards:
             content = open_file(self.files[shard])
             self.mapped[shard] = [_as_array(content.get_tensor(key)) for key in (LATENTS, MIRRORED)]
         return self.mapped[shard]
+
+
+def _raise(kind: str, error: ValueError) -> None:
+    raise error
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
@@ -176,6 +209,8 @@ class Provenance:
         }
         recorded = {name: getattr(self, name) for name in found}
         recorded["scaling"] = {name: self.scaling[name] for name in scaling}
+        if shards.left_out:
+            del found["num_images"]
         file = shards.folder / RECORD
         differing = [name for name in found if found[name] != recorded[name]]
         missing = [shards.folder / name for name in self.checksums if not (shards.folder / name).is_file()]

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decm_lightning import cli
-from decm_lightning.data.shards import Provenance, checksum
+from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.data.shards import Provenance
+from decm_lightning.files import file_sha256
+from tests.autoencoders.tiny import save_kl
 from tests.data.test_shards import change, write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +47,7 @@ def poison(folder):
 
 def record_shards(folder):
     """Write a record with the checksum of every shard, one of which changes afterwards."""
-    checksums = {file.name: checksum(file) for file in folder.glob("*.safetensors")}
+    checksums = {file.name: file_sha256(file) for file in folder.glob("*.safetensors")}
     scaling = {"latent_norm": True, "latent_multiplier": 1.0}
     Provenance("a VAE", scaling, [2, 4, 4], 2004, 10, checksums).write(folder)
     change(folder, labels=torch.zeros(4).long())
@@ -81,8 +84,9 @@ def test_a_sound_folder_is_described(decm):
     assert table["classes"] == "10 of 10 present"
     assert table["shape"] == "2 x 4 x 4"
     assert abs(float(table["mean"].split()[0])) < 1e-3
-    assert table["std"] == "1.0000 after scaling"
+    assert table["std"].startswith("1.0000 after scaling")
     assert table["VAE"] == "a VAE"
+    assert "skipped" not in table
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_a_wrong_request_gives_one_clear_line_and_exit_code_2(argv, message, dec
         (lambda folder: (folder / "latents_stats.pt").unlink(), "no file latents/latents_stats.pt"),
         (
             lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-8]),
-            "is no whole safetensors file",
+            "1 fault in latents (1 shard), the first: latents/latents_rank00_shard001.safetensors: cut short at",
         ),
         (record_shards, f"{SHARD} is not the one that cache.json names"),
     ],
@@ -124,6 +128,118 @@ def test_a_wrong_request_gives_one_clear_line_and_exit_code_2(argv, message, dec
 def test_a_spoilt_folder_gives_one_clear_line_and_exit_code_2(spoil, message, decm):
     spoil(Path("latents"))
     refused(decm, ["validate-data", "latents"], message)
+
+
+def test_all_faults_are_printed_and_counted(decm):
+    """A shard that changed and has rows that are not finite, one that is cut short, labels and the record."""
+    folder = Path("latents")
+    record_shards(folder)
+    x = torch.randn(4, 2, 4, 4)
+    x[1] = torch.nan
+    x[3, 0, 0, 0] = torch.inf
+    change(folder, latents=x, labels=torch.tensor([0, 1, 12, 13]))
+    (folder / "a.safetensors").write_bytes((folder / SHARD).read_bytes()[:-8])
+    (folder / "b.safetensors").mkdir()
+    code, out, err = decm("validate-data", "latents", "--num_classes", "10", "--size", "8")
+    assert code == 2
+    lines = [line for line in out.splitlines() if "safetensors" in line or "latents of" in line]
+    for part in (
+        "a.safetensors: cut short at",
+        "b.safetensors: a folder instead of a file",
+        "shard001.safetensors: row 2 of labels is 12: expected from 0 to 9 (1 more",
+        "latents of latents are 2 x 4 x 4: expected any x 8 x 8",
+        "shard001.safetensors is not the one that cache.json names",
+        "shard001.safetensors: row 1 of latents is NaN or infinite",
+        "shard001.safetensors: row 3 of latents is NaN or infinite",
+    ):
+        assert sum(part in line for line in lines) == 1, part
+    assert len(lines) == 7
+    assert "7 faults in latents (2 shards, 1 label file, 1 shape, 1 checksum, 2 non-finite rows), the first" in err
+
+
+def test_of_many_rows_that_are_not_finite_ten_are_named_and_all_counted(decm):
+    folder = Path("latents")
+    x = torch.randn(2, 20, 2, 4, 4)
+    x[0, 5:] = torch.inf
+    x[1, 2] = torch.nan
+    change(folder, labels=torch.zeros(20).long(), latents=x[0].clone(), latents_flip=x[1].clone())
+    (folder / "cache.json").unlink()
+    code, out, err = decm("validate-data", "latents")
+    assert code == 2
+    assert out.count(" is NaN or infinite") == 10
+    assert f"{SHARD}: 15 rows of latents are NaN or infinite" in out
+    assert f"{SHARD}: 1 rows of latents_flip are NaN or infinite" in out
+    assert "16 faults in latents (16 non-finite rows), the first: " in err
+
+
+def test_the_worst_channels_are_named(decm):
+    """Against values computed from the rows themselves, of which one that is not finite is left out."""
+    folder = Path("latents")
+    poison(folder)
+    torch.save(
+        {"mean": torch.tensor([3.0, 1.5]).view(1, 2, 1, 1), "std": torch.tensor([4.0, 5.0]).view(1, 2, 1, 1)},
+        folder / "latents_stats.pt",
+    )
+    (folder / "cache.json").unlink()
+    code, out, _ = decm("validate-data", "latents")
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    rows = torch.cat([tensors[key] for tensors in files for key in ("latents", "latents_flip")])
+    rows = rows[rows.isfinite().flatten(1).all(1)]
+    x = (rows - torch.tensor([3.0, 1.5]).view(2, 1, 1)) / torch.tensor([4.0, 5.0]).view(2, 1, 1)
+    std, mean = torch.std_mean(x, (0, 2, 3), correction=0)
+    low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    table = [line.split() for line in out.splitlines()]
+    for channel in (0, 1):
+        (row,) = (cells for cells in table if cells[:1] == [str(channel)])
+        expected = [float(values[channel]) for values in (mean, std, low, high)]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(expected, abs=1e-4)
+    assert f"furthest from 0 in channel 1: {mean[1]:.4f}" in out
+    assert f"furthest from 1 in channel 0: {std[0]:.4f}" in out
+    assert code == 2
+
+
+def test_strings_for_numbers_in_the_record_are_one_fault(decm):
+    file = Path("latents/cache.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_classes": "10"}))
+    refused(decm, ["validate-data", "latents"], 'cache.json: num_classes must be an integer above 0: got "10"')
+
+
+def test_nothing_usable_is_said(decm):
+    for file in Path("latents").glob("*.safetensors"):
+        file.write_bytes(b"")
+    code, out, err = decm("validate-data", "latents")
+    assert code == 2
+    assert out.count("empty (0 bytes)") == 2
+    assert "2 faults in latents (2 shards), the first: " in err
+
+
+def test_the_vae_is_compared_and_tried(decm):
+    save_kl(Path("vae"))
+    save_kl(Path("other"), seed=1)
+    save_kl(Path("wide"), latent_channels=4)
+    content = json.loads(Path("latents/cache.json").read_text())
+    content["vae"] = load_autoencoder("vae").identity
+    Path("latents/cache.json").write_text(json.dumps(content))
+    code, out, _ = decm("validate-data", "latents", "--vae", "vae")
+    assert code == 0
+    assert "one to 3 x 8 x 8, from " in out
+    for vae, message in (
+        ("other", "which would decode them wrongly"),
+        ("wide", "the latents have 2 channels: the VAE's have 4"),
+    ):
+        code, out, err = decm("validate-data", "latents", "--vae", vae)
+        assert code == 2
+        assert message in out
+        assert "VAE" in err
+    refused(decm, ["validate-data", "latents", "--vae", "not/there"], "no folder not/there")
+
+
+def test_skipped_files_are_counted(decm):
+    Path("latents/._a.safetensors").write_bytes(b"x")
+    Path("latents/b.safetensors.partial").write_bytes(b"x")
+    code, out, _ = decm("validate-data", "latents")
+    assert code == 0
+    assert "skipped  1 hidden, 1 unfinished" in out
 
 
 def test_unnormalised_latents_are_refused_before_training(decm):

@@ -1,20 +1,23 @@
 """Latents in training: their values, order, mirror images and resumption, and what is refused before it starts."""
 
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents import Latents, MirroringSampler
 from decm_lightning.data.scaling import Scaling
 from tests.data.test_shards import write_shards
+from tests.test_files import LFS
 
 SHARD = "latents_rank00_shard001.safetensors"
+ONES = torch.ones(1, 2, 1, 1)
 
 
 def module(folder, **options):
@@ -58,7 +61,7 @@ def test_a_bare_multiplier_needs_no_statistics(tmp_path):
     (tmp_path / "latents_stats.pt").unlink()
     train = module(tmp_path, latent_norm=False, latent_multiplier=0.18215).train
     assert torch.equal(train.__getitems__([5]).x_1, latents[5:6] * 0.18215)
-    assert train.measure(train.everything()).overall()[0] == pytest.approx(0.32, abs=0.01)
+    assert train.measure(train.shards.blocks()).overall()[0] == pytest.approx(0.32, abs=0.01)
 
 
 def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
@@ -160,14 +163,14 @@ def test_the_sample_is_of_at_most_1000_images_from_all_shards(tmp_path):
     assert 500 <= len({item % 2200 for item in images}) <= 1000
     assert len(images) == 2 * len({item % 2200 for item in images}) == len(set(images))
     assert {item // 1000 for item in images} == {0, 1, 2, 3, 4}
-    assert sorted(item for block in train.everything() for item in block) == list(range(4400))
+    assert sorted(item for block in train.shards.blocks() for item in block) == list(range(4400))
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
 def test_moments_are_those_of_all_values_together(count, tmp_path):
     latents, mirrored = write_shards(tmp_path, (count,))
     train = module(tmp_path, batch_size=1).train
-    for blocks in (train.sample(), train.everything()):
+    for blocks in (train.sample(), train.shards.blocks()):
         moments = train.measure(blocks)
         both = train.scaling(torch.cat([latents, mirrored])).double()
         torch.testing.assert_close(moments.mean, both.mean((0, 2, 3)), atol=1e-6, rtol=0)
@@ -212,12 +215,27 @@ def test_a_latent_that_is_not_finite_is_named_by_its_row(key, value, tmp_path):
     ("content", "message"),
     [
         (None, "no file .*latents_stats.pt: give the statistics of the latents, or set latent_norm to false"),
-        (b"no zip", "latents_stats.pt is no file of tensors"),
-        (b"", "latents_stats.pt is no file of tensors"),
-        ([1], r"mean must be finite and \(1, 2, 1, 1\): got None"),
-        ({"mean": torch.zeros(1, 2, 1, 1)}, r"std must be finite and \(1, 2, 1, 1\): got None"),
-        ({"mean": torch.zeros(1, 4, 1, 1)}, r"mean must be finite and \(1, 2, 1, 1\): got \(1, 4, 1, 1\)"),
-        ({"mean": torch.zeros(1, 2, 1, 1), "std": torch.zeros(1, 2, 1, 1)}, "std must be above 0: got 0"),
+        (b"no zip", "text instead of tensors: it begins with 'no zip'"),
+        (b"", r"empty \(0 bytes\)"),
+        (LFS.encode(), "git lfs pull"),
+        (b"<html></html>", "web page"),
+        (b"PK\x03\x04" + bytes(range(100)), "cut short at 104 bytes"),
+        (b"\x80\x02\xff\xff", "not a file of tensors"),
+        (save({"mean": ONES, "std": ONES + 1}), "not a file of tensors"),
+        (Path, "could run code"),
+        ([1], "must hold mean and std by name: got one list"),
+        (ONES, "must hold mean and std by name: got one Tensor"),
+        ({"mean": ONES}, r"std must be finite numbers, \(1, 2, 1, 1\): got nothing"),
+        ({"mean": [0.0, 0.0], "std": ONES}, "mean must be finite numbers, .*: got a list"),
+        ({"mean": torch.zeros(1, 4, 1, 1)}, r"mean must be finite numbers, \(1, 2, 1, 1\): got \(1, 4, 1, 1\)"),
+        ({"mean": torch.zeros(2), "std": ONES}, r"got \(2,\)"),
+        ({"mean": ONES.to_sparse(), "std": ONES}, "mean must be finite"),
+        ({"mean": ONES.to("meta"), "std": ONES}, "mean must be finite"),
+        ({"mean": ONES * 1j, "std": ONES}, "mean must be finite"),
+        ({"mean": torch.tensor([0, torch.nan]).view(1, 2, 1, 1), "std": ONES}, "got nan in channel 1"),
+        ({"mean": 1e300 * ONES.double(), "std": ONES}, r"got 1e\+300 in channel 0"),
+        ({"mean": ONES, "std": 0 * ONES}, "std must be above 0 in float32: got 0 in channel 0"),
+        ({"mean": ONES, "std": 1e-300 * ONES.double()}, "std must be above 0 in float32"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(content, message, tmp_path):
@@ -228,8 +246,65 @@ def test_statistics_that_do_not_fit_are_refused(content, message, tmp_path):
         file.write_bytes(content)
     elif content is not None:
         torch.save(content, file)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         Latents(tmp_path, 10)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_that_are_no_file_are_refused(tmp_path):
+    write_shards(tmp_path, record=False)
+    file = tmp_path / "latents_stats.pt"
+    file.unlink()
+    file.symlink_to("gone.pt")
+    with pytest.raises(ValueError, match=r"latents_stats.pt: a link to gone.pt, which does not exist"):
+        Latents(tmp_path, 10)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"latents_stats.pt: a folder instead of a file"):
+        Latents(tmp_path, 10)
+
+
+def test_statistics_may_be_in_float64_and_next_to_others(tmp_path):
+    write_shards(tmp_path, record=False)
+    stats = torch.load(tmp_path / "latents_stats.pt")
+    torch.save({name: x.double() for name, x in stats.items()} | {"count": 10}, tmp_path / "latents_stats.pt")
+    assert torch.equal(Scaling.read(tmp_path, 2, True, 1.0).std, stats["std"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ((1.2, -1.2), (1.0, 1.0), "channel 0 of latents of .* have mean 1.19"),
+        ((0.0, 0.0), (1.0, 0.1), "channel 1 of latents of .* standard deviation 0.101"),
+        ((0.9, -0.9), (1.2, 0.25), None),
+    ],
+)
+def test_one_channel_with_statistics_of_another_is_refused(mean, std, message, tmp_path):
+    """All channels together are of mean 0, and of a standard deviation from 0.5 to 2."""
+    mean, std = (torch.tensor(values).view(2, 1, 1) for values in (mean, std))
+    write_shards(tmp_path, (100,), (2, 8, 8), mean, std, record=False)
+    torch.save({"mean": torch.zeros(1, 2, 1, 1), "std": ONES}, tmp_path / "latents_stats.pt")
+    train = Latents(tmp_path, 10)
+    if message is None:
+        train.measure(train.sample())
+        return
+    with pytest.raises(ValueError, match=message):
+        train.measure(train.sample())
+
+
+def test_skipped_files_are_counted_in_a_warning(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "._a.safetensors").write_bytes(b"no shard")
+    with pytest.warns(UserWarning, match="skipped 1 hidden file in "):
+        Latents(tmp_path, 10)
+
+
+def test_an_item_is_named_by_file_and_row(tmp_path):
+    write_shards(tmp_path)
+    train = Latents(tmp_path, 10)
+    assert train.place(17) == f"{tmp_path / SHARD}: row 1 of latents_flip"
+    assert train.place(3).endswith("shard000.safetensors: row 3 of latents")
 
 
 def test_statistics_saved_on_a_gpu_are_read_where_the_latents_are(tmp_path, monkeypatch):

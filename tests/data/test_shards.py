@@ -1,6 +1,7 @@
 """Folders of shards: what is read from them, how little of it is held, and what is said of bad ones."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -10,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decm_lightning.data.shards import KEYS, Provenance, Shards, checksum
+from decm_lightning.data.shard_files import KEYS
+from decm_lightning.data.shards import Provenance, Shards
+from decm_lightning.files import file_sha256
+from tests.test_files import LFS
+from tests.unprivileged import open_folder, unprivileged
 
 SHAPE = (2, 4, 4)
 
@@ -27,7 +32,7 @@ def write_shards(folder, counts=(6, 4), shape=SHAPE, mean=3.0, std=5.0, dtype=to
     std, mean = torch.std_mean(latents.float(), (0, 2, 3), correction=0, keepdim=True)
     torch.save({"mean": mean, "std": std}, folder / "latents_stats.pt")
     if record:
-        checksums = {"latents_stats.pt": checksum(folder / "latents_stats.pt")}
+        checksums = {"latents_stats.pt": file_sha256(folder / "latents_stats.pt")}
         scaling = {"latent_norm": True, "latent_multiplier": 1.0}
         Provenance("a VAE", scaling, list(shape), len(latents), 10, checksums).write(folder)
     return latents, mirrored
@@ -62,6 +67,29 @@ def test_an_item_is_a_row_of_a_file_or_its_mirror_image(dtype, tmp_path):
     assert torch.equal(shards.read(items), torch.cat([latents, mirrored])[items].float())
     assert shards.place(7).endswith("latents_rank00_shard001.safetensors: row 1 of latents")
     assert shards.place(15).endswith("latents_rank00_shard000.safetensors: row 5 of latents_flip")
+
+
+def test_shards_may_differ_in_type(tmp_path):
+    whole = torch.cat(write_shards(tmp_path))
+    other = torch.randn(3, 4, *SHAPE)
+    for i, (dtype, x) in enumerate(zip((torch.float64, torch.bfloat16, torch.float16), other, strict=True)):
+        tensors = {"latents": x.to(dtype), "latents_flip": x.flip(-1).to(dtype).contiguous(), "labels": torch.arange(4)}
+        save_file(tensors, tmp_path / f"other{i}.safetensors")
+    x = Shards(tmp_path).read(range(44))
+    assert torch.equal(x[[0, 9, 22]], whole[[0, 9, 10]])
+    for i, dtype in enumerate((torch.float64, torch.bfloat16, torch.float16)):
+        assert torch.equal(x[10 + 4 * i : 14 + 4 * i], other[i].to(dtype).float())
+        assert torch.equal(x[32 + 4 * i : 36 + 4 * i], other[i].to(dtype).float().flip(-1))
+
+
+def test_a_fork_reads_what_its_parent_opened(tmp_path):
+    """The loader's workers are forks: 0 is the exit code of one that read the right row."""
+    latents, _ = write_shards(tmp_path)
+    shards = Shards(tmp_path)
+    shards.read([3])
+    if (child := os.fork()) == 0:
+        os._exit(int(not torch.equal(shards.read([3, 8]), latents[[3, 8]])))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_open_shards_can_be_sent_to_another_process(tmp_path):
@@ -107,7 +135,7 @@ def test_a_file_cut_short_is_named(left, tmp_path):
     write_shards(tmp_path)
     file = tmp_path / "latents_rank00_shard001.safetensors"
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(ValueError, match=r"shard001.safetensors is no whole safetensors file, cut short perhaps"):
+    with pytest.raises(ValueError, match=rf"shard001.safetensors: {'cut short at' if left else 'empty'}"):
         Shards(tmp_path)
 
 
@@ -177,19 +205,125 @@ def test_shards_that_are_not_those_of_the_record_are_refused(entries, message, t
         Provenance.read(tmp_path).check(Shards(tmp_path, 10), {"latent_norm": True, "latent_multiplier": 1.0})
 
 
+RECORD = {
+    "vae": "a",
+    "scaling": {"latent_norm": True, "latent_multiplier": 1},
+    "shape": [2, 4, 4],
+    "num_images": 10,
+    "num_classes": 10,
+    "checksums": {},
+}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cache.json is no JSON"),
-        ("[]", "cache.json lacks vae, scaling, shape, num_images, num_classes, checksums"),
-        ('{"vae": "a", "scaling": {}, "shape": [], "num_images": 1, "checksums": {}}', "cache.json lacks num_classes"),
-        (
-            '{"vae": "a", "scaling": {}, "shape": [], "num_images": 1, "num_classes": 1, "checksums": 3}',
-            "checksums must be SHA-256 by file name: got 3",
-        ),
+        ("{", "cache.json: not JSON"),
+        ("", r"cache.json: empty \(0 bytes\)"),
+        ("[" * 100_000, "cache.json: not JSON"),
+        (LFS, "git lfs pull"),
+        ("<!doctype html>", "web page"),
+        ("[]", r"must hold an object with vae, scaling, .*: got \[\]"),
+        ("null", "must hold an object with .*: got null"),
+        ("{}", "cache.json lacks vae, scaling, shape, num_images, num_classes, checksums"),
+        ({"vae": None}, "vae must be a string: got null"),
+        ({"scaling": "a"}, 'scaling must be latent_norm .true or false.*: got "a"'),
+        ({"scaling": {}}, "scaling must be .*: got {}"),
+        ({"scaling": {"latent_norm": "true", "latent_multiplier": 1}}, "scaling must be"),
+        ({"scaling": {"latent_norm": True, "latent_multiplier": "1"}}, "scaling must be"),
+        ({"scaling": {"latent_norm": True, "latent_multiplier": float("nan")}}, "scaling must be .*NaN"),
+        ({"shape": "b"}, 'shape must be .channels, height, width.*: got "b"'),
+        ({"shape": [2, 4]}, r"shape must be .*: got \[2, 4\]"),
+        ({"shape": ["2", 4, 4]}, "shape must be"),
+        ({"num_images": "4"}, 'num_images must be an integer above 0: got "4"'),
+        ({"num_images": True}, "num_images must be an integer above 0: got true"),
+        ({"num_images": 4.5}, "num_images must be"),
+        ({"num_classes": "10"}, 'num_classes must be an integer above 0: got "10"'),
+        ({"num_classes": None}, "num_classes must be an integer above 0: got null"),
+        ({"num_classes": -1}, "num_classes must be"),
+        ({"checksums": 3}, "checksums must be SHA-256 by file name: got 3"),
+        ({"checksums": {"a": 1}}, "checksums must be SHA-256"),
+        ({"checksums": ["a" * 100]}, r"checksums must be SHA-256 .*\.\.\.$"),
+        ({"encoding": "x"}, "encoding must be an object or null"),
     ],
 )
 def test_a_spoilt_record_is_refused(text, message, tmp_path):
+    if isinstance(text, dict):
+        text = json.dumps(RECORD | text)
     (tmp_path / "cache.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Provenance.read(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "cache.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_is_no_text_or_no_file_is_refused(tmp_path):
+    file = tmp_path / "cache.json"
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"cache.json: not JSON: .* can't decode byte 0xff"):
+        Provenance.read(tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"cache.json: a folder instead of a file"):
+        Provenance.read(tmp_path)
+    file.rmdir()
+    file.symlink_to("gone")
+    with pytest.raises(ValueError, match=r"cache.json: a link to gone, which does not exist"):
+        Provenance.read(tmp_path)
+
+
+def test_entries_of_a_later_version_are_left_alone(tmp_path):
+    scaling = RECORD["scaling"] | {"why": "x"}
+    (tmp_path / "cache.json").write_text(json.dumps(RECORD | {"new": 1, "scaling": scaling}))
+    record = Provenance.read(tmp_path)
+    write_shards(tmp_path, record=False)
+    record.check(Shards(tmp_path, 10), {"latent_norm": True, "latent_multiplier": 1.0})
+
+
+@pytest.mark.parametrize("name", ["latents_rank00_shard001.safetensors", "cache.json", "."])
+def test_a_missing_permission_is_said(name):
+    """Of a shard, the record and the folder."""
+    with open_folder() as folder:
+        write_shards(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        (folder / name).chmod(0)
+        read = Provenance.read if name == "cache.json" else Shards
+        with unprivileged(), pytest.raises((ValueError, OSError), match=r"(?i)permission denied") as caught:
+            read(folder)
+        (folder / name).chmod(0o755)
+        assert str(folder / name) in str(caught.value)
+
+
+def test_a_shard_that_is_a_folder_or_a_pointer_is_named(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"x.safetensors: a folder instead of a file"):
+        Shards(tmp_path)
+    (tmp_path / "x.safetensors").rmdir()
+    (tmp_path / "x.safetensors").write_text(LFS)
+    with pytest.raises(ValueError, match=r"x.safetensors: a git-lfs pointer .*: run git lfs pull"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("offsets", [[-8, 8], [8, 0], [0, 10**30], [0, 4], None, "ab"])
+def test_a_shard_with_wrong_offsets_is_named(offsets, tmp_path):
+    write_shards(tmp_path)
+    header = {"latents": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"12345678")
+    with pytest.raises(ValueError, match=r"x.safetensors: ") as caught:
+        Shards(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_and_unfinished_files_are_skipped_and_counted(tmp_path):
+    others = ["._a.safetensors", ".b.safetensors", "c.safetensors.partial", "d.safetensors.part", ".e.safetensors.XYZ"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"no shard")
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors file in .* \(skipped 3 hidden files and 2"):
+        Shards(tmp_path)
+    write_shards(tmp_path)
+    shards = Shards(tmp_path)
+    assert len(shards) == 10
+    assert shards.skipped == {"hidden": 3, "unfinished": 2}

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from jsonargparse import auto_cli
-from rich.progress import track
+from tqdm.auto import tqdm
 
-from decm_lightning.data.latents import Latents, Moments
+from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.data.validation import Faults, FolderCheck
 
 
 def validate_data(
@@ -15,8 +16,9 @@ def validate_data(
     size: int | None = None,
     latent_norm: bool = True,
     latent_multiplier: float = 1.0,
+    vae: str | None = None,
 ) -> None:
-    """Read all shards of a folder and print what is in them; the first thing wrong ends it with exit code 2.
+    """Read all shards of a folder and print their statistics and all faults; with a fault the exit code is 2.
 
     Args:
         folder: safetensors shards in LightningDiT's format, and latents_stats.pt.
@@ -25,18 +27,28 @@ def validate_data(
         size: height and width that the latents must have.
         latent_norm: normalise by latents_stats.pt, as for VA-VAE.
         latent_multiplier: times this; with latent_norm false 0.18215 for Stable Diffusion's VAE.
+        vae: the VAE that must have encoded the images: a folder, a name on the Hugging Face hub, or a file.
     """
-    latents = Latents(folder, num_classes, latent_norm, latent_multiplier)
-    wanted = (channels, size, size)
-    if any(want not in (None, found) for want, found in zip(wanted, latents.shards.shape, strict=True)):
-        expected = " x ".join("any" if want is None else str(want) for want in wanted)
-        raise ValueError(f"latents of {folder} are {_times(latents.shards.shape)}: expected {expected}")
-    if latents.provenance is not None:
-        for file in track(sorted(latents.shards.folder.iterdir()), "checksums"):
-            latents.provenance.check_file(file)
-    moments = latents.measure(track(latents.everything(), "latents"))
-    for name, value in _table(latents, moments).items():
+    autoencoder = None if vae is None else load_autoencoder(vae)
+    faults = Faults(tqdm.write)
+    try:
+        check = FolderCheck(folder, num_classes, latent_norm, latent_multiplier, faults)
+    except ValueError:
+        faults.check(folder)
+        raise
+    expected = (channels, size, size)
+    if any(number not in (None, found) for number, found in zip(expected, check.shards.shape, strict=True)):
+        text = _times(["any" if number is None else number for number in expected])
+        faults.add("shape", f"latents of {folder} are {_times(check.shards.shape)}: expected {text}")
+    check.check_checksums()
+    check.read()
+    table = _table(check)
+    if vae is not None and autoencoder is not None:
+        table["decoding"] = check.check_vae(vae, autoencoder)
+    for name, value in table.items():
         print(f"{name:<8} {value}")
+    _print_channels(check)
+    faults.check(folder)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -44,19 +56,39 @@ def run(argv: Sequence[str]) -> None:
     auto_cli(validate_data, args=list(argv), prog="decm validate-data", exit_on_error=False)
 
 
-def _table(latents: Latents, moments: Moments) -> dict[str, object]:
-    shards = latents.shards
-    mean, std = moments.overall()
-    return {
+def _table(check: FolderCheck) -> dict[str, object]:
+    shards = check.shards
+    table: dict[str, object] = {
         "shards": len(shards.files),
         "images": f"{len(shards)}, each plain and mirrored",
         "classes": f"{len(shards.labels.unique())} of {shards.num_classes} present",
         "shape": _times(shards.shape),
-        "mean": f"{mean:.4f} after scaling",
-        "std": f"{std:.4f} after scaling",
-        "VAE": latents.provenance.vae if latents.provenance else "unknown",
     }
+    for kind, count in shards.skipped.items():
+        table["skipped"] = f"{table['skipped']}, {count} {kind}" if "skipped" in table else f"{count} {kind}"
+    if check.moments.count:
+        mean, std = check.moments.overall()
+        means, stds = check.moments.mean, check.moments.std()
+        furthest, oddest = int(means.abs().argmax()), int((stds - 1).abs().argmax())
+        unit = "unscaled" if check.scaling is None else "after scaling"
+        table["mean"] = f"{mean:.4f} {unit}, furthest from 0 in channel {furthest}: {means[furthest]:.4f}"
+        table["std"] = f"{std:.4f} {unit}, furthest from 1 in channel {oddest}: {stds[oddest]:.4f}"
+        lowest, highest = int(check.minimum.argmin()), int(check.maximum.argmax())
+        table["range"] = (
+            f"{check.minimum[lowest]:.2f} (channel {lowest}) to {check.maximum[highest]:.2f} (channel {highest})"
+        )
+    table["VAE"] = check.provenance.vae if check.provenance else "unknown"
+    return table
 
 
-def _times(shape: Sequence[int]) -> str:
+def _print_channels(check: FolderCheck) -> None:
+    if not check.moments.count:
+        return
+    print(f"\n{'channel':>7} {'mean':>9} {'std':>9} {'min':>9} {'max':>9}")
+    values = (check.moments.mean, check.moments.std(), check.minimum, check.maximum)
+    for channel, row in enumerate(zip(*(value.tolist() for value in values), strict=True)):
+        print(f"{channel:>7} " + " ".join(f"{value:>9.4f}" for value in row))
+
+
+def _times(shape: Sequence[object]) -> str:
     return " x ".join(map(str, shape))

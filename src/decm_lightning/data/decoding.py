@@ -6,7 +6,7 @@ import torch
 
 from decm_lightning.autoencoders import Autoencoder, load_autoencoder
 from decm_lightning.data.scaling import Scaling
-from decm_lightning.data.shards import RECORD, Provenance
+from decm_lightning.data.shards import Provenance
 from decm_lightning.types import Sample
 
 # A 256 x 256 image takes a few hundred megabytes while it is decoded.
@@ -51,11 +51,8 @@ class LatentDecoder:
             ValueError: if the VAE is not the one that cache.json names, or its latents have other channels.
         """
         autoencoder, provenance = load_autoencoder(vae), Provenance.read(folder)
-        if provenance is not None and provenance.vae != autoencoder.identity:
-            raise ValueError(
-                f"{Path(folder) / RECORD} says that {provenance.vae} encoded these latents: {vae} is "
-                f"{autoencoder.identity}, which would decode them wrongly"
-            )
+        if provenance is not None:
+            provenance.check_vae(folder, vae, autoencoder.identity)
         if scaling is None:
             options = provenance.scaling if provenance else {"latent_norm": True, "latent_multiplier": 1.0}
             scaling = Scaling.read(

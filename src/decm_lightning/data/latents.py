@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Subset
 from decm_lightning.data.decoding import LatentDecoder
 from decm_lightning.data.images import EpochSampler, ResumableData, Rows
 from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
-from decm_lightning.data.shards import RECORD, Provenance, Shards
+from decm_lightning.data.shard_files import describe_skipped
+from decm_lightning.data.shards import BLOCK, RECORD, Provenance, Shards
 from decm_lightning.types import Batch, Sample
 
 SAMPLE = 1000
-BLOCK = 64
 
 
 class Latents(Rows):
@@ -40,7 +40,8 @@ class Latents(Rows):
         if num_classes is None and self.provenance is not None:
             num_classes = self.provenance.num_classes
         self.shards = Shards(folder, num_classes)
-        self.latent_norm = latent_norm
+        if self.shards.skipped:
+            rank_zero_warn(f"{describe_skipped(self.shards.skipped)} in {folder}")
         self.scaling = Scaling.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
@@ -59,7 +60,11 @@ class Latents(Rows):
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
-        return Batch(self.scaling(self.shards.read(items)), labels)
+        return Batch(self.scaling.scale_(self.shards.read(items)), labels)
+
+    def place(self, item: int) -> str:
+        """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
+        return self.shards.place(item)
 
     def sample(self) -> list[range]:
         """Return at most 1,000 images, plain and mirrored, as blocks of items for `measure`."""
@@ -71,10 +76,6 @@ class Latents(Rows):
             for start in range(first, end, BLOCK * step)
         ]
 
-    def everything(self) -> list[range]:
-        """Return all images, plain and mirrored, as blocks of items for `measure`."""
-        return [range(start, min(start + BLOCK, 2 * len(self))) for start in range(0, 2 * len(self), BLOCK)]
-
     def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
         """Return the moments of the scaled items, after a look at every number.
 
@@ -85,31 +86,12 @@ class Latents(Rows):
         moments = Moments(self.shards.shape[0])
         for items in blocks:
             x = self.shards.read(items)
-            bad = x.isfinite().flatten(1).all(1).logical_not()
-            if bad.any():
-                raise ValueError(f"{self.shards.place(items[int(bad.nonzero()[0])])} is NaN or infinite")
+            finite = x.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(f"{self.place(items[int(finite.long().argmin())])} is NaN or infinite")
             moments.add(self.scaling(x))
-        self._check_scale(moments)
+        self.scaling.check(moments, self.shards.folder)
         return moments
-
-    def _check_scale(self, moments: Moments) -> None:
-        mean, std = moments.overall()
-        # A multiplier leaves the mean alone: 0.18215 takes Stable Diffusion's latents of ImageNet to 0.32.
-        limit = 0.3 if self.latent_norm else 1.0
-        if abs(mean) < limit and 0.5 < std < 2:
-            return
-        if not self.latent_norm:
-            way = "x, unnormalised (latent_norm is false)"
-            remedy = f"set latent_norm to true, or latent_multiplier to {self.scaling.multiplier / max(std, 1e-8):.3g}"
-        elif self.scaling.multiplier != 1:
-            way, remedy = f"(x - mean) / std of {STATISTICS}", "with statistics latent_multiplier is 1"
-        else:
-            way = f"(x - mean) / std of {STATISTICS}"
-            remedy = f"were they normalised before they were written, or is {STATISTICS} of other latents?"
-        raise ValueError(
-            f"latents of {self.shards.folder} have mean {mean:.3g} and standard deviation {std:.3g} after {way}, times "
-            f"{self.scaling.multiplier:g}: expected 0 and 1, about; {remedy}"
-        )
 
 
 class MirroringSampler(EpochSampler):

@@ -1,6 +1,9 @@
 """What makes latents of mean 0 and standard deviation 1: the scaling that training uses, and the moments behind it."""
 
-import pickle
+import math
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from decm_lightning.files import describe_unreadable
 
 STATISTICS = "latents_stats.pt"
 
@@ -20,19 +25,68 @@ class Scaling:
         mean: (1, c, 1, 1).
         std: (1, c, 1, 1), above 0.
         multiplier: 1 where there are statistics; 0.18215 for Stable Diffusion's VAE without them.
+        normalized: mean and std come from latents_stats.pt, and are not 0 and 1.
     """
 
     mean: Float[Tensor, "1 c 1 1"]
     std: Float[Tensor, "1 c 1 1"]
     multiplier: float
+    normalized: bool = True
 
     def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the scaled latents."""
-        return (x - self.mean) / self.std * self.multiplier
+        return self.scale_(x.clone())
+
+    def scale_(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Scale latents in place and return them: without a copy of a batch, which would cost as much again."""
+        x.sub_(self.mean).div_(self.std)
+        return x if self.multiplier == 1 else x.mul_(self.multiplier)
 
     def inverse(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the latents that were scaled to x, on its device: x / multiplier * std + mean."""
         return x / self.multiplier * self.std.to(x.device) + self.mean.to(x.device)
+
+    def check(self, moments: "Moments", folder: str | Path) -> None:
+        """Refuse scaled latents that are far from mean 0 and standard deviation 1, together or in one channel.
+
+        A channel is checked only if its own statistics scaled it: its mean must be within 1 of 0, its std in [0.2, 5].
+
+        Args:
+            moments: of the scaled latents.
+            folder: of the latents.
+
+        Raises:
+            ValueError: naming the folder, the values, the channel if it is one, and what to change.
+        """
+        mean, std = moments.overall()
+        # A multiplier leaves the mean alone: 0.18215 takes Stable Diffusion's latents of ImageNet to 0.32, and one of
+        # their channels to 1.06.
+        limit = 0.3 if self.normalized else 1.0
+        where = ""
+        if abs(mean) < limit and 0.5 < std < 2:
+            if not self.normalized:
+                return
+            channel_mean, channel_std = moments.mean / self.multiplier, moments.std() / self.multiplier
+            bad = (channel_mean.abs() > 1) | (channel_std < 0.2) | (channel_std > 5)
+            if not bad.any():
+                return
+            where = f"channel {int(bad.nonzero()[0])} of "
+            mean, std = (float(values[bad][0]) for values in (moments.mean, moments.std()))
+        raise ValueError(
+            f"{where}latents of {folder} have mean {mean:.3g} and standard deviation {std:.3g} after "
+            f"{self._describe()}: expected 0 and 1, about; {self._remedy(std)}"
+        )
+
+    def _describe(self) -> str:
+        way = f"(x - mean) / std of {STATISTICS}" if self.normalized else "x, unnormalised (latent_norm is false)"
+        return f"{way}, times {self.multiplier:g}"
+
+    def _remedy(self, std: float) -> str:
+        if not self.normalized:
+            return f"set latent_norm to true, or latent_multiplier to {self.multiplier / max(std, 1e-8):.3g}"
+        if self.multiplier != 1:
+            return "with statistics latent_multiplier is 1"
+        return f"were they normalised before they were written, or is {STATISTICS} of other latents?"
 
     @classmethod
     def read(cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float) -> "Scaling":
@@ -46,28 +100,56 @@ class Scaling:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it has other content, or the multiplier is not above 0.
+            ValueError: if it cannot be read or has other content, naming the file, or the multiplier is not above 0.
         """
-        if latent_multiplier <= 0:
+        if not 0 < latent_multiplier < math.inf:
             raise ValueError(f"latent_multiplier must be above 0: got {latent_multiplier}")
         if not latent_norm:
             ones = torch.ones(1, channels, 1, 1)
-            return cls(0 * ones, ones, latent_multiplier)
+            return cls(0 * ones, ones, latent_multiplier, normalized=False)
         file = Path(folder) / STATISTICS
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise FileNotFoundError(f"no file {file}: give the statistics of the latents, or set latent_norm to false")
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file} is no file of tensors: {str(error).partition(chr(10))[0]}") from error
-        for name in ("mean", "std"):
-            value = content.get(name) if isinstance(content, dict) else None
-            if not isinstance(value, Tensor) or value.shape != (1, channels, 1, 1) or not value.isfinite().all():
-                found = tuple(value.shape) if isinstance(value, Tensor) else value
-                raise ValueError(f"{file}: {name} must be finite and (1, {channels}, 1, 1): got {found}")
-        if (content["std"] <= 0).any():
-            raise ValueError(f"{file}: std must be above 0: got {content['std'].min():g}")
-        return cls(content["mean"].float(), content["std"].float(), latent_multiplier)
+        content = _load(file)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} must hold mean and std by name: got one {type(content).__name__}")
+        mean, std = (_statistic(file, name, content.get(name), channels) for name in ("mean", "std"))
+        if (std <= 0).any():
+            channel = int(std.flatten().argmin())
+            raise ValueError(f"{file}: std must be above 0 in float32: got {std.min():g} in channel {channel}")
+        return cls(mean, std, latent_multiplier)
+
+
+def _load(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Bytes that are not a checkpoint can fail in any way.
+        reason = describe_unreadable(file) or f"not a file of tensors: {_first_line(error)}"
+        raise ValueError(f"{file}: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it holds {unsafe[1]}, which could run code"
+    # torch.load's advice to load it without a check is for those who know what it is.
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+def _statistic(file: Path, name: str, value: object, channels: int) -> Float[Tensor, "1 c 1 1"]:
+    """Return the mean or std in float32, after checks."""
+    expected = f"{file}: {name} must be finite numbers, (1, {channels}, 1, 1)"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{expected}: got {'nothing' if value is None else f'a {type(value).__name__}'}")
+    strided = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    if value.shape != (1, channels, 1, 1) or value.is_complex() or not strided:
+        raise ValueError(f"{expected}: got {tuple(value.shape)}, {value.dtype}")
+    converted = value.detach().float()
+    bad = converted.isfinite().logical_not().flatten()
+    if bad.any():
+        channel = int(bad.nonzero()[0])
+        raise ValueError(f"{expected}: got {value.flatten()[channel]:g} in channel {channel}")
+    return converted
 
 
 class Moments:
@@ -87,10 +169,13 @@ class Moments:
         """Take in the blocks of another."""
         self._merge(other.count, other.mean, other.square)
 
+    def std(self) -> Float[Tensor, " c"]:
+        """Return the standard deviation of each channel, in float64."""
+        return (self.square - self.mean.square()).clamp(min=0).sqrt()
+
     def statistics(self) -> dict[str, Float[Tensor, "1 c 1 1"]]:
         """Return mean and std of each channel, as latents_stats.pt holds them, in float32."""
-        std = (self.square - self.mean.square()).clamp(min=0).sqrt()
-        return {"mean": self.mean.float().view(1, -1, 1, 1), "std": std.float().view(1, -1, 1, 1)}
+        return {name: value.float().view(1, -1, 1, 1) for name, value in (("mean", self.mean), ("std", self.std()))}
 
     def overall(self) -> tuple[float, float]:
         """Return mean and standard deviation over all channels together."""

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LATENTS, MIRRORED, LABELS = KEYS = ("latents", "latents_flip", "labels")
-FLOATS = ("F16", "BF16", "F32", "F64")
-INTEGERS = ("U8", "I8", "I16", "I32", "I64")
+from decm_lightning.data.shard_files import KEYS, LATENTS, MIRRORED, check_labels, find_files, open_file, read_head
+from decm_lightning.files import atomic, describe_unreadable, file_sha256
+
+BFLOAT16 = np.uint16
+BLOCK = 64
 RECORD = "cache.json"
 MANIFEST = "manifest"
 
@@ -29,35 +32,51 @@ class Shards:
     reads headers and labels only. Of N images in all, item i is image i, and item N + i is image i mirrored.
 
     Args:
-        folder: where the files are.
+        folder: where the files are; hidden and unfinished ones are skipped, and counted in `skipped`.
         num_classes: labels must be below it; None for one more than the largest label.
+        report: receives the kind of each fault and the fault, which is raised without it. Files that cannot be used are
+            then left out; one with wrong labels is not.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no file in it.
-        ValueError: naming the file, if one is cut short, empty, lacks a key, has a shape or type that does not fit, or
-            has a label outside of [0, num_classes), naming its row, too.
+        ValueError: naming the file, if one cannot be read, is empty, lacks a key, has a shape or type that does not
+            fit, or has a label outside of [0, num_classes), naming its row, too; if no file is left.
     """
 
-    def __init__(self, folder: str | Path, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        num_classes: int | None = None,
+        report: Callable[[str, ValueError], object] | None = None,
+    ) -> None:
+        report = report or _raise
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: expected one of safetensors shards with {', '.join(KEYS)}")
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        if not self.files:
-            raise FileNotFoundError(f"no *.safetensors file in {folder}: expected shards with {', '.join(KEYS)}")
+        files, self.skipped = find_files(self.folder)
+        self.files: list[Path] = []
+        self.shape: tuple[int, ...] = ()
         parts: list[Tensor] = []
-        for file in self.files:
-            shape, labels = _read_head(file)
-            if not parts:
-                self.shape = shape
-            if shape != self.shape:
-                raise ValueError(f"{file}: latents are {shape}, but {self.shape} in {self.files[0].name}")
-            _check_labels(file, labels, num_classes)
+        for file in files:
+            try:
+                shape, labels = read_head(file)
+                if parts and shape != self.shape:
+                    raise ValueError(f"{file}: latents are {shape}, but {self.shape} in {self.files[0].name}")
+            except ValueError as error:
+                report("shard", error)
+                continue
+            try:
+                check_labels(file, labels, num_classes)
+            except ValueError as error:
+                report("label file", error)
+            self.shape = shape
+            self.files.append(file)
             parts.append(labels)
+        if not parts:
+            raise ValueError(f"none of the {len(files)} shards in {folder} can be used")
+        self.left_out = len(files) - len(self.files)
         self.ends = list(accumulate(map(len, parts)))
         self.labels: Int[Tensor, " n"] = torch.cat(parts)
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
-        self._forget()
+        self.mapped: dict[int, list[np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -65,65 +84,55 @@ class Shards:
 
     def read(self, items: Sequence[int]) -> Float[Tensor, "b c h w"]:
         """Return the latents of the items as they are on the disk, in float32."""
-        # A row is a view of the mapped file, which must not leave this process: a worker would send all of its shard.
-        return torch.stack([self._row(item).float() for item in items])
+        mirrored, images = np.divmod(np.asarray(items), len(self))
+        shards = np.searchsorted(self.ends, images, side="right")
+        rows = images - np.asarray([0, *self.ends])[shards]
+        # numpy asks for huge pages, which torch does not: a batch costs fewer page faults.
+        batch = np.empty((len(items), *self.shape), np.float32)
+        bits = batch.view(np.uint32)
+        with np.errstate(over="ignore"):
+            for i, (shard, half, row) in enumerate(zip(shards.tolist(), mirrored.tolist(), rows.tolist(), strict=True)):
+                values = self._map(shard)[half][row]
+                if values.dtype == BFLOAT16:
+                    bits[i] = values
+                    bits[i] <<= 16
+                else:
+                    batch[i] = values
+        return torch.from_numpy(batch)
+
+    def find(self, item: int) -> tuple[int, int, int]:
+        """Return where an item is: 0 for latents or 1 for latents_flip, the number of the file, and the row in it."""
+        mirrored, image = divmod(item, len(self))
+        shard = bisect_right(self.ends, image)
+        return mirrored, shard, image - (self.ends[shard - 1] if shard else 0)
 
     def place(self, item: int) -> str:
         """Return where an item is, in words."""
-        shard, row = self._find(item)
-        return f"{self.files[shard]}: row {row} of {KEYS[item // len(self)]}"
+        mirrored, shard, row = self.find(item)
+        return f"{self.files[shard]}: row {row} of {KEYS[mirrored]}"
+
+    def blocks(self) -> list[range]:
+        """Return all items, in ranges of at most 64."""
+        return [range(start, min(start + BLOCK, 2 * len(self))) for start in range(0, 2 * len(self), BLOCK)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"opened": {}}  # open files cannot be pickled
+        return self.__dict__ | {"mapped": {}}  # a pickle would hold whole files
 
-    def _forget(self) -> None:
-        self.process = os.getpid()
-        self.opened: dict[int, tuple[Any, Any]] = {}
-
-    def _row(self, item: int) -> Float[Tensor, "c h w"]:
-        # Opened by the process that reads, and kept: opening a file costs more than ten times a row.
-        if self.process != os.getpid():
-            self._forget()
-        shard, row = self._find(item)
-        if shard not in self.opened:
-            file = safe_open(self.files[shard], "pt")
-            self.opened[shard] = (file.get_slice(LATENTS), file.get_slice(MIRRORED))
-        return self.opened[shard][item // len(self)][row]
-
-    def _find(self, item: int) -> tuple[int, int]:
-        image = item % len(self)
-        shard = bisect_right(self.ends, image)
-        return shard, image - (self.ends[shard - 1] if shard else 0)
+    def _map(self, shard: int) -> list[np.ndarray]:
+        # Mapped when it is first read, and kept: mapping costs more than ten times a row.
+        if shard not in self.mapped:
+            content = open_file(self.files[shard])
+            self.mapped[shard] = [_as_array(content.get_tensor(key)) for key in (LATENTS, MIRRORED)]
+        return self.mapped[shard]
 
 
-def _read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
-    """Return the shape of one latent and all labels of a file, after checks of all that its header says."""
-    try:
-        content = safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file, cut short perhaps: {error}") from error
-    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is no dictionary
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}: a shard has {', '.join(KEYS)}")
-    slices = {key: content.get_slice(key) for key in KEYS}
-    for key, types in ((LATENTS, FLOATS), (MIRRORED, FLOATS), (LABELS, INTEGERS)):
-        if slices[key].get_dtype() not in types:
-            raise ValueError(f"{file}: {key} are {slices[key].get_dtype()}: expected one of {', '.join(types)}")
-    shape, mirrored, labels = (tuple(slices[key].get_shape()) for key in KEYS)
-    if len(shape) != 4 or 0 in shape[1:] or mirrored != shape or labels != shape[:1]:
-        found = f"latents {shape}, latents_flip {mirrored}, labels {labels}"
-        raise ValueError(f"{file}: {found} do not fit each other: expected (n, c, h, w) twice and (n,)")
-    if shape[0] == 0:
-        raise ValueError(f"{file} is empty: a shard needs at least one row")
-    return shape[1:], content.get_tensor(LABELS).long()
+def _raise(kind: str, error: ValueError) -> None:
+    raise error
 
 
-def _check_labels(file: Path, labels: Int[Tensor, " n"], num_classes: int | None) -> None:
-    bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-        raise ValueError(f"{file}: row {row} of labels is {labels[row]}: expected {limit}")
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """Return a view of a tensor; numpy has no bfloat16, whose bits are the upper half of a float32's."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 @dataclass(frozen=True)
@@ -150,53 +159,65 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
-        """Return a folder's record, None if it has none.
+        """Return a folder's record, None if it has none. Entries that it does not know are left alone.
 
         Raises:
-            ValueError: if it is no JSON, lacks an entry, or is still to come.
+            ValueError: naming the file and the entry, if it cannot be read, is not JSON, lacks an entry or has one of
+                another type, or is still to come.
+            PermissionError: if it may not be read.
         """
         file = Path(folder) / RECORD
-        if not file.is_file():
+        if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
                 raise ValueError(f"the latents in {folder} are not complete: run decm encode again, and it goes on")
             return None
         try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON: {error}") from error
-        names = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in names if name not in content] if isinstance(content, dict) else names
-        if missing:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {describe_unreadable(file, text=True) or f'not JSON: {error}'}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold an object with {', '.join(ENTRIES)}: got {_short(content)}")
+        if missing := [name for name in ENTRIES if name not in content and name != "encoding"]:
             raise ValueError(f"{file} lacks {', '.join(missing)}")
-        if not isinstance(content["checksums"], dict):
-            raise ValueError(f"{file}: checksums must be SHA-256 by file name: got {content['checksums']!r}")
-        return cls(**{name: content[name] for name in names}, encoding=content.get("encoding"))
+        for name, (fits, expected) in ENTRIES.items():
+            if not fits(content.get(name)):
+                raise ValueError(f"{file}: {name} must be {expected}: got {_short(content[name])}")
+        known: dict[str, Any] = {name: content.get(name) for name in ENTRIES}
+        return cls(**known)
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder."""
-        content = json.dumps(asdict(self), indent=2) + "\n"
-        write_whole(Path(folder) / RECORD, lambda part: part.write_text(content))
+        with atomic(Path(folder) / RECORD) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
         """Refuse shards or a scaling that are not those of the record.
 
         Raises:
-            FileNotFoundError: if a file of the checksums is not there.
-            ValueError: naming what differs.
+            ValueError: naming the first thing that differs, or is missing.
         """
+        if faults := self.faults(shards, scaling):
+            raise ValueError(faults[0])
+
+    def faults(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
+        """Return everything that differs from the record, or is missing, in words."""
         found = {
             "shape": list(shards.shape),
             "num_images": len(shards),
             "num_classes": shards.num_classes,
             "scaling": scaling,
         }
-        for name, value in found.items():
-            recorded = getattr(self, name)
-            if recorded != value:
-                raise ValueError(f"{shards.folder / RECORD} says that {name} is {recorded}: got {value}")
-        for name in self.checksums:
-            if not (shards.folder / name).is_file():
-                raise FileNotFoundError(f"no file {shards.folder / name}, which {RECORD} names")
+        recorded = {name: getattr(self, name) for name in found}
+        recorded["scaling"] = {name: self.scaling[name] for name in scaling}
+        if shards.left_out:
+            del found["num_images"]
+        file = shards.folder / RECORD
+        differing = [name for name in found if found[name] != recorded[name]]
+        missing = [shards.folder / name for name in self.checksums if not (shards.folder / name).is_file()]
+        return [
+            *(f"{file} says that {name} is {recorded[name]}: got {found[name]}" for name in differing),
+            *(f"no file {path}, which {RECORD} names" for path in missing),
+        ]
 
     def check_file(self, file: Path) -> None:
         """Refuse a file that has changed since the record was written; one that the record does not name passes.
@@ -204,8 +225,62 @@ class Provenance:
         Raises:
             ValueError: naming the file.
         """
-        if file.name in self.checksums and self.checksums[file.name] != checksum(file):
-            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {checksum(file)}")
+        recorded = self.checksums.get(file.name)
+        if recorded is not None and recorded != (found := file_sha256(file)):
+            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {found}")
+
+    def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
+        """Refuse a VAE that did not encode the images.
+
+        Args:
+            folder: of the latents.
+            vae: the name that the user knows it by.
+            identity: its `Autoencoder.identity`.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.vae != identity:
+            raise ValueError(
+                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents: {vae} is {identity}, which would "
+                "decode them wrongly"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_scaling(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("latent_norm"), bool):
+        return False
+    multiplier = value.get("latent_multiplier")
+    return isinstance(multiplier, int | float) and not isinstance(multiplier, bool) and 0 < multiplier < math.inf
+
+
+def _is_checksums(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "vae": (lambda value: isinstance(value, str), "a string"),
+    "scaling": (_is_scaling, "latent_norm (true or false) and latent_multiplier (a number above 0)"),
+    "shape": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count, value)),
+        "[channels, height, width], integers above 0",
+    ),
+    "num_images": (_is_count, "an integer above 0"),
+    "num_classes": (_is_count, "an integer above 0"),
+    "checksums": (_is_checksums, "SHA-256 by file name"),
+    "encoding": (lambda value: value is None or isinstance(value, dict), "an object or null"),
+}
+"""The entries of cache.json: whether a value fits, and what is expected."""
+
+
+def _short(value: object) -> str:
+    """Return a value as JSON, at most 60 characters of it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def checksum(file: Path) -> str:

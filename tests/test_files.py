@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from decm_lightning.files import atomic, file_sha256, tensors_sha256
+from decm_lightning.files import atomic, describe_unreadable, file_sha256, tensors_sha256
+from tests.unprivileged import open_folder, unprivileged
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -83,3 +84,66 @@ def test_hashes_tell_content_apart(tmp_path: Path) -> None:
     variants = [{"a": x}, {"b": x}, {"a": x.view(3, 2)}, {"a": x.double()}, {"a": x + 1}, {"a": x, "b": x}]
     assert len({tensors_sha256(variant) for variant in variants}) == len(variants)
     assert tensors_sha256({"a": x, "b": x}) == tensors_sha256({"b": x.t().contiguous().t(), "a": x})
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2700000000\n"
+WHOLE = save({"x": torch.zeros(100)})
+HEADER = int.from_bytes(WHOLE[:8], "little")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty (0 bytes)"),
+        (LFS, "git lfs pull"),
+        (b"/annex/objects/SHA256E-s1--a.pt\n", "git annex get"),
+        (b"<!DOCTYPE html>\n<html></html>", "web page"),
+        (b"\n<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+        (b"Entry not found", "text instead of tensors: it begins with 'Entry not found'"),
+        (b"\0" * 1000, "zeros"),
+        (b"PK\x03\x04" + b"\0" * 100, "cut short at 104 bytes"),
+        (WHOLE[:5], "cut short at 5 bytes"),
+        (WHOLE[:20], "cut short at 20 bytes"),
+        (WHOLE[:-1], f"cut short at {len(WHOLE) - 1} bytes: its header lists tensors up to byte {len(WHOLE)}"),
+        (WHOLE[:8] + b"{" * HEADER + WHOLE[8 + HEADER :], "header is not JSON"),
+        (WHOLE[:8] + b"[]".ljust(HEADER) + WHOLE[8 + HEADER :], "header is not JSON"),
+        (WHOLE[:8] + b'{"a": 1}'.ljust(HEADER) + WHOLE[8 + HEADER :], "header is not JSON"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 90, "not a safetensors file"),
+        (WHOLE, ""),
+    ],
+)
+def test_an_unreadable_file_is_described_by_its_content(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content)
+    assert said in describe_unreadable(file)
+    assert bool(said) == bool(describe_unreadable(file))
+
+
+def test_an_unreadable_file_is_described_by_its_kind(tmp_path: Path) -> None:
+    """A pipe is not opened: that would wait for ever."""
+    file = tmp_path / "a.safetensors"
+    assert describe_unreadable(file) == "no such file"
+    assert describe_unreadable(file / "b") == "no such file"
+    file.symlink_to(tmp_path / "gone")
+    assert describe_unreadable(file) == f"a link to {tmp_path / 'gone'}, which does not exist"
+    file.unlink()
+    file.mkdir()
+    assert describe_unreadable(file) == "a folder instead of a file"
+    file.rmdir()
+    os.mkfifo(file)
+    assert describe_unreadable(file) == "not a regular file"
+
+
+def test_a_missing_permission_is_not_a_missing_file() -> None:
+    """Neither of the file, nor of the folder it is in."""
+    with open_folder() as folder:
+        file = folder / "in" / "a.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(WHOLE)
+        file.chmod(0)
+        with unprivileged():
+            assert describe_unreadable(file) == "permission denied"
+        file.chmod(0o644)
+        file.parent.chmod(0)
+        with unprivileged():
+            assert describe_unreadable(file) == "permission denied"

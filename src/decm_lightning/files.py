@@ -1,12 +1,15 @@
-"""Files that are whole or absent, and the content of files and tensors by its hash.
+"""Files that are whole or absent, the content of files and tensors by its hash, and why a file cannot be read.
 
 Every file of this package is written through `atomic`, and every identity is one of the two hashes below.
 """
 
 import errno
 import hashlib
+import json
 import os
 import shutil
+import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,11 @@ PARTIAL = ".partial"
 """The ending of a file that is still being written."""
 FULL = 1 << 20
 """A disk with fewer free bytes than this is full."""
+ZIP = b"PK\x03\x04"
+LARGEST_HEADER = 100_000_000
+"""safetensors refuses longer ones, in bytes."""
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian integer of 8 bytes."""
 
 
 @contextmanager
@@ -73,6 +81,79 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def describe_unreadable(path: str | Path) -> str:
+    """Say why a file of tensors (safetensors or torch.save) cannot be read, from its kind, permissions and first bytes.
+
+    Loaders call this after a failure: safetensors and torch report a missing permission as "No such file", and
+    anything that is not in their format as a broken header.
+
+    Example:
+        >>> raise ValueError(f"{file}: {describe_unreadable(file) or error}")
+
+    Returns:
+        A phrase such as "permission denied", "no such file", "a folder instead of a file", "empty (0 bytes)", "a
+        git-lfs pointer instead of the file: run git lfs pull" or "cut short: ..."; empty if nothing is known.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            return "a folder instead of a file"
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        with path.open("rb") as content:
+            head = content.read(512)
+    except OSError as error:
+        if error.errno == errno.ENOENT and path.is_symlink():
+            return f"a link to {os.readlink(path)}, which does not exist"
+        return os.strerror(error.errno).lower().replace(" or directory", "") if error.errno else str(error)
+    return _describe_content(path, head, status.st_size)
+
+
+def _describe_content(path: Path, head: bytes, size: int) -> str:
+    """Return what is wrong with a file of `size` bytes that begins with `head`, empty if nothing is."""
+    if size == 0:
+        return "empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the file: run git lfs pull"
+    if head.startswith(b"/annex/objects/"):
+        return "a git-annex pointer instead of the file: run git annex get"
+    if not head.strip(b"\0"):
+        return f"all zeros at the beginning ({size} bytes): a download or copy was interrupted"
+    if head.startswith(ZIP):
+        whole = zipfile.is_zipfile(path)
+        return (
+            "a zip archive, as torch.save writes" if whole else f"cut short at {size} bytes: a zip file without an end"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page instead of the file: download it again"
+    # The length of a safetensors header has zeros among its 8 bytes.
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return f"text instead of tensors: it begins with {head[:40].decode()!r}"
+    return _describe_safetensors(path, size) if path.suffix == ".safetensors" else ""
+
+
+def _describe_safetensors(path: Path, size: int) -> str:
+    """Return what is wrong with the header of a safetensors file, empty if nothing is."""
+    with path.open("rb") as content:
+        length = int.from_bytes(content.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or (length > size - LENGTH_BYTES and length < LARGEST_HEADER):
+            return f"cut short at {size} bytes, within its header"
+        if length >= LARGEST_HEADER:
+            return "not a safetensors file: its header would have no end"
+        text = content.read(length)
+    try:
+        header = json.loads(text)
+        offsets = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        end = LENGTH_BYTES + length + max((end for _, end in offsets), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "not a safetensors file: its header is not JSON that lists tensors"
+    if size < end:
+        return f"cut short at {size} bytes: its header lists tensors up to byte {end}"
+    return ""
 
 
 def _cause(error: Exception, partial: Path) -> int | None:

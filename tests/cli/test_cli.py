@@ -161,6 +161,9 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
         (["sample", "teacher", "--per_class", "0"], "per_class and scale must be at least 1: got 0 and 4"),
         (["sample", "teacher", "--s1", "1.5", "--steps", "2"], "s1 must be between 0 and 1, both excluded: got 1.5"),
         (["export", "nowhere.ckpt", "out"], "no checkpoint or folder at nowhere.ckpt"),
+        (["export", "teacher", ""], "the folder to write has no name: got ''"),
+        (["export", "nowhere.ckpt", "list.yaml"], "list.yaml is a file: give a folder"),
+        (["export", "teacher", "other"], "other holds another model (config.json is not of decm-lightning)"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (digits("fit", "--model.init_args.ema_deca", "0.9"), "Option 'ema_deca' is not accepted"),
         (digits("fit", "--model.init_args.ema_decay", "1.5"), "ema_decay must be in [0, 1): got 1.5"),
@@ -207,6 +210,8 @@ def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
     Path("renamed/config.json").write_text(
         json.dumps(json.loads(Path("teacher/config.json").read_text()) | {"colour": 3})
     )
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "bert"}')
     for name, content in (("empty", ""), ("list", "- 1"), ("broken", "a: [1")):
         Path(f"{name}.yaml").write_text(content)
     code, _, err = decm(*argv)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
+from textwrap import shorten
 from typing import Any
 
 from jaxtyping import UInt8
@@ -146,7 +147,8 @@ def _damaged(file: Path, cause: str) -> ValueError:
 def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
     if differing:
-        values = "; ".join(f"{key} {found.get(key)}, not {settings.get(key)}" for key in differing[:SHOWN])
+        short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
+        values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise ValueError(f"{folder} holds samples of other settings ({values}{more}): give another --out")
 

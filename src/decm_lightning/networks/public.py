@@ -52,7 +52,7 @@ def load_public(path: str | Path, weights: Weights | None = None, heads: int | N
     try:
         tensors = read_tensors(path, weights)
     except FileNotFoundError as error:
-        expected = "a .pt or .safetensors file with a LightningDiT or SiT is expected"
+        expected = "a .pt or .safetensors file with a LightningDiT, SiT or DiT is expected"
         raise FileNotFoundError(f"no file at {path}: {expected}") from error
     try:
         return _network(tensors, heads)

@@ -133,6 +133,8 @@ def _describe_content(path: Path, head: bytes, size: int, text: bool) -> str:
         return ""
     if head.startswith(ZIP) and not zipfile.is_zipfile(path):
         return f"cut short at {size} bytes: a zip file without an end"
+    if head.startswith(ZIP) and path.suffix == ".safetensors":
+        return "a zip archive, as torch.save writes"
     # The length of a safetensors header has zeros among its 8 bytes.
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return f"text instead of tensors: it begins with {head[:40].decode()!r}"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning.autoencoders import load_autoencoder
 from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
+from tests.unprivileged import open_folder, unprivileged
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KINDS = {"AutoencoderKL": (save_kl, 2, 2), "AutoencoderDC": (save_dc, 4, 4), "AutoencoderTiny": (save_tiny, 3, 2)}
@@ -79,6 +80,31 @@ def test_a_pipelines_folder_is_searched(tmp_path):
     assert load_autoencoder(tmp_path).identity == load_autoencoder(tmp_path / "vae").identity
 
 
+def test_weights_in_half_precision_alone_are_read(tmp_path, caplog):
+    """As pipelines are often downloaded; those in full precision are preferred."""
+    expected = load_autoencoder(save_kl(tmp_path)).identity
+    load_autoencoder(tmp_path).model.half().save_pretrained(tmp_path, variant="fp16")
+    assert load_autoencoder(tmp_path).identity == expected
+    assert not caplog.messages
+    (tmp_path / WEIGHTS).unlink()
+    autoencoder = load_autoencoder(tmp_path)
+    assert autoencoder.identity != expected
+    assert {tensor.dtype for tensor in autoencoder.state_dict().values()} == {torch.float32}
+    assert caplog.messages == [f"{tmp_path} has weights in fp16 only: read those"]
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+        load_autoencoder(tmp_path)
+
+
+def test_weights_that_may_not_be_read_are_not_missing():
+    with open_folder() as folder:
+        save_kl(folder)
+        (folder / WEIGHTS).chmod(0)
+        with unprivileged(), pytest.raises(ValueError, match=f"{folder / WEIGHTS} cannot be read: permission denied"):
+            load_autoencoder(folder)
+
+
 def test_it_stays_frozen_and_in_eval_mode(tmp_path):
     autoencoder = load_autoencoder(save_kl(tmp_path)).train()
     assert not any(module.training for module in autoencoder.modules())
@@ -107,12 +133,20 @@ def rename(folder):
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
 
 
+LFS = f"{WEIGHTS} cannot be read: a git-lfs pointer instead of the file: run git lfs pull"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (drop, "its tensors are not those of its architecture; missing: decoder.conv_out.bias$"),
         (add, "its tensors are not those of its architecture; left over: more$"),
         (rename, "is a UNet2DModel: a VAE is one of AutoencoderKL, AutoencoderDC, AutoencoderTiny"),
+        (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1"), LFS),
+        (lambda folder: (folder / WEIGHTS).write_text("<html>"), f"{WEIGHTS} cannot be read: a web page"),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), "read: cut short at"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON: "),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json must hold the arguments of a VAE"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json in .*/vae: give the folder of a VAE"),
     ],
 )

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from decm_lightning.autoencoders import ldm, load_autoencoder
+from tests.unprivileged import open_folder, unprivileged
 
 VAVAE = {"width": 128, "multiples": (1, 1, 2, 2, 4), "attentive": (4,), "channels": 32}
 SMALL = {"width": 32, "multiples": (1, 1, 2), "attentive": (2,), "channels": 4}
@@ -196,6 +197,42 @@ def test_a_converted_file_and_its_folder_are_the_same_vae(tensors, tmp_path):
     assert load_autoencoder(tmp_path / "vae").identity == autoencoder.identity
 
 
+WRAPPED = {
+    "model": lambda tensors: {"model": tensors, "optimizer": {"state": {}, "lr": 1.0}, "step": 3},
+    "ema": lambda tensors: {"ema": tensors, "model": {name: 0 * tensor for name, tensor in tensors.items()}},
+    "module.": lambda tensors: {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+    "both": lambda tensors: {"model": {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}},
+    "deep": lambda tensors: {"model": {"state_dict": tensors}, "epoch": 1},
+    "latent diffusion": lambda tensors: {
+        "state_dict": {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
+        | {"model.diffusion_model.out.weight": torch.zeros(2), "cond_stage_model.x": torch.zeros(1)}
+    },
+}
+
+
+@pytest.mark.parametrize("layout", WRAPPED)
+def test_tensors_are_found_wherever_training_scripts_put_them(layout, tensors, tmp_path):
+    torch.save(tensors, tmp_path / "plain.pt")
+    torch.save(WRAPPED[layout](tensors), tmp_path / "vae.pt")
+    assert load_autoencoder(tmp_path / "vae.pt").identity == load_autoencoder(tmp_path / "plain.pt").identity
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_may_not_be_read_is_not_a_missing_one(suffix, tensors):
+    with open_folder() as folder:
+        file = folder / f"vae{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)(tensors, file)
+        file.chmod(0)
+        with unprivileged(), pytest.raises(PermissionError, match=f"Permission denied: '{file}'"):
+            load_autoencoder(file)
+
+
+def test_a_folder_that_is_called_like_a_file_is_said_to_be_one(tmp_path):
+    (tmp_path / "vae.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*vae.safetensors"):
+        load_autoencoder(tmp_path / "vae.safetensors")
+
+
 def lacking(tensors):
     return {
         name: tensor for name, tensor in tensors.items() if name not in ("quant_conv.bias", "encoder.norm_out.bias")
@@ -217,8 +254,11 @@ def lacking(tensors):
             "its encoder must make mean and variance, 8 channels: got 4",
         ),
         (lambda tensors: {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, "no LDM AutoencoderKL: it lacks encoder"),
-        (lambda tensors: [1, 2], "expected tensors by name, alone or under state_dict"),
-        (lambda tensors: b"no checkpoint", "vae.pt: neither safetensors nor .*: Weights only load failed$"),
+        (lambda tensors: [1, 2], "vae.pt: expected tensors by name, alone or under ema, state_dict"),
+        (lambda tensors: {"model": {"a": 1}}, "vae.pt: expected tensors by name"),
+        (lambda tensors: tensors | {"module.quant_conv.bias": torch.zeros(8)}, "vae.pt: 1 tensors are there twice"),
+        (lambda tensors: b"no checkpoint", "vae.pt cannot be read: text instead of tensors: it begins with 'no check"),
+        (lambda tensors: b"version https://git-lfs.github.com/spec/v1", "vae.pt cannot be read: a git-lfs pointer"),
         (
             lambda tensors: {"state_dict": tensors, "rest": Path("x")},
             "it holds pathlib.*, which could run code; if you",

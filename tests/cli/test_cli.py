@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from PIL import Image
 
 from decm_lightning import cli
 from decm_lightning.derivatives import NoTangentError
-from decm_lightning.networks import DiT, load, save
+from decm_lightning.networks import MLP, DiT, load, save
+from decm_lightning.sample_folder import SampleFolder
+from tests.unprivileged import open_folder, unprivileged
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs/digits/decm.yaml")
@@ -133,17 +136,124 @@ def test_predict_writes_a_picture_for_each_label(decm):
     assert files[:3] == ["000000_class0.png", "000001_class1.png", "000002_class2.png"]
 
 
+RENOISED = ("sample", "teacher", "--sampler", "consistency", "--steps", "2", "--out")
+
+
 def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
     for folder in ("a", "b"):
-        assert (
-            decm("sample", "teacher", "--sampler", "consistency", "--steps", "2", "--per_class", "1", "--out", folder)[
-                0
-            ]
-            == 0
-        )
+        assert decm(*RENOISED, folder, "--per_class", "1")[0] == 0
     names = sorted(file.name for file in Path("a").iterdir())
-    assert names == [f"{i:06d}_class{i}.png" for i in range(10)]
+    assert names == [*(f"{i:06d}_class{i}.png" for i in range(10)), "settings.json"]
     assert all((Path("a") / name).read_bytes() == (Path("b") / name).read_bytes() for name in names)
+
+
+def test_an_image_depends_on_seed_and_number_alone(decm, monkeypatch):
+    """Not on the images that are computed with it, and on all bits of the seed."""
+    torch.manual_seed(0)
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    save(network, "teacher")
+    assert decm(*RENOISED, "all", "--per_class", "2")[0] == 0
+    monkeypatch.setattr("decm_lightning.cli.classes.BATCH", 3)
+    assert decm(*RENOISED, "threes", "--per_class", "2")[0] == 0
+    for file in Path("all").glob("*.png"):
+        one, other = (torch.tensor(list(Image.open(Path(folder, file.name)).getdata())) for folder in ("all", "threes"))
+        assert (one - other).abs().max() <= 1
+    first = set()
+    for seed in (0, 1, 2**32, 2**63 - 1):
+        assert decm(*RENOISED, f"seed-{seed}", "--classes", "[0]", "--seed", str(seed))[0] == 0
+        first |= {file.read_bytes() for file in Path(f"seed-{seed}").glob("*.png")}
+    assert len(first) == 4 * 8
+
+
+def test_a_folder_of_samples_resumes_or_is_refused(decm):
+    """With whole images of the same settings only; nothing is mixed."""
+    decm(*RENOISED, "whole", "--per_class", "2")
+    code, out, _ = decm(*RENOISED, "parts", "--per_class", "2")
+    assert (code, out.splitlines()[-1]) == (0, "wrote 20 images to parts (consistency, 2 steps); 0 of 20 were there")
+    expected = {file.name: file.read_bytes() for file in Path("whole").iterdir()}
+    Path("parts/000003_class1.png").unlink()
+    Path("parts/000004_class2.png").write_bytes(expected["000004_class2.png"][:-5])
+    Path("parts/000005_class2.png").write_bytes(b"")
+    Image.new("L", (16, 16)).save("parts/000006_class3.png")
+    code, out, _ = decm(*RENOISED, "parts", "--per_class", "2")
+    assert (code, out.splitlines()[-1]) == (0, "wrote 4 images to parts (consistency, 2 steps); 16 of 20 were there")
+    assert {file.name: file.read_bytes() for file in Path("parts").iterdir()} == expected
+    assert "wrote 0 images to parts (consistency, 2 steps); 20 of 20" in decm(*RENOISED, "parts", "--per_class", "2")[1]
+    for changed, argv in (
+        ("classes [0, 1", ("--classes", "[3, 5]")),
+        ("steps 2, not 8", ("--steps", "8")),
+        ("seed 0, not 1", ("--seed", "1")),
+        ("sampler consistency, not mix", ("--sampler", "mix")),
+        ("per_class 2, not 3", ("--per_class", "3")),
+    ):
+        code, _, err = decm(*RENOISED, "parts", "--per_class", "2", *argv)
+        assert code == 2
+        assert f"decm: error: parts holds samples of other settings ({changed}" in err
+    save(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10), "teacher")
+    assert "other settings (weights " in decm(*RENOISED, "parts", "--per_class", "2")[2]
+    Path("photos").mkdir()
+    Path("photos/me.jpeg").touch()
+    assert "photos holds other images (me.jpeg is there" in decm(*RENOISED, "photos")[2]
+    Path("parts/settings.json").write_text("")
+    assert "parts/settings.json is damaged (empty): remove the folder" in decm(*RENOISED, "parts")[2]
+    assert {file.name for file in Path("parts").iterdir()} == expected.keys()
+
+
+def test_an_interrupted_sample_resumes(decm, monkeypatch):
+    """Ctrl-C passes, and what was written is whole."""
+    monkeypatch.setattr("decm_lightning.cli.classes.BATCH", 4)
+    decm(*RENOISED, "whole", "--per_class", "1")
+    plain, written = SampleFolder.write, []
+
+    def write(self, name, image):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(name)
+        plain(self, name, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            decm(*RENOISED, "parts", "--per_class", "1")
+    assert "; 6 of 10 were there" in decm(*RENOISED, "parts", "--per_class", "1")[1]
+    assert all(file.read_bytes() == Path("parts", file.name).read_bytes() for file in Path("whole").iterdir())
+
+
+def test_the_default_sampler_fits_the_network(decm, caplog):
+    """Large steps of a teacher lead to class means: it is sampled by Euler, and a student by mix."""
+    one = ("--classes", "[3]", "--per_class", "1")
+    assert "(euler, 50 steps)" in decm("sample", "teacher", *one, "--out", "a.png")[1]
+    assert "(euler, 4 steps)" in decm("sample", "teacher", *one, "--steps", "4", "--out", "b.png")[1]
+    assert not caplog.messages
+    for sampler in ("mix", "consistency", "mix_renoised"):
+        caplog.clear()
+        assert f"({sampler}, 1 step)" in decm("sample", "teacher", *one, "--sampler", sampler, "--out", "c.png")[1]
+        [message] = caplog.messages
+        assert f"{sampler} blurs its samples; use --sampler euler --steps 50" in message
+    caplog.clear()
+    save(load("teacher").with_landing_time(), "student")
+    assert "(mix, 1 step)" in decm("sample", "student", *one, "--out", "d.png")[1]
+    assert "(mix, 4 steps, s1 0.6)" in decm("sample", "student", *one, "--steps=4", "--s1=0.6", "--out=e.png")[1]
+    assert "(euler, 50 steps)" in decm("sample", "student", *one, "--sampler", "euler", "--out", "f.png")[1]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("locked", ["parent", "out"])
+def test_a_folder_that_may_not_be_written_is_named(locked, decm):
+    with open_folder() as folder:
+        (folder / "parent").mkdir()
+        (folder / "parent/out").mkdir()
+        (folder / "parent" / ("" if locked == "parent" else "out")).chmod(0o555)
+        shutil.copytree("teacher", folder / "teacher")
+        with unprivileged():
+            for out in ("parent/out/new" if locked == "out" else "parent/new", "parent/out/grid.png"):
+                if locked == "parent" and out.endswith("png"):
+                    continue
+                code, _, err = decm("sample", str(folder / "teacher"), "--out", str(folder / out))
+                assert code == 2
+                assert f"got {folder / out} ({folder / out}".rpartition("/")[0] in err
+                assert "Permission denied" in err
 
 
 @pytest.mark.parametrize(
@@ -158,9 +268,21 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
         ),
         (["sample", "teacher", "--classes", "[3, 11]"], "classes must be from 0 to 9: got 11"),
         (["sample", "teacher", "--sampler", "heun"], "sampler: Expected a typing.Literal"),
-        (["sample", "teacher", "--per_class", "0"], "per_class and scale must be at least 1: got 0 and 4"),
-        (["sample", "teacher", "--s1", "1.5", "--steps", "2"], "s1 must be between 0 and 1, both excluded: got 1.5"),
+        (["sample", "teacher", "--per_class", "0"], "per_class must be at least 1: got 0"),
+        (["sample", "teacher", "--seed", "-1"], "seed must be from 0 to 2**63 - 1: got -1"),
+        (["sample", "teacher", "--seed", "18446744073709551616"], "2**63 - 1: got 18446744073709551616"),
+        (["sample", "teacher", "--seed", "9223372036854775808"], "2**63 - 1: got 9223372036854775808"),
+        (["sample", "teacher", "--out", ""], "out must be a folder or a .png file: got ''"),
+        (["sample", "teacher", "--s1", "0.5"], "s1 is for the samplers mix and mix_renoised: got it with euler"),
+        (["sample", "points", "--per_class", "1"], "samples of shape (2,), not images"),
+        (
+            ["sample", "teacher", "--sampler=mix", "--s1", "1.5", "--steps", "2"],
+            "s1 must be between 0 and 1, both excluded: got 1.5",
+        ),
         (["export", "nowhere.ckpt", "out"], "no checkpoint or folder at nowhere.ckpt"),
+        (["export", "teacher", ""], "the folder to write has no name: got ''"),
+        (["export", "nowhere.ckpt", "list.yaml"], "list.yaml is a file: give a folder"),
+        (["export", "teacher", "other"], "other holds another model (config.json is not of decm-lightning)"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (digits("fit", "--model.init_args.ema_deca", "0.9"), "Option 'ema_deca' is not accepted"),
         (digits("fit", "--model.init_args.ema_decay", "1.5"), "ema_decay must be in [0, 1): got 1.5"),
@@ -204,9 +326,12 @@ def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
     torch.nn.init.constant_(network.final_layer.linear.bias, float("nan"))
     save(network, "diverged")
     save(network, "renamed")
+    save(MLP(num_classes=3), "points")
     Path("renamed/config.json").write_text(
         json.dumps(json.loads(Path("teacher/config.json").read_text()) | {"colour": 3})
     )
+    Path("other").mkdir()
+    Path("other/config.json").write_text('{"model_type": "bert"}')
     for name, content in (("empty", ""), ("list", "- 1"), ("broken", "a: [1")):
         Path(f"{name}.yaml").write_text(content)
     code, _, err = decm(*argv)

@@ -150,7 +150,7 @@ def forget_the_network():
         (lose(".metadata"), "shards has no .metadata: its saving was cut short, take an earlier one"),
         (lose("*.distcp"), "shards cannot be read: "),
         (cut, "shards cannot be read: "),
-        (lambda: Path("shards/meta.pt").write_text("none"), "shards/meta.pt cannot be read: take another"),
+        (lambda: Path("shards/meta.pt").write_text("none"), "shards/meta.pt cannot be read: text instead of tensors"),
         (forget_the_network, "shards is not a checkpoint of decm-lightning: it does not describe its network"),
     ],
 )
@@ -164,7 +164,7 @@ def test_shards_that_are_not_whole_are_refused(fault, message, decm):
         assert err.count("\n") == 1
     if fault is not forget_the_network:
         with pytest.raises(ValueError, match="shards"):
-            read_whole(Path("shards"))
+            read_whole(Path("shards"), Path())
     assert not Path("new").exists()
 
 

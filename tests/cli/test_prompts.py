@@ -135,18 +135,65 @@ def test_what_is_there_is_not_drawn_again(decm, tmp_path):
     expected = scored(tmp_path / "whole")
     decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
     kept = tmp_path / "parts/00000/samples/0000.png"
-    kept.write_bytes(b"kept")
+    Image.new("RGB", (8, 8), "red").save(kept)
+    red = kept.read_bytes()
     # As after a kill in the middle of a prompt, and after a lost image.
     (tmp_path / "parts/00001/metadata.jsonl").unlink()
     (tmp_path / "parts/00001/samples/0001.png").write_bytes(b"half an image")
     (tmp_path / "parts/00002/samples/0000.png").unlink()
     code, out, _ = decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
     assert code == 0
-    assert "wrote images of 2 prompts to parts; 1 of 3 were there" in out
-    assert kept.read_bytes() == b"kept"
+    assert "wrote images of 2 prompts to parts (consistency, 2 steps); 1 of 3 were there" in out
+    assert kept.read_bytes() == red
     kept.unlink()
     assert "images of 1 prompts" in decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")[1]
     assert scored(tmp_path / "parts") == expected
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 100, LINES[0].encode()[:-3], LINES[1].encode() + b"\n", b"\xff"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "samples/0001.png"])
+def test_a_prompt_is_there_only_if_all_of_it_is_whole(decm, tmp_path, name, damage):
+    """As after a full disk: a file of the right name with the beginning, or nothing, of its content."""
+    decm(*DRAW, "--out", "drawn")
+    expected = scored(tmp_path / "drawn")
+    file = tmp_path / "drawn/00000" / name
+    file.write_bytes(damage if name.endswith("jsonl") else file.read_bytes()[: 100 - len(damage)])
+    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3 were there" in decm(*DRAW, "--out", "drawn")[1]
+    assert scored(tmp_path / "drawn") == expected
+    assert "images of 0 prompts to drawn (mix, 1 step); 3 of 3 were there" in decm(*DRAW, "--out", "drawn")[1]
+
+
+def test_an_image_of_another_size_or_a_foreign_one_is_not_taken(decm, tmp_path):
+    decm(*DRAW, "--out", "drawn")
+    expected = scored(tmp_path / "drawn")
+    Image.new("RGB", (16, 16)).save("drawn/00002/samples/0000.png")
+    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3" in decm(*DRAW, "--out", "drawn")[1]
+    assert scored(tmp_path / "drawn") == expected
+    Image.new("RGB", (8, 8)).save("drawn/00002/samples/0002.png")
+    code, _, err = decm(*DRAW, "--out", "drawn")
+    assert code == 2
+    assert "drawn holds other images (00002/samples/0002.png is not one of its samples)" in err
+
+
+def test_prompts_that_are_cut_are_counted(decm, caplog, monkeypatch):
+    monkeypatch.setattr(TextEncoder.__init__, "__defaults__", (12,))
+    assert decm(*DRAW, "--out", "drawn")[0] == 0
+    assert [message for message in caplog.messages if "cut" in message] == ["2 of 3 captions were cut to 12 tokens"]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_out_of_range_is_refused_before_anything(decm, seed):
+    code, _, err = decm("sample", "nowhere", *DRAW[2:], "--out", "drawn", "--seed", seed)
+    assert code == 2
+    assert err.endswith(f"decm: error: seed must be from 0 to 2**63 - 1: got {seed}\n")
+
+
+def test_settings_that_are_empty_are_named(decm):
+    Path("drawn").mkdir()
+    Path("drawn/settings.json").touch()
+    code, _, err = decm(*DRAW, "--out", "drawn")
+    assert code == 2
+    assert "decm: error: drawn/settings.json is damaged (empty): remove the folder to start again" in err
 
 
 @pytest.mark.parametrize("changed", ["steps", "seed", "weights", "prompts"])
@@ -159,7 +206,7 @@ def test_images_drawn_otherwise_are_not_mixed(decm, changed):
         Path("prompts.jsonl").write_text("\n".join(LINES[:2]))
     code, _, err = decm(*DRAW, "--out", "drawn", *more)
     assert code == 2
-    assert f"drawn holds images drawn otherwise ({changed} " in err
+    assert f"drawn holds samples of other settings ({changed} " in err
     assert "give another --out" in err
 
 
@@ -200,9 +247,9 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["student"], "student draws captions: give --prompts FILE and --encoder, what it was trained with"),
+        (["student"], "student reads captions: give --prompts FILE and --encoder, what it was trained with"),
         (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
-        (["classes", "--prompts", "prompts.jsonl"], "classes draws classes, not captions: give --classes"),
+        (["classes", "--prompts", "prompts.jsonl"], "classes reads classes, not captions: give --classes"),
         (
             [*DRAW[1:], "--out", "prompts.jsonl"],
             "out must be a folder or a .png file that can be written: got prompts.jsonl",

@@ -11,6 +11,7 @@ from decm_lightning.metrics import InceptionFeatures, Quality, inception
 from decm_lightning.metrics.inception import resize
 from decm_lightning.metrics.inception_network import Inception
 from tests.metrics.networks import COLUMNS, seeded, uint8_images
+from tests.unprivileged import open_folder, unprivileged
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "inception_outputs.safetensors"
 SEED = 7
@@ -117,12 +118,36 @@ def test_without_a_network_one_line_says_where_the_file_belongs(tmp_path, monkey
     assert "argument `weights` of InceptionFeatures" in text
 
 
+def test_weights_cut_short_or_not_finite_are_refused(weights, tmp_path):
+    content = weights.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read: cut short at"):
+        InceptionFeatures(str(tmp_path / "cut.pth"))
+    state = torch.load(weights, weights_only=True)
+    name = next(name for name in state if name.endswith("weight"))
+    torch.save(state | {name: state[name] * float("nan")}, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=rf"nan\.pth has NaN or infinite weights: {name}"):
+        InceptionFeatures(str(tmp_path / "nan.pth"))
+
+
+def test_a_file_that_may_not_be_read_is_not_a_missing_one():
+    with open_folder() as folder:
+        (folder / "a.pth").touch(mode=0)
+        with unprivileged(), pytest.raises(PermissionError, match=f"Permission denied: '{folder}/a.pth'"):
+            InceptionFeatures(str(folder / "a.pth"))
+
+
 def test_files_without_these_weights_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*none\.pth: they are the file weights-inc"):
         InceptionFeatures(str(tmp_path / "none.pth"))
     (tmp_path / "text.pth").write_text("no tensors")
-    with pytest.raises(ValueError, match=r"text\.pth is no file of weights: "):
+    with pytest.raises(ValueError, match=r"text\.pth cannot be read: text instead of tensors: it begins with 'no "):
         InceptionFeatures(str(tmp_path / "text.pth"))
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"lfs\.pth cannot be read: a git-lfs pointer"):
+        InceptionFeatures(str(tmp_path / "lfs.pth"))
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}'"):
+        InceptionFeatures(str(tmp_path))
     for content in ({"ema": {"fc.weight": torch.zeros(2)}}, [torch.zeros(2)]):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=r"other\.pth holds no tensors by name: the FID's weights are the file"):

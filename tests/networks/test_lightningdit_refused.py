@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from decm_lightning.networks import DiT, load_lightningdit
+from tests.unprivileged import open_folder, unprivileged
 
 SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 
@@ -167,7 +168,10 @@ class Trap:
         ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "alone or under ema or model: got epoch, state_dict"),
         ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
         ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 3 more; it holds 0"),
-        (Trap(), "weights_only=True: it holds io.open, which could run code; if you trust the file, load it with"),
+        (
+            Trap(),
+            "other.pt cannot be read: it holds io.open, which could run code; if you trust the file, load it with",
+        ),
     ],
     ids=str,
 )
@@ -180,12 +184,48 @@ def test_other_contents_are_refused(content, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".safetensors"])
-@pytest.mark.parametrize("text", ["the weights are elsewhere\n", "", "PK\x03\x04 no zip", "version https://git-lfs\n"])
-def test_text_is_refused(suffix, text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("the weights are elsewhere\n", "text instead of tensors: it begins with 'the weights are elsewhere"),
+        ("", "empty .0 bytes"),
+        ("PK\x03\x04 no zip", "cut short at 11 bytes"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 27\n",
+            "a git-lfs pointer .*: run git lfs pull",
+        ),
+        ("<!doctype html><html>", "a web page"),
+    ],
+)
+def test_text_is_refused(suffix, text, cause, tmp_path):
     path = tmp_path / f"notes{suffix}"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"notes{suffix}: neither safetensors nor what torch.load reads"):
+    with pytest.raises(ValueError, match=f"^{path} cannot be read: {cause}"):
         load_lightningdit(path)
+
+
+def test_a_renamed_file_is_read_or_named(small, tmp_path):
+    save_file(small.state_dict(), tmp_path / "a.pt")
+    state = load_lightningdit(tmp_path / "a.pt").state_dict()
+    assert torch.equal(state["pos_embed"], small.state_dict()["pos_embed"])
+    torch.save(small.state_dict(), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b.safetensors cannot be read: a zip archive, as torch.save writes"):
+        load_lightningdit(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_missing_permission_is_not_a_missing_file(suffix, small):
+    """Neither for the file, nor for its folder."""
+    with open_folder() as folder:
+        path = folder / "in" / f"a{suffix}"
+        path.parent.mkdir()
+        (save_file if suffix == ".safetensors" else torch.save)(small.state_dict(), path)
+        for locked in (path, path.parent):
+            mode = locked.stat().st_mode
+            locked.chmod(0)
+            with unprivileged(), pytest.raises(PermissionError, match=f"Permission denied: '{path}'"):
+                load_lightningdit(path)
+            locked.chmod(mode)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -211,7 +251,9 @@ def test_garbage_is_refused_whatever_it_is(small, tmp_path):
     assert refused >= 100
 
 
-@pytest.mark.parametrize("name", ["nothing.pt", ""])
-def test_missing_file_and_folder_are_named(name, tmp_path):
+def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file at .*: a .pt or .safetensors file .* is expected"):
-        load_lightningdit(tmp_path / name)
+        load_lightningdit(tmp_path / "nothing.pt")
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/a.safetensors'"):
+        load_lightningdit(tmp_path / "a.safetensors")

@@ -1,14 +1,21 @@
 """Networks come back from disk to the bit, and what is no network of ours is refused."""
 
+import errno
+import gc
+import itertools
 import json
+import os
+import signal
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from decm_lightning.networks import MLP, DiT, describe, load, save
-from decm_lightning.networks.pretrained import refuse_partial
+from decm_lightning.networks.pretrained import build, refuse_partial
+from tests.unprivileged import open_folder, unprivileged
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ def test_foreign_checkpoint_is_refused(tmp_path):
 def test_file_that_is_no_checkpoint_is_refused(tmp_path):
     """A file of another kind is refused by name too."""
     (tmp_path / "notes.ckpt").write_text("weights are elsewhere")
-    with pytest.raises(ValueError, match=r"notes.ckpt is not a checkpoint of decm-lightning"):
+    with pytest.raises(ValueError, match=r"notes.ckpt cannot be read: text instead of tensors"):
         load(tmp_path / "notes.ckpt")
 
 
@@ -127,7 +134,6 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
         ("config.json", b"\xff", "'utf-8' codec"),
         ("config.json", {"width": 32}, r"size mismatch for .* \.\.\."),
         ("config.json", {"depth": 3}, "Missing key"),
-        ("model.safetensors", b"\x08", "deserializing header"),
     ],
 )
 def test_broken_folder_is_named_with_the_cause_in_one_line(file, content, cause, network, tmp_path):
@@ -181,6 +187,144 @@ def test_partial_checkpoint_is_refused_before_training_goes_on(changed, message,
         refuse_partial(file, network, resume=False)
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"\x08", "cut short at 1 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a git-lfs pointer"),
+        (b"", "empty"),
+        (b"\x00" * 4000, "all zeros"),
+    ],
+)
+def test_broken_weights_are_named_with_the_cause(content, cause, network, tmp_path):
+    save(network, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/model.safetensors cannot be read: {cause}"):
+        load(tmp_path)
+
+
+def test_weights_that_are_a_folder_are_named(network, tmp_path):
+    save(network, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/model.safetensors'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("locked", ["", "config.json", "model.safetensors", "last.ckpt"])
+def test_a_missing_permission_is_not_a_missing_file(locked, network):
+    with open_folder() as parent:
+        folder = parent / "student"
+        save(network, folder)
+        torch.save({"network": describe(network), "state_dict": {}}, folder / "last.ckpt")
+        (folder / locked).chmod(0)
+        with unprivileged(), pytest.raises(PermissionError, match=f"Permission denied: '{folder}"):
+            load(folder / locked if locked == "last.ckpt" else folder)
+        folder.chmod(0o755)
+
+
+def test_what_is_written_has_the_permissions_of_the_umask(network, tmp_path):
+    previous = os.umask(0o027)
+    try:
+        save(network, tmp_path / "student")
+    finally:
+        os.umask(previous)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "student").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors", "README.md"), 0o640)
+
+
+@pytest.mark.parametrize("failing", ["config.json", "model.safetensors"])
+def test_a_save_that_fails_leaves_the_old_network(failing, network, tmp_path, monkeypatch):
+    """Whichever of the two files it was."""
+    save(network, tmp_path)
+    other = DiT(**network.config | {"width": 32})
+    if failing == "config.json":
+        monkeypatch.setattr(Path, "write_text", full_disk)
+    else:
+        monkeypatch.setattr("decm_lightning.networks.pretrained.save_model", full_disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{failing}'"):
+        save(other, tmp_path)
+    monkeypatch.undo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert same_weights(load(tmp_path), network)
+    save(other, tmp_path)
+    assert same_weights(load(tmp_path), other)
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def replace_and_die(at, plain=os.replace):
+    """Return a function like os.replace, which instead of its call number `at` kills the process."""
+    calls = itertools.count(1)
+    return lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == at else plain(*paths)
+
+
+def test_a_save_killed_at_either_rename_leaves_a_usable_network(tmp_path):
+    """By SIGKILL, which lets nothing clean up."""
+    torch.manual_seed(0)
+    save(MLP(width=8), tmp_path)
+    for at in (1, 2):
+        if (child := os.fork()) == 0:
+            os.replace = replace_and_die(at)
+            save(MLP(width=8), tmp_path)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert load(tmp_path).config["width"] == 8
+    save(MLP(width=16), tmp_path)
+    assert load(tmp_path).config["width"] == 16
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_network_is_saved_onto_itself(network, tmp_path):
+    save(network, tmp_path)
+    save(load(tmp_path), tmp_path)
+    assert same_weights(load(tmp_path), network)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": '{"_class_name": "DiTTransformer2DModel"}'}, "config.json is not of decm-lightning"),
+        ({"config.json": '{"model_type": "bert"}'}, "config.json is not of decm-lightning"),
+        ({"config.json": "{"}, "config.json is not of decm-lightning"),
+        ({"config.json": "[]"}, "config.json is not of decm-lightning"),
+        ({"model.safetensors": "weights of another"}, "model.safetensors is not of decm-lightning"),
+        ({"meta.pt": ""}, "is a sharded checkpoint"),
+    ],
+)
+def test_another_model_is_not_overwritten(files, message, network, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path} .*{message}.*: give another folder"):
+        save(network, tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
+
+
+def test_a_folder_of_other_files_is_written_to(network, tmp_path):
+    """And its own README stays."""
+    (tmp_path / "README.md").write_text("mine")
+    save(network, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert same_weights(load(tmp_path), network)
+
+
+def test_a_name_that_is_no_folder_is_refused(network, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file is a file"):
+        save(network, tmp_path / "file")
+    with pytest.raises(ValueError, match="the folder to write has no name: got ''"):
+        save(network, "")
+
+
+def test_the_hubs_own_loader_reads_the_folder(network, tmp_path):
+    """Network.from_pretrained, of PyTorchModelHubMixin."""
+    save(network, tmp_path)
+    assert same_weights(DiT.from_pretrained(tmp_path), network)
+    assert "library_name: decm-lightning" in (tmp_path / "README.md").read_text()
+
+
 class Foreign(MLP):
     """A network class that the package does not know by name."""
 
@@ -195,3 +339,50 @@ def test_a_network_class_from_elsewhere_is_found_by_its_module(tmp_path, monkeyp
     again = load(tmp_path)
     assert type(again) is Foreign
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with a network whose class is in a module that was never imported and leaves a trace when it is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "unseen.py").write_text(
+        "from pathlib import Path\nfrom decm_lightning.networks import MLP\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Unseen(MLP):\n    pass\n"
+    )
+    save(MLP(width=8), tmp_path / "student")
+    config = tmp_path / "student/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "unseen.Unseen"}))
+    yield tmp_path / "student"
+    sys.modules.pop("unseen", None)
+    # The class stays known as long as it lives.
+    gc.collect()
+
+
+def test_a_config_does_not_choose_what_is_imported(elsewhere, tmp_path):
+    """Only the user does, by importing it or by allowing it."""
+    message = f"^{elsewhere} cannot be loaded: its network class unseen.Unseen is not imported: .*allow_import"
+    with pytest.raises(ValueError, match=message):
+        load(elsewhere)
+    torch.save({"network": json.loads((elsewhere / "config.json").read_text()), "state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"its network class unseen.Unseen is not imported"):
+        load(tmp_path / "a.ckpt")
+    assert not (tmp_path / "ran").exists()
+    assert type(load(elsewhere, allow_import=True)).__name__ == "Unseen"
+    assert (tmp_path / "ran").exists()
+    assert type(load(elsewhere)).__name__ == "Unseen"
+
+
+@pytest.mark.parametrize("name", ["os.system", "decm_lightning_evil.A", "antigravity.A", "subprocess.Popen"])
+def test_other_modules_are_not_imported(name, network, tmp_path):
+    save(network, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"network class {name} is not imported"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=f"unknown network class '{name}'"):
+        load(tmp_path, allow_import=True)
+
+
+def test_networks_of_this_package_are_imported_when_needed(tmp_path):
+    """Such as those of diffusers, which the teachers bring along."""
+    with pytest.raises(OSError, match=r"config.json"):
+        build({"_class_name": "decm_lightning.teachers.diffusers_sd3.SD3", "model": str(tmp_path)})

@@ -138,9 +138,33 @@ def test_model_comes_from_a_folder_or_a_pipelines(model, tmp_path, generator):
         assert torch.equal(DiffusersDiTTeacher(str(tmp_path / folder))(*inputs), v)
 
 
+def test_a_pipeline_with_weights_in_half_precision_alone_is_read(model, tmp_path, caplog):
+    folder = tmp_path / "transformer"
+    model.half().save_pretrained(folder, variant="fp16")
+    with torch.no_grad():
+        expected = DiffusersDiTTeacher(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(expected[name], tensor.float()) for name, tensor in model.state_dict().items())
+    assert f"{folder} has weights in fp16 only: read those" in caplog.messages
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"), [("lose", "missing_keys: proj_out_2.bias"), ("add", "unexpected_keys: odd")]
+    ("content", "cause"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer instead of the file: run git lfs pull"),
+        (b"", "empty"),
+        (b"<html></html>", "a web page"),
+        (b"\x08", "cut short at 1 bytes"),
+    ],
 )
+def test_a_damaged_file_is_named_with_the_cause(content, cause, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{file} cannot be read: {cause}"):
+        DiffusersDiTTeacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: proj_out_2.bias"), ("add", "left over: odd")])
 def test_tensors_that_do_not_fit_are_refused(fault, message, model, tmp_path):
     """Where diffusers would go on with random weights."""
     model.save_pretrained(tmp_path)

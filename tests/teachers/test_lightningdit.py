@@ -112,4 +112,4 @@ def test_bad_file_is_one_line_and_exit_code_2(fit, path, capsys):
     assert fit("LightningDiTTeacher", {"path": "teacher.pt"}) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "teacher.pt: neither safetensors nor what torch.load reads" in error
+    assert "decm: error: teacher.pt cannot be read: text instead of tensors" in error

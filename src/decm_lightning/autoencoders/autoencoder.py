@@ -1,12 +1,13 @@
 """A frozen autoencoder: what encodes images into latents, decodes them, and knows its own name."""
 
-import hashlib
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from decm_lightning.files import tensors_sha256
 
 
 class Autoencoder(nn.Module):
@@ -32,12 +33,7 @@ class Autoencoder(nn.Module):
     @cached_property
     def identity(self) -> str:
         """The class and the first 16 digits of the SHA-256 of all weights: latents are decoded by what made them."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().data)
-        return f"{type(self.model).__name__} {digest.hexdigest()[:16]}"
+        return f"{type(self.model).__name__} {tensors_sha256(self.model.state_dict())[:16]}"
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """Return (c, h, w) of the latents of images of size x size pixels.

@@ -11,7 +11,10 @@ from torch import Tensor
 
 TRAINING = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 """Beginnings of the names that only training needs: the discriminator, and what VA-VAE's latents are aligned to."""
-PREFIXES = ("first_stage_model.", "module.", "_orig_mod.")
+FIRST_STAGE = "first_stage_model."
+"""The beginning of the autoencoder's names in the checkpoint of a whole latent diffusion model."""
+PREFIX = re.compile(r"^((first_stage_model|module|_orig_mod|model|vae)\.)+")
+"""What wrappers and training scripts put before the names."""
 INSIDE_BLOCKS = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -29,14 +32,19 @@ INSIDE_BLOCKS = (
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the autoencoder's own tensors, without wrappers' prefixes and without what only training needs."""
-    found = {}
-    for name, tensor in tensors.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        if not name.startswith(TRAINING):
-            found[name] = tensor
-    return found
+    """Return the autoencoder's own tensors, without wrappers' prefixes and without what only training needs.
+
+    Raises:
+        ValueError: if two tensors have the same name without their prefixes.
+    """
+    whole = any(FIRST_STAGE in name for name in tensors)
+    own = {name: tensor for name, tensor in tensors.items() if not whole or FIRST_STAGE in name}
+    named = {PREFIX.sub("", name): tensor for name, tensor in own.items()}
+    if len(named) < len(own):
+        raise ValueError(
+            f"{len(own) - len(named)} tensors are there twice, with and without a prefix: keep one of them"
+        )
+    return {name: tensor for name, tensor in named.items() if not name.startswith(TRAINING)}
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

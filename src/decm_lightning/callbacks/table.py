@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from decm_lightning.callbacks.cells import Cell
+from decm_lightning.files import atomic
 from decm_lightning.pictures import save_named_grid
 
 
@@ -81,9 +82,10 @@ class Table:
             folder: where to.
             images: uint8 (rows, columns, c, h, w), the samples to show of each row.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
-        files[0].write_text(self.markdown(), encoding="utf-8")
-        files[1].write_text(self.json(), encoding="utf-8")
+        # Both or neither: a table that says one thing and a JSON that says another is worse than none.
+        with atomic(files[0]) as markdown, atomic(files[1]) as content:
+            markdown.write_text(self.markdown(), encoding="utf-8")
+            content.write_text(self.json(), encoding="utf-8")
         save_named_grid(images, [str(row.cell) for row in self.rows], self.columns, files[2])
         return files

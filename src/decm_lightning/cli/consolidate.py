@@ -7,11 +7,15 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 
+from decm_lightning.files import atomic
 from decm_lightning.networks import load, save
+from decm_lightning.networks.pretrained import check_target
 from decm_lightning.networks.sharded import read_rest, read_whole
 
 
-def consolidate(checkpoint: str, out: str | None = None, to: Literal["folder", "ckpt"] = "folder") -> None:
+def consolidate(
+    checkpoint: str, out: str | None = None, to: Literal["folder", "ckpt"] = "folder", allow_import: bool = False
+) -> None:
     """Make one of the shards that the processes of FSDP2 have written.
 
     Args:
@@ -19,16 +23,21 @@ def consolidate(checkpoint: str, out: str | None = None, to: Literal["folder", "
         out: the folder or file to write; by default beside the checkpoint, its name ending in .consolidated.
         to: "folder" for the averaged weights as decm export writes them (config.json, model.safetensors); "ckpt" for
             an ordinary checkpoint, with the optimiser's state, that decm fit --ckpt_path goes on with on one device.
+        allow_import: import the module of a network class that is not of this package, which runs its code.
     """
     folder = Path(checkpoint)
+    if out == "":
+        raise ValueError("out must be the name of a folder or file: got ''")
     target = Path(out) if out is not None else folder.with_name(f"{folder.name}.consolidated")
-    if not folder.exists():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+    try:
+        folder.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}") from error
     if target.exists() and target.samefile(folder):
         raise ValueError(f"out must be another path than the checkpoint: got {out}")
     read_rest(folder)
     if to == "folder":
-        save(load(folder), target)
+        save(load(folder, allow_import=allow_import), check_target(target))
         print(f"wrote {target}/config.json and {target}/model.safetensors")
     else:
         _write(folder, target)
@@ -43,8 +52,5 @@ def run(argv: Sequence[str]) -> None:
 def _write(folder: Path, file: Path) -> None:
     if file.is_dir():
         raise IsADirectoryError(f"out must be a file with --to ckpt: {file} is a folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is whole.
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    torch.save(read_whole(folder), unfinished)
-    unfinished.replace(file)
+    with atomic(file) as partial:
+        torch.save(read_whole(folder, partial.parent), partial)

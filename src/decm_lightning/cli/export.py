@@ -7,19 +7,28 @@ import torch
 from jsonargparse import auto_cli
 
 from decm_lightning.networks import load, save
+from decm_lightning.networks.pretrained import check_target
 
 
-def export(checkpoint: str, out: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
+def export(
+    checkpoint: str,
+    out: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    allow_import: bool = False,
+) -> None:
     """Write config.json and model.safetensors.
 
     Args:
         checkpoint: a .ckpt file written by decm fit.
-        out: the folder to write.
+        out: the folder to write. A network that is there already is replaced when the new one is complete.
         dtype: of the weights in the file; float16 halves it, and rounds each to a part in 2,000. What reads the folder
             computes in float32 all the same.
+        allow_import: import the module of a network class that is not of this package, which runs its code.
     """
-    save(load(checkpoint).to(getattr(torch, dtype)), out)
-    print(f"wrote {out}/config.json and {out}/model.safetensors")
+    # Before anything is read, which may take minutes.
+    folder = check_target(out)
+    save(load(checkpoint, allow_import=allow_import).to(getattr(torch, dtype)), folder)
+    print(f"wrote {folder}/config.json and {folder}/model.safetensors")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ def checked_out(out: str) -> Path:
     Raises:
         ValueError: if it is a file of another kind, or cannot be written.
     """
+    if not out:
+        raise ValueError(f"{KINDS}: got ''")
     path, suffix = Path(out), Path(out).suffix.lower()
     if suffix != ".png" and suffix in Image.registered_extensions():
         raise ValueError(f"{KINDS}: got {out}")

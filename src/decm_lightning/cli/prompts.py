@@ -1,26 +1,25 @@
-"""Images of a file of prompts, in the layout that GenEval's scorer reads."""
+"""Images of a file of prompts, as one grid or in the layout that GenEval's scorer reads."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.random import SeedSequence
 from rich.progress import track
 from torch import Tensor
 from torch.utils import _pytree
 
+from decm_lightning.cli.sampling import DIGITS, Decoder, SamplerChoice, generate, weights_sha256
 from decm_lightning.conditions import select
+from decm_lightning.files import atomic
 from decm_lightning.networks import Network
-from decm_lightning.pictures import picture, save_named_grid, short, to_uint8
+from decm_lightning.pictures import save_named_grid, short
+from decm_lightning.sample_folder import SampleFolder
 from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
-from decm_lightning.types import Sample
 
 METADATA = "metadata.jsonl"
-SETTINGS = "settings.json"
 BATCH = 64
 
 
@@ -33,45 +32,100 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PromptDrawing:
-    """Draws images of prompts; each follows from the seed, the prompt's number and its own alone.
+class PromptSamples:
+    """Samples of prompts; each depends on the seed, the prompt, its number and the number of the image alone.
 
     Args:
         network: it reads captions.
+        decoder: turns its samples into images.
+        choice: the sampler.
+        prompts: all of the file.
         encoder: the text encoder that it was trained with.
-        sampler: gives a sampler around a generator.
-        decode: turns what the network makes into images in [-1, 1].
-        images: so many of each prompt.
+        images: how many of each prompt.
         seed: of all noise.
-        device: where to draw.
+        device: where to compute.
     """
 
     network: Network
+    decoder: Decoder
+    choice: SamplerChoice
+    prompts: Sequence[Prompt]
     encoder: CaptionEncoder
-    sampler: Callable[[torch.Generator], Callable[..., Sample]]
-    decode: Callable[[Sample], Sample]
     images: int
     seed: int
     device: str
 
-    @torch.no_grad()
-    def draw(self, number: int, text: str, steps: int) -> Tensor:
-        """Return the images of a prompt, uint8 (images, c, h, w), with so many network evaluations each."""
-        captions = _pytree.tree_map_only(Tensor, lambda part: part.to(self.device), self.encoder([text]))
-        shape = self.network.sample_shape
-        x_0 = torch.stack(
-            [torch.randn(shape, generator=self._generator("cpu", number, image)) for image in range(1, self.images + 1)]
-        )
-        sampler = self.sampler(self._generator(self.device, number, 0))
+    def generate(self, number: int, steps: int) -> Tensor:
+        """Return the images of a prompt, uint8 (images, c, h, w), with this number of network evaluations each."""
+        captions = self.encoder([self.prompts[number].text])
+        captions = _pytree.tree_map_only(Tensor, lambda part: part.to(self.device), captions)
         parts = []
-        for noise in x_0.to(self.device).split(BATCH):
-            rows = select(captions, torch.zeros(len(noise), dtype=torch.long, device=self.device))
-            parts.append(to_uint8(self.decode(sampler(self.network, noise, rows, steps))))
-        return torch.cat(parts).cpu()
+        for first in range(0, self.images, BATCH):
+            rows = [(number, image) for image in range(first, min(first + BATCH, self.images))]
+            condition = select(captions, torch.zeros(len(rows), dtype=torch.long, device=self.device))
+            parts.append(generate(self.network, self.decoder, self.choice, condition, steps, self.seed, rows))
+        return torch.cat(parts)
 
-    def _generator(self, device: str, *entropy: int) -> torch.Generator:
-        seed = int(SeedSequence((self.seed, *entropy)).generate_state(1)[0])
-        return torch.Generator(device).manual_seed(seed)
+    def write_folder(self, folder: Path) -> int:
+        """Generate what is missing in a folder, and return how many prompts that were.
+
+        Prompt number i, from 0, has `folder`/0000i/samples/0000.png and so on, and its own line in
+        `folder`/0000i/metadata.jsonl. It is there if the line is the prompt's and its images are whole.
+
+        Raises:
+            ValueError: if the folder holds samples of other settings, or other images.
+        """
+        names = [[_name(number, image) for image in range(self.images)] for number in range(len(self.prompts))]
+        samples = SampleFolder(folder, self._settings(), [name for of_prompt in names for name in of_prompt])
+        samples.check()
+        size = self.decoder.size(self.network)
+        todo = [
+            number
+            for number, prompt in enumerate(self.prompts)
+            if not _has_line(_metadata(folder, number), prompt) or samples.missing(names[number], size)
+        ]
+        self._measure(todo)
+        for number in track(todo, "sampling"):
+            images = self.generate(number, self.choice.one)
+            if number == todo[0]:
+                samples.begin()
+            for name, image in zip(names[number], images, strict=True):
+                samples.write(name, image)
+            with atomic(_metadata(folder, number)) as partial:
+                partial.write_text(self.prompts[number].line + "\n", encoding="utf-8")
+        return len(todo)
+
+    def write_grid(self, file: Path) -> None:
+        """Generate all prompts as one PNG: a row a prompt, numbers of steps from the same noise side by side.
+
+        Raises:
+            ValueError: if there is no number of steps.
+        """
+        several = [self.choice.steps] if isinstance(self.choice.steps, int) else self.choice.steps
+        if not several:
+            raise ValueError("steps must be at least one number: got none")
+        numbers = range(len(self.prompts))
+        self._measure(numbers)
+        rows = [torch.cat([self.generate(number, steps) for steps in several]) for number in track(numbers, "sampling")]
+        columns = [f"{steps} step{'s' * (steps > 1)}" for steps in several]
+        save_named_grid(torch.stack(rows), [short(prompt.text) for prompt in self.prompts], columns, file)
+
+    def _settings(self) -> dict[str, object]:
+        lines = "\n".join(prompt.line for prompt in self.prompts)
+        return {
+            "weights": weights_sha256(self.network),
+            **self.choice.settings(),
+            "per_prompt": self.images,
+            "seed": self.seed,
+            "vae": self.decoder.identity,
+            "prompts": hashlib.sha256(lines.encode()).hexdigest()[:DIGITS],
+            "encoder": self.encoder.identity,
+        }
+
+    def _measure(self, numbers: Sequence[int]) -> None:
+        """Say in the log how many prompts are cut, if any."""
+        if numbers:
+            self.encoder.measured([self.prompts[number].text for number in numbers])
 
 
 def read_prompts(file: Path) -> list[Prompt]:
@@ -82,13 +136,13 @@ def read_prompts(file: Path) -> list[Prompt]:
             GenEval's evaluation_metadata.jsonl.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file, or it may not be read.
         ValueError: naming file and line, if a line is empty or of another form.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no file of prompts at {file}")
     try:
         content = file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file of prompts at {file}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from error
     if not content:
@@ -96,57 +150,6 @@ def read_prompts(file: Path) -> list[Prompt]:
     read = _of_json if file.suffix == ".jsonl" else _of_text
     # Not splitlines, which would also part a line at what a JSON string may contain.
     return [read(line, f"{file}, line {number}") for number, line in enumerate(content.split("\n"), start=1)]
-
-
-def write(drawing: PromptDrawing, prompts: Sequence[Prompt], steps: int, folder: Path, settings: dict[str, Any]) -> int:
-    """Draw what is not there yet, and return how many prompts that were.
-
-    Prompt number i, from 0, has `folder`/0000i/samples/0000.png and so on, and its own line in
-    `folder`/0000i/metadata.jsonl, which is written last: where it stands, the images are whole.
-
-    Args:
-        drawing: how.
-        prompts: all of the file.
-        steps: network evaluations per image.
-        folder: where to, made if need be.
-        settings: what the images depend on, kept in `folder`/settings.json.
-
-    Raises:
-        ValueError: if the folder's images were drawn with other settings.
-    """
-    lines = "\n".join(prompt.line for prompt in prompts)
-    settings |= {"prompts": _digest(lines.encode()), "encoder": drawing.encoder.identity}
-    settings |= {"weights": _weights(drawing.network)}
-    _refuse_others(folder / SETTINGS, settings)
-    places = [folder / f"{number:05d}" for number in range(len(prompts))]
-    missing = [number for number, place in enumerate(places) if not _is_whole(place, drawing.images)]
-    for number in track(missing, "sampling"):
-        images = drawing.draw(number, prompts[number].text, steps)
-        if not (folder / SETTINGS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        samples = places[number] / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
-        for row, image in enumerate(images):
-            picture(image).save(samples / _name(row))
-        (places[number] / METADATA).write_text(prompts[number].line + "\n", encoding="utf-8")
-    return len(missing)
-
-
-def write_grid(drawing: PromptDrawing, prompts: Sequence[Prompt], steps: Sequence[int], file: Path) -> None:
-    """Draw all prompts, from the same noise at each number of steps, as one PNG: a row a prompt, steps side by side.
-
-    Raises:
-        ValueError: if there is no number of steps.
-    """
-    if not steps:
-        raise ValueError("steps must be at least one number: got none")
-    rows = [
-        torch.cat([drawing.draw(number, prompt.text, taken) for taken in steps])
-        for number, prompt in enumerate(track(prompts, "sampling"))
-    ]
-    columns = [f"{taken} step{'s' * (taken > 1)}" for taken in steps]
-    save_named_grid(torch.stack(rows), [short(prompt.text) for prompt in prompts], columns, file)
 
 
 def text_encoder(name: str, device: str) -> CaptionEncoder:
@@ -186,32 +189,16 @@ def _of_json(line: str, where: str) -> Prompt:
     return Prompt(text, line)
 
 
-def _refuse_others(file: Path, settings: dict[str, Any]) -> None:
-    if not file.exists():
-        return
-    found = json.loads(file.read_text())
-    differing = [f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value]
-    if differing:
-        raise ValueError(f"{file.parent} holds images drawn otherwise ({'; '.join(differing)}): give another --out")
+def _metadata(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}" / METADATA
 
 
-def _is_whole(place: Path, images: int) -> bool:
-    return all(
-        file.is_file() for file in (place / METADATA, *(place / "samples" / _name(row) for row in range(images)))
-    )
+def _name(number: int, image: int) -> str:
+    return f"{number:05d}/samples/{image:04d}.png"
 
 
-def _name(row: int) -> str:
-    return f"{row:04d}.png"
-
-
-def _weights(network: Network) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _has_line(file: Path, prompt: Prompt) -> bool:
+    try:
+        return file.read_bytes() == (prompt.line + "\n").encode()
+    except FileNotFoundError:
+        return False

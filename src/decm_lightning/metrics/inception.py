@@ -1,7 +1,5 @@
 """The network of the FID and what is measured on it."""
 
-import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -9,8 +7,10 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from decm_lightning.files import file_sha256
 from decm_lightning.metrics.inception_network import CLASSES, SIDE, SPATIAL_CHANNELS, Inception
 from decm_lightning.metrics.parts import Frechet, Kernel, Manifolds, Part, Score
+from decm_lightning.networks.tensors import few, read_file
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
@@ -29,8 +29,8 @@ class InceptionFeatures(nn.Module):
             None to download it once.
 
     Raises:
-        OSError: if there is no such file, or it cannot be downloaded.
-        ValueError: if the file has other weights.
+        OSError: if there is no such file, it may not be read, or it cannot be downloaded.
+        ValueError: if the file cannot be read, or has other weights.
     """
 
     num_features = 2048
@@ -41,7 +41,7 @@ class InceptionFeatures(nn.Module):
         self.network = Inception()
         path = _downloaded() if weights is None else Path(weights)
         self.network.load_state_dict(_read(path, self.network))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[: len(DIGEST)]
+        digest = file_sha256(path)[: len(DIGEST)]
         self.name = "the FID's Inception" if digest == DIGEST else f"Inception with other weights ({digest})"
         self.eval().requires_grad_(False)
 
@@ -100,16 +100,16 @@ def _downloaded() -> Path:
 
 
 def _read(path: Path, network: nn.Module) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at {path}: they are the file {FILE} of {URL}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of weights: {str(error).partition(chr(10))[0]}") from error
+        state = read_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no Inception weights at {path}: they are the file {FILE} of {URL}") from error
     wanted = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors by name: the FID's weights are the file {FILE} of {URL}")
     found = {name: value.shape for name, value in state.items() if "num_batches" not in name}
     if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         raise ValueError(f"{path} has other weights than the FID's Inception: {wrong[0]} and {len(wrong) - 1} more")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} has NaN or infinite weights: {few(broken)}; download the file again")
     return state

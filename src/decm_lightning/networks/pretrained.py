@@ -1,6 +1,7 @@
 """Networks to and from disk: a folder with config.json and model.safetensors, or a training checkpoint."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,46 +10,109 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save_model
 from torch import nn
 
+from decm_lightning.files import atomic
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
+from decm_lightning.networks.tensors import read_file
 from decm_lightning.networks.text_dit import TextDiT
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+"""The files of a network's folder."""
 AVERAGE = "average."
 """Where the averaged weights are in a training checkpoint."""
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
+def load(path: str | Path, device: str | torch.device = "cpu", allow_import: bool = False) -> Network:
     """Return a network ready to sample: in eval mode, and from a checkpoint its averaged (EMA) weights.
 
     Args:
         path: a folder written by `save`, or a checkpoint written while training: a .ckpt file, or a folder of shards.
         device: where to put it.
+        allow_import: import the module of the network's class, if its description names one outside this package. That
+            runs the module's code: allow it only for files that you trust. A class that is imported already is found
+            without.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
+        OSError: naming the file, if there is nothing at `path`, or it may not be read.
         ValueError: naming `path` and the cause, if it is not a whole folder or checkpoint of this package.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint or folder at {path}")
+    try:
+        # Unlike Path.exists, which takes a missing permission for a missing file in some versions of Python.
+        path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no checkpoint or folder at {path}") from error
     if is_sharded(path):
-        network = _from_shards(path)
+        network = _from_shards(path, allow_import)
     else:
-        network = _from_folder(path) if path.is_dir() else _from_checkpoint(path)
+        network = _from_folder(path, allow_import) if path.is_dir() else _from_checkpoint(path, allow_import)
     return network.to(device).eval()
 
 
 def save(network: Network, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into `folder`, made if need be."""
-    network.save_pretrained(folder, config=describe(network))
+    """Write config.json and model.safetensors into `folder`, and a model card if there is none.
+
+    The folder is created if it is missing. A network that is there already is replaced when both files are complete,
+    and stays usable if writing fails.
+
+    Raises:
+        OSError: naming the file, if it cannot be written, for example because the disk is full.
+        ValueError: if `folder` holds something else than a network of this package.
+    """
+    folder = check_target(folder)
+    described = json.dumps(describe(network), sort_keys=True, indent=2)
+    with atomic(folder / WEIGHTS) as weights:
+        save_model(network, str(weights))
+        with weights.open("rb") as content:
+            # The weights are large: flushed now, they follow their config at once.
+            os.fsync(content.fileno())
+        with atomic(folder / CONFIG) as config:
+            config.write_text(described, encoding="utf-8")
+    if not (folder / CARD).exists():
+        with atomic(folder / CARD) as card:
+            network.generate_model_card().save(card)
+
+
+def check_target(folder: str | Path) -> Path:
+    """Return a folder that `save` may write to: one that is missing, or holds no other model.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        ValueError: if it is "", or holds a config.json or model.safetensors of something else, or a sharded checkpoint.
+    """
+    if not str(folder):
+        raise ValueError("the folder to write has no name: got ''")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give a folder")
+    if is_sharded(folder):
+        raise ValueError(f"{folder} is a sharded checkpoint: give another folder")
+    found = _class_in(folder / CONFIG)
+    other = found is None and (folder / WEIGHTS).exists()
+    if found is not None and found not in CLASSES and "." not in found:
+        other = True
+    if other:
+        file = WEIGHTS if found is None else CONFIG
+        raise ValueError(f"{folder} holds another model ({file} is not of decm-lightning): give another folder")
+    return folder
+
+
+def _class_in(config: Path) -> str | None:
+    """Return the class that a config.json names, "" if it names none, None if there is no such file."""
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return ""
+    return str(described.get("_class_name", "")) if isinstance(described, dict) else ""
 
 
 def describe(network: Network) -> dict[str, Any]:
@@ -70,7 +134,7 @@ def description(checkpoint: str | Path) -> dict[str, Any]:
         ValueError: if it is no checkpoint of this package.
     """
     path = Path(checkpoint)
-    return _description(read_rest(path) if path.is_dir() else _read(path), path)
+    return _description(read_rest(path) if path.is_dir() else read_file(path), path)
 
 
 def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -> None:
@@ -92,7 +156,7 @@ def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
     Raises:
         ValueError: naming what it lacks, or the first weight that is missing or of another shape.
     """
-    found = _read(checkpoint)
+    found = read_file(checkpoint)
     needed = ("state_dict", "seed", "optimizer_states") if resume else ("state_dict", "seed")
     if lacking := [key for key in needed if key not in found]:
         remedy = "take a whole one, which ModelCheckpoint writes unless told to save_weights_only"
@@ -106,54 +170,78 @@ def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
             raise ValueError(f"{checkpoint} has weights {name} of shape {given}, not {known}: take another checkpoint")
 
 
-def build(description: dict[str, Any]) -> Network:
+def build(description: dict[str, Any], allow_import: bool = False) -> Network:
     """Return a new network from what `describe` gave.
 
+    Args:
+        description: the class and its arguments.
+        allow_import: import the module of a class outside this package; see `load`.
+
     Raises:
-        ValueError: if the class is unknown.
+        ValueError: if the class is unknown, or of a module that may not be imported.
     """
     arguments = dict(description)
     name = str(arguments.pop("_class_name", None))
-    if name in CLASSES:
-        return CLASSES[name](**arguments)
-    module, _, cls = name.rpartition(".")
+    return _class_of(name, allow_import)(**arguments)
+
+
+def _class_of(name: str, allow_import: bool) -> type[Network]:
+    known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(Network)}  # type: ignore[type-abstract]
+    if (cls := CLASSES.get(name) or known.get(name)) is not None:
+        return cls
+    module, _, attribute = name.rpartition(".")
+    if module and not (allow_import or module.startswith("decm_lightning.")):
+        # A file must not choose which code runs.
+        remedy = "import that module first, or allow it (allow_import=True, --allow_import true) if you trust the file"
+        raise ValueError(f"its network class {name} is not imported: {remedy}")
     try:
-        found = getattr(import_module(module), cls) if module else None
+        found = getattr(import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
         found = None
     if not (isinstance(found, type) and issubclass(found, Network)):
         raise ValueError(f"unknown network class {name!r}: expected {', '.join(CLASSES)} or an importable Network")
-    return found(**arguments)
+    return found
 
 
-def _from_folder(folder: Path) -> Network:
-    config, weights = folder / "config.json", folder / "model.safetensors"
+def _subclasses(cls: type[Network]) -> Iterator[type[Network]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _from_folder(folder: Path, allow_import: bool) -> Network:
+    config, weights = folder / CONFIG, folder / WEIGHTS
     for file in (config, weights):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: a network folder holds config.json and model.safetensors")
+        try:
+            file.stat()
+        except FileNotFoundError as error:
+            expected = f"a network folder holds {CONFIG} and {WEIGHTS}"
+            raise FileNotFoundError(f"{file} is missing: {expected}") from error
     with _naming(folder):
-        described = json.loads(config.read_text())
+        described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
-            raise ValueError(f"config.json must hold _class_name and the arguments: got {described}")
-        network = build(described)
-        network.load_state_dict(load_file(weights))
+            raise ValueError(f"{CONFIG} must hold _class_name and the arguments: got {described}")
+        network = build(described, allow_import)
+    tensors = read_file(weights)
+    with _naming(folder):
+        network.load_state_dict(tensors)
     return network
 
 
-def _from_checkpoint(file: Path) -> Network:
-    checkpoint = _read(file)
+def _from_checkpoint(file: Path, allow_import: bool) -> Network:
+    checkpoint = read_file(file)
     described = _description(checkpoint, file)
     with _naming(file):
-        network = build(described)
+        network = build(described, allow_import)
         weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
         network.load_state_dict(weights)
     return network
 
 
-def _from_shards(folder: Path) -> Network:
+def _from_shards(folder: Path, allow_import: bool) -> Network:
     described = _description(read_rest(folder), folder)
     with _naming(folder):
-        network = build(described)
+        network = build(described, allow_import)
     fill({f"{AVERAGE}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
     return network
 
@@ -162,19 +250,10 @@ def _from_shards(folder: Path) -> Network:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         cause = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         # Torch names every weight that does not fit.
         raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
-
-
-def _read(file: Path) -> Any:
-    try:
-        # Mapped: what is not asked for, such as the optimiser's state, is not read.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # Bytes that are no checkpoint can fail in any way.
-        raise ValueError(f"{file} is not a checkpoint of decm-lightning: it cannot be read") from error
 
 
 def _description(checkpoint: Any, path: Path) -> dict[str, Any]:

@@ -44,15 +44,18 @@ def load_public(path: str | Path, weights: Weights | None = None, heads: int | N
         heads: attention heads; None for what QK norm or the rotary table tells, else for those of the published sizes.
 
     Raises:
-        FileNotFoundError: if there is no file at `path`.
+        OSError: if there is no file at `path`, or it may not be read.
         ValueError: if the file cannot be read, holds no such network, lacks the weights asked for, does not tell the
             heads, or has a tensor too few, too many, of another shape, or with other rotary positions.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}: a .pt or .safetensors file with a LightningDiT or SiT is expected")
     try:
-        return _network(read_tensors(path, weights), heads)
+        tensors = read_tensors(path, weights)
+    except FileNotFoundError as error:
+        expected = "a .pt or .safetensors file with a LightningDiT, SiT or DiT is expected"
+        raise FileNotFoundError(f"no file at {path}: {expected}") from error
+    try:
+        return _network(tensors, heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

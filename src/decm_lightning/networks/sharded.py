@@ -5,7 +5,6 @@ ordinary checkpoint holds, such as the step and what describes the network, into
 torch.distributed.checkpoint is imported where it is needed alone: it takes a second.
 """
 
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from decm_lightning.files import atomic
+from decm_lightning.networks.tensors import read_file
 
 REST, INDEX = "meta.pt", ".metadata"
 """What is no tensor, and where the parts of each tensor are; both are written last."""
@@ -36,10 +37,10 @@ def read_rest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}: its saving was cut short, take an earlier one")
     if missing:
         raise ValueError(f"{folder} is no sharded checkpoint: a folder with {INDEX} and {REST} is expected")
-    try:
-        return torch.load(folder / REST, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{folder / REST} cannot be read: take another checkpoint") from error
+    rest = read_file(folder / REST)
+    if not isinstance(rest, dict):
+        raise ValueError(f"{folder / REST} must hold a dict: got {type(rest).__name__}")
+    return rest
 
 
 def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -56,19 +57,25 @@ def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
         dcp.load({"state_dict": dict(tensors)}, checkpoint_id=folder, no_dist=True)
 
 
-def read_whole(folder: Path) -> dict[str, Any]:
+def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
     """Return a sharded checkpoint as one process would have written it, optimisers included.
 
+    Args:
+        folder: the checkpoint.
+        scratch: a folder with room for all tensors, which are written there for a while.
+
     Raises:
+        OSError: naming `scratch`, if that cannot be written, for example because the disk is full.
         ValueError: if `folder` holds no sharded checkpoint, or not all of one.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     rest = read_rest(folder)
-    with TemporaryDirectory(dir=folder.parent) as scratch, _as_one_line(folder):
-        file = Path(scratch) / "tensors.pt"
-        dcp_to_torch_save(folder, file)
-        parts = torch.load(file, map_location="cpu", weights_only=True)
+    with TemporaryDirectory(dir=scratch) as place:
+        file = Path(place) / "tensors.pt"
+        with _as_one_line(folder), atomic(file) as partial:
+            dcp_to_torch_save(folder, partial)
+        parts = read_file(file)
     optimizers = sorted((name for name in parts if name.startswith("optimizer_")), key=lambda name: int(name[10:]))
     states = [_by_number(parts[name]) for name in optimizers]
     return {**rest, "state_dict": parts["state_dict"], "optimizer_states": states}

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from decm_lightning.files import describe_unreadable
+
 Weights: TypeAlias = Literal["ema", "model"]
 """The two sets of weights in a training checkpoint: averaged, and as trained."""
 
@@ -30,27 +32,43 @@ def read_tensors(path: Path, weights: Weights | None = None) -> dict[str, Tensor
             stand alone are read whatever is asked.
 
     Raises:
-        ValueError: if the file cannot be read, or holds other things or not the weights asked for.
+        OSError: naming the file, if it is missing, a folder, or may not be read.
+        ValueError: naming the file, if it cannot be read, or holds other things or not the requested weights.
     """
-    return _plainly_named(_chosen(read_file(path), weights))
+    content = read_file(path)
+    try:
+        return _plainly_named(_chosen(content, weights))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def read_file(path: Path) -> Any:
-    """Return what is in a .safetensors file, or in one of torch.save, on the CPU; nothing in it is run.
+def read_file(path: str | Path) -> Any:
+    """Return the content of a safetensors file, whatever its name, or of one of torch.save; nothing in it is run.
 
     Raises:
-        ValueError: if it cannot be read, or could run code.
+        OSError: naming the file, if it is missing, a folder, or may not be read.
+        ValueError: naming the file and the cause, if it is cut short or not such a file, or could run code.
     """
+    path = Path(path)
+    # safetensors and torch report a missing permission as a missing file.
+    head = _head(path)
     try:
-        if path.suffix == ".safetensors":
+        if head[8:9] == b"{" or path.suffix == ".safetensors":
             return load_file(path)
         # FACM keeps its command line's arguments beside the weights: a Namespace, which can do no harm.
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        # Bytes that are no checkpoint can fail in any way.
-        reason = _reason(error)
-        raise ValueError(f"neither safetensors nor what torch.load reads with weights_only=True: {reason}") from error
+        # Bytes that are not a checkpoint can fail in any way.
+        raise ValueError(f"{path} cannot be read: {describe_unreadable(path) or _reason(error)}") from error
+
+
+def _head(path: Path) -> bytes:
+    # Opening a pipe would wait for its writer.
+    if path.is_fifo():
+        raise ValueError(f"{path} cannot be read: not a regular file")
+    with path.open("rb") as content:
+        return content.read(9)
 
 
 def few(names: Sequence[str], count: int = 3) -> str:

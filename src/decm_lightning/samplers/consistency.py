@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
@@ -9,13 +10,16 @@ from decm_lightning.path import DATA, NOISE, interpolate
 from decm_lightning.samplers.steps import at, check_steps, land
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
+"""The source of noise for a batch: one for all rows, or one for each row, whose noise then depends on nothing else."""
+
 
 def consistency(
     student: FlowMapNetwork,
     x_0: Sample,
     condition: Condition,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     times: Sequence[float] | None = None,
 ) -> Sample:
     """Return samples by x_hat <- f(x_t, t, 1), x_t' <- (1 - t') noise + t' x_hat, for each t' in `times`.
@@ -28,7 +32,7 @@ def consistency(
         x_0: noise, (b, *d).
         condition: class labels, (b,), or None.
         steps: network evaluations, at least 1.
-        generator: the source of the noise that is put back; None for torch's own.
+        generator: the source of the noise that is put back, one or one for each row; None for torch's own.
         times: the steps - 1 times to which noise is put back, increasing within (0, 1).
 
     Raises:
@@ -43,9 +47,14 @@ def consistency(
     return x_hat
 
 
-def renoise(x_hat: Sample, time: float, generator: torch.Generator | None) -> Sample:
+def renoise(x_hat: Sample, time: float, generator: Generators | None) -> Sample:
     """Return (1 - t) noise + t x_hat with fresh noise."""
-    noise = torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype, device=x_hat.device)
+    if isinstance(generator, Sequence):
+        rows = zip(x_hat, generator, strict=True)
+        noise = torch.stack([torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device) for x, g in rows])
+    else:
+        noise = torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype, device=x_hat.device)
+    noise = noise.to(x_hat.device)
     return interpolate(noise, x_hat, at(time, x_hat))
 
 

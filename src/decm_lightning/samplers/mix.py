@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from decm_lightning.path import DATA, NOISE, jump
-from decm_lightning.samplers.consistency import renoise
+from decm_lightning.samplers.consistency import Generators, renoise
 from decm_lightning.samplers.steps import at, check_s1, check_steps, land
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
@@ -44,7 +44,7 @@ def mix_renoised(
     x_0: Sample,
     condition: Condition,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     s1: float = 0.7,
 ) -> Sample:
     """Return samples by the jumps 0 -> s1 -> 1, then noise put back at later and later times.
@@ -57,7 +57,7 @@ def mix_renoised(
         x_0: noise, (b, *d).
         condition: class labels, (b,), or None.
         steps: network evaluations, at least 1.
-        generator: the source of the noise that is put back; None for torch's own.
+        generator: the source of the noise that is put back, one or one for each row; None for torch's own.
         s1: landing time of the first jump, in (0, 1).
 
     Raises:

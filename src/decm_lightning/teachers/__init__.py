@@ -8,6 +8,7 @@ from decm_lightning.teachers.diffusers_sana import DiffusersSanaTeacher
 from decm_lightning.teachers.diffusers_sd3 import DiffusersSD3Teacher
 from decm_lightning.teachers.dit import DiTTeacher
 from decm_lightning.teachers.exact import ExactTeacher
+from decm_lightning.teachers.facebook_dit import FacebookDiTTeacher
 from decm_lightning.teachers.lightningdit import LightningDiTTeacher
 from decm_lightning.teachers.sit import SiTTeacher
 from decm_lightning.teachers.teacher import Teacher
@@ -21,6 +22,7 @@ __all__ = [
     "DiffusersSD3Teacher",
     "DiffusersSanaTeacher",
     "ExactTeacher",
+    "FacebookDiTTeacher",
     "LightningDiTTeacher",
     "SiTTeacher",
     "Teacher",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from decm_lightning.networks.diffusers_folder import from_pretrained
 from decm_lightning.networks.embedding import TimeEmbedding
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.types import Captions, Condition, Sample, Time
@@ -182,7 +183,7 @@ def read(kind: str, path: str, dtype: Dtype = "float32") -> nn.Module:
 
     Raises:
         OSError: if there is no such folder or name.
-        ValueError: if it is of another class, or its tensors are missing or left over.
+        ValueError: if it is of another class, a file cannot be read, or tensors are missing or left over.
     """
     # Imported here: nothing else in the method needs diffusers, and it takes seconds.
     import diffusers
@@ -192,11 +193,4 @@ def read(kind: str, path: str, dtype: Dtype = "float32") -> nn.Module:
     found = cls.load_config(path, subfolder=subfolder).get("_class_name", kind)
     if found != kind:
         raise ValueError(f"{path} holds a {found}: this teacher takes a {kind}")
-    model, report = cls.from_pretrained(
-        path, subfolder=subfolder, torch_dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    # It would go on with random weights.
-    faults = [f"{fault}: {', '.join(map(str, names))}" for fault, names in report.items() if names]
-    if faults:
-        raise ValueError(f"the tensors in {path} are not those of the model its config.json describes: {faults[0]}")
-    return model
+    return from_pretrained(cls, path, subfolder, torch_dtype=getattr(torch, dtype))

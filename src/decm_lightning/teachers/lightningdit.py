@@ -9,6 +9,7 @@ from torch import Tensor
 from decm_lightning.networks import load_public
 from decm_lightning.networks.embedding import TimeEmbedding
 from decm_lightning.networks.tensors import Weights
+from decm_lightning.teachers.prediction import refuse_other_prediction
 from decm_lightning.teachers.teacher import Teacher
 
 
@@ -27,7 +28,7 @@ class LightningDiTTeacher(Teacher):
 
     Raises:
         FileNotFoundError: if there is no file at `path`.
-        ValueError: if the file is no LightningDiT, or has an auxiliary time and another clock than t.
+        ValueError: if the file is no LightningDiT, predicts noise, or has an auxiliary time and another clock than t.
     """
 
     def __init__(self, path: str, weights: Weights | None = None, clock: Literal["t", "2 - t"] = "t") -> None:
@@ -39,6 +40,7 @@ class LightningDiTTeacher(Teacher):
                 raise ValueError(f"{path} has an auxiliary time, and so gives its velocity at t: leave out {clock=}")
             # In the weights, not around the network: the student and what is exported then run on t, too.
             mirror(network.t_embedder)
+        refuse_other_prediction(network, "velocity", path)
         super().__init__(network)
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from decm_lightning import Distiller
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import Drawing, pictures
-from decm_lightning.callbacks.shares import shares
 from decm_lightning.data import Digits
+from decm_lightning.even_split import split_evenly
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.pictures import to_uint8
@@ -134,7 +134,7 @@ def test_what_cannot_be_shown_is_refused():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (5, 1), (10, 4), (9, 4), (17, 2), (8, 500), (50_000, 125)])
 def test_processes_share_the_numbers_in_order_and_take_as_many_batches(world, count, batch_size):
-    parts = [shares(count, batch_size, rank, world) for rank in range(world)]
+    parts = [split_evenly(count, batch_size, rank, world) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     assert all(len(rows) <= batch_size for part in parts for rows in part)
     # Batch by batch, the processes in their order: as torchmetrics gathers them.

@@ -1,21 +1,25 @@
 """Measures samples against real images while training, and writes the table of quality when testing."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import Drawing, LabelLaw
 from decm_lightning.callbacks.protocol import protocol
-from decm_lightning.callbacks.shares import shares
 from decm_lightning.callbacks.table import Row, Table
+from decm_lightning.conditions import select
+from decm_lightning.even_split import count_own, split_evenly
 from decm_lightning.metrics import Quality, reference
 from decm_lightning.metrics.parts import Prompts
 from decm_lightning.pictures import short
+from decm_lightning.types import Batch
 
 COLUMNS = 10
 
@@ -102,6 +106,7 @@ class Evaluation(L.Callback):
             raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
         self.has_real = False
         self.has_measured = False
+        self.rows_seen: Counter[int] = Counter()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to end in silence where nothing was measured: Lightning skips an empty loader with all its hooks.
@@ -132,7 +137,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, the first time, if there is no reference."""
         if not (self.has_real or trainer.sanity_checking):
-            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
+            self._take_in_own(trainer.val_dataloaders, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -145,7 +150,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, if there is no reference."""
         if not self.has_real:
-            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
+            self._take_in_own(trainer.test_dataloaders, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is cheap of every cell.
@@ -197,12 +202,20 @@ class Evaluation(L.Callback):
         images = self.real.images
         if images is None or not any(quality.needs_images for quality in self.qualities):
             return
-        parts = shares(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
+        parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
         with self._bar(trainer, sum(map(len, parts))) as bar:
             bar.set_description("reference")
             for batch in images.batches(parts):
                 self._take_in(batch, Prompts())
                 bar.update(len(batch))
+
+    def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        """Take in the rows of a batch that no other process has."""
+        x_1, condition = batch[0], batch[1]
+        loader, seen = CombinedLoader(loaders, "sequential").flattened[dataloader_idx], self.rows_seen[dataloader_idx]
+        own = slice(count_own(getattr(loader, "sampler", None), batch_idx, seen, len(x_1)))
+        self.rows_seen[dataloader_idx] += len(x_1)
+        self._take_in(self.drawing.pictures(x_1)[own], Prompts(select(condition, own)))
 
     def _take_in(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
@@ -210,7 +223,7 @@ class Evaluation(L.Callback):
 
     def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
         self.has_real = self.has_measured = True
-        parts = shares(samples, self.batch_size, trainer.global_rank, trainer.world_size)
+        parts = split_evenly(samples, self.batch_size, trainer.global_rank, trainer.world_size)
         wanted = any(quality.wants_prompts for quality in self.qualities)
         measured = {}
         with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:

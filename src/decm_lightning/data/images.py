@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from decm_lightning.even_split import EvenBatches
 from decm_lightning.types import Batch, Sample
+
+EVALUATED_AT_ONCE = 256
 
 
 class Rows(Dataset[Batch]):
@@ -21,6 +24,10 @@ class Rows(Dataset[Batch]):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of the given rows."""
         raise NotImplementedError
+
+    def __getitem__(self, rows: int | Sequence[int]) -> Batch:
+        """Return the batch of the given rows, or of one row."""
+        return self.__getitems__([rows] if isinstance(rows, int) else rows)
 
 
 class LabelledImages(Rows):
@@ -102,6 +109,14 @@ class ResumableData(L.LightningDataModule):
             collate_fn=as_it_is,
         )
 
+    def evenly(self, rows: Dataset[Batch]) -> StatefulDataLoader:
+        """Return a loader of all rows in order, split evenly among the processes, each row once."""
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        batches = EvenBatches(rows, EVALUATED_AT_ONCE, rank, world)
+        return StatefulDataLoader(
+            rows, batch_size=None, sampler=batches, num_workers=self.num_workers, collate_fn=as_it_is
+        )
+
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: pixels are images already."""
         return x
@@ -142,7 +157,7 @@ class InMemoryImages(ResumableData):
         rows = self.reference
         if self.reference_size is not None:
             rows = LabelledImages(rows.images[: self.reference_size], rows.labels[: self.reference_size])
-        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return self.evenly(rows)
 
     def test_dataloader(self) -> StatefulDataLoader:
         """Return the reference images of the Fréchet distance, in order."""

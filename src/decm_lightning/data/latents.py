@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from decm_lightning.data.decoding import LatentDecoder
-from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.images import ResumableData, Rows
 from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
 from decm_lightning.data.shards import RECORD, Provenance, Shards
 from decm_lightning.types import Batch, Sample
@@ -212,7 +212,7 @@ class ImageNetLatents(ResumableData):
         count = len(self.train)
         size = min(self.reference_size or count, count)
         rows = Subset(self.train, [number * count // size for number in range(size)])
-        return StatefulDataLoader(rows, batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return self.evenly(rows)
 
     def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the reference latents in order; no loader without a VAE."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from decm_lightning.data.images import ResumableData, Rows, as_it_is
+from decm_lightning.data.images import ResumableData, Rows
 from decm_lightning.text import EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
@@ -161,7 +161,7 @@ class CaptionedImages(ResumableData):
         """
         if not self.held_out:
             return []
-        return StatefulDataLoader(self._held_out(), batch_size=256, num_workers=self.num_workers, collate_fn=as_it_is)
+        return self.evenly(self._held_out())
 
     def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the held-out pairs, in order."""

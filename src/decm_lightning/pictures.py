@@ -11,10 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.errors import NonFiniteError
+from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
 LONG = 8
 """Longer names of columns are slanted, or they would meet."""
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+"""The first and the last bytes of every whole PNG file."""
 Pictures = UInt8[Tensor, "n c h w"]
 
 
@@ -39,8 +42,9 @@ def save_grid(images: Pictures, columns: int, scale: int, file: Path) -> None:
         ValueError: if the images have neither 1 nor 3 channels.
     """
     grid = rearrange(images, "(row column) c h w -> c (row h) (column w)", column=columns)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)).save(file)
+    image = picture(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
+    with atomic(file) as partial:
+        image.save(partial, "PNG")
 
 
 def save_named_grid(
@@ -74,9 +78,9 @@ def save_named_grid(
         axes[0].xaxis.tick_top()
         axes[0].tick_params(length=0)
         axes[0].set_xticks([(number + 0.5) * group for number in range(len(columns))], columns, **slanted)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Tight, or long names would be cut off.
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    with atomic(file) as partial:
+        # Tight, or long names would be cut off.
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
 
 
 def short(caption: str) -> str:
@@ -92,10 +96,24 @@ def save_files(images: Pictures, labels: Int[Tensor, " n"] | None, folder: Path,
     Raises:
         ValueError: if the images have neither 1 nor 3 channels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     names = [""] * len(images) if labels is None else [f"_class{label}" for label in labels.tolist()]
     for number, (image, name) in enumerate(zip(images, names, strict=True), start=first):
-        picture(image).save(folder / f"{number:06d}{name}.png")
+        with atomic(folder / f"{number:06d}{name}.png") as partial:
+            picture(image).save(partial, "PNG")
+
+
+def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
+    """Return whether a file is a PNG with its beginning and its end, and of this size (width, height) if one is given.
+
+    Raises:
+        OSError: if it cannot be read for another reason than that it is missing, or is a folder.
+    """
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    found = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+    return content.startswith(PNG) and content.endswith(PNG_END) and size in (None, found)
 
 
 def picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import platform
+from importlib import metadata
 
 import lightning as L
 import numpy as np
@@ -261,11 +263,22 @@ class Unread(Digits):
 def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=real_images())
     written, _ = results(
-        tmp_path, features=Small(), reference=str(tmp_path / "images.npz"), labels="uniform", seed=5, batch_size=16
+        tmp_path,
+        features=Small(),
+        reference=str(tmp_path / "images.npz"),
+        labels="uniform",
+        seed=5,
+        batch_size=16,
+        test_cells=["student/mix/4", "student/consistency/3", "teacher/euler/2"],
     )
     digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
+    packages = ("decm-lightning", "torch", "lightning", "torchmetrics", "torchdata")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
+        "weights": "student: exponential moving average (decay 0.999); teacher: as loaded",
+        "sampler options": "student/mix/4: s1 = 0.7; student/consistency/3: re-noised at t = 0.7, 0.85",
+        "precision": "32-true",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),
         "reference sha256": digest,
@@ -280,6 +293,9 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         "precision, recall": "k = 3, 44 generated against 50 real images",
         "kid": "mean over 100 subsets of 44, not times 1,000",
         "evaluations": "passes of a network for one sample, guidance included",
+        "device": f"cpu ({platform.machine()})",
+        "processes": 1,
+        "versions": f"{versions}, Python {platform.python_version()}",
     }
     page = (tmp_path / "quality.md").read_text()
     assert all(f"- {name}: {value}\n" in page for name, value in written["protocol"].items())

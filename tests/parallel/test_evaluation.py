@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller
-from decm_lightning.callbacks import Evaluation
+from decm_lightning.callbacks import Evaluation, SampleWriter
 from decm_lightning.data import Digits
 from decm_lightning.data.images import LabelledImages, as_it_is
 from decm_lightning.even_split import split_evenly
@@ -88,7 +88,47 @@ def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind, re
     for values in pair.run(results, tmp_path / "two", SIZE, kind, reference):
         assert values == pytest.approx(expected, rel=1e-6)
     one, two = (json.loads((tmp_path / name / "quality.json").read_text()) for name in ("one", "two"))
+    assert (one["protocol"].pop("processes"), two["protocol"].pop("processes")) == (1, SIZE)
     assert one["protocol"] == two["protocol"]
     assert one["protocol"]["real images"] == real
     rows = [{name: written["rows"][0][name] for name in COLUMNS} for written in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=1e-9)
+
+
+def predicted(folder: str, devices: int, plain: bool, rows: int = 5) -> list[str]:
+    """Names and labels of what `predict` writes for some digits."""
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else "ddp",
+        logger=False,
+        callbacks=[SampleWriter(folder, "student/mix/1")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    data = Five() if plain else Digits(reference_size=rows)
+    trainer.predict(Distiller(Teacher(teacher)), datamodule=data, return_predictions=False)
+    return sorted(path.name for path in Path(folder).glob("*.png"))
+
+
+class Five(Digits):
+    """Five digits in an ordinary loader."""
+
+    def predict_dataloader(self):
+        rows = self.reference
+        return DataLoader(LabelledImages(rows.images[:5], rows.labels[:5]), batch_size=2, collate_fn=as_it_is)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_two_processes_write_each_condition_once_under_its_own_number(pair, tmp_path, plain):
+    expected = predicted(str(tmp_path / "one"), 1, plain)
+    assert expected == [f"{number:06d}_class{number}.png" for number in range(5)]
+    pair.run(predicted, str(tmp_path / "two"), SIZE, plain)
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == expected
+
+
+def test_a_process_without_a_row_writes_nothing(pair, tmp_path):
+    pair.run(predicted, str(tmp_path), SIZE, False, 1)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000000_class0.png"]

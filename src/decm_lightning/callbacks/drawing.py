@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
 import lightning as L
@@ -13,6 +12,7 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks.usage import Usage
 from decm_lightning.conditions import select
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.metrics.parts import Prompts
@@ -167,25 +167,12 @@ class Drawing:
             columns = min(columns, self.data.num_classes)
         return torch.stack([balanced.draw(cell, range(columns)) for cell in cells])
 
-    def evaluations(self, cell: Cell) -> float | None:
-        """Return how many evaluations of a network one sample costs, counted: a guided step can cost two.
-
-        None if no network was seen, as for an exact teacher.
-        """
-        networks = [self.source.average, getattr(getattr(self.module, "teacher", None), "network", None)]
-        seen = 0
-
-        def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            nonlocal seen
-            seen += len(next(chain(args, kwargs.values())))
-
-        hooks = [n.register_forward_pre_hook(count, with_kwargs=True) for n in networks if isinstance(n, nn.Module)]
-        try:
-            drawn = len(self.samples(cell, range(2)))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen / drawn if seen else None
+    def usage(self, cell: Cell) -> Usage:
+        """Return the network evaluations of a sample, counted on two: a guided step can cost two."""
+        usage = Usage(2)
+        with usage.record(self.source.average, getattr(self.module, "teacher", None)):
+            self.samples(cell, range(2))
+        return usage
 
     def _label(self, row: int) -> int:
         classes = int(self.data.num_classes)

@@ -1,6 +1,5 @@
 """Measures samples against real images while training, and writes the table of quality when testing."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ class Evaluation(L.Callback):
             raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
         self.has_real = False
         self.has_measured = False
-        self.rows_seen: Counter[int] = Counter()
+        self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to end in silence where nothing was measured: Lightning skips an empty loader with all its hooks.
@@ -137,7 +136,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, the first time, if there is no reference."""
         if not (self.has_real or trainer.sanity_checking):
-            self._take_in_own(trainer.val_dataloaders, batch, batch_idx, dataloader_idx)
+            self._take_in_own(trainer.val_dataloaders, batch, batch_idx)
 
     def on_test_batch_end(
         self,
@@ -150,7 +149,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, if there is no reference."""
         if not self.has_real:
-            self._take_in_own(trainer.test_dataloaders, batch, batch_idx, dataloader_idx)
+            self._take_in_own(trainer.test_dataloaders, batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is cheap of every cell.
@@ -175,12 +174,13 @@ class Evaluation(L.Callback):
             for name, value in values.items():
                 pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
         # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
-        rows = [Row(cell, self.drawing.evaluations(cell), values) for cell, values in measured.items()]
+        usages = {cell: self.drawing.usage(cell) for cell in measured}
+        rows = [Row(cell, usages[cell].evaluations, values) for cell, values in measured.items()]
         # The heading begins with the distance.
         names = " and ".join(
             quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)
         )
-        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size)
+        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size, usages)
         images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
@@ -209,12 +209,13 @@ class Evaluation(L.Callback):
                 self._take_in(batch, Prompts())
                 bar.update(len(batch))
 
-    def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+    def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int) -> None:
         """Take in the rows of a batch that no other process has."""
         x_1, condition = batch[0], batch[1]
-        loader, seen = CombinedLoader(loaders, "sequential").flattened[dataloader_idx], self.rows_seen[dataloader_idx]
-        own = slice(count_own(getattr(loader, "sampler", None), batch_idx, seen, len(x_1)))
-        self.rows_seen[dataloader_idx] += len(x_1)
+        # There is one loader: Lightning refuses several where validation_step has no dataloader_idx.
+        sampler = getattr(CombinedLoader(loaders, "sequential").flattened[0], "sampler", None)
+        own = slice(count_own(sampler, batch_idx, self.rows_seen, len(x_1)))
+        self.rows_seen += len(x_1)
         self._take_in(self.drawing.pictures(x_1)[own], Prompts(select(condition, own)))
 
     def _take_in(self, images: Tensor, prompts: Prompts) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,7 +22,7 @@ from decm_lightning.teachers import Teacher
 from decm_lightning.types import Batch
 
 
-class SampleWriter(L.Callback):
+class SampleWriter(BasePredictionWriter):
     """Writes one PNG for each label or other condition of the prediction loader, numbered by its row.
 
     Every row is written once for any number of processes. The folder gets a settings.json; it is refused if it has
@@ -36,6 +37,7 @@ class SampleWriter(L.Callback):
     """
 
     def __init__(self, folder: str, cell: str = "student/mix/1") -> None:
+        super().__init__("batch")
         self.folder = Path(folder)
         self.cell = Cell.parse(cell)
         self.written = 0
@@ -46,19 +48,21 @@ class SampleWriter(L.Callback):
         Raises:
             ValueError: if the folder has samples of other settings.
         """
+        super().on_predict_start(trainer, pl_module)
         pl_module.draws = self.cell  # type: ignore[assignment]
         self.written = 0
         self.samples = SampleFolder(self.folder, self._settings(trainer, pl_module))
         self.samples.begin()
 
-    def on_predict_batch_end(
+    def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        dataloader_idx: int,
     ) -> None:
         """Write one batch.
 
@@ -66,8 +70,8 @@ class SampleWriter(L.Callback):
             ValueError: if the rows have no numbers: several processes, and a loader without a sampler.
             NonFiniteError: if a sample is NaN or infinite.
         """
-        drawn = Batch(*outputs)
-        numbers = self._numbers(trainer, len(drawn.x_1), batch_idx)
+        drawn = Batch(*prediction)
+        numbers = batch_indices or self._numbers(trainer, len(drawn.x_1), batch_idx)
         labels: list[int] | list[None] = [None] * len(numbers)
         if isinstance(drawn.condition, Tensor) and drawn.condition.ndim == 1:
             labels = drawn.condition.tolist()
@@ -83,13 +87,9 @@ class SampleWriter(L.Callback):
 
     def _numbers(self, trainer: L.Trainer, rows: int, batch_idx: int) -> Sequence[int]:
         # There is one loader: Lightning refuses several where predict_step has no dataloader_idx.
-        loader = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[0]
-        sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        sampler = getattr(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[0], "sampler", None)
         if isinstance(sampler, EvenBatches):
             return sampler.batches[batch_idx]
-        # Lightning records the rows of each batch of a loader with another sampler, of which it repeats none.
-        if (seen := getattr(batch_sampler, "seen_batch_indices", None)) is not None:
-            return seen[batch_idx]
         if trainer.world_size > 1:
             remedy = "give predict_dataloader a data set with rows (not an IterableDataset), or predict on one device"
             raise ValueError(f"the samples of {trainer.world_size} processes cannot be numbered: {remedy}")

@@ -205,8 +205,9 @@ class FlowTraining(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients as the trainer says, by the norm that is known already."""
-        # An optimizer that removes a gradient scaler's factor itself still has it in its gradients: Lightning refuses.
-        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+        # A fused optimizer removes the factor of a gradient scaler later: Lightning refuses to clip before that.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
         if not gradient_clip_val or unscales or gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return

@@ -68,7 +68,7 @@ class Drawing:
         data: the datamodule. Its method `condition(rows, seed)` gives the conditions, if it has one; otherwise they are
             labels below its `num_classes`. Its `texts`, if it has them, are the same conditions in words, over and over
             again where there are more samples. Its method `decode(x)`, if it has one, turns samples into images in
-            [-1, 1].
+            [-1, 1]; its method `release()`, if it has one, moves the network that does so off the accelerator.
         labels: "balanced", i mod num_classes; or "uniform", drawn by the seed.
         seed: of noise and labels.
     """
@@ -82,6 +82,12 @@ class Drawing:
     def source(self) -> SampleSource:
         """The module, as what it must be."""
         return cast(SampleSource, self.module)
+
+    def release(self) -> None:
+        """Move the networks that decode samples off the accelerator, by the datamodule's `release` if it has one."""
+        release = getattr(self.data, "release", None)
+        if release is not None:
+            release()
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Make sure that every cell can be drawn.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -74,6 +75,7 @@ class Evaluation(L.Callback):
         self.seed = seed
         self.reference = reference
         self.labels = labels
+        self.qualities: list[Quality] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
         if not (self.cells and self.test_cells):
@@ -124,6 +126,18 @@ class Evaluation(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move to where the module computes, and take in the reference."""
         self._start(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the accelerator to the training."""
+        self._release()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the accelerator to what comes next."""
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the accelerator to what comes next."""
+        self._release()
 
     def on_validation_batch_end(
         self,
@@ -208,6 +222,13 @@ class Evaluation(L.Callback):
             for batch in images.batches(parts):
                 self._take_in(batch, Prompts())
                 bar.update(len(batch))
+
+    def _release(self) -> None:
+        """Move feature networks, statistics and the decoder off the accelerator."""
+        for quality in self.qualities:
+            quality.to(torch.device("cpu"))
+        if self.qualities:
+            self.drawing.release()
 
     def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int) -> None:
         """Take in the rows of a batch that no other process has."""

@@ -205,6 +205,11 @@ class ImageNetLatents(ResumableData):
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
         return self.decoder(x)
 
+    def release(self) -> None:
+        """Move the VAE off the accelerator: only evaluation uses it."""
+        if self.decoder is not None:
+            self.decoder.autoencoder.to("cpu")
+
     def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
         if self.vae is None:

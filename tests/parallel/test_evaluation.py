@@ -1,6 +1,7 @@
 """Testing in two processes against one."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -53,7 +54,9 @@ class Plain(Digits):
         return DataLoader(LabelledImages(rows.images[:61], rows.labels[:61]), batch_size=8, collate_fn=as_it_is)
 
 
-def results(folder: Path, devices: int, kind: str, reference: str | None = None) -> dict[str, float]:
+def results(
+    folder: Path, devices: int, kind: str, reference: str | None = None, batches: int | None = None
+) -> dict[str, float]:
     """A test run of Lightning; the student is in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
@@ -70,6 +73,7 @@ def results(folder: Path, devices: int, kind: str, reference: str | None = None)
         logger=False,
         callbacks=[callback],
         default_root_dir=folder,
+        limit_test_batches=batches,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -93,6 +97,15 @@ def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind, re
     assert one["protocol"]["real images"] == real
     rows = [{name: written["rows"][0][name] for name in COLUMNS} for written in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=1e-9)
+
+
+def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_path):
+    """Two of one process, and one of each of two: 449 of the 1,797 digits."""
+    expected = results(tmp_path / "one", 1, "loader", batches=2)
+    for values in pair.run(partial(results, batches=1), tmp_path / "two", SIZE, "loader"):
+        assert values == pytest.approx(expected, rel=1e-6)
+    for name in ("one", "two"):
+        assert json.loads((tmp_path / name / "quality.json").read_text())["protocol"]["real images"] == 449
 
 
 def predicted(folder: str, devices: int, plain: bool, rows: int = 5) -> list[str]:

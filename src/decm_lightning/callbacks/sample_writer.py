@@ -85,6 +85,10 @@ class SampleWriter(BasePredictionWriter):
         """Leave the module as it was."""
         pl_module.draws = None  # type: ignore[assignment]
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        pl_module.draws = None  # type: ignore[assignment]
+
     def _numbers(self, trainer: L.Trainer, rows: int, batch_idx: int) -> Sequence[int]:
         # There is one loader: Lightning refuses several where predict_step has no dataloader_idx.
         sampler = getattr(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[0], "sampler", None)

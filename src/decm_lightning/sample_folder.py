@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
+from textwrap import shorten
 from typing import Any
 
 from jaxtyping import UInt8
@@ -59,20 +60,18 @@ class SampleFolder:
                 settings.json, if that is damaged.
             OSError: if the folder cannot be read.
         """
-        found = _read(self.file)
-        if found is not None:
-            _refuse_others(self.folder, found, json.loads(json.dumps(self.settings)))
-        if found is not None and self.names is None:
+        begun = self._has_settings()
+        if begun and self.names is None:
             return
-        known = {Path(name) for name in self.names or ()} if found is not None else set()
+        known = {Path(name) for name in self.names or ()} if begun else set()
         foreign = next((image for image in _images(self.folder) if image not in known), None)
         if foreign is None:
             return
-        if found is None and _read(self.file) is not None:
+        if not begun and self._has_settings():
             # Another process has begun since.
             self.check()
             return
-        what = "is not one of its samples" if found is not None else f"is there, but no {SETTINGS}"
+        what = "is not one of its samples" if begun else f"is there, but no {SETTINGS}"
         raise ValueError(f"{self.folder} holds other images ({foreign} {what}): give another --out, or remove them")
 
     def begin(self) -> None:
@@ -85,7 +84,7 @@ class SampleFolder:
             OSError: if the folder cannot be written.
         """
         self.check()
-        if _read(self.file) is not None:
+        if self._has_settings():
             return
         # Of several processes one must win whole, with none seeing the file of another before it is complete.
         own = self.folder / f"{SETTINGS}.{token_hex(4)}"
@@ -94,7 +93,7 @@ class SampleFolder:
         try:
             os.link(own, self.file)
         except FileExistsError:
-            self.check()
+            self._has_settings()
         except OSError:
             # Some file systems have no links.
             os.replace(own, self.file)
@@ -114,6 +113,13 @@ class SampleFolder:
         """
         with atomic(self.folder / name) as partial:
             picture(image).save(partial, "PNG")
+
+    def _has_settings(self) -> bool:
+        """Return whether the folder has settings; refuse those of others."""
+        found = _read(self.file)
+        if found is not None:
+            _refuse_others(self.folder, found, json.loads(json.dumps(self.settings)))
+        return found is not None
 
 
 def sample_name(number: int, label: int | None = None) -> str:
@@ -141,7 +147,8 @@ def _damaged(file: Path, cause: str) -> ValueError:
 def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
     if differing:
-        values = "; ".join(f"{key} {found.get(key)}, not {settings.get(key)}" for key in differing[:SHOWN])
+        short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
+        values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise ValueError(f"{folder} holds samples of other settings ({values}{more}): give another --out")
 

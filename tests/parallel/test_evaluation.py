@@ -17,6 +17,7 @@ from decm_lightning.data.images import LabelledImages, as_it_is
 from decm_lightning.even_split import split_evenly
 from decm_lightning.metrics import Quality
 from decm_lightning.networks import DiT
+from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 from tests.parallel.pair import SIZE
@@ -108,13 +109,13 @@ def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_
         assert json.loads((tmp_path / name / "quality.json").read_text())["protocol"]["real images"] == 449
 
 
-def predicted(folder: str, devices: int, plain: bool, rows: int = 5) -> list[str]:
+def predicted(folder: str, devices: int, plain: bool, rows: int = 5, sharded: bool = False) -> list[str]:
     """Names and labels of what `predict` writes for some digits."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="auto" if devices == 1 else "ddp",
+        strategy=FSDP2() if sharded else "auto" if devices == 1 else "ddp",
         logger=False,
         callbacks=[SampleWriter(folder, "student/mix/1")],
         enable_progress_bar=False,
@@ -142,6 +143,8 @@ def test_two_processes_write_each_condition_once_under_its_own_number(pair, tmp_
     assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == expected
 
 
-def test_a_process_without_a_row_writes_nothing(pair, tmp_path):
-    pair.run(predicted, str(tmp_path), SIZE, False, 1)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_process_without_a_row_writes_nothing(pair, tmp_path, sharded):
+    """It takes part in the passes of sharded networks, though."""
+    pair.run(predicted, str(tmp_path), SIZE, False, 1, sharded)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000000_class0.png"]

@@ -59,7 +59,7 @@ class FrechetDistance(FrechetInceptionDistance):
         self.given: Moments | None = None
         self.factor: Tensor | None = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> "FrechetDistance":
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
         # No state of torchmetrics: the factor follows from the real features.
         self.factor = None if self.factor is None else fn(self.factor)
         return super()._apply(fn, *args)

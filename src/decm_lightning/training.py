@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA
-from decm_lightning.callbacks.gradient_norms import total_norm
 from decm_lightning.callbacks.last_step import LastStep
 from decm_lightning.checkpoint_io import AtomicCheckpointIO
 from decm_lightning.errors import NonFiniteError
+from decm_lightning.gradients import clip_by_norm, total_norm
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
@@ -56,6 +56,7 @@ class FlowTraining(L.LightningModule):
 
     Attributes:
         terms: this step's losses by name.
+        gradient_norm: this step's norm of all gradients before clipping, on the device.
         phase: announces a part of the step, "teacher" or "derivative"; a callback that times them sets its own.
 
     Raises:
@@ -86,6 +87,7 @@ class FlowTraining(L.LightningModule):
         self.draws: Cell | None = None
         self.terms: dict[str, LossTerm] = {}
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.gradient_norm = torch.zeros(())
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""
@@ -211,7 +213,8 @@ class FlowTraining(L.LightningModule):
             NonFiniteError: naming the parameters, the losses, the step and the batch.
         """
         gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
-        if total_norm(gradients.values()).isfinite():
+        self.gradient_norm = total_norm(gradients.values())
+        if self.gradient_norm.isfinite():
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:
@@ -221,6 +224,23 @@ class FlowTraining(L.LightningModule):
         losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in self.terms.items())
         what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
         raise NonFiniteError(self._stopped(what, self.trainer.fit_loop.batch_idx))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients as the trainer says, by the norm that is known already."""
+        # A fused optimizer removes the factor of a gradient scaler later: Lightning refuses to clip before that.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not gradient_clip_val or unscales or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        clip_by_norm(
+            (p.grad for p in self.network.parameters() if p.grad is not None), gradient_clip_val, self.gradient_norm
+        )
 
     def setup(self, stage: str) -> None:
         """Refuse data with more classes than the network has: the first label too many would be its null class.

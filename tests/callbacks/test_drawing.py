@@ -1,17 +1,18 @@
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
 
 from decm_lightning import Distiller
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import Drawing, pictures
-from decm_lightning.callbacks.shares import shares
 from decm_lightning.data import Digits
+from decm_lightning.even_split import split_evenly
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.pictures import to_uint8
-from decm_lightning.teachers import Teacher
+from decm_lightning.teachers import DiffusersDiTTeacher, Teacher
 
 MIX = Cell("student", "mix", 2)
 
@@ -49,12 +50,84 @@ def test_evaluations_are_counted_in_and_out_of_the_guidance_interval():
     cell = Cell("teacher", "euler", 4)
 
     def count(guidance: Guidance) -> float:
-        return Drawing(distiller(guidance), Digits()).evaluations(cell)
+        return Drawing(distiller(guidance), Digits()).usage(cell).evaluations
 
     assert count(Guidance()) == 4
     assert count(Guidance(scale=2.0)) == 8
     # Of the starts 0, 1/4, 1/2, 3/4 two lie in the interval.
     assert count(Guidance(scale=2.0, interval=(0.2, 0.6))) == 6
+
+
+class Formula(Teacher):
+    """A velocity without a module."""
+
+    def __init__(self) -> None:
+        pass
+
+    def velocity(self, x_t, t, condition):
+        return -x_t
+
+    def null(self, condition):
+        return condition
+
+    def networks(self):
+        return []
+
+    def apply(self, function, recurse=True):
+        return self
+
+
+class TwoNetworks(Formula):
+    """A velocity that costs a pass of each of two modules."""
+
+    def __init__(self) -> None:
+        self.first, self.second = nn.Identity(), nn.Tanh()
+
+    def velocity(self, x_t, t, condition):
+        return self.second(self.first(x_t))
+
+    def evaluated_modules(self):
+        return [self.first, self.second]
+
+
+def diffusers_dit() -> Teacher:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "norm_num_groups": 1}
+    model = DiTTransformer2DModel(
+        **sizes, sample_size=8, patch_size=4, in_channels=1, out_channels=2, num_embeds_ada_norm=10
+    )
+    return DiffusersDiTTeacher(model)
+
+
+@pytest.mark.parametrize(("teacher", "each"), [(diffusers_dit, 1), (Formula, 1), (TwoNetworks, 2)])
+def test_evaluations_are_counted_for_every_kind_of_teacher(teacher, each):
+    student = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    # Of the starts 0, 1/4, 1/2, 3/4 two lie in the interval.
+    for guidance, expected in ((Guidance(), 4), (Guidance(2.0), 8), (Guidance(2.0, interval=(0.2, 0.6)), 6)):
+        given = teacher()
+        module = Distiller(given, student, guidance=guidance)
+        drawing = Drawing(module, Digits())
+        assert drawing.usage(Cell("teacher", "euler", 4)).evaluations == expected * each
+        assert drawing.usage(Cell("student", "mix", 3)).evaluations == 3
+        # Nothing that counts is left on the networks or the teacher.
+        assert not any(part._forward_pre_hooks for part in [module.average, *given.evaluated_modules()])
+        assert "velocity" not in vars(given)
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (Cell("teacher", "euler", 4), ""),
+        (Cell("student", "mix", 1), ""),
+        (Cell("student", "mix", 2), "s1 = 0.75"),
+        (Cell("student", "mix", 8), "s1 = 0.5"),
+        (Cell("student", "consistency", 1), ""),
+        (Cell("student", "consistency", 4), "re-noised at t = 0.7, 0.8, 0.9"),
+        (Cell("student", "mix_renoised", 2), "s1 = 0.7"),
+        (Cell("student", "mix_renoised", 4), "s1 = 0.7, re-noised at t = 0.8, 0.9"),
+    ],
+)
+def test_sampler_options_are_those_that_were_used(cell, options):
+    assert Drawing(distiller(), Digits()).usage(cell).options(cell) == options
 
 
 def test_samples_do_not_depend_on_their_company_nor_change_modes():
@@ -134,7 +207,7 @@ def test_what_cannot_be_shown_is_refused():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (5, 1), (10, 4), (9, 4), (17, 2), (8, 500), (50_000, 125)])
 def test_processes_share_the_numbers_in_order_and_take_as_many_batches(world, count, batch_size):
-    parts = [shares(count, batch_size, rank, world) for rank in range(world)]
+    parts = [split_evenly(count, batch_size, rank, world) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1
     assert all(len(rows) <= batch_size for part in parts for rows in part)
     # Batch by batch, the processes in their order: as torchmetrics gathers them.

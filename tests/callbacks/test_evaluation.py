@@ -1,5 +1,7 @@
 import hashlib
 import json
+import platform
+from importlib import metadata
 
 import lightning as L
 import numpy as np
@@ -48,9 +50,9 @@ def evaluation(**options) -> Evaluation:
 
 
 def trainer(folder, *callbacks: L.Callback, **options) -> L.Trainer:
-    defaults = {"logger": False, "enable_checkpointing": False, "max_steps": 2, "num_sanity_val_steps": 1}
+    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 2}
+    defaults["num_sanity_val_steps"] = 1
     return L.Trainer(
-        accelerator="cpu",
         callbacks=list(callbacks),
         default_root_dir=folder,
         enable_progress_bar=False,
@@ -261,11 +263,22 @@ class Unread(Digits):
 def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=real_images())
     written, _ = results(
-        tmp_path, features=Small(), reference=str(tmp_path / "images.npz"), labels="uniform", seed=5, batch_size=16
+        tmp_path,
+        features=Small(),
+        reference=str(tmp_path / "images.npz"),
+        labels="uniform",
+        seed=5,
+        batch_size=16,
+        test_cells=["student/mix/4", "student/consistency/3", "teacher/euler/2"],
     )
     digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
+    packages = ("decm-lightning", "torch", "lightning", "torchmetrics", "torchdata")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
+        "weights": "student: exponential moving average (decay 0.999); teacher: as loaded",
+        "sampler options": "student/mix/4: s1 = 0.7; student/consistency/3: re-noised at t = 0.7, 0.85",
+        "precision": "32-true",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),
         "reference sha256": digest,
@@ -280,6 +293,9 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         "precision, recall": "k = 3, 44 generated against 50 real images",
         "kid": "mean over 100 subsets of 44, not times 1,000",
         "evaluations": "passes of a network for one sample, guidance included",
+        "device": f"cpu ({platform.machine()})",
+        "processes": 1,
+        "versions": f"{versions}, Python {platform.python_version()}",
     }
     page = (tmp_path / "quality.md").read_text()
     assert all(f"- {name}: {value}\n" in page for name, value in written["protocol"].items())
@@ -321,3 +337,67 @@ def test_labels_change_the_samples_and_batches_do_not(tmp_path):
     uniform = kid(labels="uniform")
     assert kid(labels="uniform", batch_size=5) == pytest.approx(uniform, rel=1e-4)
     assert abs(kid(labels="balanced") / uniform - 1) > 1e-3
+
+
+class Moved(Small):
+    """Keeps when it is moved to where the module computes, and when back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves: list[str] = []
+
+    def to(self, device):
+        self.moves.append("away" if self.moves and self.moves[-1] == "there" else "there")
+        return super().to(device)
+
+
+class Releasing(Digits):
+    """Counts how often its decoder is let go, and with a limit fails to decode."""
+
+    def __init__(self, limit=1000, **options) -> None:
+        super().__init__(**options)
+        self.limit = limit
+        self.decoded = self.released = 0
+
+    def decode(self, x):
+        self.decoded += 1
+        if self.decoded > self.limit:
+            raise RuntimeError("no memory")
+        return x
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@pytest.mark.parametrize("limit", [1000, 3])
+def test_feature_networks_and_decoder_leave_the_accelerator_after_each_evaluation(tmp_path, limit):
+    """Also after an error."""
+    features, data = Moved(), Releasing(limit, reference_size=50)
+    running = trainer(tmp_path, evaluation(features=features, samples=44), max_steps=4, val_check_interval=2)
+    if limit == 3:
+        with pytest.raises(RuntimeError, match="no memory"):
+            running.fit(distiller(), datamodule=data)
+        assert features.moves[-1] == "away"
+        assert data.released > 0
+        return
+    running.fit(distiller(), datamodule=data)
+    # The sanity check, and two validations.
+    assert features.moves == ["there", "away"] * 3
+    assert data.released == 3
+    running.test(distiller(), datamodule=data, verbose=False)
+    assert features.moves == ["there", "away"] * 4
+    assert data.released == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_of_an_evaluation_stays_on_a_gpu(tmp_path):
+    callback = evaluation(features=[Small(), DigitsFeatures()], samples=44)
+    running = trainer(tmp_path, callback, accelerator="gpu", devices=1, max_steps=4, val_check_interval=2)
+    running.fit(distiller(), datamodule=Digits(reference_size=50))
+    for quality in callback.qualities:
+        states = [part.metric.metric_state for part in quality.parts]
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        tensors += [value for state in states for group in state.values() if isinstance(group, list) for value in group]
+        tensors += [part.distance.factor for part in quality.parts if isinstance(part, Frechet)]
+        tensors += quality.features.state_dict().values()
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}

@@ -1,12 +1,19 @@
 """Gradient norms against gradients taken by hand."""
 
 import csv
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
 import torch
+import torch._functorch.config
 from lightning.pytorch.loggers import CSVLogger
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decm_lightning import Distiller, losses
 from decm_lightning.callbacks import GradientNorms
@@ -14,12 +21,14 @@ from decm_lightning.data import Digits
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 
+SGD = partial(torch.optim.SGD, lr=1e-3)
 
-def fit(callbacks, steps, objective=None, logger=False, **options):
+
+def fit(callbacks, steps, objective=None, logger=False, optimizer=torch.optim.AdamW, module=Distiller, **options):
     torch.manual_seed(0)
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.5)
-    distiller = Distiller(Teacher(network), objective=objective or losses.recommended())
+    distiller = module(Teacher(network), objective=objective or losses.recommended(), optimizer=optimizer)
     run = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -79,6 +88,103 @@ def test_measuring_leaves_the_training_as_it_is():
         assert torch.equal(a, b)
 
 
+class Operations(TorchDispatchMode):
+    """Counts norms of all gradients and values that are read on the host, from the backward pass to the step's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.counting = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.counting:
+            self.counts[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(L.Callback):
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
+
+    def on_after_backward(self, trainer, pl_module):
+        self.operations.counting = True
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.operations.counting = False
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}])
+def test_the_norm_is_taken_once_a_step_and_read_once(options):
+    """On a GPU each value that is read on the host waits for the device: here for the check that it is finite."""
+    with Operations() as operations:
+        fit([GradientNorms(every_n_steps=0), Watched(operations)], 12, optimizer=SGD, **options)
+    assert operations.counts["aten::_foreach_norm"] == 12
+    # And one of Lightning, for the loss in its progress bar.
+    assert operations.counts["aten::_local_scalar_dense"] <= 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "precision"),
+    [("norm", "32-true"), ("value", "32-true"), ("norm", "bf16-true"), ("norm", "bf16-mixed")],
+)
+def test_gradients_are_clipped_as_torch_does(algorithm, precision):
+    seen = {}
+
+    class Clipped(Distiller):
+        def configure_gradient_clipping(self, *args, **kwargs):
+            parameters = [p for p in self.network.parameters() if p.grad is not None]
+            before = [p.grad.clone() for p in parameters]
+            super().configure_gradient_clipping(*args, **kwargs)
+            seen["clipped"] = [p.grad.clone() for p in parameters]
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = gradient.clone()
+            clip = {"norm": clip_grad_norm_, "value": clip_grad_value_}[algorithm]
+            clip(parameters, 0.01)
+            seen["expected"] = [p.grad for p in parameters]
+            assert not all(torch.equal(gradient, p.grad) for p, gradient in zip(parameters, before, strict=True))
+
+    options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm, "precision": precision}
+    fit([GradientNorms()], 1, module=Clipped, **options)
+    for clipped, expected in zip(seen["clipped"], seen["expected"], strict=True):
+        assert torch.equal(clipped, expected)
+
+
+def test_a_norm_that_is_not_finite_is_no_spike_and_not_in_the_median():
+    callback = GradientNorms(every_n_steps=0)
+    callback.load_state_dict({"spikes": 0, "recent": [1.0] * 10})
+    for step, norm in enumerate((torch.inf, torch.nan, 5.0, 11.0, 1.0)):
+        module = SimpleNamespace(gradient_norm=torch.tensor(norm), log=Mock(), log_dict=Mock())
+        callback.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step)
+    assert callback.state_dict() == {"spikes": 1, "recent": [1.0] * 10 + [5.0, 11.0, 1.0]}
+
+
+class Failing(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert not torch._functorch.config.donated_buffer
+        if trainer.global_step == 1:
+            raise KeyError("stop")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_setting_of_the_process_is_restored(before):
+    """After a fit, after an error, and after the last of several callbacks."""
+    with torch._functorch.config.patch(donated_buffer=before):
+        fit([GradientNorms()], 1)
+        assert torch._functorch.config.donated_buffer == before
+        with pytest.raises(KeyError, match="stop"):
+            fit([GradientNorms(), Failing()], 3)
+        assert torch._functorch.config.donated_buffer == before
+        first, second = GradientNorms(), GradientNorms()
+        first.setup(None, None, "fit")
+        second.setup(None, None, "fit")
+        # The second time changes nothing.
+        for _ in range(2):
+            first.teardown(None, None, "fit")
+            assert not torch._functorch.config.donated_buffer
+        second.teardown(None, None, "fit")
+        assert torch._functorch.config.donated_buffer == before
+
+
 def test_a_spike_is_ten_times_the_median():
     class Spike(L.Callback):
         def on_after_backward(self, trainer, pl_module):
@@ -93,9 +199,16 @@ def test_a_spike_is_ten_times_the_median():
 
 def test_counting_goes_on_after_a_resume():
     first, second = GradientNorms(), GradientNorms()
-    first.spikes, first.recent = 3, type(first.recent)([1.0, 2.0], maxlen=200)
+    state = {"spikes": 3, "recent": [float(norm) for norm in range(30)]}
+    first.load_state_dict(state)
     second.load_state_dict(first.state_dict())
-    assert (second.spikes, list(second.recent)) == (3, [1.0, 2.0])
+    assert second.state_dict() == state
+    # A shorter window keeps the last norms, and goes on from there in order.
+    shorter = GradientNorms(window=12)
+    shorter.load_state_dict(state)
+    assert shorter.state_dict() == {"spikes": 3, "recent": [float(norm) for norm in range(18, 30)]}
+    fit([shorter], 3)
+    assert shorter.state_dict()["recent"][:9] == [float(norm) for norm in range(21, 30)]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"every_n_steps": -1}, "got -1"), ({"window": 3}, "got 3")])

@@ -2,13 +2,13 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from decm_lightning import TeacherTraining
 from decm_lightning.callbacks.sample_writer import SampleWriter
 from decm_lightning.data import Digits
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.networks import DiT
+from decm_lightning.networks import DiT, TextDiT
 from decm_lightning.types import Batch, Captions
 
 
@@ -22,14 +22,14 @@ class Negatives(Digits):
         return DataLoader([Batch(torch.zeros(1, 8, 8), torch.tensor(3))] * 2, batch_size=2)
 
 
-def written(folder, data) -> list:
+def written(folder, data, cell="teacher/euler/2", std=0.1, network=None) -> list:
     L.seed_everything(0, verbose=False)
-    module = TeacherTraining(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10))
-    torch.nn.init.normal_(module.average.final_layer.linear.weight, std=0.1)
+    module = TeacherTraining(network or DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10))
+    torch.nn.init.normal_(module.average.final_layer.linear.weight, std=std)
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
-        callbacks=[SampleWriter(str(folder), "teacher/euler/2")],
+        callbacks=[SampleWriter(str(folder), cell)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -44,8 +44,8 @@ class Positives(Negatives):
 
 def test_pictures_are_decoded_and_named_by_their_labels(tmp_path):
     plain, decoded = written(tmp_path / "plain", Positives()), written(tmp_path / "decoded", Negatives())
-    assert [file.name for file in plain] == ["000000_class3.png", "000001_class3.png"]
-    for first, second in zip(plain, decoded, strict=True):
+    assert [file.name for file in plain] == ["000000_class3.png", "000001_class3.png", "settings.json"]
+    for first, second in zip(plain[:2], decoded[:2], strict=True):
         levels = torch.tensor([list(Image.open(file).getdata()) for file in (first, second)])
         # x and -x round to levels that add up to 255, or to 256 at a half.
         assert ((levels.sum(0) - 255).abs() <= 1).all()
@@ -56,14 +56,54 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Positives, "decode", lambda self, x: x / 0)
     with pytest.raises(NonFiniteError, match="images are not finite"):
         written(tmp_path, Positives())
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
 
 
-def test_conditions_that_are_no_labels_are_left_out_of_the_names(tmp_path, generator):
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.datamodule = Positives()
-    writer = SampleWriter(str(tmp_path), "student/mix/1")
-    x, captions = torch.randn(3, 1, 8, 8, generator=generator), Captions(torch.zeros(3, 5, 2))
-    for _ in range(2):
-        writer.write_on_batch_end(trainer, None, Batch(x, captions), None, None, 0, 0)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"00000{number}.png" for number in range(6)]
+def test_conditions_that_are_no_labels_are_left_out_of_the_names(tmp_path):
+    class Captioned(Positives):
+        def predict_dataloader(self):
+            return DataLoader(range(3), batch_size=2, collate_fn=captioned)
+
+    network = TextDiT(8, 1, 2, patch_size=4, width=16, depth=1, heads=2)
+    names = [file.name for file in written(tmp_path, Captioned(), network=network)]
+    assert names == ["000000.png", "000001.png", "000002.png", "settings.json"]
+
+
+def captioned(rows):
+    return Batch(torch.zeros(len(rows), 1, 8, 8), Captions(torch.zeros(len(rows), 5, 2)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_numbered_by_their_rows_in_any_order(tmp_path, workers):
+    class Backwards(Positives):
+        def predict_dataloader(self):
+            rows = [Batch(torch.zeros(1, 8, 8), torch.tensor(label)) for label in range(4)]
+            return DataLoader(rows, batch_size=3, sampler=[3, 2, 1, 0], num_workers=workers)
+
+    names = [file.name for file in written(tmp_path, Backwards())]
+    assert names[:4] == [f"00000{number}_class{number}.png" for number in range(4)]
+
+
+def test_a_stream_is_numbered_as_it_comes(tmp_path):
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter([Batch(torch.zeros(1, 8, 8), torch.tensor(3))] * 3)
+
+    class Streamed(Positives):
+        def predict_dataloader(self):
+            return DataLoader(Rows(), batch_size=2)
+
+    assert [file.name[:6] for file in written(tmp_path, Streamed())[:3]] == ["000000", "000001", "000002"]
+
+
+def test_a_folder_with_other_samples_is_refused(tmp_path):
+    written(tmp_path, Positives())
+    # The same once more is no other.
+    before = [file.read_bytes() for file in written(tmp_path, Positives())]
+    for options, named in (({"cell": "teacher/euler/3"}, "teacher/euler/2"), ({"std": 0.2}, "weights_sha256")):
+        with pytest.raises(ValueError, match=named):
+            written(tmp_path, Positives(), **options)
+    assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"000000_class3\.png"):
+        written(tmp_path, Positives())

@@ -77,3 +77,19 @@ def test_validations_closer_than_readings_are_left_out(tmp_path):
 def test_values_out_of_range_are_refused():
     with pytest.raises(ValueError, match="got 0"):
         Throughput(every_n_steps=0)
+
+
+def test_the_module_is_left_as_it_was_after_an_error():
+    class Failing(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            assert pl_module.phase is not nullcontext
+            raise KeyError("stop")
+
+    module = Distiller(Teacher(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)))
+    run = L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, callbacks=[Throughput(), Failing()],
+    )  # fmt: skip
+    with pytest.raises(KeyError, match="stop"):
+        run.fit(module, Digits(batch_size=32))
+    assert module.phase is nullcontext

@@ -64,6 +64,16 @@ def test_without_a_vae_there_are_no_pictures(folder):
         latents.decode(torch.zeros(1, 2, 4, 4))
 
 
+def test_the_vae_is_released_to_the_cpu(folder):
+    latents = data(folder, vae=str(folder / "vae"))
+    latents.release()
+    latents.setup("fit")
+    moved = []
+    latents.decoder.autoencoder.to = moved.append
+    latents.release()
+    assert moved == ["cpu"]
+
+
 def test_pixels_are_pictures_already():
     x = torch.rand(2, 1, 8, 8)
     assert Digits().decode(x) is x

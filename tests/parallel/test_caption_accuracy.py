@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decm_lightning.callbacks.shares import shares
+from decm_lightning.even_split import split_evenly
 from decm_lightning.metrics import CaptionProbe, Quality
 from decm_lightning.metrics.parts import Prompts
 from decm_lightning.pictures import to_uint8
@@ -21,7 +21,7 @@ def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, s
     quality.prepare(data, read)
     held = data.reference.__getitems__(range(HELD))
     noise = torch.randn(held.x_1.shape, generator=torch.Generator().manual_seed(1))
-    for rows in shares(HELD, batch_size, rank, world):
+    for rows in split_evenly(HELD, batch_size, rank, world):
         prompts = Prompts(data.condition(rows))
         quality.real(to_uint8(held.x_1[rows.start : rows.stop]), prompts)
         quality.generated(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), prompts)

@@ -1,19 +1,23 @@
 """Testing in two processes against one."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller
-from decm_lightning.callbacks import Evaluation
-from decm_lightning.callbacks.shares import shares
+from decm_lightning.callbacks import Evaluation, SampleWriter
 from decm_lightning.data import Digits
+from decm_lightning.data.images import LabelledImages, as_it_is
+from decm_lightning.even_split import split_evenly
 from decm_lightning.metrics import Quality
 from decm_lightning.networks import DiT
+from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 from tests.parallel.pair import SIZE
@@ -27,9 +31,9 @@ def measured(batch_size: int, world: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     real, made = (uint8_images(number, 8, generator, 1) // part for number, part in ((83, 1), (71, 2)))
     quality = Quality(Small())
-    for rows in shares(83, batch_size, rank, world):
+    for rows in split_evenly(83, batch_size, rank, world):
         quality.real(real[rows.start : rows.stop])
-    for rows in shares(71, batch_size, rank, world):
+    for rows in split_evenly(71, batch_size, rank, world):
         quality.generated(made[rows.start : rows.stop])
     return quality.compute()
 
@@ -43,13 +47,24 @@ def test_two_processes_measure_what_one_does(pair, batch_size):
         assert values == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def results(folder: Path, devices: int, reference: str | None) -> dict[str, float]:
+class Plain(Digits):
+    """Digits in an ordinary loader, whose rows Lightning deals out: it repeats one to fill up the last share."""
+
+    def test_dataloader(self):
+        rows = self.reference
+        return DataLoader(LabelledImages(rows.images[:61], rows.labels[:61]), batch_size=8, collate_fn=as_it_is)
+
+
+def results(
+    folder: Path, devices: int, kind: str, reference: str | None = None, batches: int | None = None
+) -> dict[str, float]:
     """A test run of Lightning; the student is in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
-    # Of the loader's images each process has every second one: KID is the same only if its subset is all of them.
-    samples = 45 if reference else 60
+    # An ordinary loader's images come in another order with two processes: KID is the same only if its subset is all.
+    samples = 61 if kind == "plain loader" else 45
+    data = Plain() if kind == "plain loader" else Digits()
     callback = Evaluation(Small(), ["student/mix/2"], test_samples=samples, batch_size=8, reference=reference)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -59,25 +74,77 @@ def results(folder: Path, devices: int, reference: str | None) -> dict[str, floa
         logger=False,
         callbacks=[callback],
         default_root_dir=folder,
+        limit_test_batches=batches,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.test(Distiller(Teacher(teacher)), datamodule=Digits(reference_size=60), verbose=False)
+    trainer.test(Distiller(Teacher(teacher)), datamodule=data, verbose=False)
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("kind", ["loader", "images"])
-def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "real"), [("loader", 1797), ("plain loader", 61), ("images", 61)])
+def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind, real):
     reference = None
     if kind == "images":
         reference = str(tmp_path / "reference.npz")
         images = uint8_images(61, 8, torch.Generator().manual_seed(0), 1).permute(0, 2, 3, 1)
         np.savez(reference, arr_0=images.numpy())
-    expected = results(tmp_path / "one", 1, reference)
-    for values in pair.run(results, tmp_path / "two", SIZE, reference):
+    expected = results(tmp_path / "one", 1, kind, reference)
+    for values in pair.run(results, tmp_path / "two", SIZE, kind, reference):
         assert values == pytest.approx(expected, rel=1e-6)
     one, two = (json.loads((tmp_path / name / "quality.json").read_text()) for name in ("one", "two"))
+    assert (one["protocol"].pop("processes"), two["protocol"].pop("processes")) == (1, SIZE)
     assert one["protocol"] == two["protocol"]
-    assert one["protocol"]["real images"] == (60 if kind == "loader" else 61)
+    assert one["protocol"]["real images"] == real
     rows = [{name: written["rows"][0][name] for name in COLUMNS} for written in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=1e-9)
+
+
+def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_path):
+    """Two of one process, and one of each of two: 449 of the 1,797 digits."""
+    expected = results(tmp_path / "one", 1, "loader", batches=2)
+    for values in pair.run(partial(results, batches=1), tmp_path / "two", SIZE, "loader"):
+        assert values == pytest.approx(expected, rel=1e-6)
+    for name in ("one", "two"):
+        assert json.loads((tmp_path / name / "quality.json").read_text())["protocol"]["real images"] == 449
+
+
+def predicted(folder: str, devices: int, plain: bool, rows: int = 5, sharded: bool = False) -> list[str]:
+    """Names and labels of what `predict` writes for some digits."""
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=FSDP2() if sharded else "auto" if devices == 1 else "ddp",
+        logger=False,
+        callbacks=[SampleWriter(folder, "student/mix/1")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    data = Five() if plain else Digits(reference_size=rows)
+    trainer.predict(Distiller(Teacher(teacher)), datamodule=data, return_predictions=False)
+    return sorted(path.name for path in Path(folder).glob("*.png"))
+
+
+class Five(Digits):
+    """Five digits in an ordinary loader."""
+
+    def predict_dataloader(self):
+        rows = self.reference
+        return DataLoader(LabelledImages(rows.images[:5], rows.labels[:5]), batch_size=2, collate_fn=as_it_is)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_two_processes_write_each_condition_once_under_its_own_number(pair, tmp_path, plain):
+    expected = predicted(str(tmp_path / "one"), 1, plain)
+    assert expected == [f"{number:06d}_class{number}.png" for number in range(5)]
+    pair.run(predicted, str(tmp_path / "two"), SIZE, plain)
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == expected
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_process_without_a_row_writes_nothing(pair, tmp_path, sharded):
+    """It takes part in the passes of sharded networks, though."""
+    pair.run(predicted, str(tmp_path), SIZE, False, 1, sharded)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000000_class0.png"]

@@ -15,7 +15,7 @@ from decm_lightning import load
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CPU = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-FSDP = ["--trainer.devices", "2", "--trainer.strategy.init_args.data_parallel_size", "2"]
+FSDP = ["--trainer.devices", "2"]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
 import lightning as L
@@ -13,6 +12,7 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks.usage import Usage
 from decm_lightning.conditions import select
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.metrics.parts import Prompts
@@ -68,7 +68,7 @@ class Drawing:
         data: the datamodule. Its method `condition(rows, seed)` gives the conditions, if it has one; otherwise they are
             labels below its `num_classes`. Its `texts`, if it has them, are the same conditions in words, over and over
             again where there are more samples. Its method `decode(x)`, if it has one, turns samples into images in
-            [-1, 1].
+            [-1, 1]; its method `release()`, if it has one, moves the network that does so off the accelerator.
         labels: "balanced", i mod num_classes; or "uniform", drawn by the seed.
         seed: of noise and labels.
     """
@@ -82,6 +82,12 @@ class Drawing:
     def source(self) -> SampleSource:
         """The module, as what it must be."""
         return cast(SampleSource, self.module)
+
+    def release(self) -> None:
+        """Move the networks that decode samples off the accelerator, by the datamodule's `release` if it has one."""
+        release = getattr(self.data, "release", None)
+        if release is not None:
+            release()
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Make sure that every cell can be drawn.
@@ -167,25 +173,12 @@ class Drawing:
             columns = min(columns, self.data.num_classes)
         return torch.stack([balanced.draw(cell, range(columns)) for cell in cells])
 
-    def evaluations(self, cell: Cell) -> float | None:
-        """Return how many evaluations of a network one sample costs, counted: a guided step can cost two.
-
-        None if no network was seen, as for an exact teacher.
-        """
-        networks = [self.source.average, getattr(getattr(self.module, "teacher", None), "network", None)]
-        seen = 0
-
-        def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            nonlocal seen
-            seen += len(next(chain(args, kwargs.values())))
-
-        hooks = [n.register_forward_pre_hook(count, with_kwargs=True) for n in networks if isinstance(n, nn.Module)]
-        try:
-            drawn = len(self.samples(cell, range(2)))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen / drawn if seen else None
+    def usage(self, cell: Cell) -> Usage:
+        """Return the network evaluations of a sample, counted on two: a guided step can cost two."""
+        usage = Usage(2)
+        with usage.record(self.source.average, getattr(self.module, "teacher", None)):
+            self.samples(cell, range(2))
+        return usage
 
     def _label(self, row: int) -> int:
         classes = int(self.data.num_classes)

@@ -5,17 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import Drawing, LabelLaw
 from decm_lightning.callbacks.protocol import protocol
-from decm_lightning.callbacks.shares import shares
 from decm_lightning.callbacks.table import Row, Table
+from decm_lightning.conditions import select
+from decm_lightning.even_split import count_own, split_evenly
 from decm_lightning.metrics import Quality, reference
 from decm_lightning.metrics.parts import Prompts
 from decm_lightning.pictures import short
+from decm_lightning.types import Batch
 
 COLUMNS = 10
 
@@ -71,6 +75,7 @@ class Evaluation(L.Callback):
         self.seed = seed
         self.reference = reference
         self.labels = labels
+        self.qualities: list[Quality] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
         if not (self.cells and self.test_cells):
@@ -102,6 +107,7 @@ class Evaluation(L.Callback):
             raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
         self.has_real = False
         self.has_measured = False
+        self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to end in silence where nothing was measured: Lightning skips an empty loader with all its hooks.
@@ -121,6 +127,18 @@ class Evaluation(L.Callback):
         """Move to where the module computes, and take in the reference."""
         self._start(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the accelerator to the training."""
+        self._release()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the accelerator to what comes next."""
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the accelerator to what comes next."""
+        self._release()
+
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -132,7 +150,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, the first time, if there is no reference."""
         if not (self.has_real or trainer.sanity_checking):
-            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
+            self._take_in_own(trainer.val_dataloaders, batch, batch_idx)
 
     def on_test_batch_end(
         self,
@@ -145,7 +163,7 @@ class Evaluation(L.Callback):
     ) -> None:
         """Take in the real images, if there is no reference."""
         if not self.has_real:
-            self._take_in(self.drawing.pictures(batch[0]), Prompts(batch[1]))
+            self._take_in_own(trainer.test_dataloaders, batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is cheap of every cell.
@@ -170,12 +188,13 @@ class Evaluation(L.Callback):
             for name, value in values.items():
                 pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
         # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
-        rows = [Row(cell, self.drawing.evaluations(cell), values) for cell, values in measured.items()]
+        usages = {cell: self.drawing.usage(cell) for cell in measured}
+        rows = [Row(cell, usages[cell].evaluations, values) for cell, values in measured.items()]
         # The heading begins with the distance.
         names = " and ".join(
             quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)
         )
-        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size)
+        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size, usages)
         images = self.drawing.grid(list(measured), COLUMNS)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
@@ -197,12 +216,28 @@ class Evaluation(L.Callback):
         images = self.real.images
         if images is None or not any(quality.needs_images for quality in self.qualities):
             return
-        parts = shares(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
+        parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
         with self._bar(trainer, sum(map(len, parts))) as bar:
             bar.set_description("reference")
             for batch in images.batches(parts):
                 self._take_in(batch, Prompts())
                 bar.update(len(batch))
+
+    def _release(self) -> None:
+        """Move feature networks, statistics and the decoder off the accelerator."""
+        for quality in self.qualities:
+            quality.to(torch.device("cpu"))
+        if self.qualities:
+            self.drawing.release()
+
+    def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int) -> None:
+        """Take in the rows of a batch that no other process has."""
+        x_1, condition = batch[0], batch[1]
+        # There is one loader: Lightning refuses several where validation_step has no dataloader_idx.
+        sampler = getattr(CombinedLoader(loaders, "sequential").flattened[0], "sampler", None)
+        own = slice(count_own(sampler, batch_idx, self.rows_seen, len(x_1)))
+        self.rows_seen += len(x_1)
+        self._take_in(self.drawing.pictures(x_1)[own], Prompts(select(condition, own)))
 
     def _take_in(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
@@ -210,7 +245,7 @@ class Evaluation(L.Callback):
 
     def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
         self.has_real = self.has_measured = True
-        parts = shares(samples, self.batch_size, trainer.global_rank, trainer.world_size)
+        parts = split_evenly(samples, self.batch_size, trainer.global_rank, trainer.world_size)
         wanted = any(quality.wants_prompts for quality in self.qualities)
         measured = {}
         with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:

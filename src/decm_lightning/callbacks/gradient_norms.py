@@ -1,9 +1,6 @@
 """The gradient norm of each loss and of their sum, and a count of spikes: the paper's Figure 4 while training."""
 
-from collections import deque
-from collections.abc import Iterable
-from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -11,19 +8,21 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+
+from decm_lightning.gradients import total_norm
 
 SPIKE = 10.0
+FEWEST = 10
 
 
 class GradientNorms(L.Callback):
     """Logs `grad_norm/total` at each step, `grad_norm/<loss>` at every n-th, and `grad_norm/spikes` so far.
 
     Norms are taken before clipping. A spike is a step whose total norm exceeds ten times the median of the last
-    `window` steps. A loss's own norm costs one more backward pass, so it is taken only now and then; the losses' norms
-    need not add up to the total's, since gradients of opposite directions cancel. Among several processes, gradients
-    are averaged over all before their norm is taken.
+    `window` steps; steps with a norm that is not finite, which a gradient scaler skips, are left out. A loss's own norm
+    costs one more backward pass, so it is taken only now and then; the losses' norms need not add up to the total's,
+    since gradients of opposite directions cancel. Among several processes, gradients are averaged over all before their
+    norm is taken. The total is the norm that the module takes for its own check, and nothing waits for the device.
 
     Args:
         every_n_steps: steps between two measurements of the losses one by one, at steps 0, n, 2n and so on, of those
@@ -37,17 +36,33 @@ class GradientNorms(L.Callback):
     def __init__(self, every_n_steps: int = 50, window: int = 200) -> None:
         if every_n_steps < 0:
             raise ValueError(f"every_n_steps must be at least 0: got {every_n_steps}")
-        if window < 10:
-            raise ValueError(f"window must be at least 10: got {window}")
+        if window < FEWEST:
+            raise ValueError(f"window must be at least {FEWEST}: got {window}")
         self.every_n_steps = every_n_steps
-        self.recent: deque[float] = deque(maxlen=window)
-        self.spikes = 0
+        # A ring: the norm of the next step replaces the oldest. NaN where there is none.
+        self.recent = torch.full((window,), torch.nan)
+        self.next = 0
+        self.spikes = torch.zeros(())
         self.single: dict[str, Tensor] = {}
+        self.last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep what several backward passes need: the first that is compiled may overwrite it otherwise."""
-        if self.every_n_steps:
-            torch._functorch.config.donated_buffer = False
+        if self.every_n_steps and stage == "fit":
+            KeptBuffers.keep(self)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restore the setting of the process."""
+        KeptBuffers.release(self)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restore the setting of the process: Lightning does not tear down after an error."""
+        KeptBuffers.release(self)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count optimizer steps from where the run stands."""
+        self.last_step = trainer.global_step
+        self.recent, self.spikes = self.recent.to(pl_module.device), self.spikes.to(pl_module.device)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
         """Differentiate each loss by itself, where the graph still is."""
@@ -60,24 +75,59 @@ class GradientNorms(L.Callback):
         for name, term in pl_module.terms.items():
             self.single[f"grad_norm/{name}"] = total_norm(_gradients(term.value, network))
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the sum, before it is clipped, and log all."""
-        total = total_norm(p.grad for p in pl_module.network.parameters() if p.grad is not None).item()
-        if len(self.recent) >= 10 and total > SPIKE * median(self.recent):
-            self.spikes += 1
-        self.recent.append(total)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the norms, unless the batch was only accumulated."""
+        if trainer.global_step == self.last_step:
+            return
+        self.last_step = trainer.global_step
+        # The median needs float32 or wider.
+        total = pl_module.gradient_norm.to(torch.promote_types(pl_module.gradient_norm.dtype, torch.float32))
+        enough = self.recent.isfinite().sum() >= FEWEST
+        self.spikes += enough & total.isfinite() & (total > SPIKE * self.recent.nanquantile(0.5))
+        self.recent[self.next] = torch.where(total.isfinite(), total, torch.nan)
+        self.next = (self.next + 1) % len(self.recent)
         pl_module.log_dict(self.single)
-        pl_module.log("grad_norm/total", total, prog_bar=True)
-        pl_module.log("grad_norm/spikes", float(self.spikes))
+        # Not in the progress bar: for that Lightning would read it on the host at every step.
+        pl_module.log("grad_norm/total", total)
+        # A copy: the logger reads it later.
+        pl_module.log("grad_norm/spikes", self.spikes.clone())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count and the window, so that a resumed run counts on."""
-        return {"spikes": self.spikes, "recent": list(self.recent)}
+        recent = self.recent.roll(-self.next).tolist()
+        return {"spikes": int(self.spikes), "recent": [norm for norm in recent if norm == norm]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved count and window."""
-        self.spikes = state_dict["spikes"]
-        self.recent.extend(state_dict["recent"])
+        """Resume a saved count, and as many of its last norms as the window has."""
+        window = len(self.recent)
+        recent = state_dict["recent"][-window:]
+        self.recent = torch.tensor([*recent, *[torch.nan] * (window - len(recent))])
+        self.next = len(recent) % window
+        self.spikes = torch.tensor(float(state_dict["spikes"]))
+
+
+class KeptBuffers:
+    """Turns off donated buffers, a setting of the whole process, for as long as a callback needs it."""
+
+    users: ClassVar[set[int]] = set()
+    before: ClassVar[bool] = True
+
+    @classmethod
+    def keep(cls, user: object) -> None:
+        """Turn it off for one more user."""
+        if not cls.users:
+            cls.before = torch._functorch.config.donated_buffer
+        cls.users.add(id(user))
+        torch._functorch.config.donated_buffer = False
+
+    @classmethod
+    def release(cls, user: object) -> None:
+        """Restore it after the last user; a user that is not there changes nothing."""
+        if id(user) not in cls.users:
+            return
+        cls.users.remove(id(user))
+        if not cls.users:
+            torch._functorch.config.donated_buffer = cls.before
 
 
 def _gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
@@ -107,10 +157,3 @@ def _sharded_gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, over all devices if they are sharded."""
-    norm = get_total_norm(gradients)
-    # Sharded gradients give a norm that is itself distributed.
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,20 +1,35 @@
-"""The protocol of a measurement: every setting that its figures depend on, by name."""
+"""The protocol of a measurement: every setting that its values depend on, by name."""
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
+import torch
+
+from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import Drawing
+from decm_lightning.callbacks.usage import Usage
 from decm_lightning.metrics import Quality, Reference
+
+PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics", "torchdata")
 
 
 def protocol(
-    drawing: Drawing, qualities: Sequence[Quality], reference: Reference | None, samples: int, batch_size: int
+    drawing: Drawing,
+    qualities: Sequence[Quality],
+    reference: Reference | None,
+    samples: int,
+    batch_size: int,
+    usages: Mapping[Cell, Usage],
 ) -> dict[str, str | int]:
     """Return what was done, for people and for the file; for all processes, since they count together."""
     counts = qualities[0].counts()
     lines: dict[str, str | int] = {"checkpoint": str(drawing.module.trainer.ckpt_path or "none: weights in memory")}
-    if vae := getattr(drawing.data, "vae", None):
-        lines["VAE"] = str(vae)
+    lines["weights"] = _weights(drawing.module, usages)
+    lines |= origin(drawing.module, drawing.data)
+    options = {str(cell): usage.options(cell) for cell, usage in usages.items()}
+    lines["sampler options"] = "; ".join(f"{cell}: {text}" for cell, text in options.items() if text) or "none"
     lines["feature network"] = ", ".join(quality.name for quality in qualities)
     lines["reference"] = "images of the loader" if reference is None else str(reference.path)
     if reference is not None:
@@ -24,7 +39,6 @@ def protocol(
         "generated images": samples,
         "labels": _labels(drawing),
         "pixels": "round(127.5 (x + 1)) clamped to 0..255",
-        "guidance": _guidance(drawing.module),
         "seed": drawing.seed,
         "batch size": batch_size,
     }
@@ -32,7 +46,32 @@ def protocol(
         lines |= quality.notes()
         lines |= {column: f"not measured: {reason}" for column, reason in quality.left_out.items()}
     lines["evaluations"] = "passes of a network for one sample, guidance included"
-    return lines
+    return lines | _machine(drawing.module)
+
+
+def origin(module: Any, data: Any) -> dict[str, str]:
+    """Return what made the samples of a given sampler, apart from weights, noise, conditions and machine."""
+    vae = {"VAE": str(data.vae)} if getattr(data, "vae", None) else {}
+    return vae | {"guidance": _guidance(module), "precision": str(module.trainer.precision)}
+
+
+def _weights(module: Any, usages: Mapping[Cell, Usage]) -> str:
+    # Only the average is sampled, never the network in training; a teacher of a distillation is as it was loaded.
+    averaged = {cell.model: bool(usage.times) for cell, usage in usages.items()}
+    averaging = getattr(module, "averaging", None)
+    average = f"exponential moving average (decay {averaging.decay:g})" if averaging else "average"
+    return "; ".join(f"{model}: {average if is_average else 'as loaded'}" for model, is_average in averaged.items())
+
+
+def _machine(module: Any) -> dict[str, str | int]:
+    device = module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return {
+        "device": f"{device.type} ({name})",
+        "processes": module.trainer.world_size,
+        "versions": f"{versions}, Python {platform.python_version()}",
+    }
 
 
 def _labels(drawing: Drawing) -> str:

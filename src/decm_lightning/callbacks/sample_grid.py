@@ -64,7 +64,10 @@ class SampleGrid(L.Callback):
         if not loggers or step == self.last_step or step % self.every_n_steps:
             return
         self.last_step = step
-        images = self.drawing.grid(self.cells, self.columns)
+        try:
+            images = self.drawing.grid(self.cells, self.columns)
+        finally:
+            self.drawing.release()
         picture = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
         for logger in loggers:
             logger.experiment.add_image("samples", picture, step)

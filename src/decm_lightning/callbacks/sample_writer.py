@@ -1,24 +1,36 @@
-"""Writes what `decm predict` draws."""
+"""Writes the samples of `decm predict`."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import pictures
-from decm_lightning.pictures import save_files
+from decm_lightning.callbacks.protocol import origin
+from decm_lightning.even_split import EvenBatches
+from decm_lightning.files import tensors_sha256
+from decm_lightning.sample_folder import SampleFolder, sample_name
+from decm_lightning.teachers import Teacher
+from decm_lightning.types import Batch
 
 
 class SampleWriter(BasePredictionWriter):
-    """Writes one PNG for each label or other condition of the prediction loader, numbered in its order.
+    """Writes one PNG for each label or other condition of the prediction loader, numbered by its row.
+
+    Every row is written once for any number of processes. The folder gets a settings.json; it is refused if it has
+    samples of other settings, other weights or another number of processes, which decides the noise of a row.
 
     Args:
-        folder: where to, made if need be.
-        cell: what to draw, "model/sampler/steps", such as "student/mix/2".
+        folder: where to write; created if it is missing.
+        cell: the samples, "model/sampler/steps", such as "student/mix/2".
 
     Raises:
         ValueError: if the cell is not of that form.
@@ -31,9 +43,16 @@ class SampleWriter(BasePredictionWriter):
         self.written = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the module what to draw."""
+        """Tell the module what to draw, and prepare the folder.
+
+        Raises:
+            ValueError: if the folder has samples of other settings.
+        """
         super().on_predict_start(trainer, pl_module)
         pl_module.draws = self.cell  # type: ignore[assignment]
+        self.written = 0
+        self.samples = SampleFolder(self.folder, self._settings(trainer, pl_module))
+        self.samples.begin()
 
     def write_on_batch_end(
         self,
@@ -45,11 +64,65 @@ class SampleWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one batch."""
-        x, condition = prediction
-        # Every process writes its own numbers: rank, then every world_size-th.
-        first = self.written * trainer.world_size + trainer.global_rank * len(x)
-        labels = condition if isinstance(condition, torch.Tensor) and condition.ndim == 1 else None
-        images = pictures(x, trainer.datamodule)  # type: ignore[attr-defined]
-        save_files(images, labels, self.folder, first)
-        self.written += len(x)
+        """Write one batch.
+
+        Raises:
+            ValueError: if the rows have no numbers: several processes, and a loader without a sampler.
+            NonFiniteError: if a sample is NaN or infinite.
+        """
+        drawn = Batch(*prediction)
+        numbers = batch_indices or self._numbers(trainer, len(drawn.x_1), batch_idx)
+        labels: list[int] | list[None] = [None] * len(numbers)
+        if isinstance(drawn.condition, Tensor) and drawn.condition.ndim == 1:
+            labels = drawn.condition.tolist()
+        images = pictures(drawn.x_1, trainer.datamodule)  # type: ignore[attr-defined]
+        # The rows that only fill up a batch come last, and have no number.
+        for number, label, image in zip(numbers, labels, images, strict=False):
+            self.samples.write(sample_name(number, label), image)
+        self.written += len(numbers)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the module as it was."""
+        pl_module.draws = None  # type: ignore[assignment]
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        pl_module.draws = None  # type: ignore[assignment]
+
+    def _numbers(self, trainer: L.Trainer, rows: int, batch_idx: int) -> Sequence[int]:
+        # There is one loader: Lightning refuses several where predict_step has no dataloader_idx.
+        sampler = getattr(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[0], "sampler", None)
+        if isinstance(sampler, EvenBatches):
+            return sampler.batches[batch_idx]
+        if trainer.world_size > 1:
+            remedy = "give predict_dataloader a data set with rows (not an IterableDataset), or predict on one device"
+            raise ValueError(f"the samples of {trainer.world_size} processes cannot be numbered: {remedy}")
+        return range(self.written, self.written + rows)
+
+    def _settings(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        return {
+            "cell": str(self.cell),
+            "seed": pl_module.seed,
+            "processes": trainer.world_size,
+            "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+            "weights_sha256": _weights_sha256(pl_module),
+            **origin(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
+        }
+
+
+def _weights_sha256(module: Any) -> str:
+    """Return one hash of the average and the teacher; of sharded networks, over the hashes of all shards."""
+    teacher: Teacher | None = getattr(module, "teacher", None)
+    modules = [module.average, *(teacher.evaluated_modules() if teacher else [])]
+    tensors = {f"{number}.{name}": value for number, part in enumerate(modules) for name, value in _state(part)}
+    local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    digest = tensors_sha256(local)
+    if not any(isinstance(value, DTensor) for value in tensors.values()):
+        return digest
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]

@@ -46,6 +46,10 @@ class Throughput(L.Callback):
         """Stop listening."""
         pl_module.phase = nullcontext
 
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Stop listening."""
+        pl_module.phase = nullcontext
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what happens within."""

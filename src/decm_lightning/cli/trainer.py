@@ -32,6 +32,8 @@ NOISE = (
     "The number of training batches .* is smaller than the logging interval",
     "The '.*_dataloader' does not have many workers",
     ".*does not have many workers which may be a bottleneck",
+    # Batches of rows that the loader's own sampler knows.
+    "Couldn't infer the batch indices",
     # Latents without their VAE, on purpose: they only train.
     "Total length of `list` across ranks is zero",
 )

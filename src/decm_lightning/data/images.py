@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from decm_lightning.even_split import EvenBatches
 from decm_lightning.types import Batch, Sample
+
+EVALUATED_AT_ONCE = 256
 
 
 class Rows(Dataset[Batch]):
@@ -26,6 +29,10 @@ class Rows(Dataset[Batch]):
     def place(self, row: int) -> str:
         """Return where a row comes from, for error messages: its file and its row there, or its number."""
         return f"image {row}"
+
+    def __getitem__(self, rows: int | Sequence[int]) -> Batch:
+        """Return the batch of the given rows, or of one row."""
+        return self.__getitems__([rows] if isinstance(rows, int) else rows)
 
 
 class LabelledImages(Rows):
@@ -151,6 +158,12 @@ class ResumableData(L.LightningDataModule):
         order.set_epoch(self.trainer.current_epoch)
         return self.train.place(next(islice(iter(order), batch_idx * self.batch_size + row, None)))
 
+    def evenly(self, rows: Dataset[Batch]) -> DataLoader[Batch]:
+        """Return a loader of all rows in order, split evenly among the processes, each row once."""
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        batches = EvenBatches(rows, EVALUATED_AT_ONCE, rank, world)
+        return DataLoader(rows, batch_size=None, sampler=batches, **self.options())
+
     def decode(self, x: Sample) -> Sample:
         """Return the images in [-1, 1] of what the network makes: pixels are images already."""
         return x
@@ -204,7 +217,7 @@ class InMemoryImages(ResumableData):
         rows = self.reference
         if self.reference_size is not None:
             rows = LabelledImages(rows.images[: self.reference_size], rows.labels[: self.reference_size])
-        return DataLoader(rows, batch_size=256, **self.options())
+        return self.evenly(rows)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the reference images of the Fréchet distance, in order."""

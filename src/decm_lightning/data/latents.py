@@ -186,6 +186,11 @@ class ImageNetLatents(ResumableData):
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
         return self.decoder(x)
 
+    def release(self) -> None:
+        """Move the VAE off the accelerator: only evaluation uses it."""
+        if self.decoder is not None:
+            self.decoder.autoencoder.to("cpu")
+
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
         if self.vae is None:
@@ -193,7 +198,7 @@ class ImageNetLatents(ResumableData):
         count = len(self.train)
         size = min(self.reference_size or count, count)
         rows = Subset(self.train, [number * count // size for number in range(size)])
-        return DataLoader(rows, batch_size=256, **self.options())
+        return self.evenly(rows)
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents in order; no loader without a VAE."""

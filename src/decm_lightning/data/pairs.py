@@ -160,7 +160,7 @@ class CaptionedImages(ResumableData):
         """
         if not self.held_out:
             return []
-        return DataLoader(self._held_out(), batch_size=256, **self.options())
+        return self.evenly(self._held_out())
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the held-out pairs, in order."""

@@ -131,6 +131,11 @@ class TextImagePairs(CaptionedImages):
         """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""
         return x if self.coder is None else self.coder.decode(x)
 
+    def release(self) -> None:
+        """Move the VAE off the accelerator, unless training uses it too."""
+        if self.coder is not None and self.latents == "cached":
+            self.coder.autoencoder.to("cpu")
+
     def _encoded(self, condition: Condition, device: torch.device) -> Condition:
         unencoded = self.train.captions
         if not (isinstance(unencoded, UnencodedCaptions) and isinstance(condition, Tensor)):

@@ -1,6 +1,8 @@
 """The Fréchet distance of two sets of features, with a matrix root that cannot go wrong unseen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,11 @@ class FrechetDistance(FrechetInceptionDistance):
         super().__init__(PassedOn(num_features), reset_real_features=False)
         self.given: Moments | None = None
         self.factor: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        # No state of torchmetrics: the factor follows from the real features.
+        self.factor = None if self.factor is None else fn(self.factor)
+        return super()._apply(fn, *args)
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Take in features (b, d); real ones are left out where their moments are given."""

@@ -66,6 +66,10 @@ class DiffusersDiTTeacher(Teacher):
         """Return none: the model is no Network, and is neither compiled nor sharded."""
         return []
 
+    def evaluated_modules(self) -> list[nn.Module]:
+        """Return the model."""
+        return [self.model]
+
     def student(self) -> Network:
         """Refuse: the model has no embedding of a landing time, and predicts no velocity.
 

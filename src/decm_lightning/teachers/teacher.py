@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decm_lightning.networks import Network
 from decm_lightning.types import Condition, Sample, Time
@@ -43,6 +43,13 @@ class Teacher:
     def identity(self) -> str:
         """Return a hash of all weights: a run is resumed with the teacher that it began with."""
         return " ".join(network.identity() for network in self.networks())
+
+    def evaluated_modules(self) -> list[nn.Module]:
+        """Return the modules of which a forward pass of one row is one network evaluation (NFE).
+
+        None for a teacher without a module: there a row of `velocity` is one evaluation.
+        """
+        return list(self.networks())
 
     def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""

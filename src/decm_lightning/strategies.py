@@ -1,0 +1,127 @@
+"""FSDP2 over all processes, with checkpoints that are complete or absent."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from decm_lightning.files import FULL, PARTIAL
+
+PREVIOUS = ".previous"
+"""The ending of a checkpoint that is being replaced."""
+
+
+class FSDP2(ModelParallelStrategy):
+    """ModelParallelStrategy that shards every network over all processes, for any number of devices and nodes.
+
+    Lightning's own default would shard over nodes alone, and any other size has to repeat devices x nodes. A sharded
+    checkpoint is written into PATH.partial, which is renamed once every process has written its part. Until then a
+    checkpoint of the same name is untouched. Between the two renames that replace it, it is PATH.previous.
+
+    Args:
+        save_distributed_checkpoint: each process writes its part into a folder; otherwise the first one gathers all
+            into one file.
+        process_group_backend: None for the device's own.
+        timeout: how long a process waits for the others.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Take the data-parallel size from the number of processes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint under its name, complete or not at all.
+
+        Raises:
+            OSError: in every process, naming the checkpoint, if one of them cannot write its part.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            # Each step ends with all processes: one that failed alone would leave the others waiting in the next.
+            self._together(path, lambda: _remove(partial), first_only=True)
+            self._together(path, lambda: partial.mkdir(parents=True, exist_ok=True))
+            save = super().save_checkpoint
+            self._together(path, lambda: save(checkpoint, partial, storage_options))
+            self._together(path, lambda: _replace(path, partial), first_only=True)
+        except BaseException:
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _together(self, path: Path, action: Callable[[], None], first_only: bool = False) -> None:
+        """Run an action in every process, or in the first one only; if it fails in one, raise an error in all.
+
+        Raises:
+            OSError: naming the checkpoint and the cause in the first process that failed.
+        """
+        failure, caught = None, None
+        try:
+            if self.is_global_zero or not first_only:
+                action()
+        # The second is a BaseException: one error with those of all processes.
+        except (Exception, CheckpointException) as error:
+            failure, caught = Failure.of(error, path, self.global_rank), error
+        failures: list[Failure | None] = [failure]
+        if self.world_size > 1:
+            failures *= self.world_size
+            dist.all_gather_object(failures, failure)
+        for failed in filter(None, failures):
+            raise OSError(failed.errno, f"{failed.text} (process {failed.rank})", str(path)) from caught
+
+
+class Failure(NamedTuple):
+    """Why a process could not do its part."""
+
+    errno: int
+    text: str
+    rank: int
+
+    @classmethod
+    def of(cls, error: BaseException, path: Path, rank: int) -> "Failure":
+        """Return the cause of an error in writing a checkpoint."""
+        causes = error.failures if isinstance(error, CheckpointException) else {rank: (error, None)}
+        rank, (cause, _) = next(iter(causes.items()))
+        if isinstance(cause, OSError) and cause.errno:
+            return cls(cause.errno, os.strerror(cause.errno), rank)
+        # torch reports a full disk in words of its own.
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        if "No space left" in str(cause) or shutil.disk_usage(place).free < FULL:
+            return cls(errno.ENOSPC, os.strerror(errno.ENOSPC), rank)
+        return cls(errno.EIO, (str(cause) or type(cause).__name__).splitlines()[0], rank)
+
+
+def _replace(path: Path, partial: Path) -> None:
+    previous = path.with_name(path.name + PREVIOUS)
+    _remove(previous)
+    if os.path.lexists(path):
+        path.rename(previous)
+    partial.rename(path)
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

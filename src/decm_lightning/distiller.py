@@ -203,4 +203,5 @@ class Distiller(FlowTraining):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         # The teacher is outside the module registry, yet must follow every move and cast of this module.
         self.teacher.apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self

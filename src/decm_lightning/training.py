@@ -1,6 +1,5 @@
 """What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,11 +11,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
-from decm_lightning.callbacks.ema import EMA
+from decm_lightning.callbacks.ema import EMA, average_of, in_float32
 from decm_lightning.callbacks.gradient_norms import total_norm
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.losses import LossTerm
@@ -61,7 +61,7 @@ class FlowTraining(L.LightningModule):
         network.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
         self.network = network
-        self.average: Network = copy.deepcopy(network).requires_grad_(False)
+        self.average = average_of(network)
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
         self.averaging = EMA(ema_decay)
@@ -285,3 +285,6 @@ class FlowTraining(L.LightningModule):
             remedy = f"decm consolidate {path} --to ckpt makes one file of it"
             raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
         refuse_another(description(path), self.network, path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlowTraining":
+        return super()._apply(in_float32(fn, self.average, self.network), recurse)

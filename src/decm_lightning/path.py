@@ -23,8 +23,8 @@ def time_dtype(x: Sample) -> torch.dtype:
 
 
 def expand(time: Time, x: Sample) -> Tensor:
-    """Give times of shape (b,) the trailing axes of x, so that the two broadcast."""
-    return time.reshape(-1, *(1,) * (x.ndim - 1))
+    """Give times of shape (b,) the trailing axes of x, and its device, so that the two broadcast."""
+    return time.to(x.device, non_blocking=True).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def interpolate(x_0: Sample, x_1: Sample, t: Time) -> Sample:

@@ -25,8 +25,7 @@ from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.samplers import SamplerName
-from decm_lightning.triangle import TimeLaw
-from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
 
 
 class FlowTraining(L.LightningModule):
@@ -134,10 +133,6 @@ class FlowTraining(L.LightningModule):
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
-
-    def draw_times(self, law: TimeLaw, x_1: Sample, generator: torch.Generator) -> Time:
-        """Return one start time for each row, in float32 or wider: narrower ones would spoil the derivative in t."""
-        return law.draw(len(x_1), generator).to(torch.promote_types(x_1.dtype, torch.float32))
 
     @torch.no_grad()
     def sample(

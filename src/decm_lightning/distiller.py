@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils import _pytree
 
 from decm_lightning import path
 from decm_lightning.derivatives import (
@@ -17,6 +18,7 @@ from decm_lightning.derivatives import (
     EngineName,
     Jump,
     NoTangentError,
+    check_fused,
     choose,
     dual,
     evaluate,
@@ -114,10 +116,24 @@ class Distiller(FlowTraining):
         """
         super().setup(stage)
         if stage == "fit":
-            choice = choose(self.student, self.student.example(), self.wanted)
+            self.example = self.student.example()
+            choice = choose(self.student, self.example, self.wanted)
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
             rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
+
+    def on_fit_start(self) -> None:
+        """Check the fused kernel of the dual engine, where the run computes and in its precision."""
+        if self.derivative is not dual:
+            return
+        precision = self.trainer.precision_plugin
+        # Only shapes matter: the example may be on the meta device. It is cast as a batch is, but for the times.
+        x_t, t, s, condition = _pytree.tree_map_only(
+            Tensor, lambda value: torch.zeros_like(value, device=self.device), self.example
+        )
+        example = (precision.convert_input(x_t), t, s, precision.convert_input(condition))
+        with precision.forward_context():
+            check_fused(self.student, example)
 
     def sharded(self) -> list[Network]:
         """Return student, average and teacher."""

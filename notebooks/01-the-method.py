@@ -217,7 +217,7 @@ print("left right | rms of g, our tangent | the printed one")
 for left, right in [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5), (0.3, 1.7), (1.0, 1.0)]:
     values = []
     for direction in (
-        tangent(v_left, x_t, t, left, right),
+        tangent(v_left, t, left, right),
         Tangent(right * v_left, torch.full_like(t, right), torch.full_like(t, -left)),
     ):
         jet = functional(gaussian, x_t, t, s, None, direction)

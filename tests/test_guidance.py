@@ -138,6 +138,50 @@ def test_field_sees_null_rows_only_inside_the_interval(rows):
     assert torch.equal(labels_seen, torch.cat([labels, torch.full((int(inside.sum()),), 4)]))
 
 
+@pytest.mark.parametrize("interval", [(0.1, 0.3), (0.4, 0.41), (0.0, 0.99), (0.02, 1.0)])
+def test_null_rows_are_filled_up_to_a_multiple_of_eight_and_change_nothing(interval, rows, ends):
+    """With rows outside the interval, whose velocity stays conditional to the bit; never more than there are."""
+    x_t, t, labels = rows
+    v_cond, v_null = ends
+    recorder = Recorder()
+    v = guided(Guidance(2.0, interval=interval), recorder)(x_t, t, labels)
+    inside = (t >= interval[0]) & (t <= interval[1])
+    null_rows = len(recorder.calls[0][1]) - 64
+    assert null_rows in {-(-int(inside.sum()) // 8) * 8, 64}
+    torch.testing.assert_close(v[inside], (2 * v_cond - v_null)[inside], rtol=0, atol=1e-12)
+    assert torch.equal(v[~inside], MIXTURE(x_t, t, labels)[~inside])
+
+
+def test_rows_that_fill_up_may_have_no_finite_null_velocity(rows):
+    """Their null pass is computed and left out, NaN and all."""
+    x_t, t, labels = rows
+
+    def field(x_t, t, condition):
+        return torch.where(((condition == 4) & (t < 0.3))[:, None], torch.nan, MIXTURE(x_t, t, condition))
+
+    v = guided(Guidance(2.0, 0.5, interval=(0.3, 0.9)), field)(x_t, t, labels)
+    assert torch.equal(v, guided(Guidance(2.0, 0.5, interval=(0.3, 0.9)))(x_t, t, labels))
+
+
+def test_times_of_another_device_than_the_sample_s_decide_there():
+    """Times on the CPU for samples on the meta device, where no value can be looked at; all of [0, 1] needs no look."""
+    x_t, labels = torch.zeros(16, 2, device="meta"), torch.zeros(16, dtype=torch.long, device="meta")
+    sizes = []
+
+    def field(x_t, t, condition):
+        assert t.device == condition.device == x_t.device
+        sizes.append(len(t))
+        return x_t
+
+    t = torch.linspace(0, 1, 16)
+    some = GuidedField(field, torch.ones_like, Guidance(2.0, interval=(0.5, 0.9)))
+    assert some(x_t, t, labels).shape == x_t.shape
+    everywhere = GuidedField(field, torch.ones_like, Guidance(2.0, 0.1))
+    everywhere(x_t, t.to("meta"), labels)
+    GuidedField(field, torch.ones_like, Guidance(1.0, interval=(0.5, 0.9)))(x_t, t.to("meta"), labels)
+    assert sizes == [16 + 8, 16 + 16, 16]
+
+
 @pytest.mark.parametrize("guidance", [Guidance(1.0), Guidance(2.0, interval=(0.003, 0.004))], ids=["scale 1", "no row"])
 def test_without_guidance_there_is_one_call_and_no_null_row(guidance, rows):
     """Scale 1, or no time inside the interval, costs a plain call."""

@@ -1,8 +1,11 @@
 """The convention: which end is noise, and what a jump is."""
 
+import pytest
 import torch
 
 from decm_lightning import path
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def test_time_0_is_noise_and_time_1_is_data(generator):
@@ -48,3 +51,30 @@ def test_expand_gives_times_the_axes_of_x():
     """Times broadcast along the batch and nothing else."""
     assert path.expand(torch.zeros(4), torch.zeros(4, 3, 2, 2)).shape == (4, 1, 1, 1)
     assert path.expand(torch.zeros(4), torch.zeros(4, 7)).shape == (4, 1)
+
+
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("times", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_points_have_the_dtype_of_their_sample_and_are_rounded_once(dtype, times, other, generator):
+    """Whatever the dtypes of times and of what is added: computed in the widest of them, and rounded at the end."""
+    x, y = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    x, y = x.to(dtype), y.to(other)
+    t, s = torch.rand(2, 5, generator=generator).sort(0).values.to(times)
+    wide = [value.double() for value in (x, y, t, s)]
+    for rounded, exact in (
+        (path.interpolate(x, y, t), path.interpolate(wide[0], wide[1], wide[2])),
+        (path.jump(x, y, t, s), path.jump(*wide)),
+    ):
+        assert rounded.dtype == dtype
+        # Half a unit in the last place, and what float32 itself is off by.
+        unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+        assert ((rounded.double() - exact).abs() <= 0.51 * unit + 4e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times"), zip(DTYPES, [torch.float32, torch.float32, torch.float32, torch.float64], strict=True)
+)
+def test_times_are_float32_or_wider(dtype, times):
+    """Times of half-precision samples are not rounded to their dtype."""
+    assert path.time_dtype(torch.zeros(2, 3, dtype=dtype)) == times

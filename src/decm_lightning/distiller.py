@@ -1,7 +1,7 @@
 """Dual-End Consistency Models (arXiv 2602.10764): a fast student from a slow teacher."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils import _pytree
 
 from decm_lightning import path
-from decm_lightning.conditions import select
 from decm_lightning.derivatives import (
     ENGINES,
     Engine,
     EngineName,
     Jump,
     NoTangentError,
+    check_fused,
     choose,
     dual,
     evaluate,
@@ -25,6 +26,7 @@ from decm_lightning.derivatives import (
 )
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, Objective, cost, recommended, tangent
+from decm_lightning.losses.rows import Rows
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
@@ -33,21 +35,29 @@ from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 
 
 @dataclass(frozen=True)
-class Points:
-    """Where a batch's jumps may start: noise x_0, data x_1, the point x_t between them at time t, and v(x_t, t)."""
+class PathSample:
+    """Where a batch's jumps may start: noise x_0, data x_1, and the point x_t between them at time t.
+
+    v_t is the teacher's velocity v(x_t, t), None where nobody asked for it. Times are on the CPU: which of them are
+    guided, and how many, is known there without waiting for the device.
+    """
 
     x_0: Sample
     x_1: Sample
     condition: Condition
     t: Time
     x_t: Sample
-    v_t: Sample
+    v_t: Sample | None = None
 
-    def rows(self, rows: Tensor) -> "Points":
-        """Return some of the rows."""
-        rows = rows.to(self.t.device)
-        condition = select(self.condition, rows)
-        return Points(self.x_0[rows], self.x_1[rows], condition, self.t[rows], self.x_t[rows], self.v_t[rows])
+    def select(self, rows: Rows) -> "PathSample":
+        """Return some of the rows, without a velocity."""
+        return PathSample(
+            rows.of(self.x_0),
+            rows.of(self.x_1),
+            rows.of_condition(self.condition),
+            rows.of(self.t),
+            rows.of(self.x_t),
+        )
 
 
 class Distiller(FlowTraining):
@@ -110,10 +120,24 @@ class Distiller(FlowTraining):
         if stage == "fit":
             # Now, before a strategy moves, casts and shards it.
             self.teacher_identity = self.teacher.identity()
-            choice = choose(self.student, self.student.example(), self.wanted)
+            self.example = self.student.example()
+            choice = choose(self.student, self.example, self.wanted)
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
             rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
+
+    def on_fit_start(self) -> None:
+        """Check the fused kernel of the dual engine, where the run computes and in its precision."""
+        if self.derivative is not dual:
+            return
+        precision = self.trainer.precision_plugin
+        # Only shapes matter: the example may be on the meta device. It is cast as a batch is, but for the times.
+        x_t, t, s, condition = _pytree.tree_map_only(
+            Tensor, lambda value: torch.zeros_like(value, device=self.device), self.example
+        )
+        example = (precision.convert_input(x_t), t, s, precision.convert_input(condition))
+        with precision.forward_context():
+            check_fused(self.student, example)
 
     def sharded(self) -> list[Network]:
         """Return student, average and teacher."""
@@ -135,52 +159,67 @@ class Distiller(FlowTraining):
         return {"student": self.average, "teacher": flow_map_of(self.velocity)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the sum of the losses that are due: DE-CM's algorithm."""
+        """Return the sum of the active losses: DE-CM's algorithm."""
         x_1, condition = batch
         step, generator = self.global_step, self.generator(batch_idx)
 
         # A point x_t of the path for each row, and there the teacher's velocity, once for all losses that start there.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        t = self.draw_times(self.objective.times, x_1, generator)
-        x_t = path.interpolate(x_0, x_1, t)
-        losses, shares = self.objective.due(step), self.objective.rows(len(x_1))
-        asked = self.objective.asked(step, len(x_1)).to(x_1.device)
-        v_t = torch.zeros_like(x_t)
-        with self.phase("teacher"):
-            v_t[asked] = self.velocity(x_t[asked], t[asked], select(condition, asked))
-        points = Points(x_0, x_1, condition, t, x_t, v_t)
+        clock = _on_cpu(generator)
+        t = self.objective.draw_times(len(x_1), clock).to(path.time_dtype(x_1))
+        paths = self.path_samples(PathSample(x_0, x_1, condition, t, path.interpolate(x_0, x_1, t)), step)
 
         # Each loss draws its jumps from its edge of the triangle, with the direction its residual differentiates in.
-        aims = {name: self.aim(loss, points.rows(shares[name]), step, generator) for name, loss in losses.items()}
+        losses = self.objective.active_losses(step)
+        starts = {name: self.make_jumps(loss, paths[name], step, clock) for name, loss in losses.items()}
 
         # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.
         with self.phase("derivative"):
-            jumps = [jump for jump, _ in aims.values()]
+            jumps = [jump for jump, _ in starts.values()]
             jets = evaluate(self.derivative, self.student, jumps)
 
         # The residual of every jump, and the pull of the student toward its root.
         self.terms = {}
-        for (name, loss), (jump, v_left), jet in zip(losses.items(), aims.values(), jets, strict=True):
+        for (name, loss), (jump, v_left), jet in zip(losses.items(), starts.values(), jets, strict=True):
             v_right = self.at_landing(loss, jump, jet.u.detach())
             self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
         self.check_losses(batch_idx, partial(self.origin, jumps))
         return self.total()
 
-    def aim(
-        self, loss: DualEndLoss, points: Points, step: int, generator: torch.Generator
+    def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
+        """Return the rows of each active loss, with the teacher's velocity if the loss reads it at x_t.
+
+        The teacher sees each row once, and none that no loss reads it in.
+        """
+        count = len(batch.t)
+        rows, teacher_rows = self.objective.rows(count), self.objective.teacher_rows(step, count)
+        v_t = None
+        if teacher_rows:
+            seen = batch.select(teacher_rows)
+            with self.phase("teacher"):
+                v_t = self.velocity(seen.x_t, seen.t, seen.condition)
+        paths = {}
+        for name, loss in self.objective.active_losses(step).items():
+            paths[name] = batch.select(rows[name])
+            if v_t is not None and loss.reads_batch_velocity:
+                paths[name] = replace(paths[name], v_t=rows[name].within(teacher_rows).of(v_t))
+        return paths
+
+    def make_jumps(
+        self, loss: DualEndLoss, sample: PathSample, step: int, generator: torch.Generator
     ) -> tuple[Jump, Sample | None]:
         """Return a loss's jumps, and the teacher's velocity where they start (None if it has no weight there)."""
-        times = loss.edge.draw(points.t, step, generator)
+        times = loss.edge.draw(sample.t, step, generator)
         if loss.edge.shares_start:
-            x_t, v_left = points.x_t, points.v_t
+            x_t, v_left = sample.x_t, sample.v_t
         else:
             # The noise edge starts at points of its own, on the same lines from noise to data.
-            x_t, v_left = path.interpolate(points.x_0, points.x_1, times.t), None
+            x_t, v_left = path.interpolate(sample.x_0, sample.x_1, times.t), None
             if loss.left:
                 with self.phase("teacher"):
-                    v_left = self.velocity(x_t, times.t, points.condition)
-        along = tangent(v_left, x_t, times.t, loss.left, loss.right) if loss.edge.has_length else None
-        return Jump(x_t, times.t, times.s, points.condition, along), v_left
+                    v_left = self.velocity(x_t, times.t, sample.condition)
+        along = tangent(v_left, times.t, loss.left, loss.right) if loss.edge.has_length else None
+        return Jump(x_t, times.t, times.s, sample.condition, along), v_left
 
     def at_landing(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
         """Return the teacher's velocity where the student lands; None if it has no weight."""
@@ -212,4 +251,10 @@ class Distiller(FlowTraining):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         # The teacher is outside the module registry, yet must follow every move and cast of this module.
         self.teacher.apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+
+def _on_cpu(generator: torch.Generator) -> torch.Generator:
+    """Return the generator, or one of the same seed on the CPU."""
+    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from decm_lightning.conditions import join, select
 from decm_lightning.path import expand
@@ -48,8 +49,15 @@ class Guidance:
         return 1.0 if self.scale == 1 else 1.0 + last - first
 
 
+ROUNDED_UP = 8
+"""Null rows come in multiples of this: few different batches for compilers and CUDA graphs."""
+
+
 class GuidedField:
     """The guided velocity. One call of the field serves conditional and null rows, the latter only in the interval.
+
+    The times decide on the device that they are on which rows are guided: a network on a GPU is not waited for if they
+    are on the CPU, as in training. The velocity has the dtype of x_t whatever the field returns.
 
     Args:
         field: the velocity to guide.
@@ -63,15 +71,29 @@ class GuidedField:
         self.guidance = guidance
 
     def __call__(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the guided v, (b, *d)."""
-        first, last = self.guidance.interval
-        rows = torch.nonzero((t >= first) & (t <= last)).flatten()
-        if condition is None or self.guidance.scale == 1 or len(rows) == 0:
-            return self.field(x_t, t, condition)
+        """Return the guided v, (b, *d); t may be on the CPU whatever the device of x_t."""
+        guided = condition is not None and self.guidance.scale != 1
+        rows, inside = self._guided_rows(t) if guided else (t[:0], t[:0])
+        t = t.to(x_t.device, non_blocking=True)
+        if len(rows) == 0:
+            return self.field(x_t, t, condition).to(x_t.dtype)
+        rows, inside = (values.to(x_t.device, non_blocking=True) for values in (rows, inside))
         conditions = join([condition, self.null(select(condition, rows))])
-        both = self.field(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), conditions)
+        both = self.field(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), conditions).to(x_t.dtype)
         v_cond, v_null = both.split([len(t), len(rows)])
-        return v_cond.index_add(0, rows, self._correction(v_cond[rows] - v_null))
+        correction = self._correction(v_cond[rows] - v_null)
+        inside = inside.reshape(-1, *(1,) * (x_t.ndim - 1))
+        return v_cond.index_add(0, rows, torch.where(inside, correction, 0))
+
+    def _guided_rows(self, t: Time) -> tuple[Tensor, Tensor]:
+        """Return the rows in the interval, filled up with others to a multiple of 8, and which of them are in it."""
+        first, last = self.guidance.interval
+        inside = (t >= first) & (t <= last)
+        # All of [0, 1] is decided without a look at the times, which may be on a GPU.
+        count = len(t) if (first, last) == (0, 1) else int(inside.sum())
+        padded = min(len(t), -(-count // ROUNDED_UP) * ROUNDED_UP)
+        rows = inside.logical_not().to(torch.uint8).argsort(stable=True)[:padded]
+        return rows, inside[rows]
 
     def _correction(self, dv: Sample) -> Sample:
         factor = self.guidance.scale - 1

@@ -66,7 +66,7 @@ class TeacherTraining(FlowTraining):
         x_1, condition = batch
         generator = self.generator(batch_idx)
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        t = self.draw_times(self.times, x_1, generator)
+        t = self.times.draw(len(x_1), generator).to(path.time_dtype(x_1))
         x_t = path.interpolate(x_0, x_1, t)
         dropped = torch.rand(len(x_1), generator=generator, device=x_1.device) < self.class_dropout
         condition = conditions.where(dropped, self.network.null(condition), condition)

@@ -15,11 +15,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
-from decm_lightning.callbacks.ema import EMA
+from decm_lightning.callbacks.ema import EMA, average_of, in_float32
 from decm_lightning.callbacks.last_step import LastStep
 from decm_lightning.checkpoint_io import AtomicCheckpointIO
 from decm_lightning.errors import NonFiniteError
@@ -31,8 +32,7 @@ from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.resuming import differences, normalize_progress, settings_of, start_epoch_anew
 from decm_lightning.samplers import SamplerName
-from decm_lightning.triangle import TimeLaw
-from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
 
 log = logging.getLogger(__name__)
 NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
@@ -76,7 +76,7 @@ class FlowTraining(L.LightningModule):
         network.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
         self.network = network
-        self.average: Network = copy.deepcopy(network).requires_grad_(False)
+        self.average = average_of(network)
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
         self.averaging = EMA(ema_decay)
@@ -163,10 +163,6 @@ class FlowTraining(L.LightningModule):
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
-
-    def draw_times(self, law: TimeLaw, x_1: Sample, generator: torch.Generator) -> Time:
-        """Return one start time for each row, in float32 or wider: narrower ones would spoil the derivative in t."""
-        return law.draw(len(x_1), generator).to(torch.promote_types(x_1.dtype, torch.float32))
 
     @torch.no_grad()
     def sample(
@@ -377,3 +373,6 @@ class FlowTraining(L.LightningModule):
             remedy = f"decm consolidate {path} --to ckpt makes one file of it"
             raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
         refuse_another(description(path), self.network, path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlowTraining":
+        return super()._apply(in_float32(fn, self.average, self.network), recurse)

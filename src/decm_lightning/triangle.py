@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from decm_lightning.path import DATA, NOISE
 from decm_lightning.types import Time
@@ -31,12 +30,26 @@ class Times:
     s: Time
 
 
+def stratified(count: int, generator: torch.Generator) -> Time:
+    """Return one level in each of the `count` equal parts of [0, 1], in random order: (rank + U[0, 1)) / count.
+
+    They are float32 on the generator's device, whatever torch's default dtype: a run in bfloat16 changes it.
+    """
+    ranks = torch.randperm(count, generator=generator, device=generator.device)
+    offsets = torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device)
+    return (ranks + offsets) / count
+
+
 class TimeLaw(ABC):
-    """How times are spread over [0, 1]."""
+    """How times are spread over [0, 1]: a law is its quantile function."""
 
     @abstractmethod
+    def quantiles(self, levels: Time) -> Time:
+        """Return the times at uniform levels in [0, 1): t with P(time < t) = level."""
+
     def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Return `count` times on the generator's device."""
+        """Return `count` times on the generator's device: one in each of as many parts of equal probability."""
+        return self.quantiles(stratified(count, generator))
 
 
 @dataclass(frozen=True)
@@ -47,11 +60,9 @@ class Uniform(TimeLaw):
     logit-normal and arctan-normal times.
     """
 
-    def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Return (rank + U[0, 1)) / count for a random permutation of the ranks."""
-        ranks = torch.randperm(count, generator=generator, device=generator.device)
-        offsets = torch.rand(count, generator=generator, device=generator.device)
-        return (ranks + offsets) / count
+    def quantiles(self, levels: Time) -> Time:
+        """Return the levels."""
+        return levels
 
 
 @dataclass(frozen=True)
@@ -61,10 +72,9 @@ class LogitNormal(TimeLaw):
     mean: float = 0.0
     std: float = 1.0
 
-    def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Return the law's quantiles at stratified uniform levels."""
-        levels = Uniform().draw(count, generator).clamp(1e-6, 1 - 1e-6)
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(levels))
+    def quantiles(self, levels: Time) -> Time:
+        """Return sigmoid(mean + std * the normal quantile)."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
 
 
 class Edge(ABC):
@@ -126,7 +136,7 @@ class NoiseEdge(Edge):
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (r, s) with s stratified over [r, 1]."""
         r = NOISE + self.start * max(0.0, 1 - step / self.decay_steps)
-        levels = Uniform().draw(len(t), generator).to(t)
+        levels = stratified(len(t), generator).to(t)
         return Times(torch.full_like(t, r), r + (DATA - r) * levels)
 
 
@@ -136,5 +146,5 @@ class Triangle(Edge):
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (t, t + (1 - t) U)."""
-        levels: Tensor = Uniform().draw(len(t), generator).to(t)
+        levels = stratified(len(t), generator).to(t)
         return Times(t, t + (DATA - t) * levels)

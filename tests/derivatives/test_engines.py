@@ -1,6 +1,7 @@
 """The engines: they agree with each other and the truth, and du is a number without a graph."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,34 @@ def test_jumps_evaluated_together_are_those_evaluated_alone(engine, order, netwo
         assert (jet.du is None) == (jumps[i].tangent is None)
         if jet.du is not None:
             torch.testing.assert_close(jet.du, alone.du, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("covered", [3, 5])
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+def test_tangent_without_x_is_one_of_zeros(engine, covered, network):
+    """None is cheaper, not another derivative: in all rows or the first ones."""
+    jump = draw(network, 5, tangent_rows=covered)
+    still = replace(jump, tangent=replace(jump.tangent, x=torch.zeros_like(jump.tangent.x)))
+    none = replace(jump, tangent=replace(jump.tangent, x=None))
+    expected, found = apply(engine, network, still), apply(engine, network, none)
+    assert torch.equal(found.u, expected.u)
+    assert expected.du.abs().max() > 0.1
+    torch.testing.assert_close(found.du, expected.du, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINE_LIST)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_jumps_with_and_without_a_tangent_in_x_are_evaluated_together(engine, order, network):
+    """A loss whose start has no weight, one whose start has, and one without a derivative."""
+    first, second, third = draw(network, 3, seed=1), draw(network, 2, seed=2), draw(network, 2, seed=3, tangent_rows=0)
+    jumps = [replace(first, tangent=replace(first.tangent, x=None)), second, third]
+    for i, jet in zip(order, evaluate(engine, network, [jumps[i] for i in order]), strict=True):
+        alone = apply(engine, network, jumps[i])
+        torch.testing.assert_close(jet.u, alone.u, rtol=0, atol=1e-12)
+        if jet.du is not None:
+            torch.testing.assert_close(jet.du, alone.du, rtol=0, atol=1e-10)
+    (only,) = evaluate(engine, network, [jumps[0]])
+    torch.testing.assert_close(only.du, apply(engine, network, jumps[0]).du, rtol=0, atol=1e-12)
 
 
 def test_jumps_are_evaluated_in_one_call_with_a_graph(network):

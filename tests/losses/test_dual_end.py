@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decm_lightning.derivatives import Jump, evaluate, functional
+from decm_lightning.derivatives import Jet, Jump, evaluate, functional
 from decm_lightning.losses import DualEndLoss, Objective, presets, residual, tangent
 from decm_lightning.losses.weighting import NORMALISERS, TIME_WEIGHTS
 from decm_lightning.networks import MLP
@@ -37,7 +37,7 @@ def student():
 def prepare(flow, student, loss: DualEndLoss, row: Jump):
     """Return jumps with their tangent, the student's Jet, and the teacher's velocities that have a weight."""
     v_left = flow.velocity(row.x_t, row.t) if loss.left else None
-    along = tangent(v_left, row.x_t, row.t, loss.left, loss.right) if loss.edge.has_length else None
+    along = tangent(v_left, row.t, loss.left, loss.right) if loss.edge.has_length else None
     row = replace(row, tangent=along)
     (jet,) = evaluate(functional, student, [row])
     landing = jump(row.x_t, jet.u.detach(), row.t, row.s)
@@ -112,10 +112,10 @@ def test_warm_up_enters_the_residual(flow, student, draw_jump):
 
 def test_paper_asks_for_noise_to_noisy_at_every_third_step():
     """The other two losses are due at every step."""
-    due = [set(presets.paper().due(step)) for step in range(5)]
+    due = [set(presets.paper().active_losses(step)) for step in range(5)]
     both, three = {"consistency", "flow_matching"}, {"consistency", "flow_matching", "noise_to_noisy"}
     assert due == [three, both, both, three, both]
-    assert all(len(presets.recommended().due(step)) == 3 for step in range(5))
+    assert all(len(presets.recommended().active_losses(step)) == 3 for step in range(5))
 
 
 def test_presets_are_the_rows_of_the_table():
@@ -180,7 +180,37 @@ def test_objective_refuses_what_is_out_of_range():
         Objective({"loss": DualEndLoss(DataEdge())}, "l3")
 
 
-def test_shares_below_one_leave_the_last_rows_out():
-    """A half of 16 rows, and a quarter."""
-    rows = presets.consistency_and_flow_matching(shares=(0.5, 0.25)).rows(16)
-    assert torch.cat(list(rows.values())).tolist() == list(range(12))
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("name", ["paper", "facm"])
+def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normaliser, flow, student, draw_jump):
+    """Whatever N(g), the term is mean(w N(g)^2) + mean(1 - cos(u, v)), gradient included: v is the target itself."""
+    objective = replace(PRESETS[name], normaliser=normaliser)
+    loss = objective.losses["flow_matching"]
+    row, jet, v, _ = prepare(flow, student, loss, draw_jump(loss.edge))
+    with_cosine = objective.term(loss, row, jet, v, None, step=0).value
+    without = objective.term(replace(loss, direction=0.0), row, jet, v, None, step=0).value
+    cosine = (1 - torch.nn.functional.cosine_similarity(jet.u, v, dim=1)).mean()
+    torch.testing.assert_close(with_cosine - without, cosine, rtol=0, atol=1e-12)
+    parameters = list(student.parameters())
+    found = torch.autograd.grad(with_cosine - without, parameters, retain_graph=True)
+    expected = torch.autograd.grad(cosine, parameters)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    # To the normalised target the cosine would be another one.
+    target = jet.u.detach() - NORMALISERS[normaliser](jet.u.detach() - v)
+    other = (1 - torch.nn.functional.cosine_similarity(jet.u, target, dim=1)).mean()
+    assert (abs(other - cosine) > 1e-3) == (normaliser != "plain")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_residual_of_half_precision_velocities_is_float32(dtype):
+    """u - v is not rounded to the dtype of u and v, and the loss has the value of float32."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, 32, 3, generator=generator).to(dtype)
+    t = torch.rand(32, generator=generator)
+    loss = DualEndLoss(Diagonal(), direction=1.0)
+    terms = [
+        Objective({"loss": loss}).term(loss, Jump(x, t, t, None), Jet(x, None), y, None, step=0)
+        for x, y in ((u, v), (u.float(), v.float()))
+    ]
+    assert terms[0].value.dtype == torch.float32
+    assert torch.equal(terms[0].value, terms[1].value)

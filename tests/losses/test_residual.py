@@ -39,7 +39,7 @@ def ends(flow, row: Jump):
 def correct(flow, row: Jump, left: float, right: float):
     """Return g of the exact flow."""
     v_left, _, v_right = ends(flow, row)
-    along = tangent(v_left, row.x_t, row.t, left, right)
+    along = tangent(v_left, row.t, left, right)
     u, du = flow(row.x_t, row.t, row.s), derivative(flow, row, along)
     return residual(u, du, v_left, v_right, row.t, row.s, left, right)
 
@@ -142,24 +142,29 @@ def test_tangent_is_left_over_x_and_t_and_minus_right_over_s(flow, draw_jump):
     """The components are (left v, left, -right)."""
     row = draw_jump(Triangle(), rows=4)
     v = flow.velocity(row.x_t, row.t)
-    along = tangent(v, row.x_t, row.t, 0.3, 1.7)
+    along = tangent(v, row.t, 0.3, 1.7)
     assert torch.equal(along.x, 0.3 * v)
     assert torch.equal(along.t, torch.full_like(row.t, 0.3))
     assert torch.equal(along.s, torch.full_like(row.t, -1.7))
 
 
 def test_tangent_of_the_landing_end_needs_no_teacher_at_the_start(flow, draw_jump):
-    """At left = 0 the tangent is (0, 0, -right) with and without v_left, and g is still 0."""
+    """At left = 0 the tangent is (None, 0, -right) with and without v_left, and g is still 0."""
     row = draw_jump(NoiseEdge())
     v_left, _, v_right = ends(flow, row)
-    along = tangent(None, row.x_t, row.t, 0.0, 1.0)
-    known = tangent(v_left, row.x_t, row.t, 0.0, 1.0)
-    assert not along.x.any()
-    assert not known.x.any()
+    along = tangent(None, row.t, 0.0, 1.0)
+    assert along.x is None
+    assert tangent(v_left, row.t, 0.0, 1.0).x is None
     assert torch.equal(along.t, torch.zeros_like(row.t))
     assert torch.equal(along.s, -torch.ones_like(row.s))
     g = residual(flow(row.x_t, row.t, row.s), derivative(flow, row, along), None, v_right, row.t, row.s, 0.0, 1.0)
     assert g.abs().max() < 1e-12
+
+
+def test_tangent_of_the_start_needs_the_teacher():
+    """A velocity that nobody computed is not taken for 0."""
+    with pytest.raises(ValueError, match=r"left = 0\.5"):
+        tangent(None, torch.zeros(2), 0.5, 1.0)
 
 
 def test_residual_on_the_diagonal_is_flow_matching(flow, draw_jump):
@@ -175,7 +180,7 @@ def test_residual_of_a_constant_error_is_that_error_on_the_data_edge(flow, draw_
     """For u + eps, g = eps: consistency sees the error of u in full."""
     row, eps = draw_jump(DataEdge()), torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
     v_left = flow.velocity(row.x_t, row.t)
-    du = derivative(flow, row, tangent(v_left, row.x_t, row.t, 1.0, 0.0))
+    du = derivative(flow, row, tangent(v_left, row.t, 1.0, 0.0))
     g = residual(flow(row.x_t, row.t, row.s) + eps, du, v_left, None, row.t, row.s, 1.0, 0.0)
     torch.testing.assert_close(g, eps.expand_as(g), rtol=0, atol=1e-12)
 
@@ -188,7 +193,7 @@ def test_residual_of_a_constant_error_knows_where_it_lands(left, right, edge, fl
     v_left = flow.velocity(row.x_t, row.t)
     u = flow(row.x_t, row.t, row.s) + eps
     v_right = flow.velocity(jump(row.x_t, u, row.t, row.s), row.s)
-    du = derivative(flow, row, tangent(v_left, row.x_t, row.t, left, right))
+    du = derivative(flow, row, tangent(v_left, row.t, left, right))
     g = residual(u, du, v_left, v_right, row.t, row.s, left, right)
     q = row.s * flow.std**2 - (1 - row.s)
     factor = (left + right) - right * (row.s - row.t) * q / flow.scale(row.s) ** 2
@@ -199,7 +204,7 @@ def test_warmup_scales_the_derivative_term_alone(flow, draw_jump):
     """From warmup 0 to 1, g moves by -(s - t) du; at 0 the derivative is absent."""
     row = draw_jump(Triangle())
     v_left, _, v_right = ends(flow, row)
-    du = derivative(flow, row, tangent(v_left, row.x_t, row.t, 0.6, 1.3))
+    du = derivative(flow, row, tangent(v_left, row.t, 0.6, 1.3))
     parts = (v_left, v_right, row.t, row.s, 0.6, 1.3)
     u = flow(row.x_t, row.t, row.s)
     none, some, full = (residual(u, du, *parts, warmup) for warmup in (0.0, 0.25, 1.0))
@@ -216,7 +221,7 @@ def test_consistency_residual_is_the_gradient_of_two_squares(flow, draw_jump):
     parameters = list(student.parameters())
     row = draw_jump(DataEdge())
     v = flow.velocity(row.x_t, row.t)
-    jet = functional(student, row.x_t, row.t, row.s, None, tangent(v, row.x_t, row.t, 1.0, 0.0))
+    jet = functional(student, row.x_t, row.t, row.s, None, tangent(v, row.t, 1.0, 0.0))
     u_target = jet.u.detach() + expand(1 - row.t, v) * jet.du
     squares = (jet.u - v).square().sum() + (jet.u - u_target).square().sum()
     g = residual(jet.u.detach(), jet.du, v, None, row.t, row.s, 1.0, 0.0)

@@ -154,6 +154,29 @@ def test_a_velocity_field_becomes_a_student_that_ignores_s(flow, x_0, x_1):
     assert error(consistency(student, x_0, None, 1), x_1) > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_times_of_half_precision_samples_are_exact(method, dtype, x_0):
+    """The network is asked at the same times as in float32, to the bit, and the samples keep the dtype of the noise."""
+
+    def ask(dtype):
+        asked = []
+
+        def student(x_t, t, s, condition):
+            assert x_t.dtype == dtype
+            assert t.dtype == s.dtype == torch.float32
+            asked.append((t[0].item(), s[0].item()))
+            return x_t.float()
+
+        assert method(student, x_0.to(dtype), None, 6).dtype == dtype
+        return asked
+
+    times = ask(torch.float32)
+    assert ask(dtype) == times
+    # What rounding them to the dtype would have changed.
+    assert any(torch.tensor(t).to(dtype).item() != t for pair in times for t in pair)
+
+
 @pytest.mark.parametrize("method", SAMPLERS)
 @pytest.mark.parametrize("steps", [0, -3])
 def test_samplers_refuse_fewer_than_one_step(method, steps, flow, x_0):

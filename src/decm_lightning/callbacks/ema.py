@@ -1,9 +1,61 @@
-"""The exponential moving average of the weights."""
+"""The exponential moving average of the weights, in float32 or wider whatever the precision of the run."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from decm_lightning.networks import Network
+
+
+def average_of(network: Network) -> Network:
+    """Return a copy of a network to average it into: frozen, and in float32 or wider.
+
+    What the copy shares with the network, such as the base of LoRA, stays as it is. Inputs narrower than the average
+    are cast to its dtype.
+    """
+    average: Network = copy.deepcopy(network).requires_grad_(False)
+    average._apply(in_float32(lambda tensor: tensor.to(_wide(tensor)), average, network))
+    average.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
+    return average
+
+
+def in_float32(
+    function: Callable[[Tensor], Tensor], average: nn.Module, network: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """Return a function for `nn.Module._apply` that moves and casts as the given one, but rounds no average.
+
+    In bfloat16 an average stands still: the step toward the weights, a thousandth of their difference, rounds to 0.
+    Tensors that the average shares with the network are cast like all others.
+    """
+    own = {id(tensor) for tensor in _tensors(average)} - {id(tensor) for tensor in _tensors(network)}
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = function(tensor)
+        return tensor.to(moved.device, _wide(moved)) if id(tensor) in own and moved.dtype != _wide(moved) else moved
+
+    return apply
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+
+
+def _widen_inputs(network: nn.Module, args: Any, kwargs: Any) -> Any:
+    dtype = next(network.parameters()).dtype
+
+    def widen(value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
+
+    return _pytree.tree_map_only(Tensor, widen, (args, kwargs))
 
 
 class EMA(L.Callback):
@@ -11,7 +63,7 @@ class EMA(L.Callback):
 
     The module owns both as submodules, `network` and `average`, so that a strategy shards and a checkpoint holds the
     average like any other weights; nothing is swapped in or out. The decay warms up as (1 + n) / (10 + n), n being
-    the optimiser steps so far, and needs no state of its own.
+    the optimiser steps so far, and needs no state of its own. Buffers, such as running statistics, are copied.
 
     Args:
         decay: in [0, 1).
@@ -42,6 +94,12 @@ class EMA(L.Callback):
         average, network = pl_module.get_submodule("average"), pl_module.get_submodule("network")
         # What is frozen never changes, and of a student with LoRA it is nearly everything, shared with the average.
         moving = [
-            (a.data, p.data) for a, p in zip(average.parameters(), network.parameters(), strict=True) if p.requires_grad
+            (a.data, p.data.to(a.dtype))
+            for a, p in zip(average.parameters(), network.parameters(), strict=True)
+            if p.requires_grad
         ]
         torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)
+        for a, b in zip(average.buffers(), network.buffers(), strict=True):
+            if a is not b:
+                # A constant table keeps the digits that the network's, in bfloat16, has lost.
+                a.copy_(torch.where(a.to(b.dtype) == b, a, b))

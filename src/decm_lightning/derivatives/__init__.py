@@ -2,7 +2,7 @@
 
 from decm_lightning.derivatives.central import central
 from decm_lightning.derivatives.choice import ENGINES, Choice, EngineName, choose
-from decm_lightning.derivatives.dual import NoTangentError, dual
+from decm_lightning.derivatives.dual import NoTangentError, check_fused, dual
 from decm_lightning.derivatives.functional import functional
 from decm_lightning.derivatives.jet import Engine, Jet, Jump, Tangent, evaluate
 
@@ -16,6 +16,7 @@ __all__ = [
     "NoTangentError",
     "Tangent",
     "central",
+    "check_fused",
     "choose",
     "dual",
     "evaluate",

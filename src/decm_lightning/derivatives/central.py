@@ -48,7 +48,8 @@ def central(
     known = select(condition, slice(rows))
 
     def at(step: float) -> Sample:
-        return network(x_t[:rows] + step * tangent.x, t[:rows] + step * tangent.t, s[:rows] + step * tangent.s, known)
+        x = x_t[:rows] if tangent.x is None else x_t[:rows] + step * tangent.x
+        return network(x, t[:rows] + step * tangent.t, s[:rows] + step * tangent.s, known)
 
     with torch.no_grad():
         return Jet(u, (at(h) - at(-h)) / (2 * h))

@@ -31,12 +31,15 @@ def functional(
     rows = len(tangent.t)
     known = select(condition, slice(rows))
 
-    def network_of(x: Sample, start: Time, landing: Time) -> Sample:
+    def network_of(start: Time, landing: Time, x: Sample = x_t[:rows]) -> Sample:
         return network(x, start, landing, known)
 
+    primals, tangents = [t[:rows], s[:rows]], [tangent.t, tangent.s]
+    if tangent.x is not None:
+        primals.append(x_t[:rows])
+        tangents.append(tangent.x)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        primals = (x_t[:rows], t[:rows], s[:rows])
-        du = torch.func.jvp(network_of, primals, (tangent.x, tangent.t, tangent.s))[1]
+        du = torch.func.jvp(network_of, tuple(primals), tuple(tangents))[1]
     return Jet(u, du)
 
 

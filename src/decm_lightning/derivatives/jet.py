@@ -14,16 +14,19 @@ from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 @dataclass(frozen=True)
 class Tangent:
-    """A direction over (x, t, s): shapes (b, *d), (b,) and (b,)."""
+    """A direction over (x, t, s): shapes (b, *d), (b,) and (b,); x is None where nothing moves in x."""
 
-    x: Sample
+    x: Sample | None
     t: Time
     s: Time
 
 
 @dataclass(frozen=True)
 class Jump:
-    """Rows of jumps with where they start, and the direction in which the student is to be differentiated, if any."""
+    """Rows of jumps with where they start, and the direction in which the student is to be differentiated, if any.
+
+    Times, and those of the tangent, may be on the CPU whatever the device of x_t: `evaluate` moves them.
+    """
 
     x_t: Sample
     t: Time
@@ -59,13 +62,14 @@ def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> 
     order = sorted(range(len(jumps)), key=lambda i: jumps[i].tangent is None)
     rows = [jumps[i] for i in order]
     tangents = [row.tangent for row in rows if row.tangent is not None]
+    x_t = torch.cat([row.x_t for row in rows])
     jet = engine(
         network,
-        torch.cat([row.x_t for row in rows]),
-        torch.cat([row.t for row in rows]),
-        torch.cat([row.s for row in rows]),
+        x_t,
+        _join_times([row.t for row in rows], x_t),
+        _join_times([row.s for row in rows], x_t),
         join([row.condition for row in rows]),
-        _join_tangents(tangents) if tangents else None,
+        _join_tangents(tangents, x_t) if tangents else None,
     )
     sizes = [len(row.t) for row in rows]
     values = jet.u.split(sizes)
@@ -74,9 +78,15 @@ def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> 
     return [jets[i] for i in range(len(jumps))]
 
 
-def _join_tangents(tangents: Sequence[Tangent]) -> Tangent:
-    return Tangent(
-        torch.cat([tangent.x for tangent in tangents]),
-        torch.cat([tangent.t for tangent in tangents]),
-        torch.cat([tangent.s for tangent in tangents]),
-    )
+def _join_times(times: Sequence[Tensor], x_t: Tensor) -> Tensor:
+    return torch.cat(list(times)).to(x_t.device, non_blocking=True)
+
+
+def _join_tangents(tangents: Sequence[Tangent], x_t: Sample) -> Tangent:
+    """Return the tangents of the first rows of x_t as one, on its device; x is 0 in rows where only times move."""
+    t, s = (_join_times([getattr(tangent, name) for tangent in tangents], x_t) for name in ("t", "s"))
+    if all(tangent.x is None for tangent in tangents):
+        return Tangent(None, t, s)
+    like = x_t[: len(t)].split([len(tangent.t) for tangent in tangents])
+    moved = zip(tangents, like, strict=True)
+    return Tangent(torch.cat([torch.zeros_like(x) if along.x is None else along.x for along, x in moved]), t, s)

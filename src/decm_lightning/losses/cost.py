@@ -54,8 +54,8 @@ def cost(objective: Objective, guided: float = 1.0) -> Cost:
     for step in steps:
         rows = objective.rows(ROWS)
         # The velocity at x_t is shared by all losses that start there.
-        teacher += len(objective.asked(step, ROWS))
-        for name, loss in objective.due(step).items():
+        teacher += len(objective.teacher_rows(step, ROWS))
+        for name, loss in objective.active_losses(step).items():
             taken = len(rows[name])
             student += taken
             derivative += taken * loss.edge.has_length

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decm_lightning.derivatives.jet import Jet, Jump
 from decm_lightning.losses.residual import residual
+from decm_lightning.losses.rows import Rows, stratified_levels
 from decm_lightning.losses.weighting import (
     NORMALISERS,
     TIME_WEIGHTS,
@@ -18,7 +19,7 @@ from decm_lightning.losses.weighting import (
     warm_up,
 )
 from decm_lightning.triangle import Edge, TimeLaw, Uniform
-from decm_lightning.types import Sample
+from decm_lightning.types import Sample, Time
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class DualEndLoss:
         if self.time_weight not in TIME_WEIGHTS:
             raise ValueError(f"time_weight must be one of {', '.join(TIME_WEIGHTS)}: got {self.time_weight!r}")
 
+    @property
+    def reads_batch_velocity(self) -> bool:
+        """Whether it reads the teacher's velocity at the batch's own x_t, which all such losses share."""
+        return self.edge.shares_start and self.left > 0
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -98,11 +104,11 @@ class Objective:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
 
-    def due(self, step: int) -> dict[str, DualEndLoss]:
+    def active_losses(self, step: int) -> dict[str, DualEndLoss]:
         """Return the losses to compute at training step `step`."""
         return {name: loss for name, loss in self.losses.items() if step % loss.every == 0}
 
-    def rows(self, count: int) -> dict[str, Tensor]:
+    def rows(self, count: int) -> dict[str, Rows]:
         """Return which of `count` rows each loss takes, at least one: consecutive ones, each loss after the other.
 
         Shares of 1 give every row to every loss, as the paper does. Shares that sum to 1 divide the batch: a step then
@@ -112,22 +118,36 @@ class Objective:
         rows, first = {}, 0
         for name, loss in self.losses.items():
             taken = max(1, round(loss.share * count))
-            rows[name] = torch.arange(first, first + taken) % count
+            rows[name] = Rows.cyclic(first, taken, count)
             first += taken
         return rows
 
-    def asked(self, step: int, count: int) -> Tensor:
-        """Return the rows at whose x_t a loss that is due at `step` reads the teacher's velocity."""
+    def draw_times(self, count: int, generator: torch.Generator) -> Time:
+        """Return the start times of `count` rows by the law `times`, stratified within the rows of each loss.
+
+        Losses whose edge draws start times of its own do not count. See `rows.stratified_levels`.
+        """
         rows = self.rows(count)
-        readers = [name for name, loss in self.due(step).items() if loss.edge.shares_start and loss.left]
-        return torch.cat([rows[name] for name in readers]).unique() if readers else torch.empty(0, dtype=torch.long)
+        readers = [rows[name] for name, loss in self.losses.items() if loss.edge.shares_start]
+        return self.times.quantiles(stratified_levels(count, readers, generator))
+
+    def teacher_rows(self, step: int, count: int) -> Rows:
+        """Return the rows at whose x_t an active loss reads the teacher's velocity."""
+        rows = self.rows(count)
+        return Rows.union(rows[name] for name, loss in self.active_losses(step).items() if loss.reads_batch_velocity)
 
     def term(
         self, loss: DualEndLoss, jump: Jump, jet: Jet, v_left: Sample | None, v_right: Sample | None, step: int
     ) -> LossTerm:
-        """Return one loss's term from the student's Jet and the teacher's velocities at the two ends."""
+        """Return one loss's term from the student's Jet and the teacher's velocities at the two ends.
+
+        The cosine's target is u - g with the residual g itself, not with N(g). For flow matching g = u - v, so that the
+        target is the guided velocity v, as in the paper: 1 - cos(u, v). N(g) shortens the step toward the target, and
+        u - N(g) points elsewhere: a cosine to it would say least where u is farthest off. g is float32 or wider.
+        """
+        u = jet.u.to(torch.promote_types(jet.u.dtype, torch.float32))
         g = residual(
-            jet.u.detach(),
+            u.detach(),
             jet.du,
             v_left,
             v_right,
@@ -137,7 +157,7 @@ class Objective:
             loss.right,
             warm_up(step, self.warmup_steps),
         )
-        value = pull(jet.u, NORMALISERS[self.normaliser](g), TIME_WEIGHTS[loss.time_weight](jump.t))
+        value = pull(u, NORMALISERS[self.normaliser](g), TIME_WEIGHTS[loss.time_weight](jump.t))
         if loss.direction:
-            value = value + loss.direction * direction(jet.u, g)
+            value = value + loss.direction * direction(u, g)
         return LossTerm(loss.weight * value, g.square().mean().sqrt())

@@ -7,15 +7,20 @@ from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
 
-def tangent(v_left: Sample | None, x_t: Sample, t: Time, left: float, right: float) -> Tangent:
+def tangent(v_left: Sample | None, t: Time, left: float, right: float) -> Tangent:
     """Return the direction (left v_left, left, -right) over (x, t, s) in which the residual differentiates u.
 
-    With left = 0 nothing moves at the start of the jump, and v_left may be None.
+    With left = 0 nothing moves at the start of the jump: the tangent's x is None, and v_left may be.
 
     A public summary of the paper prints (right v, right, -left). That contradicts the residual below: with it the
     residual of the exact flow map is not 0, except where left = right.
+
+    Raises:
+        ValueError: if v_left is None and left is not 0.
     """
-    x = torch.zeros_like(x_t) if v_left is None else left * v_left
+    if left and v_left is None:
+        raise ValueError(f"the tangent needs the velocity at the start where its weight is not 0: got left = {left}")
+    x = left * v_left if left and v_left is not None else None
     return Tangent(x, torch.full_like(t, left), torch.full_like(t, -right))
 
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from decm_lightning.path import jump
+from decm_lightning.path import jump, time_dtype
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
 def at(time: float, x: Sample) -> Time:
-    """Return `time` for every row of x."""
-    return torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+    """Return `time` for every row of x, in float32 or wider."""
+    return torch.full((len(x),), time, dtype=time_dtype(x), device=x.device)
 
 
 def land(student: FlowMapNetwork, x_t: Sample, start: float, landing: float, condition: Condition) -> Sample:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
@@ -39,6 +40,7 @@ class NoisePrediction:
         ratios = (torch.expm1(-self.log_signals)).sqrt()
         self.latest, self.earliest = (1 / (1 + ratios[[0, -1]])).tolist()
         """The times of the cleanest step and of the noisiest."""
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def velocity(self, predict: Callable[[Sample, Time], Sample], x_t: Sample, t: Time) -> Sample:
         """Return v(x_t, t), for t in [0, 1], of a model that predicts the noise in z at a step."""
@@ -57,7 +59,13 @@ class NoisePrediction:
 
     def step(self, log_signal: Time) -> Time:
         """Return the step, from 0 to steps - 1 and between the integers too, at which log a^2 is this."""
-        falling = self.log_signals.to(log_signal)
+        falling = self._falling(log_signal.device, log_signal.dtype)
         after = torch.searchsorted(-falling, -log_signal).clamp(1, len(falling) - 1)
         step = after - (log_signal - falling[after]) / (falling[after - 1] - falling[after])
         return step.clamp(0, len(falling) - 1)
+
+    def _falling(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        # Copied once: each copy to a GPU waits for it.
+        if (device, dtype) not in self._placed:
+            self._placed[device, dtype] = self.log_signals.to(device, dtype)
+        return self._placed[device, dtype]

@@ -62,9 +62,12 @@ class PixArt(DiffusersNetwork):
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:
             height, width = x.shape[-2:]
-            pixels, ratio = [[PIXELS * height, PIXELS * width]] * len(x), [[height / width]] * len(x)
-            sizes["resolution"] = torch.tensor(pixels, dtype=x.dtype, device=x.device)
-            sizes["aspect_ratio"] = torch.tensor(ratio, dtype=x.dtype, device=x.device)
+
+            def column(value: float) -> Tensor:
+                return torch.full((len(x), 1), value, dtype=x.dtype, device=x.device)
+
+            sizes["resolution"] = torch.cat([column(PIXELS * height), column(PIXELS * width)], 1)
+            sizes["aspect_ratio"] = column(height / width)
         times = time if s is None else (time, s)
         return self.model(
             x, captions.tokens, times, added_cond_kwargs=sizes, encoder_attention_mask=captions.mask

@@ -3,6 +3,8 @@
 from functools import cached_property
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree
 
 from decm_lightning.networks import Network
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
@@ -54,6 +56,8 @@ class DiffusersTeacher(Teacher):
             return None
         captions = self.network.checked(condition)
         rows, given = len(captions.tokens), captions.tokens.shape[1]
+        # Moved once: each copy to a GPU waits for it.
+        self.empty = _pytree.tree_map_only(Tensor, lambda part: part.to(captions.tokens.device), self.empty)
         if self.empty.tokens.shape[1] != given:
             has = self.empty.tokens.shape[1]
             raise ValueError(f"the empty prompt has {has} tokens and captions {given}: encode both with one max_tokens")

@@ -2,7 +2,8 @@
 
 from decm_lightning.derivatives.dual import attention, layers, pointwise, structure
 from decm_lightning.derivatives.dual.engine import dual
+from decm_lightning.derivatives.dual.fused_check import check_fused
 from decm_lightning.derivatives.dual.value import NoTangentError
 
 # The modules of rules are imported for the rules that they register.
-__all__ = ["NoTangentError", "attention", "dual", "layers", "pointwise", "structure"]
+__all__ = ["NoTangentError", "attention", "check_fused", "dual", "layers", "pointwise", "structure"]

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,29 @@ BLOCK = 256
 ANNOUNCED: set[str | None] = set()
 """What the log has been told."""
 log = logging.getLogger(__name__)
+
+
+class FusedCall(NamedTuple):
+    """A use of the fused kernel: shapes of queries, keys and values, which of them have tangents, dtype and scale."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    tangents: tuple[bool, bool, bool]
+    dtype: torch.dtype
+    scale: float
+
+    @classmethod
+    def of(
+        cls, q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, scale: float
+    ) -> "FusedCall":
+        """Return the use that these operands are."""
+        present = (dq is not None, dk is not None, dv is not None)
+        return cls(tuple(q.shape), tuple(k.shape), tuple(v.shape), present, q.dtype, scale)
+
+
+RECORDED: list[set[FusedCall]] = []
+"""Where uses of the fused kernel are noted in place of being computed by it, while `fused_check` looks for them."""
 
 
 def _before_matrices(cut: Cut, *_: Any, **__: Any) -> bool:
@@ -50,9 +73,13 @@ def attention(
         dk, dv = (dx if dx is None else dx.repeat_interleave(groups, -3) for dx in (dk, dv))
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     reason = "a mask" if attn_mask is not None or is_causal else supports(q, k, v)
-    _announce(reason)
-    if reason is None:
-        return fused_tangent(q, dq, k, dk, v, dv, factor)
+    if reason is None and RECORDED:
+        RECORDED[-1].add(FusedCall.of(q, dq, k, dk, v, dv, factor))
+    elif q.device.type != "meta":
+        # On the meta device engines are tried, and nothing is computed.
+        _announce(reason)
+        if reason is None:
+            return fused_tangent(q, dq, k, dk, v, dv, factor)
     dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
     # Autocast would give a softmax in float32 on some devices, and products of two dtypes.
     with torch.autocast(q.device.type, enabled=False):

@@ -44,7 +44,7 @@ def dual(
     rows = len(tangent.t)
     family = Family(watched)
     inputs: list[Any] = [
-        Dual(value, along.detach().to(value), family)
+        value if along is None else Dual(value, along.detach().to(value), family)
         for value, along in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
     ]
     try:

@@ -22,10 +22,20 @@ LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """With TRITON_INTERPRET=1 Triton runs kernels in numpy, also on tensors of the CPU: slow, for tests."""
 
+REFUSED: list[str] = []
+"""Why the kernel is not to be used in this process, if it is not: it failed, or its numbers were wrong."""
+
+
+def refuse_fused(reason: str) -> None:
+    """Make `supports` say no from now on, with this reason."""
+    REFUSED[:] = [reason]
+
 
 def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Return None if `fused_tangent` can be used, else the reason why not."""
     head = query.shape[-1]
+    if REFUSED:
+        return REFUSED[0]
     if triton is None:
         return "Triton is not installed"
     if not INTERPRETED and not _is_ampere_or_later(query.device):

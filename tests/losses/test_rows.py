@@ -1,0 +1,137 @@
+"""Rows of a batch, and start times that are stratified over the rows of every loss."""
+
+import pytest
+import torch
+
+from decm_lightning.losses import DualEndLoss, Objective, paper, recommended
+from decm_lightning.losses.rows import Rows, stratified_levels
+from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle, Uniform
+from tests.test_triangle import normal_levels, strata
+
+LAWS = [Uniform(), LogitNormal(-0.4, 1.2)]
+DISJOINT_OR_FULL = [(1.0, 1.0), (0.5, 0.25), (0.25, 0.75), (0.3, 0.3), (0.01, 0.01)]
+OVERLAPPING = [(1.0, 0.5), (0.5, 1.0), (0.75, 0.5), (0.9, 0.4), (0.75, 1.0), (0.97, 0.98)]
+
+
+def objective(shares, times=LAWS[0]) -> Objective:
+    """Consistency and flow matching with these shares, and between them N2N, which has times of its own."""
+    first, second = shares
+    losses = {
+        "consistency": DualEndLoss(DataEdge(), share=first),
+        "noise_to_noisy": DualEndLoss(NoiseEdge(), every=3, share=1 - first if first < 1 else 1.0),
+        "flow_matching": DualEndLoss(Diagonal(), every=2, share=second),
+    }
+    return Objective(losses, times=times)
+
+
+def readers(given: Objective, count: int) -> list[Rows]:
+    return [rows for name, rows in given.rows(count).items() if name != "noise_to_noisy"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [1, 7, 128])
+@pytest.mark.parametrize("shares", DISJOINT_OR_FULL + OVERLAPPING)
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_every_loss_has_one_time_in_each_of_its_parts(law, shares, count, seed):
+    """n rows of a loss have one time in each of n parts of equal probability."""
+    given = objective(shares, law)
+    t = given.draw_times(count, torch.Generator().manual_seed(seed))
+    assert t.dtype == torch.float32
+    for rows in readers(given, count):
+        own = rows.of(t)
+        levels = own if law == LAWS[0] else normal_levels(own, law)
+        assert strata(levels) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("preset", [paper, recommended])
+def test_losses_that_share_every_row_have_one_draw_of_the_law(preset, law):
+    """To the bit what the law draws for the batch."""
+    given = Objective(preset().losses, times=law)
+    first, second = (torch.Generator().manual_seed(5) for _ in range(2))
+    assert torch.equal(given.draw_times(64, first), law.draw(64, second))
+    assert torch.equal(first.get_state(), second.get_state())
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.25), (0.75, 0.5), (1.0, 0.5), (0.9, 0.4)])
+def test_times_are_uniform_and_in_random_order(shares):
+    """In every row, over many draws: no row knows its part in advance, and offsets fill the parts."""
+    given = objective(shares)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([given.draw_times(16, generator) for _ in range(4000)]).double()
+    # Five standard errors of the mean of a uniform, and of its square.
+    assert (drawn.mean(0) - 1 / 2).abs().max() < 5 * (1 / 12 / 4000) ** 0.5
+    assert (drawn.square().mean(0) - 1 / 3).abs().max() < 5 * (4 / 45 / 4000) ** 0.5
+    for rows in readers(given, 16):
+        offsets = (rows.of(drawn.T) * len(rows)) % 1
+        assert (offsets.mean() - 1 / 2).abs() < 0.02
+
+
+def cut(law, rows, count, generator):
+    """What was drawn before: one permutation over the batch, cut into the rows of a loss."""
+    return rows.of(law.draw(count, generator))
+
+
+@pytest.mark.parametrize("count", [32, 128])
+def test_variance_of_a_loss_s_mean_falls_with_the_cube_of_its_rows(count):
+    """1 / (12 n^3) for the mean of t over n rows; cut from the batch it is near (1 / n) / 24, half of independent."""
+    given, generator = objective((0.5, 0.25)), torch.Generator().manual_seed(0)
+    for rows in readers(given, count):
+        n = len(rows)
+        own = torch.stack([rows.of(given.draw_times(count, generator)) for _ in range(1000)]).double()
+        before = torch.stack([cut(Uniform(), rows, count, generator) for _ in range(1000)]).double()
+        assert own.mean(1).var() * 12 * n**3 == pytest.approx(1, rel=0.2)
+        assert before.mean(1).var() * 12 * n == pytest.approx(1 - n / count, rel=0.2)
+
+
+def test_rows_of_many_overlapping_losses_are_spread_evenly():
+    """Three losses on three quarters each: the mean of t varies far less than that of a cut permutation."""
+    losses = {name: DualEndLoss(Triangle(), share=0.75) for name in "abc"}
+    given, generator = Objective(losses), torch.Generator().manual_seed(0)
+    for rows in given.rows(128).values():
+        means = torch.stack([rows.of(given.draw_times(128, generator)).double().mean() for _ in range(500)])
+        cuts = torch.stack([cut(Uniform(), rows, 128, generator).double().mean() for _ in range(500)])
+        assert means.var() < cuts.var() / 5
+
+
+def test_levels_do_not_follow_torch_s_default_dtype():
+    """Lightning sets it to bfloat16 in runs with precision bf16-true."""
+    rows = [Rows.cyclic(0, 64, 128), Rows.cyclic(64, 64, 128)]
+    expected = stratified_levels(128, rows, torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for law in LAWS:
+            assert law.draw(128, torch.Generator().manual_seed(0)).dtype == torch.float32
+        assert torch.equal(stratified_levels(128, rows, torch.Generator().manual_seed(0)), expected)
+        t = torch.rand(128, dtype=torch.float32)
+        for edge in (NoiseEdge(0.1), Triangle()):
+            s = edge.draw(t, 0, torch.Generator().manual_seed(0)).s
+            assert not torch.equal(s, s.bfloat16().float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shares_below_one_leave_the_last_rows_out():
+    """A half of 16 rows, and a quarter."""
+    rows = objective((0.5, 0.25)).rows(16)
+    assert [rows[name].indices() for name in ("consistency", "flow_matching")] == [list(range(8)), list(range(4))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_those_of_index_arithmetic(seed):
+    """Slices, unions and places within a union, against lists of indices."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 30, (), generator=generator))
+    parts, lists = [], []
+    for _ in range(3):
+        first, taken = torch.randint(1, count + 1, (2,), generator=generator).tolist()
+        parts.append(Rows.cyclic(first, taken, count))
+        lists.append([(first + i) % count for i in range(taken)])
+    values = torch.arange(100, 100 + count)
+    union = Rows.union(parts)
+    assert union.indices() == sorted(set().union(*lists))
+    for part, indices in zip(parts, lists, strict=True):
+        assert part.indices() == indices
+        assert len(part) == len(indices)
+        assert part.of(values).tolist() == [100 + i for i in indices]
+        assert torch.equal(part.within(union).of(union.of(values)), part.of(values))

@@ -8,11 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import save_file
 from torch import nn
 
 from decm_lightning import Distiller, TeacherTraining, load, losses, path
 from decm_lightning.callbacks import GradientNorms
-from decm_lightning.data import Digits
+from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.flows import Gaussian, GaussianMixture
 from decm_lightning.guidance import Guidance
@@ -431,3 +432,22 @@ def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):
     distiller.training_step(Batch(torch.randn(16, 3), None), 0)
     # At 8 + 4 points of consistency and flow matching, and where the 4 jumps of N2N land.
     assert asked == [12, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_of_the_data_that_is_not_finite_is_named_with_its_file(workers, tmp_path):
+    """It is outside of the 1,000 rows that are looked at before training."""
+    count, bad = 1100, 1003
+    latents = torch.randn(count, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents[bad, 0, 0, 0] = float("nan")
+    labels = torch.zeros(count, dtype=torch.long)
+    parts = {"latents": latents, "latents_flip": latents.clone(), "labels": labels}
+    save_file({name: part[:600].contiguous() for name, part in parts.items()}, tmp_path / "a.safetensors")
+    save_file({name: part[600:].contiguous() for name, part in parts.items()}, tmp_path / "b.safetensors")
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, tmp_path / "latents_stats.pt")
+    data = ImageNetLatents(str(tmp_path), batch_size=50, num_classes=1, num_workers=workers)
+    module = TeacherTraining(DiT(2, 4, 1, 8, 1, 2, num_classes=1))
+    with pytest.raises(NonFiniteError) as caught:
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data)
+    assert "b.safetensors: row 403 of latents" in str(caught.value)
+    assert "learning rate" not in str(caught.value)

@@ -118,8 +118,9 @@ class Distiller(FlowTraining):
         """
         super().setup(stage)
         if stage == "fit":
-            # Now, before a strategy moves, casts and shards it.
-            self.teacher_identity = self.teacher.identity()
+            # Now, before a strategy moves, casts and shards it; the other processes may not have its weights.
+            identity = self.teacher.identity() if self.trainer.is_global_zero else ""
+            self.teacher_identity = self.trainer.strategy.broadcast(identity)
             self.example = self.student.example()
             choice = choose(self.student, self.example, self.wanted)
             self.derivative = choice.engine

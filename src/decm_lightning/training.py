@@ -1,8 +1,6 @@
 """What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
 
-import copy
 import logging
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,13 +14,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA, average_of, in_float32
 from decm_lightning.callbacks.last_step import LastStep
 from decm_lightning.checkpoint_io import AtomicCheckpointIO
+from decm_lightning.data.images import ResumableData
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.gradients import clip_by_norm, total_norm
 from decm_lightning.losses import LossTerm
@@ -30,8 +28,10 @@ from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
+from decm_lightning.recipe import Recipe
 from decm_lightning.resuming import differences, normalize_progress, settings_of, start_epoch_anew
 from decm_lightning.samplers import SamplerName
+from decm_lightning.sharding import shard
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
 
 log = logging.getLogger(__name__)
@@ -77,17 +77,15 @@ class FlowTraining(L.LightningModule):
         self.compiles = compile
         self.network = network
         self.average = average_of(network)
-        self.make_optimizer = optimizer
-        self.make_schedule = lr_scheduler
+        self.recipe = Recipe(optimizer, lr_scheduler)
         self.averaging = EMA(ema_decay)
         self.seed = torch.initial_seed()
-        self.recipe: dict[str, dict[str, Any]] = {}
-        self.groups: list[dict[str, Any]] = []
         self.saved_settings: dict[str, Any] | None = None
         self.draws: Cell | None = None
         self.terms: dict[str, LossTerm] = {}
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.gradient_norm = torch.zeros(())
+        self.x_1 = torch.zeros(0)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""
@@ -121,10 +119,7 @@ class FlowTraining(L.LightningModule):
         if any(isinstance(network, LoRANetwork) for network in self.sharded()):
             raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
         for network in self.sharded():
-            for module in (*network.units(), network):
-                if not isinstance(module, FSDPModule):
-                    # Also the root, which would stay whole after a forward: the average is moved shard by shard.
-                    fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+            shard(network, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the trained network and its per-step schedule.
@@ -132,24 +127,11 @@ class FlowTraining(L.LightningModule):
         Raises:
             ValueError: if OneCycleLR has so few steps that one of its phases has none.
         """
-        optimizer = self.make_optimizer(self.network.parameters())
-        groups = [{key: copy.copy(group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
-        self.groups = groups
-        self.recipe = {"optimizer": {"class": type(optimizer).__name__, **(groups[0] if len(groups) == 1 else {})}}
-        if len(groups) > 1:
-            self.recipe["optimizer"]["groups"] = groups
-        if self.make_schedule is None:
-            return optimizer
-        try:
-            schedule = self.make_schedule(optimizer)
-        except ZeroDivisionError:
-            raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
-        self.recipe["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return self.recipe.make(self.network.parameters())
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the run apart from its data, by name: it is compared when a run is resumed."""
-        return self.recipe | {"ema_decay": self.averaging.decay}
+        return self.recipe.settings | {"ema_decay": self.averaging.decay}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the averaging, which is what is tested, and the saving of the last step."""
@@ -192,13 +174,27 @@ class FlowTraining(L.LightningModule):
             origin: says where the first such number arose, "" if it is not known.
 
         Raises:
-            NonFiniteError: naming the loss, the step, the batch and the origin.
+            NonFiniteError: naming the rows of the data that are not finite, or else the loss, the step, the batch and
+                the origin.
         """
         values = {name: term.value for name, term in self.terms.items()}
         if torch.stack(list(values.values())).isfinite().all():
             return
+        self._refuse_bad_rows(batch_idx)
         bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
         raise NonFiniteError(self._stopped(bad, batch_idx) + origin())
+
+    def _refuse_bad_rows(self, batch_idx: int) -> None:
+        """Look for the cause of a loss or gradient that is not finite in the data, before the training is blamed."""
+        rows = self.x_1.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
+        if not rows:
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        places = [data.place(batch_idx, row) if isinstance(data, ResumableData) else f"row {row}" for row in rows[:3]]
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        where = f"batch {batch_idx} of epoch {self.current_epoch}"
+        remedy = "take them out of the data or make them again (decm validate-data names all such latents)"
+        raise NonFiniteError(f"{', '.join(places)}{more} in {where} are NaN or infinite: {remedy}")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop if the gradient is not finite, before the weights take it in.
@@ -215,6 +211,7 @@ class FlowTraining(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:
             return
+        self._refuse_bad_rows(self.trainer.fit_loop.batch_idx)
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in self.terms.items())
@@ -275,36 +272,19 @@ class FlowTraining(L.LightningModule):
             rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
 
     def _apply_settings(self, saved: dict[str, Any]) -> None:
-        """Let the config decide: the state comes from the checkpoint, the settings never do.
-
-        Optimizer and schedule are restored with their settings, so these are set again, and the schedule is run to the
-        step at which the run stands.
-        """
+        """Let the config decide: the state comes from the checkpoint, the settings never do."""
         differing = differences(saved, settings_of(self.settings()))
         self._refuse(differing)
         if not differing:
             return
         log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
-        if not any(name.startswith(("optimizer.", "lr_scheduler.")) for name in differing):
-            return
-        optimizer = self.trainer.optimizers[0]
-        for group, given in zip(optimizer.param_groups, self.groups, strict=True):
-            group.pop("initial_lr", None)
-            group.update(copy.deepcopy(given))
-        if self.make_schedule is None:
-            return
-        with warnings.catch_warnings():
-            # The optimizer has taken its steps, in another process.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            schedule = self.make_schedule(optimizer)
-            for _ in range(self.global_step):
-                schedule.step()
-        self.trainer.lr_scheduler_configs[0].scheduler = schedule
+        if any(name.startswith(("optimizer.", "lr_scheduler.")) for name in differing):
+            self.recipe.apply(self.trainer)
 
     def _refuse(self, differing: dict[str, str]) -> None:
         for name, remedy in FIXED.items():
             # Those of the optimizer are not known before it is made.
-            if name in differing and (name == "teacher" or self.recipe):
+            if name in differing and (name == "teacher" or self.recipe.settings):
                 raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -317,6 +297,7 @@ class FlowTraining(L.LightningModule):
         if given != known:
             remedy = "build the network for them (in_channels, input_size) or give other data"
             raise ValueError(f"the data's samples are {given} and the network's {known}: {remedy}")
+        self.x_1 = batch[0]
 
     def _stopped(self, what: str, batch_idx: int) -> str:
         where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"

@@ -5,6 +5,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +15,17 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, recommended
+from decm_lightning.networks import Network
 from decm_lightning.networks.pretrained import refuse_partial
+from decm_lightning.sharding import to_meta
+from decm_lightning.teachers import Teacher
 from decm_lightning.training import FlowTraining
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -49,6 +54,19 @@ class ConfigSaver(SaveConfigCallback):
 
 class TrainerCLI(LightningCLI):
     """Lightning's CLI, in which the config alone says what is built."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keep the weights of networks that will be sharded in the first process of each machine alone."""
+        for kind in (Network, Teacher):
+            parser.add_instantiator(self._build, kind)
+
+    def _build(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        built = cls(*args, **kwargs)
+        strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
+        if getattr(rank_zero_only, "rank", 0) and _shards(strategy):
+            # The first process sends each of the others its shard.
+            built.to("meta") if isinstance(built, Network) else built.apply(to_meta)
+        return built
 
     def before_instantiate_classes(self) -> None:
         """Refuse to measure a network that nobody trained, and to train for no step.
@@ -147,6 +165,12 @@ def run(argv: Sequence[str]) -> None:
 def build(*argv: str) -> TrainerCLI:
     """Return what a config and its overrides name, without running it: `.trainer`, `.model` and `.datamodule`."""
     return _cli(argv, parser_kwargs={"exit_on_error": False}, run=False)
+
+
+def _shards(strategy: Any) -> bool:
+    module, _, name = str(getattr(strategy, "class_path", "")).rpartition(".")
+    cls = getattr(import_module(module), name, None) if module else None
+    return isinstance(cls, type) and issubclass(cls, ModelParallelStrategy)
 
 
 def _write_traceback(trainer: L.Trainer) -> Path:

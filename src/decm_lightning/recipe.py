@@ -1,0 +1,70 @@
+"""Optimizer and schedule of a run: how they are made, and how a config overrides those of a checkpoint."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+
+class Recipe:
+    """Makes the optimizer and its per-step schedule.
+
+    Args:
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+
+    Attributes:
+        settings: those of the optimizer and the schedule as they were made; empty before.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+        self.make_optimizer = optimizer
+        self.make_schedule = lr_scheduler
+        self.groups: list[dict[str, Any]] = []
+        self.settings: dict[str, dict[str, Any]] = {}
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> Any:
+        """Return what a LightningModule's configure_optimizers returns.
+
+        Raises:
+            ValueError: if OneCycleLR has so few steps that one of its phases has none.
+        """
+        optimizer = self.make_optimizer(parameters)
+        self.groups = [
+            {key: copy.copy(value) for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        groups = self.groups[0] if len(self.groups) == 1 else {"groups": self.groups}
+        self.settings = {"optimizer": {"class": type(optimizer).__name__} | groups}
+        if self.make_schedule is None:
+            return optimizer
+        try:
+            schedule = self.make_schedule(optimizer)
+        except ZeroDivisionError:
+            raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
+        self.settings["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def apply(self, trainer: L.Trainer) -> None:
+        """Set the settings again in a resumed run, whose optimizer and schedule have those of the checkpoint.
+
+        The optimizer keeps its state, such as Adam's moments. The schedule is made again, and run to the step at which
+        the run stands.
+        """
+        optimizer = trainer.optimizers[0]
+        for group, given in zip(optimizer.param_groups, self.groups, strict=True):
+            group.pop("initial_lr", None)
+            group.update(copy.deepcopy(given))
+        if self.make_schedule is None:
+            return
+        with warnings.catch_warnings():
+            # The optimizer has taken its steps, in another process.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            schedule = self.make_schedule(optimizer)
+            for _ in range(trainer.global_step):
+                schedule.step()
+        trainer.lr_scheduler_configs[0].scheduler = schedule

@@ -1,0 +1,66 @@
+"""Networks divided among processes by FSDP2, filled from the first process where the others hold no weights."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from decm_lightning.networks import Network
+
+
+def shard(network: Network, mesh: DeviceMesh) -> None:
+    """Divide a network among the processes of a mesh, in place and once: each unit on its own, then the rest.
+
+    The weights are those of each process, which must be the same in all; or, where a process has the network on the
+    meta device, those of the first process, sent shard by shard. So one copy of the weights is enough for all processes
+    of a machine.
+
+    Args:
+        network: in the first process with its weights.
+        mesh: one-dimensional, over all processes.
+    """
+    modules = [*network.units(), network]
+    if all(isinstance(module, FSDPModule) for module in modules):
+        return
+    filled_from_first = _any_process(any(parameter.is_meta for parameter in network.parameters()), mesh)
+    # Not all buffers are in a state_dict.
+    weights = {**network.state_dict(), **dict(network.named_buffers())} if filled_from_first else {}
+    if filled_from_first:
+        network.to("meta")
+    for module in modules:
+        # Also the root, which would stay whole after a forward pass: the average is moved shard by shard.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if filled_from_first:
+        _fill(network, weights, mesh)
+
+
+def to_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor's shape and dtype without its values."""
+    return tensor.to("meta")
+
+
+def _fill(network: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> None:
+    is_first = mesh.get_rank() == 0
+    network.to_empty(device=_device(mesh))
+    names = network.state_dict().keys() if is_first else ()
+    state: dict[str, Any] = {name: weights[name] for name in names}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(network, state, options=options)
+    for name, buffer in network.named_buffers():
+        if is_first:
+            buffer.copy_(weights[name])
+        dist.broadcast(buffer, src=0)
+
+
+def _any_process(here: bool, mesh: DeviceMesh) -> bool:
+    flag = torch.tensor(int(here), device=_device(mesh))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")

@@ -63,19 +63,19 @@ def _walk(
 ) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
-            name = entry.name
-            # Of a link that leads to itself, entry.is_dir would raise OSError.
+            name, is_link = entry.name, entry.is_symlink()
+            # The methods of an entry cost no access to the disk, but raise OSError for a link that leads to itself.
             if is_hidden(name):
                 listing.left_out["hidden"] += 1
-            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            elif os.path.isdir(entry.path) if is_link else entry.is_dir():
                 if (identity := _identity(entry.path)) in above:
                     listing.left_out["links to a folder above"] += 1
                     continue
                 if not parts:
                     listing.folders.append(name)
                 _walk(entry.path, (*parts, name), (*above, identity), suffixes, listing)
-            elif not os.path.isfile(entry.path):
-                listing.left_out["broken links" if entry.is_symlink() else "special files"] += 1
+            elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                listing.left_out["broken links" if is_link else "special files"] += 1
             elif os.path.splitext(name)[1].lower() in suffixes:
                 listing.files.append((*parts, name))
             else:

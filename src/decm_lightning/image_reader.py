@@ -206,7 +206,11 @@ def broken(faults: Mapping[str, str]) -> str:
 
 def printable(name: str | Path) -> str:
     r"""Return a name of a file with escapes such as \xef for bytes that are not UTF-8 and for control characters."""
-    escaped = os.fsencode(name).decode(errors="backslashreplace")
+    text = os.fspath(name)
+    # Almost all names, and there may be a million of them.
+    if text.isprintable():
+        return text
+    escaped = os.fsencode(text).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 

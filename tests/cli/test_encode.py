@@ -60,7 +60,7 @@ def contents(folder):
 
 def start(*argv, stderr=subprocess.DEVNULL):
     """Start a command as a program of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     return subprocess.Popen(
         [sys.executable, "-m", "decm_lightning.cli", *argv], env=environment, stdout=subprocess.DEVNULL,
         stderr=stderr,

@@ -45,6 +45,15 @@ def test_a_smaller_image_is_enlarged():
     assert center_crop(Image.fromarray(np.full((3, 5, 3), 77, np.uint8)), 16).tolist() == [[[77] * 3] * 16] * 16
 
 
+def test_a_long_strip_costs_no_more_than_its_middle():
+    strip = Image.new("RGB", (1, 40_000), "red")
+    strip.paste("blue", (0, 19_990, 1, 20_010))
+    assert (center_crop(strip, 64) == [0, 0, 255]).all()
+    wide = Image.new("RGB", (30_000, 2), "red")
+    wide.paste("blue", (14_900, 0, 15_100, 2))
+    assert (center_crop(wide, 64) == [0, 0, 255]).all()
+
+
 def test_class_folders_are_numbered_by_their_sorted_names(tmp_path):
     write_folder(tmp_path, 6)
     (tmp_path / "LICENSE").touch()

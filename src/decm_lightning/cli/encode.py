@@ -107,11 +107,12 @@ def _predict(trainer: L.Trainer, module: Encoding, data: EncodingData) -> None:
 
 def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str:
     written, total = len(plan.pending), len(plan.shards)
+    folder = printable(out)
     left_out = f"\nleft out {broken(skipped)}" if skipped else ""
     if not written:
-        return f"all {total} shards of {count} images in {out} were up to date{left_out}"
+        return f"all {total} shards of {count} images in {folder} were up to date{left_out}"
     others = f" ({total - written} were up to date)" if written < total else ""
-    return f"wrote {written} shards{others} of {count} images, latents_stats.pt and cache.json to {out}{left_out}"
+    return f"wrote {written} shards{others} of {count} images, latents_stats.pt and cache.json to {folder}{left_out}"
 
 
 def _silence() -> None:

@@ -167,8 +167,13 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
     """Return the middle size x size pixels of an image whose shorter side is scaled to `size`.
 
     As ADM does (arXiv 2105.05233), whose reference statistics are of such images: halved by box averages while it is
-    at least twice as large, then resized bicubically.
+    at least twice as large, then resized bicubically. Of a strip longer than 16 times its width the middle is used.
     """
+    # Enlarged as a whole, a strip of one pixel would take gigabytes.
+    longest = 16 * min(image.size)
+    width, height = min(image.width, longest), min(image.height, longest)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

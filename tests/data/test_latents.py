@@ -12,7 +12,7 @@ from torch import nn
 
 from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents import Latents, MirroringSampler
-from decm_lightning.data.scaling import Scaling
+from decm_lightning.data.scaling import Moments, Scaling, finite_rows
 from tests.data.test_shards import write_shards
 from tests.test_files import LFS
 
@@ -291,6 +291,21 @@ def test_one_channel_with_statistics_of_another_is_refused(mean, std, message, t
         return
     with pytest.raises(ValueError, match=message):
         train.measure(train.sample())
+
+
+def test_large_values_are_finite_and_moments_are_exact_far_from_0():
+    """A sum of 32 of them is not; and neither is the variance the difference of two large numbers."""
+    x = torch.full((3, 2, 4, 4), 3e38)
+    assert finite_rows(x).tolist() == [True, True, True]
+    x[1, 0, 0, 0] = -torch.inf
+    assert finite_rows(x).tolist() == [True, False, True]
+    x = 1000 + 0.01 * torch.randn(50, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    moments = Moments(2)
+    for block in x.split(20):
+        moments.add(block)
+    std, mean = torch.std_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.std(), std, rtol=0.02, atol=0)
 
 
 def test_skipped_files_are_counted_in_a_warning(tmp_path):

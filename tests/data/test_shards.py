@@ -238,6 +238,7 @@ RECORD = {
         ({"num_images": "4"}, 'num_images must be an integer above 0: got "4"'),
         ({"num_images": True}, "num_images must be an integer above 0: got true"),
         ({"num_images": 4.5}, "num_images must be"),
+        ({"num_images": "4", "vae": 1}, 'vae must be a string: got 1; num_images must be an integer above 0: got "4"'),
         ({"num_classes": "10"}, 'num_classes must be an integer above 0: got "10"'),
         ({"num_classes": None}, "num_classes must be an integer above 0: got null"),
         ({"num_classes": -1}, "num_classes must be"),

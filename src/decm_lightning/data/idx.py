@@ -1,7 +1,10 @@
 """Folders of IDX files, the format of MNIST and Fashion-MNIST: four files, gzipped or not."""
 
 import gzip
+import math
+import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import torch
 from torch import Tensor
 
 from decm_lightning.data.images import InMemoryImages, LabelledImages
+from decm_lightning.files import describe_unreadable
 
 UNSIGNED_BYTE = 0x08
+GZIP = b"\x1f\x8b"
 
 
 class IDXImages(InMemoryImages):
@@ -52,6 +57,8 @@ class IDXImages(InMemoryImages):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             shapes = f"{tuple(images.shape)} images, {tuple(labels.shape)} labels"
             raise ValueError(f"{part} files in {self.folder} do not fit each other: {shapes}")
+        if not images.numel():
+            raise ValueError(f"{part} files in {self.folder} hold no images: {tuple(images.shape)}")
         if labels.max() >= self.num_classes:
             row = int((labels >= self.num_classes).nonzero()[0])
             raise ValueError(
@@ -61,26 +68,36 @@ class IDXImages(InMemoryImages):
 
     def _find(self, name: str) -> Path:
         for file in (self.folder / f"{name}.gz", self.folder / name):
-            if file.is_file():
+            if os.path.lexists(file):
                 return file
         raise FileNotFoundError(f"no file {name} or {name}.gz in {self.folder}")
 
 
 def read_idx(file: Path) -> Tensor:
-    """Return the bytes of an IDX file as a tensor of the shape that its header gives.
+    """Return the bytes of an IDX file, gzipped or not, as a tensor of the shape that its header gives.
 
     Raises:
-        ValueError: if the header is not IDX with unsigned bytes, or the file is cut short or too long.
+        ValueError: naming the file, if it cannot be read, its header is not IDX with unsigned bytes, or it is cut short
+            or too long.
     """
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}") from error
-    if len(content) < 4 or content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
-        raise ValueError(f"{file} is not an IDX file of unsigned bytes: it begins with {content[:4].hex()}")
-    axes = content[3]
+        content = file.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+    except OSError as error:
+        # A missing permission or a folder; a broken archive has no name.
+        reason = describe_unreadable(file, text=True) or f"not a whole gzip file: {error}"
+        raise ValueError(f"{file}: {reason}") from error
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not a whole gzip file: {error}") from error
+    if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+        reason = describe_unreadable(file) or f"not an IDX file of unsigned bytes: it begins with {content[:4].hex()}"
+        raise ValueError(f"{file}: {reason}")
+    axes = int.from_bytes(content[3:4])
+    header = 4 + 4 * axes
+    if axes == 0 or len(content) < header:
+        raise ValueError(f"{file}: cut short in the header of an IDX file, after {len(content)} bytes")
     shape = struct.unpack_from(f">{axes}I", content, 4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
-    if len(values) != np.prod(shape):
-        raise ValueError(f"{file} holds {len(values)} values: its header says {shape}")
-    return torch.from_numpy(values.reshape(shape).copy())
+    if len(content) - header != math.prod(shape):
+        raise ValueError(f"{file} holds {len(content) - header} values: its header says {shape}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from decm_lightning.data.decoding import LatentDecoder
 from decm_lightning.data.images import EpochSampler, ResumableData, Rows
-from decm_lightning.data.scaling import STATISTICS, Moments, Scaling
+from decm_lightning.data.scaling import STATISTICS, Moments, Scaling, finite_rows
 from decm_lightning.data.shard_files import describe_skipped
 from decm_lightning.data.shards import BLOCK, RECORD, Provenance, Shards
 from decm_lightning.types import Batch, Sample
@@ -86,7 +86,7 @@ class Latents(Rows):
         moments = Moments(self.shards.shape[0])
         for items in blocks:
             x = self.shards.read(items)
-            finite = x.isfinite().flatten(1).all(1)
+            finite = finite_rows(x)
             if not finite.all():
                 raise ValueError(f"{self.place(items[int(finite.long().argmin())])} is NaN or infinite")
             moments.add(self.scaling(x))

@@ -162,9 +162,8 @@ class Provenance:
         """Return a folder's record, None if it has none. Entries that it does not know are left alone.
 
         Raises:
-            ValueError: naming the file and the entry, if it cannot be read, is not JSON, lacks an entry or has one of
+            ValueError: naming the file and the entries, if it cannot be read, is not JSON, lacks entries or has some of
                 another type, or is still to come.
-            PermissionError: if it may not be read.
         """
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
@@ -179,9 +178,13 @@ class Provenance:
             raise ValueError(f"{file} must hold an object with {', '.join(ENTRIES)}: got {_short(content)}")
         if missing := [name for name in ENTRIES if name not in content and name != "encoding"]:
             raise ValueError(f"{file} lacks {', '.join(missing)}")
-        for name, (fits, expected) in ENTRIES.items():
-            if not fits(content.get(name)):
-                raise ValueError(f"{file}: {name} must be {expected}: got {_short(content[name])}")
+        wrong = [
+            f"{name} must be {expected}: got {_short(content[name])}"
+            for name, (fits, expected) in ENTRIES.items()
+            if not fits(content.get(name))
+        ]
+        if wrong:
+            raise ValueError(f"{file}: {'; '.join(wrong)}")
         known: dict[str, Any] = {name: content.get(name) for name in ENTRIES}
         return cls(**known)
 

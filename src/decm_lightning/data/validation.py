@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
 from decm_lightning.data.decoding import LatentDecoder
-from decm_lightning.data.scaling import Moments, Scaling
+from decm_lightning.data.scaling import Moments, Scaling, finite_rows
 from decm_lightning.data.shard_files import KEYS
 from decm_lightning.data.shards import Provenance, Shards
 
@@ -110,12 +110,12 @@ class FolderCheck:
         with tqdm(total=2 * len(self.shards), desc="latents", unit="latent") as bar:
             for items in self.shards.blocks():
                 x = self.shards.read(items)
-                finite = x.isfinite().flatten(1).all(1)
+                finite = finite_rows(x)
                 for row in finite.logical_not().nonzero().flatten().tolist():
                     bad.append(items[row])
                     if len(bad) <= NAMED:
                         self.faults.add("non-finite row", f"{self.shards.place(items[row])} is NaN or infinite")
-                self._take_in(x[finite])
+                self._take_in(x if finite.all() else x[finite])
                 bar.update(len(items))
         if len(bad) > NAMED:
             self.faults.counts["non-finite row"] = len(bad)

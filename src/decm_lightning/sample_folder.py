@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
 from textwrap import shorten
@@ -17,6 +19,8 @@ from decm_lightning.files import atomic
 from decm_lightning.pictures import has_whole_png, picture
 
 SETTINGS = "settings.json"
+SAMPLE = re.compile(r"\d{6,}(_class\d+)?\.png")
+"""The names that `sample_name` gives."""
 SHOWN = 4
 """Differences that an error lists."""
 
@@ -39,8 +43,8 @@ class SampleFolder:
     Args:
         folder: where the samples are; it need not exist.
         settings: everything that the images depend on, as JSON: a hash of the weights, sampler, steps, seed, ...
-        names: the paths of all samples, relative to the folder; None if they are not known in advance. Images with
-            other names are refused; where `names` is None, only images in a folder without settings.json are.
+        names: the paths of all samples, relative to the folder; None for any that `sample_name` gives. Images with
+            other names are refused.
     """
 
     folder: Path
@@ -61,10 +65,8 @@ class SampleFolder:
             OSError: if the folder cannot be read.
         """
         begun = self._has_settings()
-        if begun and self.names is None:
-            return
-        known = {Path(name) for name in self.names or ()} if begun else set()
-        foreign = next((image for image in _images(self.folder) if image not in known), None)
+        own = self._is_own if begun else lambda image: False
+        foreign = next((image for image in _images(self.folder) if not own(image)), None)
         if foreign is None:
             return
         if not begun and self._has_settings():
@@ -113,6 +115,13 @@ class SampleFolder:
         """
         with atomic(self.folder / name) as partial:
             picture(image).save(partial, "PNG")
+
+    def _is_own(self, image: Path) -> bool:
+        return bool(SAMPLE.fullmatch(str(image))) if self.names is None else image.as_posix() in self._known
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names or ())
 
     def _has_settings(self) -> bool:
         """Return whether the folder has settings; refuse those of others."""

@@ -36,6 +36,7 @@ from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
 
 log = logging.getLogger(__name__)
 NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
+FROM_FOLDER = "give a .ckpt, or start a new run with decm_lightning.networks.load of the folder as the network"
 FIXED = {
     "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
     "optimizer.class": "give the same optimizer, or " + NEW_RUN,
@@ -350,6 +351,8 @@ class FlowTraining(L.LightningModule):
         # Other names, such as "last", are Lightning's to find.
         if not Path(path).exists():
             return
+        if (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} is an exported folder without the state of a run: {FROM_FOLDER}")
         if is_sharded(Path(path)) and not isinstance(strategy, ModelParallelStrategy):
             remedy = f"decm consolidate {path} --to ckpt makes one file of it"
             raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")

@@ -295,7 +295,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "normaliser: Expected a typing.Literal",
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
-        (digits("test"), "test needs --ckpt_path: without it the student would be as it began"),
+        (digits("test"), "test needs --ckpt_path"),
         (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the samplers mix and mix_renoised"),
         (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not there"),
         (digits("fit", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
@@ -434,3 +434,141 @@ def test_the_installed_command_reports_by_its_exit_code(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr == "decm: error: no checkpoint or folder at nowhere\n"
+
+
+TRAINED = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_steps: 3
+  limit_val_batches: 0
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: one, version: ""}}
+model:
+  class_path: decm_lightning.Distiller
+  init_args: {teacher: {class_path: decm_lightning.teachers.DiTTeacher, init_args: {path: teacher}}}
+data: {class_path: decm_lightning.data.Digits, init_args: {batch_size: 16}}
+"""
+
+
+@pytest.fixture
+def trained(decm):
+    """A function that runs a command on the config `config.yaml` of a student, whose objective is the default."""
+    Path("config.yaml").write_text(TRAINED)
+    return lambda command, *argv: decm(command, "--config", "config.yaml", *argv)
+
+
+def test_a_saved_config_repeats_the_run(trained, decm, capsys):
+    assert trained("fit")[0] == 0
+    last = "runs/one/checkpoints/last.ckpt"
+    first = torch.load(last, weights_only=True)
+    saved = Path("runs/one/config.yaml").read_text()
+    assert "Unable to serialize" not in saved
+    assert yaml.safe_load(saved)["model"]["init_args"]["objective"]["class_path"].endswith("recommended")
+    assert yaml.safe_load(first["config"]) == yaml.safe_load(saved)
+    shutil.copy("runs/one/config.yaml", "saved.yaml")
+    shutil.rmtree("runs")
+    assert decm("fit", "--config", "saved.yaml")[0] == 0
+    again = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in first["state_dict"].items())
+    with pytest.raises(SystemExit):
+        trained("fit", "--print_config")
+    assert "Unable to serialize" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("name", ["last", "best", "hpc", "nowhere.ckpt"])
+def test_a_checkpoint_that_is_not_there_is_refused(command, name, trained):
+    writer = ["--trainer.callbacks+", "decm_lightning.callbacks.SampleWriter", "--trainer.callbacks.folder", "drawn"]
+    code, _, err = trained(command, "--ckpt_path", name, *(writer if command == "predict" else ()))
+    assert code == 2
+    assert name in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("decm: error: ")
+    assert not list(Path().glob("runs/**/*.ckpt"))
+
+
+def test_the_newest_checkpoint_of_the_experiment_is_named_and_found(trained):
+    versions = ["--trainer.logger.init_args.version", "null"]
+    assert trained("fit", *versions)[0] == 0
+    code, _, err = trained("fit", "--ckpt_path", "last", *versions)
+    assert code == 2
+    assert "runs/one/version_0/checkpoints/last.ckpt" in err
+    again = ["--trainer.logger.init_args.version", "0", "--trainer.max_steps", "5", "--ckpt_path", "last"]
+    assert trained("fit", *again)[0] == 0
+    assert torch.load("runs/one/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_an_error_in_a_run_is_one_line_and_a_file_with_its_traceback(trained, monkeypatch):
+    def fail(*_):
+        raise ValueError("something in the middle")
+
+    monkeypatch.setattr("decm_lightning.distiller.Distiller.total", fail)
+    code, _, err = trained("fit")
+    assert code == 2
+    file = Path("runs/one/traceback-0.txt")
+    assert err.splitlines()[-1] == f"decm: error: something in the middle; traceback in {file}"
+    assert "in fail" in file.read_text()
+
+
+def test_an_error_before_a_run_leaves_no_file(trained):
+    assert trained("fit", "--data.init_args.batch_size", "0")[0] == 2
+    assert not Path("runs/one/traceback-0.txt").exists()
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(decm, monkeypatch):
+    """Also where Lightning has turned it into exit code 1."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decm_lightning.cli.export.load", interrupt)
+    code, _, err = decm("export", "teacher", "out")
+    assert (code, err) == (130, "decm: interrupted\n")
+
+    def exit_with_1(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("decm_lightning.cli.export.load", exit_with_1)
+    assert decm("export", "teacher", "out")[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seed_everything=-1"], "seed_everything must be from 0 to 2**32 - 1: got -1"),
+        (["--ckpt_path", "teacher"], "teacher is an exported folder"),
+        (["--trainer.logger", "lightning.pytorch.loggers.WandbLogger"], "wandb"),
+        (["--trainer.max_steps=-5"], "-5"),
+    ],
+)
+def test_a_fit_s_settings_are_refused_in_one_line(argv, said, trained):
+    code, _, err = trained("fit", *argv)
+    assert code == 2
+    assert said in err.splitlines()[-1]
+    assert "<class" not in err
+
+
+def test_slurm_s_ntasks_alone_is_one_line(trained, monkeypatch):
+    for name, value in {"NTASKS": 4, "JOB_NAME": "train", "JOB_ID": 1, "LOCALID": 0, "NODEID": 0, "PROCID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    code, _, err = trained("fit")
+    assert code == 2
+    assert "--ntasks-per-node=4" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [[], list(RECOMMENDED)])
+def test_spawned_processes_train(objective, trained):
+    argv = ["--trainer.devices", "2", "--trainer.strategy", "ddp_spawn", *objective]
+    result = subprocess.run(
+        [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr

@@ -85,9 +85,11 @@ def essence(message: str) -> str:
     lines = [re.sub(r"^\s*- ", "", line).strip() for line in message.splitlines()]
     keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
     faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
+    faults = [fault for fault in faults if fault]
     # Beside it stands what is wrong with the arguments of a class that is valid.
-    faults = [fault for fault in faults if not fault.startswith("Not a valid subclass")] or faults
-    what = "; ".join(dict.fromkeys(fault for fault in faults if fault))
+    for general in ("Not a valid subclass", "Expected a <class"):
+        faults = [fault for fault in faults if not fault.startswith(general)] or faults
+    what = "; ".join(dict.fromkeys(faults))
     # Where several types would do, what was given stands apart. A whole config would hide the rest.
     given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
     given = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in given]

@@ -68,6 +68,12 @@ class TrainerCLI(LightningCLI):
             built.to("meta") if isinstance(built, Network) else built.apply(to_meta)
         return built
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything must be from 0 to 2**32 - 1: got {seed}")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Refuse to measure a network that nobody trained, and to train for no step.
 

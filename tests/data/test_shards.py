@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from decm_lightning.data.scaling import Scaling
 from decm_lightning.data.shard_files import KEYS
 from decm_lightning.data.shards import Provenance, Shards
 from decm_lightning.files import file_sha256
@@ -281,7 +282,11 @@ def test_entries_of_a_later_version_are_left_alone(tmp_path):
     record.check(Shards(tmp_path, 10), {"latent_norm": True, "latent_multiplier": 1.0})
 
 
-@pytest.mark.parametrize("name", ["latents_rank00_shard001.safetensors", "cache.json", "."])
+def read_scaling(folder):
+    return Scaling.read(folder, 2, True, 1.0)
+
+
+@pytest.mark.parametrize("name", ["latents_rank00_shard001.safetensors", "cache.json", "latents_stats.pt", "."])
 def test_a_missing_permission_is_said(name):
     """Of a shard, the record and the folder."""
     with open_folder() as folder:
@@ -289,7 +294,7 @@ def test_a_missing_permission_is_said(name):
         for file in folder.iterdir():
             file.chmod(0o644)
         (folder / name).chmod(0)
-        read = Provenance.read if name == "cache.json" else Shards
+        read = {"cache.json": Provenance.read, "latents_stats.pt": read_scaling}.get(name, Shards)
         with unprivileged(), pytest.raises((ValueError, OSError), match=r"(?i)permission denied") as caught:
             read(folder)
         (folder / name).chmod(0o755)

@@ -76,7 +76,7 @@ class Shards:
         self.ends = list(accumulate(map(len, parts)))
         self.labels: Int[Tensor, " n"] = torch.cat(parts)
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
-        self.mapped: dict[int, list[np.ndarray]] = {}
+        self.mapped: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -87,17 +87,19 @@ class Shards:
         mirrored, images = np.divmod(np.asarray(items), len(self))
         shards = np.searchsorted(self.ends, images, side="right")
         rows = images - np.asarray([0, *self.ends])[shards]
+        numbers = (2 * shards + mirrored).tolist()
+        arrays = {number: self._map(number) for number in set(numbers)}
+        bfloat16 = {number for number, array in arrays.items() if array.dtype == BFLOAT16}
         # numpy asks for huge pages, which torch does not: a batch costs fewer page faults.
         batch = np.empty((len(items), *self.shape), np.float32)
         bits = batch.view(np.uint32)
         with np.errstate(over="ignore"):
-            for i, (shard, half, row) in enumerate(zip(shards.tolist(), mirrored.tolist(), rows.tolist(), strict=True)):
-                values = self._map(shard)[half][row]
-                if values.dtype == BFLOAT16:
-                    bits[i] = values
+            for i, (number, row) in enumerate(zip(numbers, rows.tolist(), strict=True)):
+                if number in bfloat16:
+                    bits[i] = arrays[number][row]
                     bits[i] <<= 16
                 else:
-                    batch[i] = values
+                    batch[i] = arrays[number][row]
         return torch.from_numpy(batch)
 
     def find(self, item: int) -> tuple[int, int, int]:
@@ -118,21 +120,18 @@ class Shards:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"mapped": {}}  # a pickle would hold whole files
 
-    def _map(self, shard: int) -> list[np.ndarray]:
+    def _map(self, number: int) -> np.ndarray:
+        """Return latents (even numbers) or latents_flip (odd) of a file, mapped into memory."""
         # Mapped when it is first read, and kept: mapping costs more than ten times a row.
-        if shard not in self.mapped:
-            content = open_file(self.files[shard])
-            self.mapped[shard] = [_as_array(content.get_tensor(key)) for key in (LATENTS, MIRRORED)]
-        return self.mapped[shard]
+        if number not in self.mapped:
+            tensor = open_file(self.files[number // 2]).get_tensor((LATENTS, MIRRORED)[number % 2])
+            # numpy has no bfloat16, whose bits are the upper half of a float32's.
+            self.mapped[number] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return self.mapped[number]
 
 
 def _raise(kind: str, error: ValueError) -> None:
     raise error
-
-
-def _as_array(tensor: Tensor) -> np.ndarray:
-    """Return a view of a tensor; numpy has no bfloat16, whose bits are the upper half of a float32's."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 @dataclass(frozen=True)

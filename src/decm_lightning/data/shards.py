@@ -1,6 +1,5 @@
 """Folders of latents in LightningDiT's format: safetensors shards read row by row, and the record of their origin."""
 
-import hashlib
 import json
 import math
 import os
@@ -283,27 +282,3 @@ def _short(value: object) -> str:
     """Return a value as JSON, at most 60 characters of it."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def checksum(file: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is there whole or not at all, whenever the process is killed or the machine stops.
-
-    Args:
-        file: where it will be.
-        write: writes it under the name that it is given.
-    """
-    part = file.with_name(f"{file.name}.part")
-    part.touch()
-    mode = part.stat().st_mode
-    write(part)
-    # safetensors lets the owner alone read what it writes: a folder of latents is for a whole lab.
-    part.chmod(mode)
-    with part.open("rb") as content:
-        os.fsync(content.fileno())
-    os.replace(part, file)

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 from jaxtyping import Float, Int, UInt8
-from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
+from decm_lightning.callbacks.last_step import end_at_sigterm
 from decm_lightning.data.encoding_records import Shard
 from decm_lightning.data.image_files import ImageFiles, OnError
 from decm_lightning.data.manifest import Manifest
@@ -21,6 +21,7 @@ from decm_lightning.data.scaling import Moments
 from decm_lightning.data.shards import KEYS
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.image_reader import broken, in_threads, read_modes
+from decm_lightning.seeds import generator_of
 
 Posterior = Literal["sample", "mode"]
 
@@ -260,6 +261,10 @@ class ShardWriter(L.Callback):
         self.parts: list[tuple[Tensor, ...]] = []
         self.skipped: dict[str, str] = {}
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let SIGTERM end the encoding; the same command resumes it."""
+        end_at_sigterm(trainer)
+
     def on_predict_batch_end(
         self,
         trainer: Any,
@@ -287,8 +292,7 @@ class ShardWriter(L.Callback):
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
-    return torch.Generator().manual_seed(int(SeedSequence((seed, digest)).generate_state(1)[0]))
+    return generator_of(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:16]))
 
 
 def _only(items: list[ShardBatch]) -> ShardBatch:

@@ -6,7 +6,7 @@ from textwrap import shorten
 
 import torch
 from einops import rearrange
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -86,20 +86,6 @@ def save_named_grid(
 def short(caption: str) -> str:
     """Return a caption's first words, up to its first comma, in at most 24 letters: room for them above a picture."""
     return shorten(caption.partition(",")[0], 24, placeholder=" ...")
-
-
-def save_files(images: Pictures, labels: Int[Tensor, " n"] | None, folder: Path, first: int = 0) -> None:
-    """Write each image as <number>_class<label>.png, or <number>.png without labels, numbers starting at `first`.
-
-    The folder is made if need be.
-
-    Raises:
-        ValueError: if the images have neither 1 nor 3 channels.
-    """
-    names = [""] * len(images) if labels is None else [f"_class{label}" for label in labels.tolist()]
-    for number, (image, name) in enumerate(zip(images, names, strict=True), start=first):
-        with atomic(folder / f"{number:06d}{name}.png") as partial:
-            picture(image).save(partial, "PNG")
 
 
 def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:

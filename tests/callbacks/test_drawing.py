@@ -106,10 +106,12 @@ def test_evaluations_are_counted_for_every_kind_of_teacher(teacher, each):
         given = teacher()
         module = Distiller(given, student, guidance=guidance)
         drawing = Drawing(module, Digits())
+        networks = [module.average, *given.evaluated_modules()]
+        before = [dict(part._forward_pre_hooks) for part in networks]
         assert drawing.usage(Cell("teacher", "euler", 4)).evaluations == expected * each
         assert drawing.usage(Cell("student", "mix", 3)).evaluations == 3
         # Nothing that counts is left on the networks or the teacher.
-        assert not any(part._forward_pre_hooks for part in [module.average, *given.evaluated_modules()])
+        assert [dict(part._forward_pre_hooks) for part in networks] == before
         assert "velocity" not in vars(given)
 
 

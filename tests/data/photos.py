@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -48,7 +49,7 @@ def write_tar(file: Path, members: dict[str, bytes]) -> Path:
     return file
 
 
-def noise_seed(seed: int, name: str) -> int:
-    """Return the seed of the noise of an image's latent, by the seed of the encoding and the name of the image."""
-    digest = hashlib.sha256(name.encode()).digest()[:16]
-    return int(np.random.SeedSequence((seed, int.from_bytes(digest))).generate_state(1)[0])
+def noise_generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator of the noise of an image's latent, by the seed of the encoding and the image's name."""
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed, spawn_key=(digest,)).generate_state(1)[0]))

@@ -63,11 +63,11 @@ class LastStep(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let SIGTERM end what Lightning would otherwise go on with."""
-        self._end_at_sigterm(trainer)
+        end_at_sigterm(trainer)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let SIGTERM end what Lightning would otherwise go on with."""
-        self._end_at_sigterm(trainer)
+        end_at_sigterm(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,7 +87,7 @@ class LastStep(L.Callback):
             Stopped: if so.
         """
         if trainer.state.fn != "fit":
-            self._end_at_sigterm(trainer)
+            end_at_sigterm(trainer)
         elif not trainer.sanity_checking:
             self._agree()
 
@@ -104,15 +104,6 @@ class LastStep(L.Callback):
             name, step = signal.Signals(exception.signum).name, trainer.global_step
             resume = f"resume with --ckpt_path {files[0]}" if files else "not saved: the trainer has no ModelCheckpoint"
             log.warning("stopped by %s after step %d: %s", name, step, resume)
-
-    def _end_at_sigterm(self, trainer: L.Trainer) -> None:
-        def end(signum: int, frame: Any) -> None:
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signum)
-            raise SystemExit(128 + signum)
-
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)
 
     def _note(self, signum: int, frame: Any) -> None:
         trainer = self.trainer
@@ -159,3 +150,15 @@ class LastStep(L.Callback):
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
             callback.save_last = kept
         return [Path(callback.last_model_path) for callback in saving]
+
+
+def end_at_sigterm(trainer: L.Trainer) -> None:
+    """Let SIGTERM end the process, and those it has started: outside of a fit Lightning only takes note of it."""
+
+    def end(signum: int, frame: Any) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -60,7 +61,6 @@ def encode(
         devices: how many devices, on each node; auto for all GPUs.
         num_nodes: how many machines.
     """
-    _silence()
     files = ImageFiles(images, num_classes, on_error)
     autoencoder = load_autoencoder(vae)
     if autoencoder.image_channels != 3:
@@ -73,7 +73,8 @@ def encode(
     if trainer.is_global_zero and files.left_out:
         print(f"left out of {printable(images)}: {counted(files.left_out)}")
     try:
-        _predict(trainer, Encoding(autoencoder, posterior, seed, on_error), data)
+        with _quietly():
+            trainer.predict(Encoding(autoencoder, posterior, seed, on_error), data, return_predictions=False)
         _wait_for_all(trainer)
         if trainer.is_global_zero:
             provenance, skipped = manifest.finish(shape, data.plan.shards)
@@ -95,16 +96,6 @@ def _wait_for_all(trainer: L.Trainer) -> None:
         raise ValueError("another process has stopped and says why: start again, finished shards are kept") from error
 
 
-def _predict(trainer: L.Trainer, module: Encoding, data: EncodingData) -> None:
-    try:
-        trainer.predict(module, data, return_predictions=False)
-    except SystemExit as stop:
-        # Lightning ends the process with code 1 after Ctrl-C.
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-
-
 def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str:
     written, total = len(plan.pending), len(plan.shards)
     folder = printable(out)
@@ -115,12 +106,20 @@ def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str
     return f"wrote {written} shards{others} of {count} images, latents_stats.pt and cache.json to {folder}{left_out}"
 
 
-def _silence() -> None:
-    # The second is given where all is done already.
-    for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
-        warnings.filterwarnings("ignore", noise)
-    # It says that Ctrl-C was pressed.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what Lightning says of small loaders and of Ctrl-C."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    with warnings.catch_warnings():
+        # The second is given where all is done already.
+        for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
+            warnings.filterwarnings("ignore", noise)
+        log.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, writer: L.Callback) -> L.Trainer:

@@ -7,8 +7,7 @@ from typing import Any
 
 from decm_lightning.data.scaling import Moments
 from decm_lightning.files import atomic
-
-SEEDS = 1 << 63
+from decm_lightning.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class EncodingSettings:
     shard_size: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1: got {self.seed}")
+        check_seed(self.seed)
         if self.shard_size < 1:
             raise ValueError(f"shard_size must be at least 1: got {self.shard_size}")
 

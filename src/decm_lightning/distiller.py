@@ -102,6 +102,7 @@ class Distiller(FlowTraining):
         self.velocity = GuidedField(teacher, teacher.null, guidance)
         self.objective = recommended() if objective is None else objective
         self.teacher_identity = ""
+        self.jumps: list[Jump] = []
         self.wanted: EngineName | None = None if derivative == "auto" else derivative
         self.derivative: Engine = ENGINES[self.wanted or "dual"]
 
@@ -114,7 +115,7 @@ class Distiller(FlowTraining):
         """Choose the engine for du, and say what a step will cost.
 
         Raises:
-            ValueError: if the wanted engine cannot pass through the student, or the data have too many classes.
+            ValueError: if the wanted engine cannot pass through the student.
         """
         super().setup(stage)
         if stage == "fit":
@@ -176,15 +177,14 @@ class Distiller(FlowTraining):
 
         # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.
         with self.phase("derivative"):
-            jumps = [jump for jump, _ in starts.values()]
-            jets = evaluate(self.derivative, self.student, jumps)
+            self.jumps = [jump for jump, _ in starts.values()]
+            jets = evaluate(self.derivative, self.student, self.jumps)
 
         # The residual of every jump, and the pull of the student toward its root.
         self.terms = {}
         for (name, loss), (jump, v_left), jet in zip(losses.items(), starts.values(), jets, strict=True):
             v_right = self.at_landing(loss, jump, jet.u.detach())
             self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
-        self.check_losses(batch_idx, partial(self.origin, jumps))
         return self.total()
 
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
@@ -237,14 +237,14 @@ class Distiller(FlowTraining):
         self.log("loss/total", total, prog_bar=True)
         return total
 
-    def origin(self, jumps: list[Jump]) -> str:
+    def origin(self) -> str:
         """Return the operation and layer at which the first derivative that is not finite arose, "" if not known."""
         # One process that runs the student by itself would wait for the others forever.
         if self.derivative is not dual or self.trainer.world_size > 1:
             return ""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
-                evaluate(partial(dual, watched=True), self.student, jumps)
+                evaluate(partial(dual, watched=True), self.student, self.jumps)
             except NoTangentError as error:
                 return f"; {error}"
         return ""

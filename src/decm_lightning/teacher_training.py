@@ -72,7 +72,6 @@ class TeacherTraining(FlowTraining):
         condition = conditions.where(dropped, self.network.null(condition), condition)
         loss = (self.network(x_t, t, t, condition) - path.velocity(x_0, x_1)).square().mean()
         self.terms = {"flow_matching": LossTerm(loss, loss.detach().sqrt())}
-        self.check_losses(batch_idx)
         self.log("loss/flow_matching", loss, prog_bar=True)
         return loss
 

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
 from torch import Tensor
 
@@ -19,10 +18,9 @@ from decm_lightning import samplers
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.ema import EMA, average_of, in_float32
 from decm_lightning.callbacks.last_step import LastStep
+from decm_lightning.callbacks.training_checks import TrainingChecks
 from decm_lightning.checkpoint_io import AtomicCheckpointIO
-from decm_lightning.data.images import ResumableData
-from decm_lightning.errors import NonFiniteError
-from decm_lightning.gradients import clip_by_norm, total_norm
+from decm_lightning.gradients import clip_by_norm
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
@@ -80,13 +78,13 @@ class FlowTraining(L.LightningModule):
         self.average = average_of(network)
         self.recipe = Recipe(optimizer, lr_scheduler)
         self.averaging = EMA(ema_decay)
+        self.checks = TrainingChecks()
         self.seed = torch.initial_seed()
         self.saved_settings: dict[str, Any] | None = None
         self.draws: Cell | None = None
         self.terms: dict[str, LossTerm] = {}
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.gradient_norm = torch.zeros(())
-        self.x_1 = torch.zeros(0)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""
@@ -135,8 +133,8 @@ class FlowTraining(L.LightningModule):
         return self.recipe.settings | {"ema_decay": self.averaging.decay}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the averaging, which is what is tested, and the saving of the last step."""
-        return [self.averaging, LastStep()]
+        """Return the averaging, the checks, and the saving of the last step."""
+        return [self.averaging, self.checks, LastStep()]
 
     def generator(self, batch_idx: int) -> torch.Generator:
         """Return this batch's own source of randomness.
@@ -167,57 +165,9 @@ class FlowTraining(L.LightningModule):
             raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
         return samplers.sampler(sampler, generator)(models[model], x_0, condition, steps)
 
-    def check_losses(self, batch_idx: int, origin: Callable[[], str] = str) -> None:
-        """Stop if a loss is not finite.
-
-        Args:
-            batch_idx: the batch.
-            origin: says where the first such number arose, "" if it is not known.
-
-        Raises:
-            NonFiniteError: naming the rows of the data that are not finite, or else the loss, the step, the batch and
-                the origin.
-        """
-        values = {name: term.value for name, term in self.terms.items()}
-        if torch.stack(list(values.values())).isfinite().all():
-            return
-        self._refuse_bad_rows(batch_idx)
-        bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
-        raise NonFiniteError(self._stopped(bad, batch_idx) + origin())
-
-    def _refuse_bad_rows(self, batch_idx: int) -> None:
-        """Look for the cause of a loss or gradient that is not finite in the data, before the training is blamed."""
-        rows = self.x_1.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
-        if not rows:
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        places = [data.place(batch_idx, row) if isinstance(data, ResumableData) else f"row {row}" for row in rows[:3]]
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        where = f"batch {batch_idx} of epoch {self.current_epoch}"
-        remedy = "take them out of the data or make them again (decm validate-data names all such latents)"
-        raise NonFiniteError(f"{', '.join(places)}{more} in {where} are NaN or infinite: {remedy}")
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop if the gradient is not finite, before the weights take it in.
-
-        With a gradient scaler (16-mixed) that is routine while its scale is above 1: it skips the step and halves it.
-
-        Raises:
-            NonFiniteError: naming the parameters, the losses, the step and the batch.
-        """
-        gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
-        self.gradient_norm = total_norm(gradients.values())
-        if self.gradient_norm.isfinite():
-            return
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and scaler.get_scale() > 1:
-            return
-        self._refuse_bad_rows(self.trainer.fit_loop.batch_idx)
-        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in self.terms.items())
-        what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
-        raise NonFiniteError(self._stopped(what, self.trainer.fit_loop.batch_idx))
+    def origin(self) -> str:
+        """Return where the first number of this step that is not finite arose, "" if it is not known."""
+        return ""
 
     def configure_gradient_clipping(
         self,
@@ -237,18 +187,12 @@ class FlowTraining(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Refuse data with more classes than the network has: the first label too many would be its null class.
-
-        Raises:
-            ValueError: naming both numbers.
-        """
-        known, given = self.network.num_classes, getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
-        if known and given > known:
-            raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+        """Write checkpoints next to their final name, and put the averaging and the checks first."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        # Before all others, which may save a checkpoint in the same hook.
-        self.trainer.callbacks.sort(key=lambda callback: callback is not self.averaging)  # type: ignore[attr-defined]
+        # Other callbacks may save a checkpoint where the average moves, or take gradients of a loss that is NaN.
+        first = (self.averaging, self.checks)
+        self.trainer.callbacks.sort(key=lambda callback: callback not in first)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Apply the config to a resumed run, and compare the lengths of schedule and run.
@@ -260,17 +204,7 @@ class FlowTraining(L.LightningModule):
         start_epoch_anew(self.trainer)
         if self.saved_settings is not None:
             self._apply_settings(self.saved_settings)
-        # It would be too early where the schedule is made: to count the run's steps Lightning builds the data loader.
-        end = getattr(self.lr_schedulers(), "total_steps", None)
-        if end is None:
-            return
-        steps = self.trainer.estimated_stepping_batches
-        both = f"the lr_scheduler has {end} steps and the run {steps}"
-        if steps > end:
-            raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
-        # -1 where the loader does not know its length.
-        if 0 <= steps < end:
-            rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
+        self.checks.check_schedule(self.trainer)
 
     def _apply_settings(self, saved: dict[str, Any]) -> None:
         """Let the config decide: the state comes from the checkpoint, the settings never do."""
@@ -287,22 +221,6 @@ class FlowTraining(L.LightningModule):
             # Those of the optimizer are not known before it is made.
             if name in differing and (name == "teacher" or self.recipe.settings):
                 raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Refuse samples that are not of the network's shape.
-
-        Raises:
-            ValueError: naming both shapes.
-        """
-        given, known = tuple(batch[0].shape[1:]), tuple(self.network.sample_shape)
-        if given != known:
-            remedy = "build the network for them (in_channels, input_size) or give other data"
-            raise ValueError(f"the data's samples are {given} and the network's {known}: {remedy}")
-        self.x_1 = batch[0]
-
-    def _stopped(self, what: str, batch_idx: int) -> str:
-        where = f"at step {self.global_step}, batch {batch_idx} of epoch {self.current_epoch}"
-        return f"{what} is not finite {where}: lower the learning rate, clip gradients, or check the data"
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Return samples for the batch's labels; the `SampleWriter` callback says of which model and how.

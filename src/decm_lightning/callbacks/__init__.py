@@ -7,5 +7,15 @@ from decm_lightning.callbacks.last_step import LastStep
 from decm_lightning.callbacks.sample_grid import SampleGrid
 from decm_lightning.callbacks.sample_writer import SampleWriter
 from decm_lightning.callbacks.throughput import Throughput
+from decm_lightning.callbacks.training_checks import TrainingChecks
 
-__all__ = ["EMA", "Evaluation", "GradientNorms", "LastStep", "SampleGrid", "SampleWriter", "Throughput"]
+__all__ = [
+    "EMA",
+    "Evaluation",
+    "GradientNorms",
+    "LastStep",
+    "SampleGrid",
+    "SampleWriter",
+    "Throughput",
+    "TrainingChecks",
+]

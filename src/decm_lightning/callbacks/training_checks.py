@@ -1,0 +1,126 @@
+"""Stops a training run that cannot succeed, with one line that says why: data, schedule, losses, gradients."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.gradients import total_norm
+from decm_lightning.types import Batch
+
+NAMED = 3
+"""At most this many rows are named; the rest are counted."""
+
+
+@runtime_checkable
+class NamesRows(Protocol):
+    """A data module that knows where its rows come from, such as `data.images.ResumableData`."""
+
+    def place(self, batch_idx: int, row: int) -> str:
+        """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+
+
+class TrainingChecks(L.Callback):
+    """Compares data and network, schedule and run, and stops at a loss or gradient that is NaN or infinite.
+
+    It also takes the norm of all gradients once a step, as the module's `gradient_norm`. The module has `network`,
+    `terms`, this step's losses by name, and `origin()`.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse data with more classes than the network has: the first label too many would be its null class.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        known = pl_module.network.num_classes
+        given = getattr(trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
+        if known and given > known:
+            raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+
+    def check_schedule(self, trainer: L.Trainer) -> None:
+        """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
+
+        Raises:
+            ValueError: naming both numbers of steps.
+        """
+        # It would be too early where the schedule is made: to count the run's steps Lightning builds the data loader.
+        configs = trainer.lr_scheduler_configs
+        end = getattr(configs[0].scheduler, "total_steps", None) if configs else None
+        if end is None:
+            return
+        steps = trainer.estimated_stepping_batches
+        both = f"the lr_scheduler has {end} steps and the run {steps}"
+        if steps > end:
+            raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
+        # -1 where the loader does not know its length.
+        if 0 <= steps < end:
+            rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        """Refuse samples that are not of the network's shape.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        given, known = tuple(batch[0].shape[1:]), tuple(pl_module.network.sample_shape)
+        if given != known:
+            remedy = "build the network for them (in_channels, input_size) or give other data"
+            raise ValueError(f"the data's samples are {given} and the network's {known}: {remedy}")
+        self.x_1, self.batch_idx = batch[0], batch_idx
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        """Stop if a loss is not finite.
+
+        Raises:
+            NonFiniteError: naming the rows of the data that are not finite, or else the loss, the step, the batch and
+                where the first such number arose.
+        """
+        values = {name: term.value for name, term in pl_module.terms.items()}
+        if torch.stack(list(values.values())).isfinite().all():
+            return
+        self._refuse_bad_rows(trainer)
+        bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
+        raise NonFiniteError(self._stopped(bad, trainer) + pl_module.origin())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Stop if the gradient is not finite, before the weights take it in.
+
+        With a gradient scaler (16-mixed) that is routine while its scale is above 1: it skips the step and halves it.
+
+        Raises:
+            NonFiniteError: naming the rows of the data, or else the parameters, the losses, the step and the batch.
+        """
+        gradients = {name: p.grad for name, p in pl_module.network.named_parameters() if p.grad is not None}
+        pl_module.gradient_norm = total_norm(gradients.values())
+        if pl_module.gradient_norm.isfinite():
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
+            return
+        self._refuse_bad_rows(trainer)
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in pl_module.terms.items())
+        what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
+        raise NonFiniteError(self._stopped(what, trainer))
+
+    def _refuse_bad_rows(self, trainer: L.Trainer) -> None:
+        """Look for the cause in the data, before the training is blamed."""
+        rows = self.x_1.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
+        if not rows:
+            return
+        data, number = trainer.datamodule, self.batch_idx  # type: ignore[attr-defined]
+        named = isinstance(data, NamesRows)
+        places = [data.place(number, row) if named else f"row {row} of the batch" for row in rows[:NAMED]]
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        remedy = "take them out of the data or make them again (decm validate-data names all such latents)"
+        where = f"batch {number} of epoch {trainer.current_epoch}"
+        raise NonFiniteError(f"NaN or infinite in the data: {', '.join(places)}{more}, in {where}; {remedy}")
+
+    def _stopped(self, what: str, trainer: L.Trainer) -> str:
+        where = f"at step {trainer.global_step}, batch {self.batch_idx} of epoch {trainer.current_epoch}"
+        return f"{what} is not finite {where}: lower the learning rate, clip gradients, or check the data"

@@ -1,6 +1,8 @@
 """The benchmarks run, and their last lines are what docs/benchmarks.md says."""
 
-from benchmarks import largest, loader
+import pytest
+
+from benchmarks import golden, largest, loader
 from benchmarks.step import main
 
 
@@ -30,3 +32,13 @@ def test_latents_are_read_at_a_fair_part_of_a_memory_maps_speed(capsys):
     """It was 0.05 to 0.1 when each row made a mapping of its own, and is 0.3 to 0.5 with scaling and labels."""
     loader.main(shards=3, rows=200, batch=128, batches=4, rounds=9)
     assert float(capsys.readouterr().out.splitlines()[-1].partition("=")[2]) > 0.15
+
+
+def test_golden_numbers_are_the_same_twice_and_differ_with_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "PRESETS", {"paper": golden.PRESETS["paper"]})
+    monkeypatch.setattr(golden, "CELLS", ["student/mix/1"])
+    golden.main(tmp_path / "a.json", steps=2, samples=10)
+    golden.main(tmp_path / "b.json", tmp_path / "a.json", steps=2, samples=10)
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    with pytest.raises(SystemExit, match="paper"):
+        golden.main(tmp_path / "c.json", tmp_path / "a.json", steps=3, samples=10)

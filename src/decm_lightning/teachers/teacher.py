@@ -1,6 +1,7 @@
 """What a teacher is: a frozen velocity field in this package's convention, and the start of a student."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ class Teacher:
 
     def student(self) -> Network:
         """Return a trainable flow map that equals the teacher for every landing time."""
-        return self.network.with_landing_time().train()
+        # The first process alone may have the weights.
+        is_meta = any(parameter.is_meta for parameter in self.network.parameters())
+        with torch.device("meta") if is_meta else nullcontext():
+            return self.network.with_landing_time().train()
 
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the network along with the module that holds the teacher."""

@@ -62,6 +62,7 @@ def encode(
         num_nodes: how many machines.
     """
     files = ImageFiles(images, num_classes, on_error)
+    files.check_output(out)
     autoencoder = load_autoencoder(vae)
     if autoencoder.image_channels != 3:
         raise ValueError(f"the VAE must be for RGB images: {vae} has {autoencoder.image_channels} channels")

@@ -61,10 +61,13 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: if there is no such source, no image in it, or no image in a class folder.
-        ValueError: naming the file or member that is cut short, has no label or a label outside of the classes.
+        ValueError: if num_classes is below 1; naming the file or member that is damaged, has no label or a label outside
+            of the classes.
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1: got {num_classes}")
         self.source = source
         self.on_error = on_error
         self.left_out: Counter[str] = Counter()
@@ -90,6 +93,16 @@ class ImageFiles:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.files)
+
+    def check_output(self, folder: str) -> None:
+        """Refuse a folder to write to that would become a class folder, or change one.
+
+        Raises:
+            ValueError: if the source is a folder of class folders, and `folder` is inside it.
+        """
+        if not self.files[0].tar and Path(folder).resolve().is_relative_to(Path(self.source).resolve()):
+            what = f"{printable(folder)} is inside the images {printable(self.source)}, where each folder is a class"
+            raise ValueError(f"{what}: give --out a folder outside of them")
 
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
         """Return the pixels of an image, cropped to size x size.

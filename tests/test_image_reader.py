@@ -82,10 +82,11 @@ def test_floats_are_scaled_from_the_smallest_range_that_holds_them(top):
 
 def test_12_bits_and_white_at_0_of_tiff():
     """Pillow leaves 12 bits as they are, and inverts 8 bits only."""
-    plain = file(Image.fromarray(RAMP), "tiff")
-    inverted = plain.replace(struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0))
-    assert inverted != plain
-    assert (values(inverted) == 255 - EIGHT).all()
+    for ramp in (RAMP, RAMP.astype(np.float32)):
+        plain = file(Image.fromarray(ramp), "tiff")
+        inverted = plain.replace(struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+        assert inverted != plain
+        assert (values(inverted) == 255 - EIGHT).all()
     bits = struct.pack("<HHIHH", 258, 3, 1, 12, 0)
     twelve = file(Image.fromarray(np.zeros((1, 4), np.uint16)), "tiff")
     packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])

@@ -102,7 +102,7 @@ class _Stored(NamedTuple):
         tiles = getattr(opened, "tile", None)
         arguments = tiles[0][3] if tiles else ""
         packing = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-        inverted = opened.mode.startswith("I;16") and getattr(opened, "tag_v2", {}).get(262) == 0
+        inverted = opened.mode.startswith(("I;16", "F")) and getattr(opened, "tag_v2", {}).get(262) == 0
         return cls(packing if isinstance(packing, str) else "", inverted)
 
     def is_grey(self, mode: str) -> bool:

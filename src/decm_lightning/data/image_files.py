@@ -61,8 +61,8 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: if there is no such source, no image in it, or no image in a class folder.
-        ValueError: if num_classes is below 1; naming the file or member that is damaged, has no label or a label outside
-            of the classes.
+        ValueError: if num_classes is below 1; naming the file or member that is damaged, has no label or a label
+            outside of the classes.
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from decm_lightning.data.pair import CAPTION_COLUMNS, FILE_COLUMNS, DataError, Pair, caption_of, listed, missing_column
 from decm_lightning.data.pairs_lists import read_image
+from decm_lightning.files import describe_unreadable
 
 BATCH = 64
 MAGIC = b"ARROW1"
@@ -32,7 +33,8 @@ def read_table(file: Path, column: str | None) -> Iterator[Pair | DataError]:
         else:
             yield from _arrow(file, column)
     except (pyarrow.ArrowException, OSError) as error:
-        yield DataError(str(file), f"cannot be read ({_first_line(error)})", None)
+        reason = describe_unreadable(file, text=True) or _first_line(error)
+        yield DataError(str(file), f"cannot be read ({reason})", None)
 
 
 def _parquet(file: Path, column: str | None) -> Iterator[Pair | DataError]:
@@ -105,7 +107,7 @@ def _of_stream(reader: Any, opened: Any) -> Iterator[Any]:
         except (pyarrow.ArrowException, OSError) as error:
             yield error
             # A batch whose length is known is behind us; without it, the next one cannot be found.
-            if opened.tell() == place:
+            if opened.tell() in (place, opened.size()):
                 return
     opened.seek(max(opened.size() - len(END_OF_STREAM), 0))
     if opened.read() != END_OF_STREAM:

@@ -54,6 +54,9 @@ def open_file(file: Path) -> Any:
     Raises:
         ValueError: naming the file and why it cannot be read.
     """
+    # Opening a pipe would wait for its writer.
+    if not file.is_file():
+        raise ValueError(f"{file}: {describe_unreadable(file)}")
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:

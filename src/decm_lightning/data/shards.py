@@ -166,7 +166,7 @@ class Provenance:
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
-                raise ValueError(f"the latents in {folder} are not complete: run decm encode again, and it goes on")
+                raise ValueError(f"the latents in {folder} are not complete: run decm encode again to resume")
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The reader of image files: every mode and format to 8 bits, upright and on white, and what is said of broken ones."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_16_bits_of_color_and_alpha():
 def test_floats_are_scaled_from_the_smallest_range_that_holds_them(top):
     found = values(file(Image.fromarray((EIGHT / 255 * top).astype(np.float32)), "tiff"))
     assert (found == EIGHT).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer instead of the file"),
+        (b"<!DOCTYPE html><html>", "a web page instead of the file"),
+        (bytes(1000), "all zeros at the beginning"),
+        (b"not an image", "cannot identify image file"),
+    ],
+)
+def test_a_file_that_is_not_an_image_is_named_with_the_cause(content, cause, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for read, source in ((read_image, content), (read_image, path), (read_mode, Location(str(path)))):
+        with pytest.raises(ValueError, match=re.escape(f"cannot be read as an image ({cause}")):
+            read(source)
 
 
 def test_12_bits_and_white_at_0_of_tiff():

@@ -45,7 +45,7 @@ class ImageFiles:
     """All images of a source, in the order of their names, or of their positions in sorted tars.
 
     In a folder of class folders (ImageNet's layout) the classes are numbered by their sorted names, and the images of a
-    class may lie in folders inside of its own. In tars each image has its class next to it, as name.cls, name.json
+    class may lie in folders below its own. In tars each image has its class next to it, as name.cls, name.json
     ({"label": 3} or {"cls": 3}) or name.txt. A folder with a tar in it is one of tars. Images have any suffix that
     `image_reader.suffixes` names. Links are followed, hidden files left out.
 
@@ -126,7 +126,7 @@ class ImageFiles:
             OSError: if the file is gone.
         """
         file = image.place.file
-        # A tar is asked once, not for each of its images.
+        # One look at the disk for each tar, not for each image.
         changed = self._tar_times[file] if image.tar else _size_and_time(file)
         return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
 

@@ -1,6 +1,7 @@
 """The reader of image files: every mode and format to 8 bits, upright and on white, and what is said of broken ones."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -80,12 +81,31 @@ def test_floats_are_scaled_from_the_smallest_range_that_holds_them(top):
     assert (found == EIGHT).all()
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer instead of the file"),
+        (b"<!DOCTYPE html><html>", "a web page instead of the file"),
+        (bytes(1000), "all zeros at the beginning"),
+        (b"not an image", "cannot identify image file"),
+    ],
+)
+def test_a_file_that_is_not_an_image_is_named_with_the_cause(content, cause, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for read, source in ((read_image, content), (read_image, path), (read_mode, Location(str(path)))):
+        with pytest.raises(ValueError, match=re.escape(f"cannot be read as an image ({cause}")):
+            read(source)
+
+
 def test_12_bits_and_white_at_0_of_tiff():
     """Pillow leaves 12 bits as they are, and inverts 8 bits only."""
-    plain = file(Image.fromarray(RAMP), "tiff")
-    inverted = plain.replace(struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0))
-    assert inverted != plain
-    assert (values(inverted) == 255 - EIGHT).all()
+    for ramp in (RAMP, RAMP.astype(np.float32)):
+        plain = file(Image.fromarray(ramp), "tiff")
+        inverted = plain.replace(struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+        assert inverted != plain
+        assert (values(inverted) == 255 - EIGHT).all()
     bits = struct.pack("<HHIHH", 258, 3, 1, 12, 0)
     twelve = file(Image.fromarray(np.zeros((1, 4), np.uint16)), "tiff")
     packed = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])

@@ -56,7 +56,7 @@ class Encoded(NamedTuple):
 class ShardBatches(Dataset[ShardBatch]):
     """The images of some shards; an item is a batch.
 
-    Batches start anew with each shard, so that a shard is computed in the same batches whichever process encodes it.
+    Each shard begins a new batch, so that a shard is computed in the same batches whichever process encodes it.
 
     Args:
         images: the images of all shards.

@@ -114,23 +114,29 @@ def describe_unreadable(path: str | Path, text: bool = False) -> str:
         if error.errno == errno.ENOENT and path.is_symlink():
             return f"a link to {os.readlink(path)}, which does not exist"
         return os.strerror(error.errno).lower().replace(" or directory", "") if error.errno else str(error)
-    return _describe_content(path, head, status.st_size, text)
+    return describe_head(head) or ("" if text else _describe_tensors(path, head, status.st_size))
 
 
-def _describe_content(path: Path, head: bytes, size: int, text: bool) -> str:
-    """Return what is wrong with a file of `size` bytes that begins with `head`, empty if nothing is."""
-    if size == 0:
+def describe_head(head: bytes) -> str:
+    """Say by its first 512 bytes why a file of any format but text cannot be read; return "" if they do not tell.
+
+    A pointer of git-lfs, for example, is "a git-lfs pointer instead of the file: run git lfs pull".
+    """
+    if not head:
         return "empty (0 bytes)"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer instead of the file: run git lfs pull"
     if head.startswith(b"/annex/objects/"):
         return "a git-annex pointer instead of the file: run git annex get"
     if not head.strip(b"\0"):
-        return f"all zeros at the beginning ({size} bytes): a download or copy was interrupted"
+        return "all zeros at the beginning: a download or copy was interrupted"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "a web page instead of the file: download it again"
-    if text:
-        return ""
+    return ""
+
+
+def _describe_tensors(path: Path, head: bytes, size: int) -> str:
+    """Return what is wrong with a file of tensors of `size` bytes that begins with `head`, empty if nothing is."""
     if head.startswith(ZIP) and not zipfile.is_zipfile(path):
         return f"cut short at {size} bytes: a zip file without an end"
     if head.startswith(ZIP) and path.suffix == ".safetensors":

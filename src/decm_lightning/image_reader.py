@@ -14,6 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from decm_lightning.files import describe_head
+
 NOT_READ = {
     "EPS": "a program, which Pillow hands to Ghostscript",
     "WMF": "vector graphics, which only Windows can rasterize",
@@ -24,6 +26,7 @@ NOT_READ = {
 }
 """The formats that Pillow recognizes and this package does not read, and why."""
 THREADS = 16
+HEAD = 512
 NAMED = 3
 """Broken images that an error names; the others are counted."""
 Item = TypeVar("Item")
@@ -48,14 +51,14 @@ class Location(NamedTuple):
         whole = Path(self.file).open("rb")  # noqa: SIM115 - the caller closes it
         return whole if self.length < 0 else io.BufferedReader(_Window(whole, self.offset, self.length))
 
-    def read(self) -> bytes:
-        """Return the bytes."""
+    def read(self, count: int = -1) -> bytes:
+        """Return the bytes, or the first `count` of them."""
         with self.open() as content:
-            return content.read()
+            return content.read(count)
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a stream of their own, because Pillow starts at the first byte of what it is given."""
+    """Some bytes of a file as a separate stream, because Pillow starts at the first byte of what it is given."""
 
     def __init__(self, whole: io.BufferedReader, offset: int, length: int) -> None:
         self.whole = whole
@@ -102,7 +105,7 @@ class _Stored(NamedTuple):
         tiles = getattr(opened, "tile", None)
         arguments = tiles[0][3] if tiles else ""
         packing = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-        inverted = opened.mode.startswith("I;16") and getattr(opened, "tag_v2", {}).get(262) == 0
+        inverted = opened.mode.startswith(("I;16", "F")) and getattr(opened, "tag_v2", {}).get(262) == 0
         return cls(packing if isinstance(packing, str) else "", inverted)
 
     def is_grey(self, mode: str) -> bool:
@@ -151,7 +154,8 @@ def read_image(source: bytes | Path) -> Image.Image:
     # A damaged file fails in any way.
     except Exception as error:
         named = f"{printable(source)} " if isinstance(source, Path) else ""
-        raise ValueError(f"{named}cannot be read as an image ({_cause(error)})") from error
+        content = source if isinstance(source, bytes) else Location(str(source))
+        raise ValueError(f"{named}cannot be read as an image ({_cause(error, content)})") from error
 
 
 def pixels_of(image: bytes | Path, size: int) -> UInt8[Tensor, "3 size size"]:
@@ -174,7 +178,7 @@ def read_mode(place: Location) -> str:
         with place.open() as content, Image.open(content, formats=formats()) as opened:
             mode, stored = opened.mode, _Stored.of(opened)
     except Exception as error:
-        raise ValueError(f"cannot be read as an image ({_cause(error)})") from error
+        raise ValueError(f"cannot be read as an image ({_cause(error, place)})") from error
     if mode in ("P", "PA"):
         return read_image(place.read()).mode
     return "L" if stored.is_grey(mode) else "RGB"
@@ -284,9 +288,13 @@ def _opacity(opaque: np.ndarray) -> Image.Image:
     return Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))
 
 
-def _cause(error: Exception) -> str:
-    """Return what Pillow says of a broken image: one line, without an address in memory or the name of a file."""
+def _cause(error: Exception, content: bytes | Location) -> str:
+    """Return why an image is broken: one line, without an address in memory or the name of a file."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = said.partition("\n")[0].partition(" <_io")[0]
+    if not first.startswith("cannot identify image file"):
+        return first or repr(error)
     # The path that Pillow repeats is named by the caller.
-    return "cannot identify image file" if first.startswith("cannot identify image file") else first or repr(error)
+    return describe_head(content[:HEAD] if isinstance(content, bytes) else content.read(HEAD)) or (
+        "cannot identify image file"
+    )

@@ -209,3 +209,25 @@ def test_the_command_exits_as_shells_expect(signum, devices, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
     assert f"after step {step_of(last)}" in log
+
+
+class Signalled(Digits):
+    """Digits that get SIGTERM while Lightning sets up their loaders, after it has taken over the signals."""
+
+    def train_dataloader(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().train_dataloader()
+
+    def predict_dataloader(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().val_dataloader()
+
+
+def test_a_signal_before_the_first_batch_is_not_lost(tmp_path):
+    with pytest.raises(Stopped) as stopped:
+        trainer(tmp_path, ModelCheckpoint(tmp_path, save_last=True), max_steps=9).fit(module(), Signalled())
+    assert stopped.value.code == 143
+    assert step_of(tmp_path / "last.ckpt") == 1
+    with pytest.raises(SystemExit) as ended:
+        trainer(tmp_path).predict(module(), Signalled())
+    assert ended.value.code == 143

@@ -193,7 +193,7 @@ def test_shards_of_others_are_left_alone(tmp_path):
     (tmp_path / "latents_rank00_shard000.safetensors").unlink()
     encode(tmp_path)
     (tmp_path / "mine.safetensors").touch()
-    with pytest.raises(ValueError, match=r"not encoded here, such as mine.safetensors: give --out a folder of its own"):
+    with pytest.raises(ValueError, match=r"not encoded here, such as mine.safetensors: give --out another folder"):
         plan(tmp_path)
 
 

@@ -161,7 +161,7 @@ FAULTS = {
     ),
     "no image at all": (
         [("a.jpg", b"<html>"), ("a.txt", b"x")],
-        r"000.tar: a.jpg: cannot be read as an image \(cannot identify image file\) \(",
+        r"000.tar: a.jpg: cannot be read as an image \(a web page instead of the file",
     ),
     "an empty caption": ([("a.png", image((1, 1, 1))), ("a.txt", b" \n ")], r"000.tar: a.png: its caption is empty"),
     "nothing to see": (

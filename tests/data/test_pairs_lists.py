@@ -53,6 +53,20 @@ def test_a_damaged_row_costs_itself_alone(kind, end, source):
     assert len(found.errors) == (2 if kind == "no image" else 1)
 
 
+def test_a_name_that_no_file_can_have_costs_its_own_row(source):
+    """os.path.realpath raises ValueError for it."""
+    write(source, {3: "3\0.png,x"})
+    found = read(source)
+    assert levels(found) == [0, 1, 2, 4, 5, 6, 7]
+    assert "line 5, 3\0.png: has a NUL byte" in said(found)
+    (source / "list.csv").unlink()
+    lines = [{"file_name": "\ud800.png", "text": "x"}, {"file_name": "1.png", "text": "b"}]
+    (source / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read(source)
+    assert levels(found) == [1]
+    assert "list.jsonl: line 1, \\ud800.png: its image cannot be read" in str(found.errors[0])
+
+
 def as_csv(rows):
     content = io.StringIO(newline="")
     csv.writer(content, lineterminator="\n").writerows(rows)

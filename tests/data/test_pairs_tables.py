@@ -141,6 +141,13 @@ def test_images_may_be_named_instead_of_stored(kind, source, tmp_path):
     assert levels(read(source)) == [9, 1, 8]
 
 
+@pytest.mark.parametrize("column", ["file_name", "path"])
+def test_bytes_come_before_the_name_of_the_file_that_they_came_from(column, source):
+    names = ["original/0.jpg", "original/1.jpg", None]
+    parquet.write_table(table(3, **{column: names}), source / "a.parquet")
+    assert levels(read(source)) == [0, 1, 2]
+
+
 def test_a_column_that_is_not_there_is_an_error_of_all_rows_and_names_those_that_are(source):
     parquet.write_table(table(3), source / "a.parquet")
     parquet.write_table(table(2, better=["x", ""]), source / "b.parquet")

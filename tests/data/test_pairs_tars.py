@@ -135,3 +135,22 @@ def test_links_are_counted_and_hidden_members_are_not(source):
     assert [str(error).partition("a.tar: ")[2] for error in found.errors] == [
         "1.png: is a link or a device, not a file"
     ]
+
+
+def test_a_byte_order_mark_is_not_part_of_a_caption(source):
+    mark = b"\xef\xbb\xbf"
+    members = {"0.png": png(0), "0.txt": mark + b"a", "1.png": png(1), "1.json": mark + b'{"text": "b"}'}
+    write_tar(source / "a.tar", members)
+    assert read(source).captions == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"version https://git-lfs", "a git-lfs pointer instead of the file"), (b"", "empty (0")]
+)
+def test_a_file_that_was_not_downloaded_is_named_with_the_cause(content, message, name, source):
+    source.mkdir()
+    (source / name).write_bytes(content)
+    found = read(source)
+    assert f"{name}: " in said(found)
+    assert message in said(found)

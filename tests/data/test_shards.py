@@ -333,3 +333,9 @@ def test_hidden_and_unfinished_files_are_skipped_and_counted(tmp_path):
     shards = Shards(tmp_path)
     assert len(shards) == 10
     assert shards.skipped == {"hidden": 3, "unfinished": 2}
+
+
+def test_a_pipe_is_named_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a regular file"):
+        Shards(tmp_path)

@@ -1,4 +1,5 @@
 import hashlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def refused(path: Path, error: type[Exception] = ValueError) -> str:
 def test_other_files_are_refused(tmp_path, images):
     assert "expected mu and sigma, images arr_0, or both" in refused(tmp_path / "none.npz", FileNotFoundError)
     (tmp_path / "text.npz").write_text("mu")
-    assert "is no .npz file" in refused(tmp_path / "text.npz")
+    assert "text instead of tensors" in refused(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", samples=images)
     assert "has samples: expected mu and sigma" in refused(tmp_path / "other.npz")
     np.savez(tmp_path / "half.npz", mu=np.zeros(4))
@@ -233,3 +234,40 @@ def test_grey_and_colored_images_can_be_compared(real, made, tmp_path):
         quality.real(batch)
     quality.generated(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8))
     assert np.isfinite(quality.compute()["fd"])
+
+
+def test_a_damaged_file_is_named(tmp_path, images):
+    """np.load raises BadZipFile without the name of the file."""
+    file = tmp_path / "a.npz"
+    for arrays in ({"arr_0": images}, {"arr_0": np.concatenate([images] * 9)}, {"mu": np.zeros(9), "sigma": np.eye(9)}):
+        np.savez(file, **arrays)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+        assert "a.npz is damaged or not an .npz file of numbers (Bad CRC-32" in refused(file)
+        file.write_bytes(content[:100])
+        assert "a.npz: cut short at 100 bytes" in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"mu": np.array([None, 1], dtype=object), "sigma": np.eye(2)}, "numbers (Object arrays"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "must be real numbers: got <U1, float64"),
+        ({"mu": np.zeros(2) + 1j, "sigma": np.eye(2)}, "must be real numbers: got complex128, float64"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "the diagonal of sigma"),
+    ],
+)
+def test_arrays_that_are_not_moments_are_refused(arrays, said, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert "a.npz" in refused(tmp_path / "a.npz")
+    assert said in refused(tmp_path / "a.npz")
+
+
+def test_members_that_are_not_arrays_are_refused(tmp_path):
+    for number, name in enumerate(("mu.npy", "arr_0.npy", "arr_0")):
+        file = tmp_path / f"{number}.npz"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(name, b"garbage")
+            archive.writestr("sigma.npy", b"garbage")
+        assert f"{number}.npz" in refused(file)

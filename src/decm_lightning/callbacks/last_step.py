@@ -47,7 +47,8 @@ class LastStep(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals: Lightning's own handlers act in the middle of a step, where nothing can be saved."""
-        self.received = 0
+        # Lightning has noted one that came while the loading processes started.
+        self.received = signal.SIGTERM if trainer.received_sigterm else 0
         self.trainer = trainer
         if threading.current_thread() is not threading.main_thread():
             return
@@ -162,3 +163,6 @@ def end_at_sigterm(trainer: L.Trainer) -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)
+        # It may have come while the loading processes started.
+        if trainer.received_sigterm:
+            end(signal.SIGTERM, None)

@@ -22,7 +22,7 @@ use what was trained:
   consolidate  make one file, or such a folder, of a checkpoint that several processes have written in shards
 
 make and look at what you will train on:
-  encode         images into a folder of latents of a VAE, on all devices; started again, it goes on;
+  encode         images into a folder of latents of a VAE, on all devices; started again, it resumes;
                  with --pairs, text-image pairs into the cache of a training (decm encode --pairs SOURCE --help)
   validate-data  read a whole folder of latents, and say what is in it or what is wrong with it
 

@@ -52,7 +52,7 @@ def encode(
         size: images are cropped to size x size pixels.
         batch_size: images encoded at once on each device, each plain and mirrored, at least 1.
         shard_size: images in a file, at least 1; a killed run loses at most that many on each device.
-        num_classes: labels must be below it; by default as many as there are class folders, or the largest label says.
+        num_classes: labels must be below it; by default the number of class folders, or the largest label plus 1.
         on_error: raise if an image or label is broken, or skip to leave it out and count it.
         posterior: sample (mean + std noise, as LightningDiT) or mode (the mean) of what the VAE encodes.
         seed: of the samples of the posterior, from 0 to 2^63 - 1; the noise of an image depends on it and its name.
@@ -62,6 +62,7 @@ def encode(
         num_nodes: how many machines.
     """
     files = ImageFiles(images, num_classes, on_error)
+    files.check_output(out)
     autoencoder = load_autoencoder(vae)
     if autoencoder.image_channels != 3:
         raise ValueError(f"the VAE must be for RGB images: {vae} has {autoencoder.image_channels} channels")

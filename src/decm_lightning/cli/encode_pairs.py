@@ -1,4 +1,4 @@
-"""decm encode --pairs: what training on text-image pairs reads, made ahead of it."""
+"""decm encode --pairs: prepare the data of a training on text-image pairs."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -22,10 +22,10 @@ def encode_pairs(
     on_error: Literal["raise", "skip"] = "raise",
     device: str | None = None,
 ) -> None:
-    """Read and check text-image pairs, encode their captions and, with a VAE, their images, and keep all that.
+    """Read and check text-image pairs, encode their captions and, with a VAE, their images, and store the result.
 
     A run whose data are TextImagePairs of the same source, size, encoder and VAE, and whose cache is `out`, then starts
-    at once. Stopped while it encodes images, the same command goes on.
+    at once. The same command resumes a run that was interrupted while it encoded images.
 
     Args:
         pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a

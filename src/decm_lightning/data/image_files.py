@@ -45,7 +45,7 @@ class ImageFiles:
     """All images of a source, in the order of their names, or of their positions in sorted tars.
 
     In a folder of class folders (ImageNet's layout) the classes are numbered by their sorted names, and the images of a
-    class may lie in folders inside of its own. In tars each image has its class next to it, as name.cls, name.json
+    class may lie in folders below its own. In tars each image has its class next to it, as name.cls, name.json
     ({"label": 3} or {"cls": 3}) or name.txt. A folder with a tar in it is one of tars. Images have any suffix that
     `image_reader.suffixes` names. Links are followed, hidden files left out.
 
@@ -61,10 +61,13 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: if there is no such source, no image in it, or no image in a class folder.
-        ValueError: naming the file or member that is cut short, has no label or a label outside of the classes.
+        ValueError: if num_classes is below 1; naming the file or member that is damaged, has no label or a label
+            outside of the classes.
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1: got {num_classes}")
         self.source = source
         self.on_error = on_error
         self.left_out: Counter[str] = Counter()
@@ -91,6 +94,16 @@ class ImageFiles:
         """Return the number of images."""
         return len(self.files)
 
+    def check_output(self, folder: str) -> None:
+        """Refuse a folder to write to that would become a class folder, or change one.
+
+        Raises:
+            ValueError: if the source is a folder of class folders, and `folder` is inside it.
+        """
+        if not self.files[0].tar and Path(folder).resolve().is_relative_to(Path(self.source).resolve()):
+            what = f"{printable(folder)} is inside the images {printable(self.source)}, where each folder is a class"
+            raise ValueError(f"{what}: give --out a folder outside of them")
+
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
         """Return the pixels of an image, cropped to size x size.
 
@@ -113,7 +126,7 @@ class ImageFiles:
             OSError: if the file is gone.
         """
         file = image.place.file
-        # A tar is asked once, not for each of its images.
+        # One look at the disk for each tar, not for each image.
         changed = self._tar_times[file] if image.tar else _size_and_time(file)
         return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
 

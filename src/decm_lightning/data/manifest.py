@@ -199,7 +199,7 @@ class Manifest:
         foreign = sorted(set(self.folder.glob("*.safetensors")) - (ours if file.is_file() else set()))
         if foreign:
             what = f"{self.folder} holds shards that were not encoded here, such as {foreign[0].name}"
-            raise ValueError(f"{what}: give --out a folder of its own")
+            raise ValueError(f"{what}: give --out another folder")
         if not file.is_file():
             return []
         try:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,8 +53,10 @@ def read_list(file: Path, column: str | None) -> Iterator[Pair | DataError]:
     named = set()
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         for row in _json_rows(file, lines) if file.suffix.lower() == ".jsonl" else _csv_rows(file, lines, column):
-            if row.image:
-                named.add(os.path.realpath(file.parent / row.image))
+            # A name with a NUL byte or half a character is not that of a file.
+            with suppress(ValueError):
+                if row.image:
+                    named.add(os.path.realpath(file.parent / row.image))
             yield _pair(file, row, column)
     for parts in list_files(file.parent, IMAGES + OTHER_IMAGES).files:
         image = file.parent.joinpath(*parts)

@@ -6,6 +6,7 @@ from typing import Any
 
 from decm_lightning.data.pair import CAPTION_COLUMNS, FILE_COLUMNS, DataError, Pair, caption_of, listed, missing_column
 from decm_lightning.data.pairs_lists import read_image
+from decm_lightning.files import describe_unreadable
 
 BATCH = 64
 MAGIC = b"ARROW1"
@@ -16,7 +17,8 @@ def read_table(file: Path, column: str | None) -> Iterator[Pair | DataError]:
     """Yield the pairs of a parquet or Arrow file (stream or file format): `image` and a column of captions.
 
     An image is {"bytes", "path"}, or bytes, or the name of an image file, relative to the table's folder. The name may
-    also be in a column such as `file_name`. A damaged row group or record batch costs its own rows.
+    also be in a column such as `file_name`; bytes in any column come before names. A damaged row group or record batch
+    costs its own rows.
 
     Raises:
         ImportError: if pyarrow is not installed.
@@ -31,7 +33,8 @@ def read_table(file: Path, column: str | None) -> Iterator[Pair | DataError]:
         else:
             yield from _arrow(file, column)
     except (pyarrow.ArrowException, OSError) as error:
-        yield DataError(str(file), f"cannot be read ({_first_line(error)})", None)
+        reason = describe_unreadable(file, text=True) or _first_line(error)
+        yield DataError(str(file), f"cannot be read ({reason})", None)
 
 
 def _parquet(file: Path, column: str | None) -> Iterator[Pair | DataError]:
@@ -104,7 +107,7 @@ def _of_stream(reader: Any, opened: Any) -> Iterator[Any]:
         except (pyarrow.ArrowException, OSError) as error:
             yield error
             # A batch whose length is known is behind us; without it, the next one cannot be found.
-            if opened.tell() == place:
+            if opened.tell() in (place, opened.size()):
                 return
     opened.seek(max(opened.size() - len(END_OF_STREAM), 0))
     if opened.read() != END_OF_STREAM:
@@ -154,18 +157,24 @@ def _pair(file: Path, place: str, row: int, values: dict[str, Any], column: str 
     caption = caption_of(place, values, column)
     if isinstance(caption, DataError):
         return caption
-    for name in FILE_COLUMNS:
-        image = values.get(name)
-        path: Any = image
-        if isinstance(image, dict):
-            path, image = image.get("path"), image.get("bytes")
-            path = path.decode() if isinstance(path, bytes) else path
-        if isinstance(image, bytes):
-            return Pair(place, f"{file.stem}/{row}", image, caption)
-        if isinstance(path, str) and path:
-            read = read_image(f"{place}, {path:.200}", file.parent / path)
-            return read if isinstance(read, DataError) else Pair(place, f"{file.stem}/{row}", read[0], caption, read[1])
+    images = [_content_and_path(values.get(name)) for name in FILE_COLUMNS]
+    name = f"{file.stem}/{row}"
+    # Next to its bytes, an image may have the name of the file that they came from.
+    contents = [content for content, _ in images if content is not None]
+    if contents:
+        return Pair(place, name, contents[0], caption)
+    if path := next((path for _, path in images if path), ""):
+        read = read_image(f"{place}, {path:.200}", file.parent / path)
+        return read if isinstance(read, DataError) else Pair(place, name, read[0], caption, read[1])
     return DataError(place, "has no image (expected bytes or the name of a file)")
+
+
+def _content_and_path(image: Any) -> tuple[bytes | None, str]:
+    path: Any = image
+    if isinstance(image, dict):
+        path, image = image.get("path"), image.get("bytes")
+        path = path.decode() if isinstance(path, bytes) else path
+    return image if isinstance(image, bytes) else None, path if isinstance(path, str) else ""
 
 
 def _is_text(kind: Any) -> bool:

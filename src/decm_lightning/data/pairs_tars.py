@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from decm_lightning.data.pair import IMAGES, DataError, Pair, caption_of
-from decm_lightning.data.tars import RECORD
+from decm_lightning.data.tars import RECORD, end_fault, lost_bytes
+from decm_lightning.files import describe_unreadable
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 CAPTIONS = (".txt", ".json")
 DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
-CHUNK = 1 << 20
 
 
 def read_tar(file: Path, column: str | None) -> Iterator[Pair | DataError]:
@@ -35,16 +35,17 @@ def read_tar(file: Path, column: str | None) -> Iterator[Pair | DataError]:
         # ignore_zeros skips damaged headers, which would otherwise end the archive.
         with tarfile.open(file, "r:*", ignore_zeros=True) as tar:
             for member in tar:
-                if lost := _lost(tar, end, member.offset):
+                if lost := lost_bytes(tar, end, member.offset):
                     yield from group.finish()
                     yield DataError(str(file), f"is damaged ({lost} bytes before {member.name} are lost)", None)
                 yield from group.add(tar, member)
                 end = member.offset_data + (member.size + RECORD - 1) // RECORD * RECORD
             yield from group.finish()
-            yield from _end(file, tar, end, group.name)
+            if what := end_fault(tar, end, group.name):
+                yield DataError(str(file), what, None)
     except DAMAGE as error:
         yield from group.finish()
-        after = f"after {group.name}: {error}" if group.name else str(error)
+        after = f"after {group.name}: {error}" if group.name else describe_unreadable(file, text=True) or str(error)
         yield DataError(str(file), f"is cut short or not a tar ({after})".replace("\n", " "), None)
 
 
@@ -104,7 +105,7 @@ class _Group:
                 return DataError(place + suffix, f"has no .json file (with the caption column {self.column!r})")
             suffix = ".json"
         try:
-            text = parts[suffix].decode()
+            text = parts[suffix].decode("utf-8-sig")
             if suffix == ".txt":
                 return text
             values = json.loads(text)
@@ -115,31 +116,3 @@ class _Group:
         if not isinstance(values, dict):
             return DataError(place + suffix, "is not a JSON object")
         return caption_of(place + suffix, values, self.column)
-
-
-def _lost(tar: tarfile.TarFile, start: int, stop: int) -> int:
-    """Return the number of bytes between two places, 0 if they are zeros, as between tars that were joined."""
-    return stop - start if stop > start and any(map(any, _chunks(tar, start, stop))) else 0
-
-
-def _chunks(tar: tarfile.TarFile, start: int, stop: int | None = None) -> Iterator[bytes]:
-    assert tar.fileobj is not None
-    tar.fileobj.seek(start)
-    while chunk := tar.fileobj.read(CHUNK if stop is None else min(CHUNK, stop - start)):
-        yield chunk
-        start += len(chunk)
-
-
-def _end(file: Path, tar: tarfile.TarFile, end: int, name: str) -> Iterator[DataError]:
-    """Check the end of a tar: zeros mark it, and nothing else follows the last member."""
-    length, mark, damaged = 0, b"", False
-    for chunk in _chunks(tar, end):
-        mark = mark or chunk[:RECORD]
-        length += len(chunk)
-        damaged = damaged or any(chunk)
-    if not end and damaged:
-        yield DataError(str(file), "is not a tar (no member can be read)", None)
-    elif damaged:
-        yield DataError(str(file), f"is damaged or cut short ({length} bytes after {name} are lost)", None)
-    elif mark != bytes(RECORD):
-        yield DataError(str(file), f"is cut short: it does not end as a tar (after {name or 'nothing'})", None)

@@ -54,6 +54,9 @@ def open_file(file: Path) -> Any:
     Raises:
         ValueError: naming the file and why it cannot be read.
     """
+    # Opening a pipe would wait for its writer.
+    if not file.is_file():
+        raise ValueError(f"{file}: {describe_unreadable(file)}")
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
@@ -68,7 +71,7 @@ def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
             fit.
     """
     content = open_file(file)
-    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is no dictionary
+    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is not a dictionary
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}: a shard has {', '.join(KEYS)}")
     slices = {key: content.get_slice(key) for key in KEYS}

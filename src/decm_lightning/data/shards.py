@@ -135,15 +135,15 @@ def _raise(kind: str, error: ValueError) -> None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a folder of latents comes from: what its encoder writes beside the shards as cache.json.
+    """Where a folder of latents comes from: what its encoder writes next to the shards as cache.json.
 
     Args:
-        vae: name or hash of the VAE that encoded the images, and must decode what is drawn.
+        vae: name or hash of the VAE that encoded the images, and must decode samples.
         scaling: the `latent_norm` and `latent_multiplier` that training uses.
         shape: [c, h, w] of a latent.
         num_images: rows of all shards together.
         num_classes: labels are below it.
-        checksums: SHA-256 by file name: of latents_stats.pt, and of shards if wanted.
+        checksums: SHA-256 by file name: of latents_stats.pt, and, optionally, of shards.
         encoding: what else decides the latents: size of the images, their names, posterior and seed.
     """
 
@@ -166,7 +166,7 @@ class Provenance:
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
-                raise ValueError(f"the latents in {folder} are not complete: run decm encode again, and it goes on")
+                raise ValueError(f"the latents in {folder} are not complete: run decm encode again to resume")
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))

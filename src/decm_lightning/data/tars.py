@@ -1,18 +1,21 @@
-"""Webdataset tars by the positions of their members, so that images can be read in any order."""
+"""Webdataset tars by the positions of their members, and what is damaged between and after these."""
 
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from decm_lightning.files import describe_unreadable
 from decm_lightning.image_listing import is_hidden
 from decm_lightning.image_reader import printable, suffixes
 
 LABELS = (".cls", ".json", ".txt")
 JSON_KEYS = ("label", "cls")
 RECORD = 512
+CHUNK = 1 << 20
+LARGEST = 2**63 - 1
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 Fault = Callable[[str, str], None]
 """Takes the kind of a fault and a message that names where it is; raises the message or counts the kind."""
@@ -35,12 +38,13 @@ class _Members(NamedTuple):
 def tar_members(tar: Path, fault: Fault, left_out: Counter[str]) -> list[TarMember]:
     """Return the images of a plain tar in its order, with the labels next to them.
 
-    As in webdataset, files that have the same path up to the first dot of their name belong together.
+    As in webdataset, files that have the same path up to the first dot of their name belong together. A damaged place
+    costs the members in it, and tars that were joined are read to the end.
 
     Args:
         tar: the file.
-        fault: called if the tar is cut short, if an image has no label or a label no image, and if a label is not a
-            number. If it returns, what it was called for is left out.
+        fault: called if the tar is damaged or cut short, if an image has no label or a label no image, and if a label
+            is not a number. If it returns, what it was called for is left out.
         left_out: members that are neither images nor labels are added to it, by kind.
 
     Raises:
@@ -49,10 +53,10 @@ def tar_members(tar: Path, fault: Fault, left_out: Counter[str]) -> list[TarMemb
     _refuse_compressed(tar)
     members = _Members({}, {})
     try:
-        with tarfile.open(tar, "r:") as content:
-            if not _sort(content, members, left_out):
-                message = f"it ends after {len(members.images)} images without the mark of its end"
-                fault("tars cut short", f"{tar} is cut short: {message}")
+        # ignore_zeros skips damaged headers, which would otherwise end the archive.
+        with tarfile.open(tar, "r:", ignore_zeros=True) as content:
+            for what in _sort(content, members, left_out):
+                fault("damaged places in tars", f"{tar} {what}")
             for key in sorted(members.images.keys() ^ members.labels.keys()):
                 alone, lacks = (
                     (members.images[key], "label") if key in members.images else (members.labels[key], "image")
@@ -68,18 +72,43 @@ def tar_members(tar: Path, fault: Fault, left_out: Counter[str]) -> list[TarMemb
                 image = members.images[key]
                 found.append(TarMember(printable(image.name), label, image.offset_data, image.size))
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{tar} is not a whole, plain tar: {error}") from error
+        raise ValueError(f"{tar} is not a whole, plain tar: {describe_unreadable(tar, text=True) or error}") from error
     return sorted(found, key=lambda member: member.offset)
 
 
-def ends_whole(tar: tarfile.TarFile) -> bool:
-    """Return whether all members of a plain tar have been read: zeros mark its end.
+def lost_bytes(tar: tarfile.TarFile, start: int, stop: int) -> int:
+    """Return the number of bytes between two places, 0 if they are zeros, as between tars that were joined."""
+    return stop - start if stop > start and any(map(any, _chunks(tar, start, stop))) else 0
 
-    tarfile takes the end of the file, and a broken header, for the end of the archive.
+
+def end_fault(tar: tarfile.TarFile, end: int, last: str) -> str:
+    """Return what is wrong after the last member, "" if nothing is: zeros mark the end of a tar, and nothing follows.
+
+    Args:
+        tar: whose members have been read.
+        end: the byte after the last member.
+        last: the name of the last member; "" without one.
     """
+    length, mark, damaged = 0, b"", False
+    for chunk in _chunks(tar, end):
+        mark = mark or chunk[:RECORD]
+        length += len(chunk)
+        damaged = damaged or any(chunk)
+    if not end and damaged:
+        return "is not a tar (no member can be read)"
+    if damaged:
+        return f"is damaged or cut short ({length} bytes after {last} are lost)"
+    if mark != bytes(RECORD):
+        return f"is cut short: it does not end as a tar (after {last or 'nothing'})"
+    return ""
+
+
+def _chunks(tar: tarfile.TarFile, start: int, stop: int | None = None) -> Iterator[bytes]:
     assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    return tar.fileobj.read(RECORD) == bytes(RECORD)
+    tar.fileobj.seek(start)
+    while chunk := tar.fileobj.read(CHUNK if stop is None else min(CHUNK, stop - start)):
+        yield chunk
+        start += len(chunk)
 
 
 def _refuse_compressed(tar: Path) -> None:
@@ -90,14 +119,20 @@ def _refuse_compressed(tar: Path) -> None:
             raise ValueError(f"{tar} is compressed ({name}): images are read in any order, so unpack it to a plain tar")
 
 
-def _sort(content: tarfile.TarFile, members: _Members, left_out: Counter[str]) -> bool:
-    """Tell images from labels, and return whether the tar is whole."""
+def _sort(content: tarfile.TarFile, members: _Members, left_out: Counter[str]) -> Iterator[str]:
+    """Tell images from labels, and yield what is wrong with the tar."""
+    end, last = 0, ""
     try:
         for member in content:
+            if lost := lost_bytes(content, end, member.offset):
+                yield f"is damaged ({lost} bytes before {printable(member.name)} are lost)"
             _take(member, members, left_out)
-    except tarfile.ReadError:
-        return False
-    return ends_whole(content)
+            end, last = content.offset, printable(member.name)
+    except tarfile.ReadError as error:
+        yield f"is cut short after {last}: {error}"
+        return
+    if what := end_fault(content, end, last):
+        yield what
 
 
 def _take(member: tarfile.TarInfo, members: _Members, left_out: Counter[str]) -> None:
@@ -137,13 +172,15 @@ def _rank(member: tarfile.TarInfo) -> int:
 
 def _label(content: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     file = content.extractfile(member)
-    text = file.read().decode(errors="replace").strip() if file else ""
+    text = file.read().decode("utf-8-sig", errors="replace").strip() if file else ""
     found: object = text
     try:
         if member.name.lower().endswith(".json"):
             entries = json.loads(text)
             found = next(entries[key] for key in JSON_KEYS if key in entries)
-        return int(str(found))  # int alone would cut off what follows a point
+        if abs(label := int(str(found))) > LARGEST:  # int alone would cut off what follows a point
+            raise ValueError("beyond 64 bits")
+        return label
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
         message = f"{printable(member.name)} does not hold a class number: got {str(found)[:40]!r}"
         raise ValueError(message) from error

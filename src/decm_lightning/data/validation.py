@@ -16,7 +16,7 @@ from decm_lightning.data.shard_files import KEYS
 from decm_lightning.data.shards import Provenance, Shards
 
 NAMED = 10
-"""Of the rows that are not finite, so many are named; all are counted."""
+"""At most this number of non-finite rows are named; all are counted."""
 
 
 class Faults:

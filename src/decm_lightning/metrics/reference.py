@@ -4,8 +4,10 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from decm_lightning.files import file_sha256
+from decm_lightning.files import describe_unreadable, file_sha256
 from decm_lightning.image_listing import counted, list_files
 from decm_lightning.image_reader import Location, broken, printable, read_image, read_modes, suffixes
 from decm_lightning.metrics.frechet import Moments
@@ -84,13 +86,24 @@ def read(path: str | Path) -> Reference:
     if not path.is_file():
         raise FileNotFoundError(f"no reference at {path}: {EXPECTED} in an .npz file, or a folder of images")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no .npz file: {EXPECTED}")
-    with np.load(path, allow_pickle=False) as content:
+        raise ValueError(f"{path}: {describe_unreadable(path) or 'not an .npz file'}: {EXPECTED}")
+    with _named(path), np.load(path, allow_pickle=False) as content:
         moments = {view: _moments(content, keys, path) for view, keys in MOMENTS.items() if keys[0] in content}
         has_images = IMAGES in content
         if not moments and not has_images:
             raise ValueError(f"{path} has {', '.join(content.files) or 'no arrays'}: {EXPECTED}")
     return Reference(path, moments, NpzImages(path) if has_images else None)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in what numpy and zipfile raise about a damaged one."""
+    try:
+        yield
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} is damaged or not an .npz file of numbers ({error}): make it again") from error
 
 
 class NpzImages:
@@ -105,7 +118,7 @@ class NpzImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as stream:
+        with _named(path), zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as stream:
             self.shape = self._header(stream)
 
     def __len__(self) -> int:
@@ -116,10 +129,10 @@ class NpzImages:
         """Yield the images of each share, uint8 (n, c, h, w).
 
         Raises:
-            ValueError: if the file ends too early.
+            ValueError: if the file is damaged.
         """
         size = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
+        with _named(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
             self._header(stream)
             at = 0
             for share in shares:
@@ -203,7 +216,13 @@ def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Pat
     missing = [key for key in keys if key not in content]
     if missing:
         raise ValueError(f"{path} has {keys[0]} but no {missing[0]}: {EXPECTED}")
-    mean, covariance = (torch.from_numpy(np.array(content[key], dtype=np.float64)) for key in keys)
+    # numpy returns the bytes of a member that does not hold an array.
+    arrays = [np.asarray(content[key]) for key in keys]
+    if not all(array.dtype.kind in "fiu" for array in arrays):
+        raise ValueError(
+            f"{path}: {keys[0]} and {keys[1]} must be real numbers: got {arrays[0].dtype}, {arrays[1].dtype}"
+        )
+    mean, covariance = (torch.from_numpy(np.array(array, dtype=np.float64)) for array in arrays)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         got = f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
         raise ValueError(f"{path}: {keys[0]} must be (d,) and {keys[1]} (d, d): {got}")
@@ -211,4 +230,8 @@ def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Pat
         raise ValueError(f"{path}: {keys[0]} and {keys[1]} must be finite: make the file again")
     if not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * float(covariance.abs().max())):
         raise ValueError(f"{path}: {keys[1]} must be symmetric, as a covariance is: make the file again")
+    if covariance.diagonal().min() < 0:
+        raise ValueError(
+            f"{path}: the diagonal of {keys[1]} holds variances, which are at least 0: make the file again"
+        )
     return Moments(mean, covariance)

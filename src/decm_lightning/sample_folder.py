@@ -74,7 +74,7 @@ class SampleFolder:
             self.check()
             return
         what = "is not one of its samples" if begun else f"is there, but no {SETTINGS}"
-        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): give another --out, or remove them")
+        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): choose another folder, or remove them")
 
     def begin(self) -> None:
         """Write settings.json, if it is not there, and create the folder, if it is missing.
@@ -150,7 +150,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _damaged(file: Path, cause: str) -> ValueError:
-    return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or give another --out")
+    return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or choose another")
 
 
 def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -159,7 +159,7 @@ def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str
         short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
         values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): give another --out")
+        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): choose another folder")
 
 
 def _images(folder: Path) -> Iterator[Path]:

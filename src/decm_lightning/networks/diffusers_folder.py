@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from decm_lightning.files import describe_unreadable
@@ -43,6 +44,10 @@ def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) 
         for file in sorted(Path(path, subfolder or "").glob("*.safetensors")):
             if cause := describe_unreadable(file):
                 raise ValueError(f"{file} cannot be read: {cause}") from error
+        if isinstance(error, RuntimeError):
+            # torch names every tensor that does not fit.
+            cause = shorten(str(error).replace("\t", " "), 300, placeholder=" ...")
+            raise ValueError(f"{Path(path, subfolder or '')} cannot be loaded: {cause}") from error
         raise
     # It would continue with random weights.
     refuse_unfit(path, {word: [str(name) for name in report.get(key, ())] for key, word in FAULTS.items()})

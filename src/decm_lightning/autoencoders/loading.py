@@ -14,7 +14,7 @@ from decm_lightning.networks.diffusers_folder import from_pretrained, refuse_unf
 from decm_lightning.networks.tensors import read_file
 
 INSIDE = ("ema", "state_dict", "model", "vae", "module")
-"""Where training scripts put tensors into their checkpoints; the first that is there is read."""
+"""Where training scripts put tensors into their checkpoints; the first one found is read."""
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 FILES = (".safetensors", ".pt", ".pth", ".ckpt")
 

@@ -56,7 +56,7 @@ def origin(module: Any, data: Any) -> dict[str, str]:
 
 
 def _vae(data: Any) -> str:
-    # Its content where it is loaded: the same path may hold another VAE later.
+    # By content if it is loaded: the same path may hold another VAE later.
     coder = getattr(data, "decoder", None) or getattr(data, "coder", None)
     return str(data.vae if coder is None else coder.autoencoder.identity)
 

@@ -25,7 +25,7 @@ from decm_lightning.teachers import Teacher
 from decm_lightning.types import Batch
 
 DIGITS = 16
-"""Of a hash of labels or captions in settings.json."""
+"""The length of a hash of labels or captions in settings.json."""
 
 
 class SampleWriter(BasePredictionWriter):
@@ -50,7 +50,7 @@ class SampleWriter(BasePredictionWriter):
         self.written = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the module what to draw, and prepare the folder.
+        """Tell the module what to sample, and prepare the folder.
 
         Raises:
             ValueError: if the folder has samples of other settings.

@@ -33,13 +33,13 @@ def records(
     If a record cannot be read, reading resumes at the line after its first one. That is the case if a quote is not
     closed within 100 lines, if text follows a closing quote, or if a field is beyond the csv module's limit. A quote
     that was left open may also be closed by a quote of a later row. A record of several lines counts as such a one if
-    its number of fields differs from the header's, or if more than one of its lines is a row of its own.
+    its number of fields differs from the header's, or if more than one of its lines is a separate row.
 
     Args:
         lines: the lines with their ends.
         delimiter: one character.
         header: the columns; the caller may fill it after the first record.
-        names_an_image: whether the values of a row, as many as the header has, name an image file.
+        names_an_image: whether the values of a row, one for each column, name an image file.
     """
     source = iter(lines)
     waiting: deque[str] = deque()

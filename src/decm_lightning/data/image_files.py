@@ -113,7 +113,7 @@ class ImageFiles:
             OSError: if the file is gone.
         """
         file = image.place.file
-        # A tar is asked once, not for each of its images.
+        # Once for each tar, not for each of its images.
         changed = self._tar_times[file] if image.tar else _size_and_time(file)
         return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
 

@@ -42,7 +42,7 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
-    """Return in words how many files of each kind were skipped."""
+    """Describe how many files of each kind were skipped."""
     return "skipped " + " and ".join(
         f"{count} {kind} {'file' if count == 1 else 'files'}" for kind, count in skipped.items()
     )
@@ -68,7 +68,7 @@ def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
             fit.
     """
     content = open_file(file)
-    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is no dictionary
+    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is not a dictionary
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}: a shard has {', '.join(KEYS)}")
     slices = {key: content.get_slice(key) for key in KEYS}

@@ -13,19 +13,19 @@ from decm_lightning.networks.tensors import few
 WEIGHTS = "diffusion_pytorch_model"
 """How the names of weights begin."""
 VARIANT = "fp16"
-"""The weights that are read where there are no others."""
+"""The variant that is read if a model has no weights in full precision."""
 FAULTS = {
     "missing_keys": "missing",
     "unexpected_keys": "left over",
     "mismatched_keys": "of another shape",
     "error_msgs": "errors",
 }
-"""What diffusers says of the tensors that it has loaded."""
+"""What diffusers reports about the tensors that it has loaded."""
 log = logging.getLogger(__name__)
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Return a model of diffusers all of whose weights are in its files.
+    """Load a diffusers model, and check that its files have exactly its weights.
 
     Args:
         cls: its class, such as diffusers.AutoencoderKL.
@@ -74,7 +74,7 @@ def _load(cls: Any, path: str, subfolder: str | None, options: dict[str, Any]) -
         except OSError as error:
             if folder.is_dir() or "file named" not in str(error):
                 raise
-    # Of a name on the hub the files are not known before.
+    # The files of a name on the hub are not known in advance.
     loaded = cls.from_pretrained(path, variant=VARIANT, **options)
     log.warning("%s has weights in %s only: read those", folder if half else path, VARIANT)
     return loaded

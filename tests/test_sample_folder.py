@@ -48,7 +48,10 @@ def test_a_folder_resumes_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SETTINGS | {"steps": 4, "seed": 1}, r"other settings \(steps 2, not 4; seed 0, not 1\): give another --out"),
+        (
+            SETTINGS | {"steps": 4, "seed": 1},
+            r"other settings \(steps 2, not 4; seed 0, not 1\): choose another folder",
+        ),
         (SETTINGS | {"s1": 0.5}, r"other settings \(s1 None, not 0.5\)"),
         ({"seed": 0, "steps": 2}, r"other settings \(sampler mix, not None\)"),
         (dict.fromkeys("abcdefg", 1), r"other settings \(a None, not 1; .* and 6 more\)"),
@@ -74,7 +77,7 @@ def test_other_images_are_refused(name, begun, tmp_path: Path) -> None:
         filled(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"^{tmp_path} holds other images .{name} .*give another --out"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds other images .{name} .*choose another folder"):
         SampleFolder(tmp_path, SETTINGS, NAMES).check()
     if begun and "photo" not in name:
         SampleFolder(tmp_path, SETTINGS).check()

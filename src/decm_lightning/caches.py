@@ -11,12 +11,12 @@ from decm_lightning.files import PARTIAL
 
 
 def make_once(path: Path, make: Callable[[], None], is_current: Callable[[], bool] | None = None) -> None:
-    """Call `make`, which creates `path`, unless it is there. Of two processes, the second waits for the first.
+    """Call `make`, which creates `path`, unless it exists. Of two processes, the second waits for the first.
 
     Args:
         path: a file or folder; while it is made, `path`.lock is locked.
         make: creates it, through a name that ends with .partial.
-        is_current: whether it is there and need not be made again; by default, whether it exists.
+        is_current: whether it exists and need not be made again; by default, whether it exists.
     """
     is_current = is_current or path.exists
     if is_current():

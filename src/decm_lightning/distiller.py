@@ -38,7 +38,7 @@ from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 class PathSample:
     """Where a batch's jumps may start: noise x_0, data x_1, and the point x_t between them at time t.
 
-    v_t is the teacher's velocity v(x_t, t), None where nobody asked for it. Times are on the CPU: which of them are
+    v_t is the teacher's velocity v(x_t, t), None if no loss needs it. Times are on the CPU: which of them are
     guided, and how many, is known there without waiting for the device.
     """
 
@@ -115,7 +115,7 @@ class Distiller(FlowTraining):
         """Choose the engine for du, and say what a step will cost.
 
         Raises:
-            ValueError: if the wanted engine cannot pass through the student.
+            ValueError: if the requested engine cannot differentiate the student.
         """
         super().setup(stage)
         if stage == "fit":

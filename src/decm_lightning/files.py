@@ -172,7 +172,7 @@ def _cause(error: Exception, partial: Path) -> int | None:
     if isinstance(error, OSError):
         about = error.filename in (None, str(partial), str(partial.parent), partial.parent)
         return error.errno if about and error.errno else None
-    # torch and safetensors report a full disk in words of their own.
+    # torch and safetensors report a full disk without an errno.
     if shutil.disk_usage(partial.parent).free < FULL or "No space left" in str(error):
         return errno.ENOSPC
     return None

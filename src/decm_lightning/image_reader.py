@@ -58,7 +58,7 @@ class Location(NamedTuple):
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a separate stream, because Pillow starts at the first byte of what it is given."""
+    """Some bytes of a file as a separate stream, because Pillow starts at the first byte of a stream."""
 
     def __init__(self, whole: io.BufferedReader, offset: int, length: int) -> None:
         self.whole = whole

@@ -92,7 +92,7 @@ def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
     """Return whether a file is a PNG with its beginning and its end, and of this size (width, height) if one is given.
 
     Raises:
-        OSError: if it cannot be read for another reason than that it is missing, or is a folder.
+        OSError: if there is a file that cannot be read.
     """
     try:
         content = file.read_bytes()

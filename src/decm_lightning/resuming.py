@@ -81,7 +81,7 @@ def _counters(count: int) -> dict[str, int]:
 
 
 def settings_of(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the settings within a value by dotted names: plain values as they are, all else in words.
+    """Return the settings within a value by dotted names: plain values as they are, everything else by its class.
 
     Dataclasses, mappings and sequences are followed; of an object of another class the class is named.
     """
@@ -101,6 +101,6 @@ def settings_of(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
-    """Return which settings differ, each in words: `value (saved in the checkpoint)`."""
+    """Return which settings differ, each as `value (saved in the checkpoint)`."""
     names = [name for name in {**saved, **given} if saved.get(name, ABSENT) != given.get(name, ABSENT)]
     return {name: f"{given.get(name, ABSENT)} ({saved.get(name, ABSENT)} in the checkpoint)" for name in names}

@@ -73,11 +73,11 @@ class SampleFolder:
             # Another process has begun since.
             self.check()
             return
-        what = "is not one of its samples" if begun else f"is there, but no {SETTINGS}"
-        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): give another --out, or remove them")
+        what = "is not one of its samples" if begun else f"exists without {SETTINGS}"
+        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): choose another folder, or remove them")
 
     def begin(self) -> None:
-        """Write settings.json, if it is not there, and create the folder, if it is missing.
+        """Write settings.json and create the folder, if they are missing.
 
         Several processes may begin at once: all of them must have the same settings.
 
@@ -88,7 +88,7 @@ class SampleFolder:
         self.check()
         if self._has_settings():
             return
-        # Of several processes one must win whole, with none seeing the file of another before it is complete.
+        # Exactly one of several processes must win, and none may see an incomplete file.
         own = self.folder / f"{SETTINGS}.{token_hex(4)}"
         with atomic(own) as partial:
             partial.write_text(json.dumps(dict(self.settings), indent=2) + "\n", encoding="utf-8")
@@ -103,7 +103,7 @@ class SampleFolder:
             own.unlink(missing_ok=True)
 
     def missing(self, names: Sequence[str], size: tuple[int, int] | None = None) -> list[str]:
-        """Return the names of samples that are not there, or not as whole PNG files of this size (width, height)."""
+        """Return the names of samples that are missing, or not whole PNG files of this size (width, height)."""
         return [name for name in names if not has_whole_png(self.folder / name, size)]
 
     def write(self, name: str, image: UInt8[Tensor, "c h w"]) -> None:
@@ -124,7 +124,7 @@ class SampleFolder:
         return frozenset(self.names or ())
 
     def _has_settings(self) -> bool:
-        """Return whether the folder has settings; refuse those of others."""
+        """Return whether the folder has settings; refuse different ones."""
         found = _read(self.file)
         if found is not None:
             _refuse_others(self.folder, found, json.loads(json.dumps(self.settings)))
@@ -150,7 +150,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _damaged(file: Path, cause: str) -> ValueError:
-    return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or give another --out")
+    return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or choose another")
 
 
 def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -159,11 +159,11 @@ def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str
         short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
         values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): give another --out")
+        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): choose another folder")
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and below, relative to it; hidden files are no samples."""
+    """Yield the images in a folder and below, relative to it; hidden files are skipped."""
     kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def fail(error: OSError) -> None:

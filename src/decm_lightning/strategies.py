@@ -104,7 +104,7 @@ class Failure(NamedTuple):
         rank, (cause, _) = next(iter(causes.items()))
         if isinstance(cause, OSError) and cause.errno:
             return cls(cause.errno, os.strerror(cause.errno), rank)
-        # torch reports a full disk in words of its own.
+        # torch reports a full disk without an errno.
         place = next(parent for parent in path.absolute().parents if parent.exists())
         if "No space left" in str(cause) or shutil.disk_usage(place).free < FULL:
             return cls(errno.ENOSPC, os.strerror(errno.ENOSPC), rank)

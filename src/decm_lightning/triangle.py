@@ -48,7 +48,7 @@ class TimeLaw(ABC):
         """Return the times at uniform levels in [0, 1): t with P(time < t) = level."""
 
     def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Return `count` times on the generator's device: one in each of as many parts of equal probability."""
+        """Return `count` times on the generator's device: one in each of `count` parts of equal probability."""
         return self.quantiles(stratified(count, generator))
 
 

@@ -128,9 +128,12 @@ def add(folder):
     save_file(load_file(folder / WEIGHTS) | {"more": torch.zeros(1)}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def rename(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
+def describe(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
 
 
 LFS = f"{WEIGHTS} cannot be read: a git-lfs pointer instead of the file: run git lfs pull"
@@ -141,7 +144,12 @@ LFS = f"{WEIGHTS} cannot be read: a git-lfs pointer instead of the file: run git
     [
         (drop, "its tensors are not those of its architecture; missing: decoder.conv_out.bias$"),
         (add, "its tensors are not those of its architecture; left over: more$"),
-        (rename, "is a UNet2DModel: a VAE is one of AutoencoderKL, AutoencoderDC, AutoencoderTiny"),
+        (
+            describe(_class_name="UNet2DModel"),
+            "is a UNet2DModel: a VAE is one of AutoencoderKL, AutoencoderDC, AutoencoderTiny",
+        ),
+        (describe(_class_name=None), "names no class .*: a VAE is one of AutoencoderKL"),
+        (describe(latent_channels=3), "cannot be loaded: .*size mismatch for encoder.conv_out.weight"),
         (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1"), LFS),
         (lambda folder: (folder / WEIGHTS).write_text("<html>"), f"{WEIGHTS} cannot be read: a web page"),
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), "read: cut short at"),
@@ -154,6 +162,14 @@ def test_a_folder_that_is_no_whole_vae_is_refused(spoil, message, tmp_path):
     spoil(save_kl(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_autoencoder(tmp_path)
+
+
+def test_one_file_of_a_folder_is_not_a_vae(tmp_path):
+    """diffusers' tensors do not tell their architecture, and no other file is looked for on the hub."""
+    save_kl(tmp_path)
+    for name, message in ((WEIGHTS, "named as diffusers .*: give its folder"), ("config.json", "text instead of")):
+        with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
+            load_autoencoder(tmp_path / name)
 
 
 def test_what_is_nowhere_is_refused(tmp_path):

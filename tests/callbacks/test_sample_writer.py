@@ -2,11 +2,12 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from decm_lightning import TeacherTraining
 from decm_lightning.callbacks.sample_writer import SampleWriter
 from decm_lightning.data import Digits
+from decm_lightning.data.images import LabelledImages, as_it_is
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.networks import DiT, TextDiT
 from decm_lightning.types import Batch, Captions
@@ -107,3 +108,39 @@ def test_a_folder_with_other_samples_is_refused(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"000000_class3\.png"):
         written(tmp_path, Positives())
+
+
+class Labelled(Positives):
+    def __init__(self, labels, batch_size=2):
+        super().__init__()
+        self.rows, self.at_once = LabelledImages(torch.zeros(len(labels), 1, 8, 8), torch.tensor(labels)), batch_size
+
+    def predict_dataloader(self):
+        rows = Subset(self.rows, range(len(self.rows)))
+        return DataLoader(rows, batch_size=self.at_once, collate_fn=as_it_is)
+
+
+def test_a_folder_of_other_labels_or_batches_is_refused(tmp_path):
+    # All depend on them: the names on the labels, the noise on the rows that are sampled together.
+    first = [file.name for file in written(tmp_path, Labelled([3, 5]))]
+    assert first == [file.name for file in written(tmp_path, Labelled([3, 5]))]
+    for data, named in ((Labelled([3, 4]), "labels"), (Labelled([3, 5, 7]), "labels"), (Labelled([3, 5], 1), "batch")):
+        with pytest.raises(ValueError, match=named):
+            written(tmp_path, data)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == first
+
+
+def test_a_folder_of_other_captions_is_refused(tmp_path):
+    class Captioned(Positives):
+        def predict_dataloader(self):
+            return DataLoader(range(2), batch_size=2, collate_fn=captioned)
+
+    def network():
+        return TextDiT(8, 1, 2, patch_size=4, width=16, depth=1, heads=2)
+
+    data = Captioned()
+    data.texts = ["a cat", "a dog"]
+    written(tmp_path, data, network=network())
+    data.texts = ["a cat", "a cow"]
+    with pytest.raises(ValueError, match="captions"):
+        written(tmp_path, data, network=network())

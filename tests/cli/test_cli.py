@@ -360,11 +360,13 @@ def test_a_typo_in_a_yaml_is_named_with_its_place(decm):
         ("file", "got file (file: Not a directory)"),
         ("file/new/a.png", "got file/new/a.png (file: Not a directory)"),
         ("/proc/new/a.png", "got /proc/new/a.png (/proc: "),
+        ("link/new", "link is a link to missing, which does not exist"),
     ],
 )
 def test_where_nothing_can_be_written_nothing_is_drawn(out, message, decm):
     Path("folder.png").mkdir()
     Path("file").touch()
+    Path("link").symlink_to("missing")
     # A missing network has a message of its own: not even that is looked for.
     code, _, err = decm("sample", "nowhere", "--out", out)
     assert code == 2

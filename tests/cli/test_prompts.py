@@ -207,7 +207,7 @@ def test_images_drawn_otherwise_are_not_mixed(decm, changed):
     code, _, err = decm(*DRAW, "--out", "drawn", *more)
     assert code == 2
     assert f"drawn holds samples of other settings ({changed} " in err
-    assert "give another --out" in err
+    assert "choose another folder" in err
 
 
 def test_plain_text_has_one_prompt_a_line(tmp_path):
@@ -248,6 +248,7 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
     ("argv", "message"),
     [
         (["student"], "student reads captions: give --prompts FILE and --encoder, what it was trained with"),
+        ([*DRAW[1:], "--classes", "[3]"], "student reads captions, not classes: leave out --classes [3]"),
         (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
         (["classes", "--prompts", "prompts.jsonl"], "classes reads classes, not captions: give --classes"),
         (

@@ -325,6 +325,21 @@ def test_the_hubs_own_loader_reads_the_folder(network, tmp_path):
     assert "library_name: decm-lightning" in (tmp_path / "README.md").read_text()
 
 
+def test_what_the_hubs_own_writer_writes_is_loaded(network, tmp_path):
+    """Network.save_pretrained, and so push_to_hub; also into a folder that was written before."""
+    for _ in range(2):
+        network.save_pretrained(tmp_path)
+        assert same_weights(load(tmp_path), network)
+
+
+def test_a_description_without_a_class_is_named(network, tmp_path):
+    save(network, tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(network.config))
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded: .*_class_name"):
+        load(tmp_path)
+
+
 class Foreign(MLP):
     """A network class that the package does not know by name."""
 

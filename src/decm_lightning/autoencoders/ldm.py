@@ -15,6 +15,8 @@ FIRST_STAGE = "first_stage_model."
 """The beginning of the autoencoder's names in the checkpoint of a whole latent diffusion model."""
 PREFIX = re.compile(r"^((first_stage_model|module|_orig_mod|model|vae)\.)+")
 """What wrappers and training scripts put before the names."""
+DIFFUSERS = ("encoder.down_blocks.", "encoder.layers.", "decoder.up_blocks.")
+"""Beginnings of names in diffusers' own files, whose architecture is in the config next to them."""
 INSIDE_BLOCKS = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -57,6 +59,8 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
     ends = [f"{part}.{end}.weight" for part in ("encoder", "decoder") for end in ("conv_in", "conv_out")]
     lacking = [name for name in (*ends, *firsts) if name not in tensors]
+    if any(name.startswith(DIFFUSERS) for name in tensors):
+        raise ValueError("its tensors are named as diffusers names them: give its folder, which has a config.json")
     if lacking or not levels:
         raise ValueError(f"no LDM AutoencoderKL: it lacks {', '.join(lacking) or 'encoder.down'}")
     latent_channels, moments = tensors["decoder.conv_in.weight"].shape[1], len(tensors["encoder.conv_out.weight"])

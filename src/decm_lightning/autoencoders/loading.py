@@ -14,7 +14,7 @@ from decm_lightning.networks.diffusers_folder import from_pretrained, refuse_unf
 from decm_lightning.networks.tensors import read_file
 
 INSIDE = ("ema", "state_dict", "model", "vae", "module")
-"""Where training scripts put tensors into their checkpoints; the first that is there is read."""
+"""Where training scripts put tensors into their checkpoints; the first one found is read."""
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 FILES = (".safetensors", ".pt", ".pth", ".ckpt")
 
@@ -36,7 +36,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         ValueError: if it is another model or file, or tensors are missing, left over, or of another shape.
     """
     path = Path(path)
-    if path.suffix in FILES and not path.is_dir():
+    if path.is_file() or (path.suffix in FILES and not path.is_dir()):
         try:
             content = read_file(path)
         except FileNotFoundError as error:
@@ -85,7 +85,8 @@ def _from_diffusers(path: str) -> nn.Module:
     subfolder, config = _config(path)
     kind = config.get("_class_name")
     if kind not in KINDS:
-        raise ValueError(f"{path} is a {kind}: a VAE is one of {', '.join(KINDS)}")
+        found = "names no class (_class_name)" if kind is None else f"is a {kind}"
+        raise ValueError(f"{Path(path, subfolder or '')} {found}: a VAE is one of {', '.join(KINDS)}")
     # Low memory wants accelerate, and VAEs are small.
     return from_pretrained(getattr(diffusers, kind), path, subfolder, low_cpu_mem_usage=False)
 

@@ -128,15 +128,15 @@ class Evaluation(L.Callback):
         self._start(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the accelerator to the training."""
+        """Free the accelerator for training."""
         self._release()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the accelerator to what comes next."""
+        """Free the accelerator for what comes next."""
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the accelerator to what comes next."""
+        """Free the accelerator for what comes next."""
         self._release()
 
     def on_validation_batch_end(

@@ -98,7 +98,7 @@ class GradientNorms(L.Callback):
         return {"spikes": int(self.spikes), "recent": [norm for norm in recent if norm == norm]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a saved count, and as many of its last norms as the window has."""
+        """Resume a saved count and its last norms, at most as many as fit into the window."""
         window = len(self.recent)
         recent = state_dict["recent"][-window:]
         self.recent = torch.tensor([*recent, *[torch.nan] * (window - len(recent))])

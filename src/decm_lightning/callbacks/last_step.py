@@ -63,11 +63,11 @@ class LastStep(L.Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let SIGTERM end what Lightning would otherwise go on with."""
+        """Let SIGTERM end the process: Lightning would continue."""
         end_at_sigterm(trainer)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let SIGTERM end what Lightning would otherwise go on with."""
+        """Let SIGTERM end the process: Lightning would continue."""
         end_at_sigterm(trainer)
 
     def on_train_batch_end(
@@ -154,7 +154,7 @@ class LastStep(L.Callback):
 
 
 def end_at_sigterm(trainer: L.Trainer) -> None:
-    """Let SIGTERM end the process, and those it has started: outside of a fit Lightning only takes note of it."""
+    """Let SIGTERM end the process, and those it has started: outside of a fit Lightning only records it."""
 
     def end(signum: int, frame: Any) -> None:
         if trainer.strategy.launcher is not None:

@@ -51,8 +51,14 @@ def protocol(
 
 def origin(module: Any, data: Any) -> dict[str, str]:
     """Return what made the samples of a given sampler, apart from weights, noise, conditions and machine."""
-    vae = {"VAE": str(data.vae)} if getattr(data, "vae", None) else {}
+    vae = {"VAE": _vae(data)} if getattr(data, "vae", None) else {}
     return vae | {"guidance": _guidance(module), "precision": str(module.trainer.precision)}
+
+
+def _vae(data: Any) -> str:
+    # By content if it is loaded: the same path may hold another VAE later.
+    coder = getattr(data, "decoder", None) or getattr(data, "coder", None)
+    return str(data.vae if coder is None else coder.autoencoder.identity)
 
 
 def _weights(module: Any, usages: Mapping[Cell, Usage]) -> str:

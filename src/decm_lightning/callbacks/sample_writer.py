@@ -1,16 +1,19 @@
 """Writes the samples of `decm predict`."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
 
 from decm_lightning.callbacks.cells import Cell
 from decm_lightning.callbacks.drawing import pictures
@@ -21,12 +24,16 @@ from decm_lightning.sample_folder import SampleFolder, sample_name
 from decm_lightning.teachers import Teacher
 from decm_lightning.types import Batch
 
+DIGITS = 16
+"""The length of a hash of labels or captions in settings.json."""
+
 
 class SampleWriter(BasePredictionWriter):
     """Writes one PNG for each label or other condition of the prediction loader, numbered by its row.
 
     Every row is written once for any number of processes. The folder gets a settings.json; it is refused if it has
-    samples of other settings, other weights or another number of processes, which decides the noise of a row.
+    samples of other settings, weights, labels or captions, or of another device, batch size or number of processes,
+    which determine the noise of a row.
 
     Args:
         folder: where to write; created if it is missing.
@@ -43,7 +50,7 @@ class SampleWriter(BasePredictionWriter):
         self.written = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the module what to draw, and prepare the folder.
+        """Tell the module what to sample, and prepare the folder.
 
         Raises:
             ValueError: if the folder has samples of other settings.
@@ -90,8 +97,7 @@ class SampleWriter(BasePredictionWriter):
         pl_module.draws = None  # type: ignore[assignment]
 
     def _numbers(self, trainer: L.Trainer, rows: int, batch_idx: int) -> Sequence[int]:
-        # There is one loader: Lightning refuses several where predict_step has no dataloader_idx.
-        sampler = getattr(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[0], "sampler", None)
+        sampler = getattr(self._loader(trainer), "sampler", None)
         if isinstance(sampler, EvenBatches):
             return sampler.batches[batch_idx]
         if trainer.world_size > 1:
@@ -99,15 +105,38 @@ class SampleWriter(BasePredictionWriter):
             raise ValueError(f"the samples of {trainer.world_size} processes cannot be numbered: {remedy}")
         return range(self.written, self.written + rows)
 
+    def _loader(self, trainer: L.Trainer) -> Any:
+        # There is at most one: Lightning refuses several where predict_step has no dataloader_idx.
+        return next(iter(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened), None)
+
     def _settings(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         return {
             "cell": str(self.cell),
             "seed": pl_module.seed,
             "processes": trainer.world_size,
-            "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+            "device": pl_module.device.type,
             "weights_sha256": _weights_sha256(pl_module),
             **origin(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
+            **_rows(trainer.datamodule, self._loader(trainer)),  # type: ignore[attr-defined]
         }
+
+
+def _rows(data: Any, loader: Any) -> dict[str, Any]:
+    """Return the identity of a loader's labels or captions, as far as it is known without reading the rows."""
+    rows = getattr(loader, "dataset", None)
+    whole = rows.dataset if isinstance(rows, Subset) else rows
+    labels, texts = getattr(whole, "labels", None), getattr(data, "texts", None)
+    # Lightning gives a loader for predictions a batch sampler, and then it has no batch size.
+    batches = getattr(loader, "batch_sampler", None)
+    size = getattr(loader if batches is None else batches, "batch_size", None)
+    found = {"data": type(data).__name__, "batch_size": size}
+    if isinstance(labels, Tensor):
+        chosen = labels[torch.as_tensor(rows.indices)] if isinstance(rows, Subset) else labels
+        found["labels"] = tensors_sha256({"labels": chosen})[:DIGITS]
+    if texts:
+        found["captions"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:DIGITS]
+    encoder = getattr(getattr(data, "encoder", None), "identity", None)
+    return found | ({"encoder": encoder} if encoder else {})
 
 
 def _weights_sha256(module: Any) -> str:

@@ -1,4 +1,4 @@
-"""What one sample costs and which times its sampler uses, both recorded while samples are drawn."""
+"""What one sample costs and which times its sampler uses, both recorded while samples are generated."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ class Usage:
     """The network evaluations of some samples.
 
     Args:
-        samples: number of samples that are drawn while it records.
+        samples: number of samples that are generated while it records.
 
     Attributes:
         rows: rows that the networks evaluated: a guided step evaluates two for each sample.
@@ -66,7 +66,7 @@ class Usage:
         try:
             yield
         finally:
-            # The class's own method shows again.
+            # Until here it hides the class's method.
             del teacher.velocity
 
     def options(self, cell: Cell) -> str:

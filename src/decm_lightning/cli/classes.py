@@ -49,7 +49,7 @@ class ClassSamples:
         return generate(self.network, self.decoder, self.choice, labels, self.choice.one, self.seed, rows)
 
     def batches(self) -> list[range]:
-        """Return the numbers of the samples that are computed together, whatever is there already."""
+        """Return the numbers of the samples that are computed together, whether they exist already or not."""
         total = len(self.classes) * self.per_class
         return [range(first, min(first + BATCH, total)) for first in range(0, total, BATCH)]
 

@@ -109,11 +109,11 @@ def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Leave out what Lightning says of small loaders and of Ctrl-C."""
+    """Silence what Lightning says about small loaders and Ctrl-C."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     with warnings.catch_warnings():
-        # The second is given where all is done already.
+        # Lightning gives the second warning if nothing is left to encode.
         for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
             warnings.filterwarnings("ignore", noise)
         log.setLevel(logging.WARNING)

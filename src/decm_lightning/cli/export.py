@@ -20,7 +20,7 @@ def export(
 
     Args:
         checkpoint: a .ckpt file written by decm fit.
-        out: the folder to write. A network that is there already is replaced when the new one is complete.
+        out: the folder to write. An existing network is replaced when the new one is complete.
         dtype: of the weights in the file; float16 halves it, and rounds each to a part in 2,000. What reads the folder
             computes in float32 all the same.
         allow_import: import the module of a network class that is not of this package, which runs its code.

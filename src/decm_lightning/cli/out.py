@@ -23,6 +23,8 @@ def checked_out(out: str) -> Path:
         raise ValueError(f"{KINDS}: {out} is a folder")
     place = path.parent if suffix == ".png" else path
     while not place.exists():
+        if place.is_symlink():
+            raise ValueError(f"{KINDS}: {place} is a link to {place.readlink()}, which does not exist")
         place = place.parent
     try:
         # Permissions do not tell all, such as of a disk that is full or mounted to be read.

@@ -39,7 +39,7 @@ class PromptSamples:
         network: it reads captions.
         decoder: turns its samples into images.
         choice: the sampler.
-        prompts: all of the file.
+        prompts: all prompts of the file.
         encoder: the text encoder that it was trained with.
         images: how many of each prompt.
         seed: of all noise.
@@ -70,7 +70,7 @@ class PromptSamples:
         """Generate what is missing in a folder, and return how many prompts that were.
 
         Prompt number i, from 0, has `folder`/0000i/samples/0000.png and so on, and its own line in
-        `folder`/0000i/metadata.jsonl. It is there if the line is the prompt's and its images are whole.
+        `folder`/0000i/metadata.jsonl. A prompt is complete if its line is the same and its images are whole.
 
         Raises:
             ValueError: if the folder holds samples of other settings, or other images.
@@ -99,7 +99,7 @@ class PromptSamples:
         """Generate all prompts as one PNG: a row a prompt, numbers of steps from the same noise side by side.
 
         Raises:
-            ValueError: if there is no number of steps.
+            ValueError: if the list of steps is empty.
         """
         several = [self.choice.steps] if isinstance(self.choice.steps, int) else self.choice.steps
         if not several:
@@ -123,7 +123,7 @@ class PromptSamples:
         }
 
     def _measure(self, numbers: Sequence[int]) -> None:
-        """Say in the log how many prompts are cut, if any."""
+        """Log how many prompts are cut, if any."""
         if numbers:
             self.encoder.measured([self.prompts[number].text for number in numbers])
 

@@ -70,6 +70,8 @@ def draw(
     if isinstance(network.example(1)[3], Captions):
         if prompts is None or encoder is None:
             raise ValueError(f"{model} reads captions: give --prompts FILE and --encoder, what it was trained with")
+        if classes is not None:
+            raise ValueError(f"{model} reads captions, not classes: leave out --classes {classes}")
         found, decoder = read_prompts(Path(prompts)), Decoder.of(network, vae, latents)
         _of_prompts(
             PromptSamples(network, decoder, choice, found, text_encoder(encoder, device), per_prompt, seed, device),

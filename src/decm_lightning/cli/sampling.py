@@ -19,7 +19,7 @@ from decm_lightning.types import Captions, Condition, Sample
 
 TEACHER_STEPS = 50
 DIGITS = 16
-"""Of a hash in settings.json."""
+"""The length of a hash in settings.json."""
 log = logging.getLogger(__name__)
 
 
@@ -152,7 +152,7 @@ def generate(
         condition: one row for each sample.
         steps: network evaluations per image.
         seed: of all noise.
-        numbers: what tells the samples apart: the noise of each depends on the seed and its numbers alone.
+        numbers: they identify the samples: the noise of each depends on the seed and its numbers alone.
     """
     generators = [generator_of(seed, *number) for number in numbers]
     x_0 = torch.stack([torch.randn(network.sample_shape, generator=generator) for generator in generators])
@@ -170,12 +170,12 @@ def reads_end_time(network: Network) -> bool:
 
 
 def weights_sha256(network: Network) -> str:
-    """Return the hash of all weights, those included that the network shares with a pretrained model."""
+    """Return the hash of all weights, including those that the network shares with a pretrained model."""
     return tensors_sha256(dict(network.named_parameters()) | dict(network.named_buffers()))[:DIGITS]
 
 
 def _by_config(vae: str) -> tuple[Any, Decoder]:
-    # Imported here: Lightning comes along with the data, and takes seconds.
+    # Imported here: the data modules import Lightning, which takes seconds.
     from decm_lightning.autoencoders import load_autoencoder
     from decm_lightning.data.latent_coder import LatentCoder
 

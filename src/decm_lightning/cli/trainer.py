@@ -113,7 +113,7 @@ class TrainerCLI(LightningCLI):
                 refuse_partial(Path(path), self.model, self.subcommand == "fit")
 
     def _check_exists(self, path: str) -> None:
-        """Refuse a checkpoint that is not there: Lightning goes on without one if it is called "last"."""
+        """Refuse a checkpoint that is not there: Lightning continues without one if it is called "last"."""
         if "://" in path or path.startswith("registry:"):
             return
         if path == "best":
@@ -189,7 +189,7 @@ def _write_traceback(trainer: L.Trainer) -> Path:
 
 
 def _newest(trainer: L.Trainer) -> str:
-    """Return in words that this run has no last checkpoint, and which is the newest of its experiment."""
+    """Say that this run has no last checkpoint, and which is the newest of its experiment."""
     logger = trainer.logger
     folder = Path(trainer.default_root_dir if logger is None else logger.save_dir or ".")
     folder = folder / str(logger.name or "") if logger is not None else folder

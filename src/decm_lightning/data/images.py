@@ -71,7 +71,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class EpochLoader(DataLoader[Batch]):
-    """A DataLoader that begins each epoch with the batch that is due, when its first batch is requested.
+    """A DataLoader that begins each epoch with the next batch of the run, when its first batch is requested.
 
     So a resumed run finds its place with any number of workers, and nothing has to be saved for it.
 
@@ -87,7 +87,7 @@ class EpochLoader(DataLoader[Batch]):
         self.position = position
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yield the batches that are left of the epoch."""
+        """Yield the remaining batches of the epoch."""
         assert isinstance(self.sampler, EpochSampler)
         assert self.batch_size is not None
         self.sampler.skip = self.position() * self.batch_size

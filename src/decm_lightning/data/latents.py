@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.random import SeedSequence
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from decm_lightning.data.decoding import LatentDecoder
@@ -56,6 +57,11 @@ class Latents(Rows):
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.shards)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all images, (n,)."""
+        return self.shards.labels
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""

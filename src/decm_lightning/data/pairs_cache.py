@@ -108,7 +108,7 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
             file.write_text(json.dumps(content.record()))
         with atomic(partial / STAMPS) as file:
             file.write_text(json.dumps([astuple(stamp) for stamp in content.stamps]))
-        # An older one is there if an image that it names has changed.
+        # An older one exists if an image that it names has changed.
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:

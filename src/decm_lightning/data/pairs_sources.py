@@ -48,11 +48,11 @@ def find_pairs(source: Path) -> PairSource:
     """Return the files of a source: a file, a folder with what is below it, or a pattern such as "train-*.tar".
 
     A table that has the name of a tar next to it, as img2dataset writes it, describes the tar and is not read. A file
-    that is there under several names, through links, is read once.
+    that has several names, through links, is read once.
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no pairs in it.
-        ValueError: if files of several kinds are there, or several lists.
+        ValueError: if there are files of several kinds, or several lists.
     """
     readable = tuple(suffix for suffixes, _ in KINDS.values() for suffix in suffixes)
     found, unread = _candidates(source, readable + COMPRESSED)

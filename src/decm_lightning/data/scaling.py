@@ -38,7 +38,7 @@ class Scaling:
         return self.scale_(x.clone())
 
     def scale_(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Scale latents in place and return them: without a copy of a batch, which would cost as much again."""
+        """Scale latents in place and return them: without a copy of a batch, which would double the cost."""
         x.sub_(self.mean).div_(self.std)
         return x if self.multiplier == 1 else x.mul_(self.multiplier)
 

@@ -42,7 +42,7 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
-    """Return in words how many files of each kind were skipped."""
+    """Describe how many files of each kind were skipped."""
     return "skipped " + " and ".join(
         f"{count} {kind} {'file' if count == 1 else 'files'}" for kind, count in skipped.items()
     )

@@ -201,7 +201,7 @@ class Provenance:
             raise ValueError(faults[0])
 
     def faults(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
-        """Return everything that differs from the record, or is missing, in words."""
+        """Describe everything that differs from the record, or is missing."""
         found = {
             "shape": list(shards.shape),
             "num_images": len(shards),

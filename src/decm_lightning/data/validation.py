@@ -125,7 +125,7 @@ class FolderCheck:
                 self.scaling.check(self.moments, self.shards.folder)
 
     def check_vae(self, name: str, autoencoder: Autoencoder) -> str:
-        """Compare a VAE with cache.json and the latents, decode one latent, and return in words what comes out."""
+        """Compare a VAE with cache.json and the latents, decode one latent, and describe the result."""
         if self.provenance is not None:
             with self.faults.collect("VAE"):
                 self.provenance.check_vae(self.shards.folder, name, autoencoder.identity)

@@ -125,7 +125,7 @@ class Objective:
     def draw_times(self, count: int, generator: torch.Generator) -> Time:
         """Return the start times of `count` rows by the law `times`, stratified within the rows of each loss.
 
-        Losses whose edge draws start times of its own do not count. See `rows.stratified_levels`.
+        Losses whose edge draws its own start times do not count. See `rows.stratified_levels`.
         """
         rows = self.rows(count)
         readers = [rows[name] for name, loss in self.losses.items() if loss.edge.shares_start]

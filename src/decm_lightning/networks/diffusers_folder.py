@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from decm_lightning.files import describe_unreadable
@@ -12,19 +13,19 @@ from decm_lightning.networks.tensors import few
 WEIGHTS = "diffusion_pytorch_model"
 """How the names of weights begin."""
 VARIANT = "fp16"
-"""The weights that are read where there are no others."""
+"""The variant that is read if a model has no weights in full precision."""
 FAULTS = {
     "missing_keys": "missing",
     "unexpected_keys": "left over",
     "mismatched_keys": "of another shape",
     "error_msgs": "errors",
 }
-"""What diffusers says of the tensors that it has loaded."""
+"""What diffusers reports about the tensors that it has loaded."""
 log = logging.getLogger(__name__)
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Return a model of diffusers all of whose weights are in its files.
+    """Load a diffusers model, and check that its files have exactly its weights.
 
     Args:
         cls: its class, such as diffusers.AutoencoderKL.
@@ -43,6 +44,10 @@ def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) 
         for file in sorted(Path(path, subfolder or "").glob("*.safetensors")):
             if cause := describe_unreadable(file):
                 raise ValueError(f"{file} cannot be read: {cause}") from error
+        if isinstance(error, RuntimeError):
+            # torch names every tensor that does not fit.
+            cause = shorten(str(error).replace("\t", " "), 300, placeholder=" ...")
+            raise ValueError(f"{Path(path, subfolder or '')} cannot be loaded: {cause}") from error
         raise
     # It would continue with random weights.
     refuse_unfit(path, {word: [str(name) for name in report.get(key, ())] for key, word in FAULTS.items()})
@@ -69,7 +74,7 @@ def _load(cls: Any, path: str, subfolder: str | None, options: dict[str, Any]) -
         except OSError as error:
             if folder.is_dir() or "file named" not in str(error):
                 raise
-    # Of a name on the hub the files are not known before.
+    # The files of a name on the hub are not known in advance.
     loaded = cls.from_pretrained(path, variant=VARIANT, **options)
     log.warning("%s has weights in %s only: read those", folder if half else path, VARIANT)
     return loaded

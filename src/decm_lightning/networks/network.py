@@ -1,13 +1,15 @@
 """What the package asks of every network: a flow map with classes, a null class, and its own description."""
 
+import json
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from decm_lightning.files import tensors_sha256
+from decm_lightning.files import atomic, tensors_sha256
 from decm_lightning.types import Condition, Sample, Time
 
 
@@ -35,6 +37,14 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     @abstractmethod
     def with_landing_time(self) -> "Network":
         """Return a copy that also reads s, and at first equals this network for every s."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin's own config.json would not name the class, which `load` needs.
+        from decm_lightning.networks.pretrained import CONFIG, describe
+
+        super()._save_pretrained(save_directory)
+        with atomic(save_directory / CONFIG) as config:
+            config.write_text(json.dumps(describe(self), sort_keys=True, indent=2), encoding="utf-8")
 
     def identity(self) -> str:
         """Return the first 16 digits of the SHA-256 of all weights and buffers."""

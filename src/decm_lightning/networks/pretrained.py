@@ -36,8 +36,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow_import: boo
         path: a folder written by `save`, or a checkpoint written while training: a .ckpt file, or a folder of shards.
         device: where to put it.
         allow_import: import the module of the network's class, if its description names one outside this package. That
-            runs the module's code: allow it only for files that you trust. A class that is imported already is found
-            without.
+            runs the module's code: allow it only for files that you trust. A class that is imported already needs no
+            permission.
 
     Raises:
         OSError: naming the file, if there is nothing at `path`, or it may not be read.
@@ -59,12 +59,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow_import: boo
 def save(network: Network, folder: str | Path) -> None:
     """Write config.json and model.safetensors into `folder`, and a model card if there is none.
 
-    The folder is created if it is missing. A network that is there already is replaced when both files are complete,
+    The folder is created if it is missing. An existing network is replaced when both files are complete,
     and stays usable if writing fails.
 
     Raises:
         OSError: naming the file, if it cannot be written, for example because the disk is full.
-        ValueError: if `folder` holds something else than a network of this package.
+        ValueError: if `folder` holds anything other than a network of this package.
     """
     folder = check_target(folder)
     described = json.dumps(describe(network), sort_keys=True, indent=2)
@@ -181,7 +181,9 @@ def build(description: dict[str, Any], allow_import: bool = False) -> Network:
         ValueError: if the class is unknown, or of a module that may not be imported.
     """
     arguments = dict(description)
-    name = str(arguments.pop("_class_name", None))
+    name = arguments.pop("_class_name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"its description names no network class (_class_name): got {name}")
     return _class_of(name, allow_import)(**arguments)
 
 

@@ -62,7 +62,7 @@ def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
 
     Args:
         folder: the checkpoint.
-        scratch: a folder with room for all tensors, which are written there for a while.
+        scratch: a folder with room for all tensors, which are written there temporarily.
 
     Raises:
         OSError: naming `scratch`, if that cannot be written, for example because the disk is full.

@@ -28,7 +28,8 @@ class LightningDiTTeacher(Teacher):
 
     Raises:
         FileNotFoundError: if there is no file at `path`.
-        ValueError: if the file is no LightningDiT, predicts noise, or has an auxiliary time and another clock than t.
+        ValueError: if the file is not a LightningDiT, predicts noise, or has an auxiliary time and a clock other than
+            t.
     """
 
     def __init__(self, path: str, weights: Weights | None = None, clock: Literal["t", "2 - t"] = "t") -> None:

@@ -11,12 +11,12 @@ Prediction = Literal["velocity", "noise"]
 LAST_STEP = 999.0
 """The noisiest step of DDPM."""
 CLEAR = 0.8
-"""A correlation beyond this, toward -1 or 1, is clear; at times that it was not trained for a network may give any."""
+"""A correlation beyond this, toward -1 or 1, is clear; at times outside its training any value may occur."""
 TEACHERS = {"velocity": "SiTTeacher or LightningDiTTeacher", "noise": "FacebookDiTTeacher"}
 
 
 def refuse_other_prediction(network: Network, expected: Prediction, path: str) -> None:
-    """Compare what a network predicts with what a teacher takes it for.
+    """Compare what a network predicts with what a teacher expects.
 
     Raises:
         ValueError: naming the right teacher, if the network clearly predicts something else.
@@ -42,7 +42,7 @@ def prediction_of(network: Network) -> Prediction | None:
 def _correlation(network: Network, time: float) -> float:
     parameter = next(network.parameters())
     x_0 = torch.randn(1, *network.sample_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
-    # The output at x_0 less that at -x_0 has no constant part.
+    # The difference of the outputs at x_0 and -x_0 has no constant part.
     pair = torch.cat([x_0, -x_0])
     times = torch.full((2,), time, dtype=pair.dtype, device=pair.device)
     labels = network.null(torch.zeros(2, dtype=torch.long, device=pair.device))

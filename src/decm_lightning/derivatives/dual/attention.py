@@ -40,7 +40,7 @@ class FusedCall(NamedTuple):
 
 
 RECORDED: list[set[FusedCall]] = []
-"""Where uses of the fused kernel are noted in place of being computed by it, while `fused_check` looks for them."""
+"""Uses of the fused kernel, recorded instead of computed while `fused_check` collects them."""
 
 
 def _before_matrices(cut: Cut, *_: Any, **__: Any) -> bool:

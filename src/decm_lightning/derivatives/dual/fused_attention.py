@@ -23,11 +23,11 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 """With TRITON_INTERPRET=1 Triton runs kernels in numpy, also on tensors of the CPU: slow, for tests."""
 
 REFUSED: list[str] = []
-"""Why the kernel is not to be used in this process, if it is not: it failed, or its numbers were wrong."""
+"""The reason why this process does not use the kernel, if any: it failed, or its numbers were wrong."""
 
 
 def refuse_fused(reason: str) -> None:
-    """Make `supports` say no from now on, with this reason."""
+    """Make `supports` return False from now on, for this reason."""
     REFUSED[:] = [reason]
 
 

@@ -14,7 +14,7 @@ from decm_lightning.derivatives.dual.fused_attention import fused_tangent, refus
 from decm_lightning.derivatives.jet import Tangent
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""The largest relative error |fused - exact| / |exact| over all elements: some ten times what rounding gives."""
+"""The largest relative error |fused - exact| / |exact| over all elements: about ten times the rounding error."""
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +39,7 @@ def check_fused(network: nn.Module, example: tuple[Any, ...]) -> str | None:
         reason = f"the fused kernel could not be checked: {_line(error)}"
     if reason is not None:
         refuse_fused(reason)
-        # Said here, and not again at the first step.
+        # Reported here, and not again at the first step.
         ANNOUNCED.add(reason)
         log.warning("attention's tangent is computed in blocks of %d queries: %s", BLOCK, reason)
     return reason

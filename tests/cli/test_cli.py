@@ -194,7 +194,7 @@ def test_a_folder_of_samples_resumes_or_is_refused(decm):
     assert "other settings (weights " in decm(*RENOISED, "parts", "--per_class", "2")[2]
     Path("photos").mkdir()
     Path("photos/me.jpeg").touch()
-    assert "photos holds other images (me.jpeg is there" in decm(*RENOISED, "photos")[2]
+    assert "photos holds other images (me.jpeg exists without settings.json" in decm(*RENOISED, "photos")[2]
     Path("parts/settings.json").write_text("")
     assert "parts/settings.json is damaged (empty): remove the folder" in decm(*RENOISED, "parts")[2]
     assert {file.name for file in Path("parts").iterdir()} == expected.keys()

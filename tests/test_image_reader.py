@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from decm_lightning.image_listing import broken, printable
 from decm_lightning.image_reader import (
     NOT_READ,
     Location,
-    broken,
     formats,
     in_threads,
     pixels_of,
-    printable,
     read_image,
     read_mode,
     read_modes,

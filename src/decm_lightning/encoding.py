@@ -20,7 +20,8 @@ from decm_lightning.data.manifest import Manifest
 from decm_lightning.data.scaling import Moments
 from decm_lightning.data.shards import KEYS
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.image_reader import broken, in_threads, read_modes
+from decm_lightning.image_listing import broken
+from decm_lightning.image_reader import in_threads, read_modes
 from decm_lightning.seeds import generator_of
 
 Posterior = Literal["sample", "mode"]

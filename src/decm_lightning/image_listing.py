@@ -2,9 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+
+NAMED = 3
+"""Broken images that an error names; the others are counted."""
 
 HIDDEN = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 """What operating systems leave in folders under names without a dot at the front, in lower case."""
@@ -85,3 +88,20 @@ def _walk(
 def _identity(folder: str) -> tuple[int, int]:
     found = os.stat(folder)
     return found.st_dev, found.st_ino
+
+
+def broken(faults: Mapping[str, str]) -> str:
+    """Return on one line how many images are broken, and what is wrong with the first of them, by their names."""
+    named = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:NAMED])
+    more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    return f"{len(faults)} broken image{'s' if len(faults) > 1 else ''}: {named}{more}"
+
+
+def printable(name: str | Path) -> str:
+    r"""Return a name of a file with escapes such as \xef for bytes that are not UTF-8 and for control characters."""
+    text = os.fspath(name)
+    # Almost all names, and there may be a million of them.
+    if text.isprintable():
+        return text
+    escaped = os.fsencode(text).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)

@@ -1,8 +1,7 @@
 """The one reader of image files: 8 bits, grey or RGB, upright and on white, whatever the file holds."""
 
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from decm_lightning.files import describe_head
+from decm_lightning.image_listing import printable
 
 NOT_READ = {
     "EPS": "a program, which Pillow hands to Ghostscript",
@@ -27,8 +27,6 @@ NOT_READ = {
 """The formats that Pillow recognizes and this package does not read, and why."""
 THREADS = 16
 HEAD = 512
-NAMED = 3
-"""Broken images that an error names; the others are counted."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -199,23 +197,6 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
             yield from results
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def broken(faults: Mapping[str, str]) -> str:
-    """Return on one line how many images are broken, and what is wrong with the first of them, by their names."""
-    named = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:NAMED])
-    more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    return f"{len(faults)} broken image{'s' if len(faults) > 1 else ''}: {named}{more}"
-
-
-def printable(name: str | Path) -> str:
-    r"""Return a name of a file with escapes such as \xef for bytes that are not UTF-8 and for control characters."""
-    text = os.fspath(name)
-    # Almost all names, and there may be a million of them.
-    if text.isprintable():
-        return text
-    escaped = os.fsencode(text).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def _mode_or_error(place: Location) -> str | ValueError:

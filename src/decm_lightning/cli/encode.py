@@ -18,8 +18,7 @@ from decm_lightning.data.encoding_records import EncodingSettings
 from decm_lightning.data.image_files import ImageFiles, OnError
 from decm_lightning.data.manifest import Manifest
 from decm_lightning.encoding import Encoding, EncodingData, Plan, Posterior, ShardWriter
-from decm_lightning.image_listing import counted
-from decm_lightning.image_reader import broken, printable
+from decm_lightning.image_listing import broken, counted, printable
 
 
 def encode(

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.data.tars import tar_members
-from decm_lightning.image_listing import Listing, counted, is_hidden, list_files
-from decm_lightning.image_reader import Location, printable, read_image, suffixes
+from decm_lightning.image_listing import Listing, counted, is_hidden, list_files, printable
+from decm_lightning.image_reader import Location, read_image, suffixes
 
 TAR = ".tar"
 OnError = Literal["raise", "skip"]

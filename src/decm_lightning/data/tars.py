@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from decm_lightning.files import describe_unreadable
-from decm_lightning.image_listing import is_hidden
-from decm_lightning.image_reader import printable, suffixes
+from decm_lightning.image_listing import is_hidden, printable
+from decm_lightning.image_reader import suffixes
 
 LABELS = (".cls", ".json", ".txt")
 JSON_KEYS = ("label", "cls")

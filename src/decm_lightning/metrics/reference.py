@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from decm_lightning.files import describe_unreadable, file_sha256
-from decm_lightning.image_listing import counted, list_files
-from decm_lightning.image_reader import Location, broken, printable, read_image, read_modes, suffixes
+from decm_lightning.image_listing import broken, counted, list_files, printable
+from decm_lightning.image_reader import Location, read_image, read_modes, suffixes
 from decm_lightning.metrics.frechet import Moments
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,14 @@
 """A run resumed from any of its checkpoints ends with the bits and the steps of an uninterrupted one."""
 
 import itertools
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from decm_lightning import Distiller, TeacherTraining, losses
 from decm_lightning.data import Digits
@@ -15,6 +16,7 @@ from decm_lightning.data.images import InMemoryImages, LabelledImages
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
+from decm_lightning.types import Batch
 
 NETWORK = {"input_size": 4, "in_channels": 1, "patch_size": 2, "width": 8, "depth": 1, "heads": 2, "num_classes": 3}
 HOOKS = (
@@ -48,6 +50,18 @@ class Plain(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.rows, batch_size=4, drop_last=True, collate_fn=lambda batch: batch)
+
+
+class Stream(L.LightningDataModule):
+    """Somebody's own stream of four batches an epoch, which does not know its length."""
+
+    class Batches(IterableDataset):
+        def __iter__(self):
+            images = torch.randn(12, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+            yield from (Batch(x_1, torch.arange(3)) for x_1 in images.split(3))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.Batches(), batch_size=None)
 
 
 class SaveEverywhere(L.Callback):
@@ -138,6 +152,35 @@ def test_every_checkpoint_resumes_to_the_same_bits_and_counters(what, options, t
         if torch.load(checkpoint, weights_only=True)["global_step"] < whole.global_step:
             counters = [t.fit_loop.epoch_loop._batches_that_stepped for t in (whole, trainer)]
             assert counters[0] == counters[1], checkpoint.name
+
+
+@pytest.mark.parametrize("scheduling", [{0: 1, 1: 2, 2: 3}, {0: 3, 1: 2}])
+def test_accumulation_that_changes_by_epochs(scheduling, tmp_path):
+    def accumulation():
+        return GradientAccumulationScheduler(dict(scheduling))
+
+    options = {"max_epochs": 3, "limit_val_batches": 0}
+    whole, expected = fit(tmp_path, Few(3), [accumulation(), SaveEverywhere(tmp_path)], **options)
+    for checkpoint in distinct(tmp_path):
+        trainer, resumed = fit(tmp_path, Few(3), [accumulation()], checkpoint, **options)
+        assert trainer.global_step == whole.global_step, checkpoint.name
+        assert same(expected, resumed), checkpoint.name
+
+
+def test_a_stream_is_exact_at_an_epoch_s_end_and_warns_within_one(tmp_path):
+    _, expected = fit(tmp_path, Stream(), [SaveEverywhere(tmp_path)], max_epochs=2)
+    for checkpoint in distinct(tmp_path):
+        within = torch.load(checkpoint, weights_only=True)["global_step"] % 4
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, resumed = fit(tmp_path, Stream(), [], checkpoint, max_epochs=2)
+        assert any(f"repeats the {within} batches" in str(each.message) for each in caught) == (within > 0)
+        assert same(expected, resumed) == (within == 0), checkpoint.name
+
+
+def test_overfit_batches_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"overfit_batches does not work with Few.*limit_train_batches"):
+        fit(tmp_path, Few(3), [], max_epochs=2, overfit_batches=1)
 
 
 def test_a_run_may_be_interrupted_after_every_step(tmp_path):

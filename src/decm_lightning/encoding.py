@@ -262,7 +262,7 @@ class ShardWriter(L.Callback):
         self.parts: list[tuple[Tensor, ...]] = []
         self.skipped: dict[str, str] = {}
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let SIGTERM end the encoding; the same command resumes it."""
         end_at_sigterm(trainer)
 

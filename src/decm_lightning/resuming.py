@@ -8,9 +8,13 @@ states, a clean start of an epoch or the end of an optimizer step within one.
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from math import inf
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 
 FIT, BATCHES, EPOCHS = "fit_loop", "epoch_loop.batch_progress", "epoch_progress"
 FINISHED = "_iterator_finished"
@@ -56,11 +60,30 @@ def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
     validated |= {"is_last_batch": False, "current": _counters(0), "total": _counters(0)}
 
 
-def start_epoch_anew(trainer: L.Trainer) -> None:
-    """Start a resumed run's first epoch as any other, if the checkpoint is from the end of one; in `on_train_start`."""
+def start_first_epoch(trainer: L.Trainer) -> None:
+    """Start the first epoch of a resumed run: as any other, if the checkpoint is from the end of one.
+
+    In the middle of one Lightning calls no callback's `on_train_epoch_start`, which sets the accumulation by epochs.
+
+    Args:
+        trainer: in `on_train_start`.
+    """
     loop = trainer.fit_loop.epoch_loop
-    if loop.restarting and not loop.batch_progress.current.ready:
+    if not loop.restarting:
+        return
+    trained = loop.batch_progress.current.ready
+    if not trained:
         loop.restarting = False
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            callback.on_train_epoch_start(trainer)
+    loaders = trainer.fit_loop._combined_loader
+    keeps_place = loaders is None or all(isinstance(loader, _Stateful) for loader in loaders.flattened)
+    # Where the length is known, Lightning itself warns.
+    if trainer.num_training_batches == inf and not keeps_place:
+        remedy = "give it state_dict and load_state_dict to resume exactly"
+        rank_zero_warn(f"the data loader repeats the {trained} batches of this epoch before the checkpoint: {remedy}")
 
 
 def _set_epochs(epochs: dict[str, Any], done: int, in_epoch: bool) -> None:

@@ -27,7 +27,7 @@ from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.recipe import Recipe
-from decm_lightning.resuming import differences, normalize_progress, settings_of, start_epoch_anew
+from decm_lightning.resuming import differences, normalize_progress, settings_of, start_first_epoch
 from decm_lightning.samplers import SamplerName
 from decm_lightning.sharding import shard
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
@@ -201,7 +201,7 @@ class FlowTraining(L.LightningModule):
             ValueError: if the checkpoint is of a run with another teacher or optimizer class, or the schedule ends
                 before the run does.
         """
-        start_epoch_anew(self.trainer)
+        start_first_epoch(self.trainer)
         if self.saved_settings is not None:
             self._apply_settings(self.saved_settings)
         self.checks.check_schedule(self.trainer)

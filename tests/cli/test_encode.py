@@ -348,15 +348,17 @@ def full(tensors, file):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_passed_on(decm):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_one_line(signum, decm):
     write_folder(Path("more"), 2000)
     run = start(*command("latents", "--num_workers", "2", images="more"), stderr=subprocess.PIPE)
     while not list(Path("latents").glob("*.safetensors")) and run.poll() is None:
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(signum)
     _, err = run.communicate(timeout=60)
-    assert run.returncode in (130, -signal.SIGINT)
+    assert run.returncode in (128 + signum, -signum)
     assert "graceful" not in err.decode()
+    assert "Traceback" not in err.decode()
 
 
 @pytest.mark.slow

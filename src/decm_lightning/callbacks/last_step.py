@@ -3,8 +3,9 @@
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -34,8 +35,9 @@ class LastStep(L.Callback):
 
     When a fit ends, `last.ckpt` of each ModelCheckpoint with `save_last` holds its last step; if there is none with it,
     that of the first ModelCheckpoint does. A signal takes effect between two batches, or at once while a single process
-    validates: the step is saved and `Stopped` raised in all processes. The first process decides for all. A second
-    Ctrl-C stops at once, without saving. A job that SLURM will requeue is saved between two batches, too.
+    validates: the step is saved and `Stopped` raised in all processes, whichever of them the signal came to. Before the
+    first batch SIGTERM ends the process at once. A second Ctrl-C stops at once, without saving. A job that SLURM will
+    requeue is saved between two batches, too.
 
     Attributes:
         received: the signal that has come and has not taken effect; 0 for none.
@@ -45,10 +47,13 @@ class LastStep(L.Callback):
         self.received = 0
         self.requeue: Any = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let SIGTERM end what cannot be saved: a fit before its first batch, a test, a prediction."""
+        end_at_sigterm(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals: Lightning's own handlers act in the middle of a step, where nothing can be saved."""
-        # Lightning has noted one that came while the loading processes started.
-        self.received = signal.SIGTERM if trainer.received_sigterm else 0
+        self.received = 0
         self.trainer = trainer
         if threading.current_thread() is not threading.main_thread():
             return
@@ -59,16 +64,8 @@ class LastStep(L.Callback):
             signal.signal(requeue, self._note)
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
-        # Lightning asks its first process before each batch whether SIGTERM has come: one question for all signals.
+        # Lightning asks before each batch whether SIGTERM has come to the first process: one question for all signals.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let SIGTERM end the process: Lightning would continue."""
-        end_at_sigterm(trainer)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let SIGTERM end the process: Lightning would continue."""
-        end_at_sigterm(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,9 +84,7 @@ class LastStep(L.Callback):
         Raises:
             Stopped: if so.
         """
-        if trainer.state.fn != "fit":
-            end_at_sigterm(trainer)
-        elif not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,7 +115,8 @@ class LastStep(L.Callback):
         received = self.received
         if self.trainer.world_size > 1:
             shared = torch.tensor(received, device=self.trainer.strategy.root_device)
-            dist.broadcast(shared, src=0)
+            # A scheduler that takes one machine of several tells the processes there.
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
             received = int(shared)
         self._act(received)
 
@@ -153,16 +149,19 @@ class LastStep(L.Callback):
         return [Path(callback.last_model_path) for callback in saving]
 
 
-def end_at_sigterm(trainer: L.Trainer) -> None:
-    """Let SIGTERM end the process, and those it has started: outside of a fit Lightning only records it."""
+def end_at_sigterm(trainer: L.Trainer) -> Callable[[int, Any], NoReturn]:
+    """Let SIGTERM end the process, and those it has started; in a `setup` hook, before Lightning handles signals.
 
-    def end(signum: int, frame: Any) -> None:
+    Lightning itself only takes note of it: it ends a fit after the next batch, with exit code 0, and nothing else.
+
+    Returns:
+        the handler, which raises SystemExit with 128 + the signal's number.
+    """
+
+    def end(signum: int, frame: Any) -> NoReturn:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         raise SystemExit(128 + signum)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
-        # It may have come while the loading processes started.
-        if trainer.received_sigterm:
-            end(signal.SIGTERM, None)
+    trainer._signal_connector._sigterm_notifier_fn = end  # type: ignore[assignment,method-assign]
+    return end

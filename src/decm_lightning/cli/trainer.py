@@ -1,6 +1,7 @@
 """decm fit | validate | test | predict: Lightning's own command line over this package's modules."""
 
 import logging
+import signal
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
+from decm_lightning.callbacks.last_step import end_at_sigterm
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, recommended
 from decm_lightning.networks import Network
@@ -129,6 +131,8 @@ class TrainerCLI(LightningCLI):
             raise FileNotFoundError(f"no checkpoint at {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        # From now on there may be other processes, which would prepare data for hours after this one has ended.
+        signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:

@@ -142,7 +142,14 @@ class ResumableData(L.LightningDataModule):
         return EpochLoader(self.train, self._order(), self._position, batch_size=self.batch_size, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """Return what all loaders share: workers, which live as long as the run, and pinned memory before a GPU."""
+        """Return what all loaders share: workers, which live as long as the run, and pinned memory before a GPU.
+
+        Raises:
+            ValueError: if the trainer has overfit_batches, for which Lightning replaces the order of the rows.
+        """
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            remedy = "give trainer.limit_train_batches and trainer.limit_val_batches, or a data set of few images"
+            raise ValueError(f"trainer.overfit_batches does not work with {type(self).__name__}: {remedy}")
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,

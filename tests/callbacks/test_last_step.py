@@ -90,6 +90,25 @@ def test_each_callback_that_saves_the_last_has_it(tmp_path):
     assert [step_of(tmp_path / name / "last.ckpt") for name in "ab"] == [5, 5]
 
 
+def test_a_second_run_in_a_folder_says_where_its_last_step_is(tmp_path, caplog):
+    for steps in (5, 3):
+        saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
+        trainer(tmp_path, saving, max_steps=steps).fit(module(), Digits(batch_size=100))
+        assert ("last-v1.ckpt" in caplog.text) == (steps == 3)
+    assert [step_of(tmp_path / name) for name in ("last.ckpt", "last-v1.ckpt")] == [5, 3]
+
+
+def test_resuming_a_run_that_has_ended_says_that_nothing_was_trained(tmp_path, caplog):
+    def fit(checkpoint):
+        run = trainer(tmp_path, ModelCheckpoint(tmp_path, save_last=True), max_steps=5)
+        run.fit(module(), Digits(batch_size=100), ckpt_path=checkpoint)
+
+    fit(None)
+    assert "nothing was trained" not in caplog.text
+    fit(tmp_path / "last.ckpt")
+    assert "nothing was trained: the run is at step 5, and trainer.max_steps is 5" in caplog.text
+
+
 def test_without_checkpoints_nothing_is_saved(tmp_path):
     trainer(tmp_path, max_steps=2, enable_checkpointing=False).fit(module(), Digits(batch_size=100))
     trainer(tmp_path, ModelCheckpoint(tmp_path), fast_dev_run=2).fit(module(), Digits(batch_size=100))

@@ -478,6 +478,17 @@ def test_a_saved_config_repeats_the_run(trained, decm, capsys):
     assert "Unable to serialize" not in capsys.readouterr().out
 
 
+def test_settings_of_data_and_trainer_that_differ_are_named(trained, caplog):
+    assert trained("fit")[0] == 0
+    checkpoint = ["--ckpt_path", "runs/one/checkpoints/last.ckpt"]
+    assert trained("fit", *checkpoint, "--trainer.enable_model_summary", "false")[0] == 0
+    assert "in the checkpoint)" not in caplog.text
+    changed = ["--data.init_args.batch_size", "32", "--trainer.max_steps", "5", "--trainer.logger.init_args.name", "b"]
+    assert trained("fit", *checkpoint, *changed)[0] == 0
+    named = "trainer.max_steps 5 (3 in the checkpoint), data.init_args.batch_size 32 (16 in the checkpoint)"
+    assert f"settings: {named}" in caplog.text
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("name", ["last", "best", "hpc", "nowhere.ckpt"])
 def test_a_checkpoint_that_is_not_there_is_refused(command, name, trained):

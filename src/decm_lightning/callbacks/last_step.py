@@ -1,6 +1,7 @@
 """The last step of a run is saved, however the run ends: at its limits, by SIGTERM, or by Ctrl-C."""
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 log = logging.getLogger(__name__)
+OF_LATER_RUN = re.compile(r"-v\d+$")
+"""How ModelCheckpoint ends the name of a file where the name itself is taken."""
 
 
 class Stopped(SIGTERMException):
@@ -46,14 +49,16 @@ class LastStep(L.Callback):
     def __init__(self) -> None:
         self.received = 0
         self.requeue: Any = None
+        self.has_trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let SIGTERM end what cannot be saved: a fit before its first batch, a test, a prediction."""
         end_at_sigterm(trainer)
+        self.has_trained = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals: Lightning's own handlers act in the middle of a step, where nothing can be saved."""
-        self.received = 0
+        self.received, self.has_trained = 0, True
         self.trainer = trainer
         if threading.current_thread() is not threading.main_thread():
             return
@@ -89,7 +94,17 @@ class LastStep(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step."""
-        self._save(trainer)
+        for file in self._save(trainer):
+            if trainer.is_global_zero and OF_LATER_RUN.search(file.stem):
+                log.warning(
+                    "the last step of this run is in %s: %s has a last.ckpt of an earlier run", file, file.parent
+                )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that nothing was trained, as when a run is resumed that has ended."""
+        if not self.has_trained and trainer.is_global_zero:
+            limits = f"trainer.max_steps is {trainer.max_steps} and trainer.max_epochs {trainer.max_epochs}"
+            log.warning("nothing was trained: the run is at step %d, and %s", trainer.global_step, limits)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the last step if a signal has ended the run; after an error there is nothing worth keeping."""

@@ -26,10 +26,23 @@ from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, recommended
 from decm_lightning.networks import Network
 from decm_lightning.networks.pretrained import refuse_partial
+from decm_lightning.resuming import differences, settings_of
 from decm_lightning.sharding import to_meta
 from decm_lightning.teachers import Teacher
 from decm_lightning.training import FlowTraining
 
+log = logging.getLogger(__name__)
+COMPARED = ("trainer", "data")
+WITHOUT_EFFECT = (
+    "trainer.logger",
+    "trainer.callbacks",
+    "trainer.default_root_dir",
+    "trainer.enable_",
+    "trainer.log_every_n_steps",
+    "trainer.num_sanity_val_steps",
+    "trainer.profiler",
+)
+"""Settings that leave the weights of a run as they are."""
 COMMANDS = ("fit", "validate", "test", "predict")
 # Warnings of libraries about each other, in which a user's own would be lost.
 NOISE = (
@@ -51,7 +64,22 @@ class ConfigSaver(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the config, as YAML that repeats the run."""
-        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+        checkpoint["config"] = self._dumped()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name the settings of data and trainer that differ from the checkpoint's; the module names its own."""
+        if trainer.state.fn != "fit" or "config" not in checkpoint:
+            return
+        saved, own = (
+            settings_of({key: config.get(key) for key in COMPARED})
+            for config in map(yaml.safe_load, (checkpoint["config"], self._dumped()))
+        )
+        differing = {n: v for n, v in differences(saved, own).items() if not n.startswith(WITHOUT_EFFECT)}
+        if differing:
+            log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
+
+    def _dumped(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
 
 
 class TrainerCLI(LightningCLI):

@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 
 from decm_lightning.files import atomic
@@ -24,8 +22,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: naming the path, if it cannot be written.
         """
-        if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
+        local = str(path).removeprefix("file://")
+        if storage_options is not None or "://" in local:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic(str(path).removeprefix("file://")) as partial:
+        with atomic(local) as partial:
             torch.save(checkpoint, partial)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from decm_lightning import cli
+from decm_lightning.cli.trainer import TrainerCLI
 from decm_lightning.derivatives import NoTangentError
 from decm_lightning.networks import MLP, DiT, load, save
 from decm_lightning.sample_folder import SampleFolder
@@ -572,10 +574,30 @@ def test_slurm_s_ntasks_alone_is_one_line(trained, monkeypatch):
     assert "--ntasks-per-node=4" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("student", [None, "decm_lightning.networks.load"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_weights_of_networks_to_be_sharded_are_in_the_first_process_alone(rank, student, trained, monkeypatch):
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    save(network, "student")
+    built = []
+    monkeypatch.setattr(TrainerCLI, "_run_subcommand", lambda self, _: built.append(self.model))
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    argv = ["--model.init_args.student", student, "--model.init_args.student.path", "student"] if student else []
+    strategy = ["--trainer.strategy.class_path", "decm_lightning.strategies.FSDP2", "--trainer.devices", "1"]
+    assert trained("fit", *strategy, *argv)[0] == 0
+    (distiller,) = built
+    networks = (distiller.network, distiller.average, *distiller.teacher.networks())
+    assert len(networks) == 3
+    assert {parameter.is_meta for each in networks for parameter in each.parameters()} == {rank == 1}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [[], list(RECOMMENDED)])
-def test_spawned_processes_train(objective, trained):
-    argv = ["--trainer.devices", "2", "--trainer.strategy", "ddp_spawn", *objective]
+@pytest.mark.parametrize(
+    "strategy", [("", "ddp_spawn"), ("", "ddp"), (".class_path", "decm_lightning.strategies.FSDP2")]
+)
+def test_two_processes_train(strategy, objective, trained):
+    argv = ["--trainer.devices", "2", f"--trainer.strategy{strategy[0]}", strategy[1], *objective]
     result = subprocess.run(
         [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml", *argv],
         capture_output=True,

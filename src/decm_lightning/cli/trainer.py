@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
@@ -87,15 +88,21 @@ class TrainerCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keep the weights of networks that will be sharded in the first process of each machine alone."""
-        for kind in (Network, Teacher):
+        for kind in (Network, Teacher, FlowTraining):
             parser.add_instantiator(self._build, kind)
 
     def _build(self, cls: type, *args: Any, **kwargs: Any) -> Any:
-        built = cls(*args, **kwargs)
         strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
-        if getattr(rank_zero_only, "rank", 0) and _shards(strategy):
-            # The first process sends each of the others its shard.
-            built.to("meta") if isinstance(built, Network) else built.apply(to_meta)
+        if not (getattr(rank_zero_only, "rank", 0) and _shards(strategy)):
+            return cls(*args, **kwargs)
+        # The first process sends each of the others its shard. Arguments may come from functions, such as `load`.
+        for argument in (*args, *kwargs.values()):
+            _drop_weights(argument)
+        if "student" in kwargs and kwargs["student"] is None:
+            with torch.device("meta"):
+                kwargs["student"] = kwargs["teacher"].student()
+        built = cls(*args, **kwargs)
+        _drop_weights(built)
         return built
 
     def _set_seed(self) -> None:
@@ -209,6 +216,13 @@ def _shards(strategy: Any) -> bool:
     module, _, name = str(getattr(strategy, "class_path", "")).rpartition(".")
     cls = getattr(import_module(module), name, None) if module else None
     return isinstance(cls, type) and issubclass(cls, ModelParallelStrategy)
+
+
+def _drop_weights(built: Any) -> None:
+    if isinstance(built, Network):
+        built.to("meta")
+    elif isinstance(built, Teacher):
+        built.apply(to_meta)
 
 
 def _write_traceback(trainer: L.Trainer) -> Path:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
@@ -98,9 +97,6 @@ class TrainerCLI(LightningCLI):
         # The first process sends each of the others its shard. Arguments may come from functions, such as `load`.
         for argument in (*args, *kwargs.values()):
             _drop_weights(argument)
-        if "student" in kwargs and kwargs["student"] is None:
-            with torch.device("meta"):
-                kwargs["student"] = kwargs["teacher"].student()
         built = cls(*args, **kwargs)
         _drop_weights(built)
         return built

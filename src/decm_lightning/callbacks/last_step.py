@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,11 +173,13 @@ def end_at_sigterm(trainer: L.Trainer) -> Callable[[int, Any], NoReturn]:
     Returns:
         the handler, which raises SystemExit with 128 + the signal's number.
     """
-
-    def end(signum: int, frame: Any) -> NoReturn:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signum)
-        raise SystemExit(128 + signum)
-
+    # Processes that are spawned get it with the trainer.
+    end = partial(_end, trainer)
     trainer._signal_connector._sigterm_notifier_fn = end  # type: ignore[assignment,method-assign]
     return end
+
+
+def _end(trainer: L.Trainer, signum: int, frame: Any) -> NoReturn:
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signum)
+    raise SystemExit(128 + signum)

@@ -183,6 +183,15 @@ def test_overfit_batches_is_refused(tmp_path):
         fit(tmp_path, Few(3), [], max_epochs=2, overfit_batches=1)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_every_precision_resumes_to_the_same_bits(precision, tmp_path):
+    options = {"max_steps": 6, "precision": precision, "limit_val_batches": 0}
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    _, expected = fit(tmp_path, Few(3), [saving], **options)
+    _, resumed = fit(tmp_path, Few(3), [], tmp_path / "step=3.ckpt", **options)
+    assert same(expected, resumed)
+
+
 def test_a_run_may_be_interrupted_after_every_step(tmp_path):
     _, expected = fit(tmp_path, Few(3), [], max_epochs=3, limit_val_batches=0)
     last = None
@@ -362,6 +371,11 @@ def test_a_schedule_that_is_new_or_gone_is_as_the_config_has_it(tmp_path):
     assert rates[0] == pytest.approx(rates[2], rel=1e-12)
     assert rates[1] == 1e-2
     assert rates[2] < 1e-2
+
+
+def test_a_schedule_that_follows_a_metric_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ReduceLROnPlateau follows a metric"):
+        run(tmp_path, 2, optimizer=adam(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def test_another_optimizer_is_refused_by_name(tmp_path):

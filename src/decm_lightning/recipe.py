@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 class Recipe:
@@ -31,7 +32,7 @@ class Recipe:
         """Return what a LightningModule's configure_optimizers returns.
 
         Raises:
-            ValueError: if OneCycleLR has so few steps that one of its phases has none.
+            ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
         """
         optimizer = self.make_optimizer(parameters)
         self.groups = [
@@ -46,6 +47,9 @@ class Recipe:
             schedule = self.make_schedule(optimizer)
         except ZeroDivisionError:
             raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
+        if isinstance(schedule, ReduceLROnPlateau):
+            remedy = "give one that depends on the step alone, such as CosineAnnealingLR"
+            raise ValueError(f"the lr_scheduler ReduceLROnPlateau follows a metric: {remedy}")
         self.settings["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

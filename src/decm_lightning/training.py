@@ -255,6 +255,9 @@ class FlowTraining(L.LightningModule):
             ValueError: if it trained another network, or by another teacher.
         """
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
+        if self._trainer is not None:
+            # Lightning converts the module only afterwards: weights of 64-true would be rounded to float32 before.
+            self._trainer.precision_plugin.convert_module(self)
         self.seed = checkpoint["seed"]
         self.saved_settings = checkpoint.get("settings")
         if self.saved_settings is not None and self._trainer is not None and self._trainer.state.fn == "fit":

@@ -1,6 +1,7 @@
 """One contract for all of diffusers' text-to-image transformers, on tiny random instances of the real classes."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,6 +374,21 @@ def test_student_is_saved_without_its_base_and_comes_back_to_the_bit(case):
     save_file(kept, case.folder / "student" / "model.safetensors")
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)missing"):
         load(case.folder / "student")
+
+
+def test_a_student_whose_base_was_replaced_is_refused_with_both_hashes(case):
+    save(changed(case.teacher), case.folder / "student")
+    before = json.loads((case.folder / "student" / "config.json").read_text())["base"]
+    assert before == case.teacher.identity()
+    with torch.no_grad():
+        next(case.model.parameters()).view(-1)[0] += 1e-3
+    case.model.save_pretrained(case.folder / "transformer")
+    after = case.family.teacher(str(case.folder / "transformer")).identity()
+    assert after != before
+    with pytest.raises(ValueError, match=rf"other weights \({after}\).*trained on \({before}\)") as caught:
+        load(case.folder / "student")
+    assert str(case.folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_student_can_start_from_a_student(case):

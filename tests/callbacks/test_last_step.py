@@ -164,6 +164,23 @@ def test_sigterm_where_nothing_can_be_saved_ends_the_run_at_once(stage, tmp_path
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+class KilledWhileSaving(L.Callback):
+    """Receives SIGTERM again, once it is stopping."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_end"])
+def test_a_second_sigterm_leaves_the_saving_alone(hook, tmp_path):
+    first = At(4, lambda _: os.kill(os.getpid(), signal.SIGTERM), hook)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True)
+    options = {"max_steps": 9, "val_check_interval": 4, "limit_val_batches": 1}
+    with pytest.raises(Stopped):
+        trainer(tmp_path, saving, first, KilledWhileSaving(), **options).fit(module(), Digits(batch_size=100))
+    assert step_of(tmp_path / "last.ckpt") == 4 + (hook == "on_train_batch_start")
+
+
 def test_ctrl_c_twice_stops_at_once(tmp_path):
     def twice(_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -44,7 +44,7 @@ class LastStep(L.Callback):
     requeue is saved between two batches, too.
 
     Attributes:
-        received: the signal that has come and has not taken effect; 0 for none.
+        received: the first signal that has come to this process; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -119,9 +119,12 @@ class LastStep(L.Callback):
 
     def _note(self, signum: int, frame: Any) -> None:
         trainer = self.trainer
-        if signum == signal.SIGINT and self.received == signum:
+        if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signum
+        if self.received:
+            # The step may be being saved.
+            return
+        self.received = signum
         if trainer.validating and trainer.world_size == 1:
             self._act(signum)
         elif trainer.is_global_zero:
@@ -139,8 +142,8 @@ class LastStep(L.Callback):
     def _act(self, signum: int) -> None:
         if not signum:
             return
-        self.received = 0
         if self.requeue is not None and signum == self.requeue[0]:
+            self.received = 0
             self.requeue[1](signum, None)
             return
         environment = self.trainer._accelerator_connector.cluster_environment

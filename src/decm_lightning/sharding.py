@@ -38,11 +38,6 @@ def shard(network: Network, mesh: DeviceMesh) -> None:
         _fill(network, weights, mesh)
 
 
-def to_meta(tensor: Tensor) -> Tensor:
-    """Return a tensor's shape and dtype without its values."""
-    return tensor.to("meta")
-
-
 def _fill(network: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> None:
     is_first = mesh.get_rank() == 0
     network.to_empty(device=_device(mesh))

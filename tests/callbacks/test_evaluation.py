@@ -272,7 +272,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         test_cells=["student/mix/4", "student/consistency/3", "teacher/euler/2"],
     )
     digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
-    packages = ("decm-lightning", "torch", "lightning", "torchmetrics", "torchdata")
+    packages = ("decm-lightning", "torch", "lightning", "torchmetrics")
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",

@@ -591,6 +591,36 @@ def test_weights_of_networks_to_be_sharded_are_in_the_first_process_alone(rank, 
     assert {parameter.is_meta for each in networks for parameter in each.parameters()} == {rank == 1}
 
 
+def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(trained, monkeypatch, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=1, out_channels=2, num_layers=1, sample_size=8,
+        norm_num_groups=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "diffusers")
+    built = []
+    monkeypatch.setattr(TrainerCLI, "_run_subcommand", lambda self, _: built.append(self.model))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    config = yaml.safe_load(TRAINED)
+    config["model"]["init_args"] = {
+        "teacher": {
+            "class_path": "decm_lightning.teachers.DiffusersDiTTeacher",
+            "init_args": {"model": str(tmp_path / "diffusers")},
+        },
+        "student": {
+            "class_path": "decm_lightning.networks.DiT",
+            "init_args": {"input_size": 8, "in_channels": 1, "width": 16, "depth": 1, "heads": 2, "landing_time": True},
+        },
+    }
+    config["trainer"]["strategy"] = {"class_path": "decm_lightning.strategies.FSDP2"}
+    config["trainer"]["devices"] = 1
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert trained("fit")[0] == 0
+    assert not any(parameter.is_meta for parameter in built[0].teacher.model.parameters())
+    assert all(parameter.is_meta for parameter in built[0].network.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [[], list(RECOMMENDED)])
 @pytest.mark.parametrize(

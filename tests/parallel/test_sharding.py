@@ -9,7 +9,6 @@ from torch import nn
 
 from decm_lightning import Distiller, losses
 from decm_lightning.networks import DiT
-from decm_lightning.sharding import to_meta
 from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
 from tests.parallel.pair import SIZE
@@ -39,7 +38,7 @@ def fit(first_alone: bool) -> tuple[dict, dict, list[float], int]:
     if first_alone and torch.distributed.get_rank():
         distiller.network.to("meta")
         distiller.average.to("meta")
-        teacher.apply(to_meta)
+        teacher.network.to("meta")
     networks = (distiller.network, distiller.average, teacher.network)
     held = sum(p.numel() for each in networks for p in each.parameters() if not p.is_meta)
     trainer = L.Trainer(

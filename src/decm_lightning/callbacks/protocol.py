@@ -12,7 +12,7 @@ from decm_lightning.callbacks.drawing import Drawing
 from decm_lightning.callbacks.usage import Usage
 from decm_lightning.metrics import Quality, Reference
 
-PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics", "torchdata")
+PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
 
 def protocol(

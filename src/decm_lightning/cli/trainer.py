@@ -5,7 +5,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from inspect import signature
 from itertools import pairwise
@@ -26,8 +26,8 @@ from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, recommended
 from decm_lightning.networks import Network
 from decm_lightning.networks.pretrained import refuse_partial
+from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
 from decm_lightning.resuming import differences, settings_of
-from decm_lightning.sharding import to_meta
 from decm_lightning.teachers import Teacher
 from decm_lightning.training import FlowTraining
 
@@ -87,19 +87,9 @@ class TrainerCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keep the weights of networks that will be sharded in the first process of each machine alone."""
-        for kind in (Network, Teacher, FlowTraining):
-            parser.add_instantiator(self._build, kind)
-
-    def _build(self, cls: type, *args: Any, **kwargs: Any) -> Any:
-        strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
-        if not (getattr(rank_zero_only, "rank", 0) and _shards(strategy)):
-            return cls(*args, **kwargs)
-        # The first process sends each of the others its shard. Arguments may come from functions, such as `load`.
-        for argument in (*args, *kwargs.values()):
-            _drop_weights(argument)
-        built = cls(*args, **kwargs)
-        _drop_weights(built)
-        return built
+        parser.add_instantiator(_build_network, Network)
+        parser.add_instantiator(_build_around_networks, Teacher)
+        parser.add_instantiator(_build_around_networks, FlowTraining)
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
@@ -129,8 +119,12 @@ class TrainerCLI(LightningCLI):
             ValueError: if it holds another network, not all that will be read, or is sharded and the strategy cannot
                 read that; or if predict has nothing that says what to draw.
         """
+        strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
+        # The first process sends each of the others its shard.
+        is_filled = bool(getattr(rank_zero_only, "rank", 0)) and _shards(strategy)
         try:
-            super().instantiate_classes()
+            with without_weights() if is_filled else nullcontext():
+                super().instantiate_classes()
         except RuntimeError as error:
             # Such as SLURM_NTASKS without SLURM_NTASKS_PER_NODE: a setting, not a bug.
             raise ValueError(f"the trainer cannot be built: {error}") from error
@@ -214,11 +208,26 @@ def _shards(strategy: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, ModelParallelStrategy)
 
 
+def _build_network(cls: type[Network], *args: Any, **kwargs: Any) -> Network:
+    return on_meta(cls, *args, **kwargs) if is_weightless() else cls(*args, **kwargs)
+
+
+def _build_around_networks(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Build a teacher or a training, whose networks may come from a function or class of another package."""
+    if is_weightless():
+        for argument in (*args, *kwargs.values()):
+            _drop_weights(argument)
+    built = cls(*args, **kwargs)
+    if is_weightless():
+        _drop_weights(built)
+    return built
+
+
 def _drop_weights(built: Any) -> None:
-    if isinstance(built, Network):
-        built.to("meta")
-    elif isinstance(built, Teacher):
-        built.apply(to_meta)
+    # Of a teacher only the networks that are sharded: nobody fills another model.
+    networks = built.networks() if isinstance(built, Teacher) else [built] if isinstance(built, Network) else []
+    for network in networks:
+        network.to("meta")
 
 
 def _write_traceback(trainer: L.Trainer) -> Path:

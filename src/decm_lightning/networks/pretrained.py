@@ -20,6 +20,7 @@ from decm_lightning.networks.network import Network
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.tensors import read_file
 from decm_lightning.networks.text_dit import TextDiT
+from decm_lightning.networks.weightless import is_weightless, on_meta
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
@@ -39,6 +40,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow_import: boo
             runs the module's code: allow it only for files that you trust. A class that is imported already needs no
             permission.
 
+    Within `weightless.without_weights` no weights are read: the network is on the meta device, whatever `device` is.
+
     Raises:
         OSError: naming the file, if there is nothing at `path`, or it may not be read.
         ValueError: naming `path` and the cause, if it is not a whole folder or checkpoint of this package.
@@ -53,7 +56,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow_import: boo
         network = _from_shards(path, allow_import)
     else:
         network = _from_folder(path, allow_import) if path.is_dir() else _from_checkpoint(path, allow_import)
-    return network.to(device).eval()
+    return (network if is_weightless() else network.to(device)).eval()
 
 
 def save(network: Network, folder: str | Path) -> None:
@@ -184,7 +187,8 @@ def build(description: dict[str, Any], allow_import: bool = False) -> Network:
     name = arguments.pop("_class_name", None)
     if not isinstance(name, str):
         raise ValueError(f"its description names no network class (_class_name): got {name}")
-    return _class_of(name, allow_import)(**arguments)
+    cls = _class_of(name, allow_import)
+    return on_meta(cls, **arguments) if is_weightless() else cls(**arguments)
 
 
 def _class_of(name: str, allow_import: bool) -> type[Network]:
@@ -224,6 +228,8 @@ def _from_folder(folder: Path, allow_import: bool) -> Network:
         if not isinstance(described, dict):
             raise ValueError(f"{CONFIG} must hold _class_name and the arguments: got {described}")
         network = build(described, allow_import)
+    if is_weightless():
+        return network
     tensors = read_file(weights)
     with _naming(folder):
         network.load_state_dict(tensors)
@@ -235,6 +241,8 @@ def _from_checkpoint(file: Path, allow_import: bool) -> Network:
     described = _description(checkpoint, file)
     with _naming(file):
         network = build(described, allow_import)
+        if is_weightless():
+            return network
         weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
         network.load_state_dict(weights)
     return network
@@ -244,6 +252,8 @@ def _from_shards(folder: Path, allow_import: bool) -> Network:
     described = _description(read_rest(folder), folder)
     with _naming(folder):
         network = build(described, allow_import)
+    if is_weightless():
+        return network
     fill({f"{AVERAGE}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
     return network
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.layers import Rotary
 from decm_lightning.networks.tensors import Weights, few, read_tensors
+from decm_lightning.networks.weightless import is_weightless
 
 # The tensors whose shapes, of so many dimensions, tell the architecture.
 SHAPES = {
@@ -111,6 +112,8 @@ def _network(tensors: Mapping[str, Tensor], heads: int | None) -> DiT:
     tables = _tables(config["width"] // config["heads"], network.side) if config["rotary"] else {}
     _check_places(tensors, places, [name for name in places if name not in tables])
     _check_tables(tensors, tables, network.side)
+    if is_weightless():
+        return network.eval()
     state = {
         name: tables[name]
         if name in tables

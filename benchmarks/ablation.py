@@ -18,9 +18,10 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
-from decm_lightning.callbacks import Evaluation, GradientNorms, SampleGrid, Throughput
-from decm_lightning.callbacks.cells import Cell
+from decm_lightning.callbacks import GradientNorms, Throughput
 from decm_lightning.cli.trainer import build
+from decm_lightning.evaluation import Evaluation, SampleGrid
+from decm_lightning.evaluation.spec import Cell
 from decm_lightning.networks import save
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

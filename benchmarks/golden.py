@@ -18,13 +18,13 @@ from jsonargparse import auto_cli
 
 from benchmarks.rehearsal import images
 from decm_lightning import Distiller, losses
-from decm_lightning.callbacks import Evaluation
 from decm_lightning.cli.encode import encode
 from decm_lightning.data import Digits
+from decm_lightning.demo import DigitsFeatures
+from decm_lightning.evaluation import Evaluation
 from decm_lightning.files import file_sha256, tensors_sha256
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import Objective
-from decm_lightning.metrics import DigitsFeatures
 from decm_lightning.networks import load
 from decm_lightning.teachers import DiTTeacher
 

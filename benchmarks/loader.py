@@ -18,8 +18,8 @@ import torch
 from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
-from decm_lightning.data.latents import Latents
-from decm_lightning.data.shard_files import KEYS
+from decm_lightning.data.latents.imagenet import Latents
+from decm_lightning.data.latents.shard_files import KEYS
 
 
 def write(folder: Path, shards: int, rows: int, shape: Sequence[int], dtype: torch.dtype) -> None:

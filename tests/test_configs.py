@@ -11,7 +11,7 @@ import yaml
 
 from decm_lightning import cli
 from decm_lightning.cli.trainer import build
-from decm_lightning.data import emoji
+from decm_lightning.demo import emoji
 from decm_lightning.networks import load
 
 ROOT = Path(__file__).parents[1]

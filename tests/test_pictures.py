@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.pictures import save_named_grid, short, to_uint8
+from decm_lightning.image_writer import save_named_grid, short, to_uint8
 
 COLOURS = torch.tensor([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 0]], [[200, 0, 200], [0, 200, 200]]])
 

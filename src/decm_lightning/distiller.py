@@ -30,7 +30,7 @@ from decm_lightning.losses.rows import Rows
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
-from decm_lightning.training import FlowTraining
+from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 
 

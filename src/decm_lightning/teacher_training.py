@@ -11,7 +11,7 @@ from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
-from decm_lightning.training import FlowTraining
+from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.triangle import TimeLaw, Uniform
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 

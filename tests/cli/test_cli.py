@@ -18,8 +18,8 @@ from PIL import Image
 from decm_lightning import cli
 from decm_lightning.cli.trainer import TrainerCLI
 from decm_lightning.derivatives import NoTangentError
+from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.networks import MLP, DiT, load, save
-from decm_lightning.sample_folder import SampleFolder
 from tests.unprivileged import open_folder, unprivileged
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_predict_writes_a_picture_for_each_label(decm):
     }
     assert decm(*digits("fit", "--trainer.callbacks", json.dumps([saving])))[0] == 0
     predict = digits("predict", "--ckpt_path", "saved/two.ckpt")
-    writer = ["--trainer.callbacks+", "decm_lightning.callbacks.SampleWriter", "--trainer.callbacks.folder", "drawn"]
+    writer = ["--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.folder", "drawn"]
     code, _, err = decm(*predict)
     assert code == 2
     assert f"predict needs a SampleWriter, which says what to draw, and where to: add {' '.join(writer[:3])}" in err
@@ -494,7 +494,7 @@ def test_settings_of_data_and_trainer_that_differ_are_named(trained, caplog):
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("name", ["last", "best", "hpc", "nowhere.ckpt"])
 def test_a_checkpoint_that_is_not_there_is_refused(command, name, trained):
-    writer = ["--trainer.callbacks+", "decm_lightning.callbacks.SampleWriter", "--trainer.callbacks.folder", "drawn"]
+    writer = ["--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.folder", "drawn"]
     code, _, err = trained(command, "--ckpt_path", name, *(writer if command == "predict" else ()))
     assert code == 2
     assert name in err.splitlines()[-1]
@@ -583,7 +583,7 @@ def test_weights_of_networks_to_be_sharded_are_in_the_first_process_alone(rank, 
     monkeypatch.setattr(TrainerCLI, "_run_subcommand", lambda self, _: built.append(self.model))
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     argv = ["--model.init_args.student", student, "--model.init_args.student.path", "student"] if student else []
-    strategy = ["--trainer.strategy.class_path", "decm_lightning.strategies.FSDP2", "--trainer.devices", "1"]
+    strategy = ["--trainer.strategy.class_path", "decm_lightning.training.strategies.FSDP2", "--trainer.devices", "1"]
     assert trained("fit", *strategy, *argv)[0] == 0
     (distiller,) = built
     networks = (distiller.network, distiller.average, *distiller.teacher.networks())
@@ -613,7 +613,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
             "init_args": {"input_size": 8, "in_channels": 1, "width": 16, "depth": 1, "heads": 2, "landing_time": True},
         },
     }
-    config["trainer"]["strategy"] = {"class_path": "decm_lightning.strategies.FSDP2"}
+    config["trainer"]["strategy"] = {"class_path": "decm_lightning.training.strategies.FSDP2"}
     config["trainer"]["devices"] = 1
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert trained("fit")[0] == 0
@@ -624,7 +624,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [[], list(RECOMMENDED)])
 @pytest.mark.parametrize(
-    "strategy", [("", "ddp_spawn"), ("", "ddp"), (".class_path", "decm_lightning.strategies.FSDP2")]
+    "strategy", [("", "ddp_spawn"), ("", "ddp"), (".class_path", "decm_lightning.training.strategies.FSDP2")]
 )
 def test_two_processes_train(strategy, objective, trained):
     argv = ["--trainer.devices", "2", f"--trainer.strategy{strategy[0]}", strategy[1], *objective]

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 
 from decm_lightning import cli
 from decm_lightning.data import ImageNetLatents
-from decm_lightning.data.image_files import ImageFiles
-from decm_lightning.data.latents import Latents
+from decm_lightning.data.images.image_files import ImageFiles
+from decm_lightning.data.latents.imagenet import Latents
 from decm_lightning.networks import DiT, save
 from decm_lightning.seeds import generator_of
 from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
@@ -339,7 +339,7 @@ def test_a_folder_that_cannot_be_written_is_named(decm):
 
 def test_a_full_disk_is_named_by_its_path(decm, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
-    monkeypatch.setattr("decm_lightning.data.manifest.save_file", full)
+    monkeypatch.setattr("decm_lightning.data.latents.manifest.save_file", full)
     refused(decm, command("latents"), "latents/latents_rank00_shard000.safetensors: No space left on device")
 
 

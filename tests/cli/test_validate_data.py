@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning import cli
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.shards import Provenance
+from decm_lightning.data.latents.shards import Provenance
 from decm_lightning.files import file_sha256
 from tests.autoencoders.tiny import save_kl
-from tests.data.test_shards import change, write_shards
+from tests.data.latents.test_shards import change, write_shards
 
 ROOT = Path(__file__).parents[2]
 SHARD = "latents_rank00_shard001.safetensors"

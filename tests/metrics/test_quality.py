@@ -5,9 +5,9 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import Quality
 from decm_lightning.metrics.parts import Counts
-from decm_lightning.pictures import to_uint8
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 

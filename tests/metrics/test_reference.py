@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from decm_lightning.metrics import DigitsFeatures, Quality
-from decm_lightning.metrics.features import EfficientNetLite0Features
+from decm_lightning.demo import DigitsFeatures
+from decm_lightning.demo.features import EfficientNetLite0Features
+from decm_lightning.metrics import Quality
 from decm_lightning.metrics.reference import read
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from decm_lightning import TeacherTraining, load
 from decm_lightning.data import Digits
-from tests.callbacks.test_ema import Drift, drifted, tiny
 from tests.parallel.test_training import STRATEGIES
+from tests.training.test_ema import Drift, drifted, tiny
 
 pytestmark = pytest.mark.slow
 STEPS = 40

@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller
-from decm_lightning.callbacks import Evaluation, SampleWriter
 from decm_lightning.data import Digits
-from decm_lightning.data.images import LabelledImages, as_it_is
+from decm_lightning.data.images.in_memory import LabelledImages, as_it_is
+from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.even_split import split_evenly
 from decm_lightning.metrics import Quality
 from decm_lightning.networks import DiT
-from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
+from decm_lightning.training.strategies import FSDP2
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 from tests.parallel.pair import SIZE
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from decm_lightning import Distiller, losses
 from decm_lightning.networks import DiT
-from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
+from decm_lightning.training.strategies import FSDP2
 from tests.parallel.pair import SIZE
 from tests.parallel.test_training import ROWS, Exact, whole
 

@@ -14,8 +14,8 @@ from decm_lightning import Distiller, load
 from decm_lightning.data import Digits
 from decm_lightning.networks import DiT
 from decm_lightning.networks.sharded import read_rest
-from decm_lightning.strategies import FSDP2
 from decm_lightning.teachers import Teacher
+from decm_lightning.training.strategies import FSDP2
 from tests.parallel.pair import SIZE
 
 pytestmark = pytest.mark.slow

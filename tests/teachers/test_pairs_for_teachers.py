@@ -18,10 +18,10 @@ from PIL import Image
 from torch import nn
 
 from decm_lightning import cli
-from decm_lightning.callbacks.cells import Cell
-from decm_lightning.callbacks.drawing import Drawing
 from decm_lightning.cli.trainer import build
 from decm_lightning.data import TextImagePairs
+from decm_lightning.evaluation.generator import Drawing
+from decm_lightning.evaluation.spec import Cell
 from decm_lightning.teachers import (
     DiffusersFluxTeacher,
     DiffusersPixArtTeacher,

@@ -8,9 +8,9 @@ from rich.progress import track
 from torch import Tensor
 
 from decm_lightning.cli.sampling import Decoder, SamplerChoice, generate, weights_sha256
+from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
+from decm_lightning.image_writer import save_grid
 from decm_lightning.networks import Network
-from decm_lightning.pictures import save_grid
-from decm_lightning.sample_folder import SampleFolder, sample_name
 
 BATCH = 256
 

@@ -13,10 +13,10 @@ from torch.utils import _pytree
 
 from decm_lightning.cli.sampling import DIGITS, Decoder, SamplerChoice, generate, weights_sha256
 from decm_lightning.conditions import select
+from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
+from decm_lightning.image_writer import save_named_grid, short
 from decm_lightning.networks import Network
-from decm_lightning.pictures import save_named_grid, short
-from decm_lightning.sample_folder import SampleFolder
 from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
 
 METADATA = "metadata.jsonl"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from decm_lightning.files import tensors_sha256
+from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network
 from decm_lightning.networks.lora import LoRANetwork
-from decm_lightning.pictures import to_uint8
 from decm_lightning.samplers import SamplerName
 from decm_lightning.samplers import sampler as make_sampler
 from decm_lightning.seeds import generator_of
@@ -177,7 +177,7 @@ def weights_sha256(network: Network) -> str:
 def _by_config(vae: str) -> tuple[Any, Decoder]:
     # Imported here: the data modules import Lightning, which takes seconds.
     from decm_lightning.autoencoders import load_autoencoder
-    from decm_lightning.data.latent_coder import LatentCoder
+    from decm_lightning.data.latents.latent_coder import LatentCoder
 
     coder = LatentCoder(load_autoencoder(vae))
     own = coder.autoencoder
@@ -185,7 +185,7 @@ def _by_config(vae: str) -> tuple[Any, Decoder]:
 
 
 def _by_statistics(vae: str, latents: str) -> tuple[Any, Decoder]:
-    from decm_lightning.data.decoding import LatentDecoder
+    from decm_lightning.data.latents.decoding import LatentDecoder
 
     decoder = LatentDecoder.read(vae, latents)
     own, scaling = decoder.autoencoder, decoder.scaling

@@ -21,15 +21,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
-from decm_lightning.callbacks.last_step import end_at_sigterm
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, recommended
 from decm_lightning.networks import Network
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
-from decm_lightning.resuming import differences, settings_of
+from decm_lightning.signals import end_at_sigterm
 from decm_lightning.teachers import Teacher
-from decm_lightning.training import FlowTraining
+from decm_lightning.training.flow_training import FlowTraining
+from decm_lightning.training.resuming import differences, settings_of
 
 log = logging.getLogger(__name__)
 COMPARED = ("trainer", "data")
@@ -130,7 +130,7 @@ class TrainerCLI(LightningCLI):
             raise ValueError(f"the trainer cannot be built: {error}") from error
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
-            writer = "--trainer.callbacks+ decm_lightning.callbacks.SampleWriter --trainer.callbacks.folder FOLDER"
+            writer = "--trainer.callbacks+ decm_lightning.evaluation.SampleWriter --trainer.callbacks.folder FOLDER"
             raise ValueError(f"predict needs a SampleWriter, which says what to draw, and where to: add {writer}")
         path = self.config[self.subcommand].ckpt_path if self.subcommand else None
         if path:
@@ -175,7 +175,7 @@ class TrainerCLI(LightningCLI):
             ValueError: if nothing was measured.
         """
         if not self.trainer.callback_metrics:
-            callback = "a callback that logs, such as decm_lightning.callbacks.Evaluation"
+            callback = "a callback that logs, such as decm_lightning.evaluation.Evaluation"
             raise ValueError(f"nothing was measured: {self.subcommand} needs {callback}")
 
     after_test = after_validate

@@ -6,7 +6,7 @@ from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.validation import Faults, FolderCheck
+from decm_lightning.data.latents.validation import Faults, FolderCheck
 
 
 def validate_data(

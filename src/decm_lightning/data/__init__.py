@@ -1,9 +1,7 @@
-"""Data modules: one LightningDataModule a file."""
+"""Data modules: images with classes, latents of a VAE, and pairs of text and image."""
 
-from decm_lightning.data.digits import Digits
-from decm_lightning.data.emoji import Emoji
-from decm_lightning.data.idx import IDXImages
+from decm_lightning.data.images import Digits, IDXImages
 from decm_lightning.data.latents import ImageNetLatents
-from decm_lightning.data.text_image_pairs import TextImagePairs
+from decm_lightning.data.pairs import TextImagePairs
 
-__all__ = ["Digits", "Emoji", "IDXImages", "ImageNetLatents", "TextImagePairs"]
+__all__ = ["Digits", "IDXImages", "ImageNetLatents", "TextImagePairs"]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from decm_lightning.image_writer import picture
 from decm_lightning.metrics.parts import Counts, Part, Prompts
 from decm_lightning.metrics.reference import Reference
-from decm_lightning.pictures import picture
 
 
 class PromptScorer(nn.Module):

@@ -1,0 +1,28 @@
+"""The real handwritten digits that come with scikit-learn: 1,797 images of 8 x 8, ten classes."""
+
+import torch
+
+from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+
+
+class Digits(InMemoryImages):
+    """scikit-learn's digits, scaled from 0..16 to [-1, 1], (1, 8, 8); all of them train and all are the reference.
+
+    Args:
+        batch_size: images per training batch on each device, at least 1.
+        reference_size: at most so many reference images; None for all 1,797.
+        num_workers: loading processes; 0 is fastest here.
+    """
+
+    num_classes = 10
+
+    def __init__(self, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0) -> None:
+        super().__init__(batch_size, reference_size, num_workers)
+
+    def setup(self, stage: str) -> None:
+        """Load the digits."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+        self.train = self.reference = LabelledImages(images, torch.tensor(digits.target))

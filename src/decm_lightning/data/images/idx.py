@@ -1,0 +1,103 @@
+"""Folders of IDX files, the format of MNIST and Fashion-MNIST: four files, gzipped or not."""
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.files import describe_unreadable
+
+UNSIGNED_BYTE = 0x08
+GZIP = b"\x1f\x8b"
+
+
+class IDXImages(InMemoryImages):
+    """Grey images with labels from `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files.
+
+    Pixels are scaled from 0..255 to [-1, 1], (1, h, w). The training files train; the `t10k` files, which training
+    never sees, are the reference.
+
+    Args:
+        folder: where the four files are, each plain or with .gz.
+        batch_size: images per training batch on each device, at least 1.
+        reference_size: at most so many reference images; None for all.
+        num_workers: loading processes; 0 is fastest for images in memory.
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self, folder: str, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0
+    ) -> None:
+        super().__init__(batch_size, reference_size, num_workers)
+        self.folder = Path(folder)
+
+    def setup(self, stage: str) -> None:
+        """Load both sets.
+
+        Raises:
+            FileNotFoundError: if the folder or a file is missing.
+            ValueError: if a file is not in the IDX format, is cut short, or does not fit its partner.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no folder {self.folder}: give --data.folder the folder of the four IDX files")
+        self.train = self._load("train")
+        self.reference = self._load("t10k")
+
+    def _load(self, part: str) -> LabelledImages:
+        images = read_idx(self._find(f"{part}-images-idx3-ubyte"))
+        labels = read_idx(self._find(f"{part}-labels-idx1-ubyte"))
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            shapes = f"{tuple(images.shape)} images, {tuple(labels.shape)} labels"
+            raise ValueError(f"{part} files in {self.folder} do not fit each other: {shapes}")
+        if not images.numel():
+            raise ValueError(f"{part} files in {self.folder} hold no images: {tuple(images.shape)}")
+        if labels.max() >= self.num_classes:
+            row = int((labels >= self.num_classes).nonzero()[0])
+            raise ValueError(
+                f"{part} labels in {self.folder}: row {row} is {labels[row]}, above {self.num_classes - 1}"
+            )
+        return LabelledImages(images[:, None].float() / 127.5 - 1, labels.long())
+
+    def _find(self, name: str) -> Path:
+        for file in (self.folder / f"{name}.gz", self.folder / name):
+            if os.path.lexists(file):
+                return file
+        raise FileNotFoundError(f"no file {name} or {name}.gz in {self.folder}")
+
+
+def read_idx(file: Path) -> Tensor:
+    """Return the bytes of an IDX file, gzipped or not, as a tensor of the shape that its header gives.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read, its header is not IDX with unsigned bytes, or it is cut short
+            or too long.
+    """
+    try:
+        content = file.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+    except OSError as error:
+        # A missing permission or a folder; a broken archive has no name.
+        reason = describe_unreadable(file, text=True) or f"not a whole gzip file: {error}"
+        raise ValueError(f"{file}: {reason}") from error
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not a whole gzip file: {error}") from error
+    if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+        reason = describe_unreadable(file) or f"not an IDX file of unsigned bytes: it begins with {content[:4].hex()}"
+        raise ValueError(f"{file}: {reason}")
+    axes = int.from_bytes(content[3:4])
+    header = 4 + 4 * axes
+    if axes == 0 or len(content) < header:
+        raise ValueError(f"{file}: cut short in the header of an IDX file, after {len(content)} bytes")
+    shape = struct.unpack_from(f">{axes}I", content, 4)
+    if len(content) - header != math.prod(shape):
+        raise ValueError(f"{file} holds {len(content) - header} values: its header says {shape}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())

@@ -1,0 +1,300 @@
+"""Encode images into a folder of latents by Trainer.predict on all devices. Interrupted runs resume."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from decm_lightning.autoencoders import Autoencoder
+from decm_lightning.data.images.image_files import ImageFiles, OnError
+from decm_lightning.data.latents.encoding_records import Shard
+from decm_lightning.data.latents.manifest import Manifest
+from decm_lightning.data.latents.scaling import Moments
+from decm_lightning.data.latents.shards import KEYS
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.image_listing import broken
+from decm_lightning.image_reader import in_threads, read_modes
+from decm_lightning.seeds import generator_of
+from decm_lightning.signals import end_at_sigterm
+
+Posterior = Literal["sample", "mode"]
+
+
+class ShardBatch(NamedTuple):
+    """Neighboring images of one shard.
+
+    Attributes:
+        shard: the number of the shard in the plan.
+        is_last: whether the shard ends with this batch.
+        names: of the images that could be read, b of them.
+        pixels: (b, 3, h, w).
+        labels: (b,).
+        faults: what is wrong with the other images, by name.
+    """
+
+    shard: int
+    is_last: bool
+    names: list[str]
+    pixels: UInt8[Tensor, "b 3 h w"]
+    labels: Int[Tensor, " b"]
+    faults: dict[str, str]
+
+
+class Encoded(NamedTuple):
+    """The latents of images and of their mirror images, (b, c, h, w) each."""
+
+    latents: Float[Tensor, "b c h w"]
+    mirrored: Float[Tensor, "b c h w"]
+
+
+class ShardBatches(Dataset[ShardBatch]):
+    """The images of some shards; an item is a batch.
+
+    Each shard begins a new batch, so that a shard is computed in the same batches whichever process encodes it.
+
+    Args:
+        images: the images of all shards.
+        size: height and width to crop to.
+        shards: the shards to encode, by their numbers.
+        batch_size: images in each batch but a shard's last.
+    """
+
+    def __init__(self, images: ImageFiles, size: int, shards: dict[int, Shard], batch_size: int) -> None:
+        self.images = images
+        self.size = size
+        self.batches = [
+            (number, shard.images[start : start + batch_size], start + batch_size >= len(shard.images))
+            for number, shard in shards.items()
+            for start in range(0, len(shard.images), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> ShardBatch:
+        """Return a batch."""
+        shard, numbers, is_last = self.batches[index]
+        names, pixels, labels, faults = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)], [], {}
+        for number in numbers:
+            image = self.images.files[number]
+            # An error raised in a loading process would reach the user under two tracebacks.
+            try:
+                pixels.append(self.images.read(number, self.size)[None])
+            except ValueError as error:
+                faults[image.name] = str(error).removeprefix(f"{image.name} ")
+                continue
+            names.append(image.name)
+            labels.append(image.label)
+        return ShardBatch(shard, is_last, names, torch.cat(pixels), torch.tensor(labels, dtype=torch.long), faults)
+
+
+@dataclass
+class Plan:
+    """What an encoding consists of.
+
+    Attributes:
+        shards: all shards.
+        pending: the numbers of those that are not up to date.
+    """
+
+    shards: list[Shard]
+    pending: list[int]
+
+
+class EncodingData(L.LightningDataModule):
+    """The batches of the shards that are not up to date, split among the processes.
+
+    The first process alone compares the images with the folder and looks at the headers of the images to encode, before
+    the folder is changed.
+
+    Args:
+        images: the images to encode.
+        manifest: the folder.
+        size: images are cropped to size x size pixels.
+        batch_size: images in each batch but a shard's last, at least 1.
+        num_workers: loading processes for each device.
+        on_error: "raise" if an image is broken, or "skip" to leave it out.
+
+    Raises:
+        ValueError: if batch_size is below 1.
+    """
+
+    def __init__(
+        self, images: ImageFiles, manifest: Manifest, size: int, batch_size: int, num_workers: int, on_error: OnError
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+        self.images = images
+        self.manifest = manifest
+        self.size = size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.on_error = on_error
+        self.plan = Plan([], [])
+
+    def setup(self, stage: str) -> None:
+        """Plan the encoding, and begin the folder.
+
+        Raises:
+            OSError: if the folder cannot be written, or an image has been deleted.
+            ValueError: if the folder was begun with other settings or is in use, or an image is broken.
+        """
+        assert self.trainer is not None
+        outcome: Plan | Exception | None = None
+        if self.trainer.is_global_zero:
+            # All processes have to stop if one does.
+            try:
+                outcome = self._planned()
+            except (OSError, ValueError) as error:
+                outcome = error
+        outcome = self.trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        self.plan = outcome
+
+    def predict_dataloader(self) -> DataLoader[ShardBatch]:
+        """Return the batches of this process, in order."""
+        assert self.trainer is not None
+        ours = self.plan.pending[self.trainer.global_rank :: self.trainer.world_size]
+        shards = {number: self.plan.shards[number] for number in ours}
+        batches = ShardBatches(self.images, self.size, shards, self.batch_size)
+        return DataLoader(batches, batch_size=1, num_workers=self.num_workers, collate_fn=_only)
+
+    def _planned(self) -> Plan:
+        files, allow_skipped = self.images.files, self.on_error == "skip"
+        self.manifest.lock()
+        shards = self.manifest.plan([file.order for file in files], list(in_threads(self.images.identity, files)))
+        done = in_threads(lambda shard: self.manifest.is_up_to_date(shard, allow_skipped), shards)
+        pending = [number for number, is_done in enumerate(done) if not is_done]
+        if pending:
+            if len(pending) < len(shards):
+                finished = len(shards) - len(pending)
+                print(f"{finished} of {len(shards)} shards are up to date, {len(pending)} are encoded")
+            self._check_headers([image for number in pending for image in shards[number].images])
+            self.manifest.begin()
+        return Plan(shards, pending)
+
+    def _check_headers(self, numbers: Sequence[int]) -> None:
+        places = [self.images.files[number].place for number in numbers]
+        found = tqdm(read_modes(places), "looking at the headers", len(places), unit="image")
+        faults = {
+            self.images.files[number].name: str(error)
+            for number, error in zip(numbers, found, strict=True)
+            if isinstance(error, ValueError)
+        }
+        if faults and self.on_error == "raise":
+            raise ValueError(f"{broken(faults)}: replace or delete, or leave out by --on_error skip")
+
+
+class Encoding(L.LightningModule):
+    """The module of Trainer.predict: `predict_step` encodes images in [-1, 1] and their mirror images.
+
+    Args:
+        autoencoder: encodes the images.
+        posterior: "sample" takes mean + std noise, as LightningDiT does, "mode" the mean.
+        seed: of the noise. The noise depends on the seed and the name of the image alone, so that the latents are the
+            same for any number of devices, after interruptions, and next to other images. It is sampled on the CPU,
+            because each kind of device has its own generator.
+        on_error: "raise" if an image is broken, or "skip" to leave it out.
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, posterior: Posterior = "sample", seed: int = 0, on_error: OnError = "raise"
+    ) -> None:
+        super().__init__()
+        # Where there are more processes than shards left, some have nothing to do.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.autoencoder = autoencoder
+        self.posterior = posterior
+        self.seed = seed
+        self.on_error = on_error
+
+    def predict_step(self, batch: ShardBatch, batch_idx: int) -> Encoded:
+        """Return the latents.
+
+        Raises:
+            ValueError: if an image is broken and on_error is "raise".
+            NonFiniteError: if a latent is NaN or infinite.
+        """
+        if batch.faults and self.on_error == "raise":
+            what = "replace it, or leave it out by --on_error skip, and start again: finished shards are kept"
+            raise ValueError(f"{broken(batch.faults)}; {what}")
+        size = batch.pixels.shape[-1]
+        if not batch.names:
+            nothing = torch.empty(0, *self.autoencoder.latent_shape(size))
+            return Encoded(nothing, nothing)
+        images = batch.pixels.float() / 127.5 - 1
+        both = torch.cat([images, images.flip(-1)])
+        encoded = self.autoencoder.encode(both, self._noise(batch.names, size))
+        bad = encoded.isfinite().flatten(1).all(1).logical_not()
+        if bad.any():
+            name = batch.names[int(bad.nonzero()[0]) % len(images)]
+            raise NonFiniteError(f"the latent of {name} is NaN or infinite: the VAE or its precision is broken")
+        return Encoded(*encoded.chunk(2))
+
+    def _noise(self, names: Sequence[str], size: int) -> Float[Tensor, "b2 c h w"] | None:
+        if self.posterior == "mode":
+            return None
+        shape = self.autoencoder.latent_shape(size)
+        noise = [torch.randn(2, *shape, generator=_generator(self.seed, name)) for name in names]
+        return torch.cat(list(torch.stack(noise, 1))).to(self.device)
+
+
+class ShardWriter(L.Callback):
+    """Writes a shard as soon as its last batch is encoded.
+
+    Args:
+        manifest: the folder.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.skipped: dict[str, str] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let SIGTERM end the encoding; the same command resumes it."""
+        end_at_sigterm(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Any,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: ShardBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch, and write the shard if it is complete."""
+        self.parts.append((outputs.latents.cpu(), outputs.mirrored.cpu(), batch.labels.cpu()))
+        self.skipped |= batch.faults
+        if not batch.is_last:
+            return
+        columns = zip(KEYS, zip(*self.parts, strict=True), strict=True)
+        # Convolutions may leave the channels last.
+        tensors = {key: torch.cat(parts).contiguous() for key, parts in columns}
+        moments = Moments(outputs.latents.shape[1])
+        if len(tensors[KEYS[0]]):
+            for key in KEYS[:2]:
+                moments.add(tensors[key].double())
+        shard = trainer.datamodule.plan.shards[batch.shard]
+        self.manifest.write(shard, tensors, moments, self.skipped)
+        self.parts, self.skipped = [], {}
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return generator_of(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:16]))
+
+
+def _only(items: list[ShardBatch]) -> ShardBatch:
+    return items[0]

@@ -1,0 +1,215 @@
+"""Images as latents of a VAE, in LightningDiT's format: normalised, mirrored at random, and checked before training."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.random import SeedSequence
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from decm_lightning.data.images.in_memory import EpochSampler, ResumableData, Rows
+from decm_lightning.data.latents.decoding import LatentDecoder
+from decm_lightning.data.latents.scaling import STATISTICS, Moments, Scaling, finite_rows
+from decm_lightning.data.latents.shard_files import describe_skipped
+from decm_lightning.data.latents.shards import BLOCK, RECORD, Provenance, Shards
+from decm_lightning.types import Batch, Sample
+
+SAMPLE = 1000
+
+
+class Latents(Rows):
+    """Scaled latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
+
+    Args:
+        folder: safetensors shards and latents_stats.pt, with cache.json if it is known where they come from.
+        num_classes: labels must be below it; None for what cache.json says, or one more than the largest label.
+        latent_norm: subtract latents_stats.pt's mean and divide by its std.
+        latent_multiplier: times this, above 0.
+
+    Raises:
+        FileNotFoundError: if the folder, its shards or latents_stats.pt is missing.
+        ValueError: naming the file, and the row if it is one, that is not as it should be.
+    """
+
+    def __init__(
+        self, folder: str | Path, num_classes: int | None, latent_norm: bool = True, latent_multiplier: float = 1.0
+    ) -> None:
+        self.provenance = Provenance.read(folder)
+        if num_classes is None and self.provenance is not None:
+            num_classes = self.provenance.num_classes
+        self.shards = Shards(folder, num_classes)
+        if self.shards.skipped:
+            rank_zero_warn(f"{describe_skipped(self.shards.skipped)} in {folder}")
+        self.scaling = Scaling.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
+        if self.provenance is None:
+            rank_zero_warn(
+                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes what is "
+                "drawn, it looks wrong whatever the loss"
+            )
+            return
+        self.provenance.check(self.shards, {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier})
+        if latent_norm:
+            self.provenance.check_file(self.shards.folder / STATISTICS)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.shards)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all images, (n,)."""
+        return self.shards.labels
+
+    def __getitems__(self, items: Sequence[int]) -> Batch:
+        """Return the batch of the given items."""
+        labels = self.shards.labels[torch.as_tensor(items) % len(self)]
+        return Batch(self.scaling.scale_(self.shards.read(items)), labels)
+
+    def place(self, item: int) -> str:
+        """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
+        return self.shards.place(item)
+
+    def sample(self) -> list[range]:
+        """Return at most 1,000 images, plain and mirrored, as blocks of items for `measure`."""
+        # Spread over all shards: the first rows of an encoded ImageNet are all of one class.
+        count, step = len(self), math.ceil(len(self) / SAMPLE)
+        return [
+            range(start, min(start + BLOCK * step, end), step)
+            for first, end in ((0, count), (count, 2 * count))
+            for start in range(first, end, BLOCK * step)
+        ]
+
+    def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
+        """Return the moments of the scaled items, after a look at every number.
+
+        Raises:
+            ValueError: naming the file and row of a latent that is not finite, or if mean and standard deviation are
+                far from 0 and 1.
+        """
+        moments = Moments(self.shards.shape[0])
+        for items in blocks:
+            x = self.shards.read(items)
+            finite = finite_rows(x)
+            if not finite.all():
+                raise ValueError(f"{self.place(items[int(finite.long().argmin())])} is NaN or infinite")
+            moments.add(self.scaling(x))
+        self.scaling.check(moments, self.shards.folder)
+        return moments
+
+
+class MirroringSampler(EpochSampler):
+    """EpochSampler that mirrors half of the images: of N, it gives item N + i for image i mirrored.
+
+    Whether it does follows from the seed, the epoch and i alone, whatever the number of processes and workers.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(entropy))
+        count = len(self.dataset)  # type: ignore[arg-type]
+        mirrored = torch.randint(2, (count,), generator=generator, dtype=torch.uint8).numpy()
+        return (row + count * int(mirrored[row]) for row in super().__iter__())
+
+
+class ImageNetLatents(ResumableData):
+    """Latents with labels from LightningDiT's shards, (c, h, w) of mean 0 and standard deviation 1; all of them train.
+
+    The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
+    Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
+    validate-data` looks at every row. Only with their VAE, which decodes them into pictures, are there loaders for
+    validation, test and prediction.
+
+    Args:
+        folder: where the files are.
+        batch_size: images per training batch on each device, at least 1.
+        num_workers: loading processes on each device: they hide a slow disk; 0 is fastest for files in memory.
+        num_classes: labels must be below it.
+        latent_norm: subtract latents_stats.pt's mean and divide by its std, as for VA-VAE.
+        latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
+        flip: mirror half of the images, others in each epoch.
+        vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
+        reference_size: at most so many latents in the loaders for validation, test and prediction, spread over all
+            shards, so that the classes mix; None for all.
+
+    Raises:
+        ValueError: if batch_size or reference_size is below 1.
+    """
+
+    train: Latents
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int = 128,
+        num_workers: int = 2,
+        num_classes: int = 1000,
+        latent_norm: bool = True,
+        latent_multiplier: float = 1.0,
+        flip: bool = True,
+        vae: str | None = None,
+        reference_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        if reference_size is not None and reference_size < 1:
+            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
+        self.folder = folder
+        self.num_classes = num_classes
+        self.latent_norm = latent_norm
+        self.latent_multiplier = latent_multiplier
+        self.vae = vae
+        self.reference_size = reference_size
+        self.decoder: LatentDecoder | None = None
+        if flip:
+            self.sampler = MirroringSampler
+
+    def setup(self, stage: str) -> None:
+        """Open the folder and check a sample of it.
+
+        Raises:
+            FileNotFoundError: if the folder, its shards or latents_stats.pt is missing.
+            ValueError: naming what is not as it should be, if the network is for samples of another shape, or if the
+                VAE is not the one that encoded the images.
+        """
+        self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
+        self.train.measure(self.train.sample())
+        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
+        wanted = getattr(network, "sample_shape", self.train.shards.shape)
+        if tuple(wanted) != self.train.shards.shape:
+            raise ValueError(f"latents of {self.folder} are {self.train.shards.shape}: the network makes {wanted}")
+        if self.vae is not None and self.decoder is None:
+            self.decoder = LatentDecoder.read(self.vae, self.folder, self.train.scaling)
+
+    def decode(self, x: Sample) -> Sample:
+        """Return the images in [-1, 1] of scaled latents.
+
+        Raises:
+            ValueError: if no VAE was given.
+        """
+        if self.decoder is None:
+            raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
+        return self.decoder(x)
+
+    def release(self) -> None:
+        """Move the VAE off the accelerator: only evaluation uses it."""
+        if self.decoder is not None:
+            self.decoder.autoencoder.to("cpu")
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
+        if self.vae is None:
+            return []
+        count = len(self.train)
+        size = min(self.reference_size or count, count)
+        rows = Subset(self.train, [number * count // size for number in range(size)])
+        return self.evenly(rows)
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the reference latents in order; no loader without a VAE."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the reference latents, of which `decm predict` reads the labels; no loader without a VAE."""
+        return self.val_dataloader()

@@ -1,0 +1,5 @@
+"""Pairs of text and image."""
+
+from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
+
+__all__ = ["TextImagePairs"]

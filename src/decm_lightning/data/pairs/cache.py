@@ -1,0 +1,202 @@
+"""Pairs that are read and checked once: pixels in one file on the disk, captions and errors next to it."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from decm_lightning.caches import make_once, remove_abandoned
+from decm_lightning.data.pairs.lists import stamp_of
+from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair
+from decm_lightning.data.pairs.sources import find_pairs
+from decm_lightning.files import PARTIAL, atomic
+from decm_lightning.image_reader import pixels_of
+
+# Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
+BLANK = {"Cc", "Cf", "Zs"}
+SURROGATE = re.compile("[\ud800-\udfff]")
+VERSION = 2
+"""Raise this when the same files would give other pixels, captions or errors."""
+STAMPS = "stamps.json"
+"""Names, sizes and times of the image files that the source names."""
+Pixels = UInt8[Tensor, "n c h w"]
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """All good pairs of a source, in its order, and what was wrong with the others.
+
+    Attributes:
+        images: mapped into memory from the disk, (n, 3, size, size).
+        captions: one for each image.
+        names: what tells an image from all others.
+        errors: what was left out.
+        unread: how many files of the source are not read, by kind.
+        folder: where all this is stored.
+    """
+
+    images: Pixels
+    captions: list[str]
+    names: list[str]
+    errors: list[DataError]
+    unread: Counter[str]
+    folder: Path
+
+
+def prepare(source: Path, cache: Path, size: int, column: str | None, max_characters: int) -> PreparedPairs:
+    """Return a source's pairs: read, checked, cropped and stored in `cache` on the first call.
+
+    They are reused as long as the names, sizes and times of the source's files are the same, and those of all image
+    files that it names, through links. A pixel takes three bytes: 100,000 images of 256 x 256 take 20 GB. Of two
+    processes that prepare the same pairs, the second waits for the first. Partial folders of killed processes are
+    removed.
+
+    Args:
+        source: a file, a folder or a pattern, see `pairs_sources`.
+        cache: a folder, created if it is missing.
+        size: images are cropped to a square about their center and resized to this number of pixels.
+        column: the name of the caption in JSON files and tables; None for caption, text or prompt.
+        max_characters: longer captions are errors.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+        ValueError: if the source as a whole cannot be read, or what is stored is damaged.
+    """
+    found = find_pairs(source)
+    stamps = [(os.path.realpath(path), astuple(stamp_of(path))) for path in found.files + found.images]
+    settings = json.dumps([VERSION, stamps, size, column, max_characters])
+    folder = cache / f"pairs-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
+
+    def make() -> None:
+        remove_abandoned(cache, "pairs-*")
+        pairs = chain.from_iterable(found.reader(file, column) for file in found.files)
+        _write(folder, pairs, size, max_characters)
+
+    make_once(folder, make, lambda: folder.is_dir() and _is_current(folder))
+    return _load(folder, size, found.unread)
+
+
+def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_characters: int) -> None:
+    # A process that is killed leaves no folder that looks finished.
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with (
+            atomic(partial / "pixels.bin") as file,
+            file.open("wb") as pixels,
+            tqdm(desc="reading pairs", unit="pair") as bar,
+        ):
+            content = _Writer(pixels, size, max_characters)
+            for pair in pairs:
+                content.add(pair)
+                bar.update()
+        with atomic(partial / "pairs.json") as file:
+            file.write_text(json.dumps(content.record()))
+        with atomic(partial / STAMPS) as file:
+            file.write_text(json.dumps([astuple(stamp) for stamp in content.stamps]))
+        # An older one exists if an image that it names has changed.
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Writer:
+    """Take pairs and errors one by one, and find the errors of images and captions."""
+
+    def __init__(self, pixels: IO[bytes], size: int, max_characters: int) -> None:
+        self.pixels = pixels
+        self.size = size
+        self.max_characters = max_characters
+        self.captions: list[str] = []
+        self.names: list[str] = []
+        self.errors: list[DataError] = []
+        self.stamps: list[FileStamp] = []
+
+    def add(self, pair: Pair | DataError) -> None:
+        if pair.stamp:
+            self.stamps.append(pair.stamp)
+        if isinstance(pair, DataError):
+            self.errors.append(pair)
+            return
+        try:
+            if SURROGATE.search(pair.name):
+                raise ValueError("its name is not UTF-8")
+            caption = self.checked(pair.caption)
+            image = pixels_of(pair.image, self.size)
+        except ValueError as error:
+            self.errors.append(DataError(pair.place, str(error)))
+            return
+        self.pixels.write(image.contiguous().numpy().tobytes())
+        self.captions.append(caption)
+        self.names.append(pair.name)
+
+    def checked(self, caption: str) -> str:
+        caption = " ".join(caption.split())
+        if all(unicodedata.category(letter) in BLANK for letter in caption):
+            raise ValueError("its caption is empty")
+        if found := SURROGATE.search(caption):
+            raise ValueError(f"its caption has half a character ({found[0]!r})")
+        if "\0" in caption:
+            raise ValueError("has a NUL byte")
+        if len(caption) > self.max_characters:
+            count = f"{len(caption)} characters, and max_characters is {self.max_characters}"
+            raise ValueError(f"its caption is too long ({count})")
+        return caption
+
+    def record(self) -> dict[str, list]:
+        errors = [asdict(error) for error in self.errors]
+        return {"captions": self.captions, "names": self.names, "faults": errors}
+
+
+def _is_current(folder: Path) -> bool:
+    """Return whether all image files that the source names are as they were."""
+    try:
+        stamps = [FileStamp(*stamp) for stamp in _read(folder / STAMPS)]
+    except TypeError as error:
+        raise _damaged(folder, f"{STAMPS}: {error}") from error
+    return all(stamp == stamp_of(stamp.name) for stamp in stamps)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise _damaged(file.parent, f"{file.name}: {error}") from error
+
+
+def _damaged(folder: Path, reason: object) -> ValueError:
+    return ValueError(f"the prepared pairs in {folder} are damaged ({reason}): delete the folder, and run again")
+
+
+def _load(folder: Path, size: int, unread: Counter[str]) -> PreparedPairs:
+    record = _read(folder / "pairs.json")
+    try:
+        captions, names = record["captions"], record["names"]
+        errors = [DataError(**error | {"stamp": None}) for error in record["faults"]]
+        assert len(captions) == len(names)
+        assert all(isinstance(text, str) for text in chain(captions, names))
+    except (AssertionError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"pairs.json: {error!r}") from error
+    file, count = folder / "pixels.bin", 3 * len(captions) * size**2
+    found = file.stat().st_size if file.is_file() else 0
+    if found != count:
+        raise _damaged(folder, f"pixels.bin has {found} bytes, expected {count}")
+    # A file of no bytes cannot be mapped.
+    mapped = torch.from_file(str(file), size=count, dtype=torch.uint8) if count else torch.empty(0)
+    images = mapped.view(len(captions), 3, size, size).to(torch.uint8)
+    return PreparedPairs(images, captions, names, errors, unread, folder)

@@ -1,0 +1,112 @@
+"""Where text-image pairs come from: webdataset tars, parquet or Arrow tables, or a list of image files."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from decm_lightning.data.pairs.lists import read_list
+from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair
+from decm_lightning.data.pairs.tables import read_table
+from decm_lightning.data.pairs.tars import TARS, read_tar
+from decm_lightning.image_listing import counted, list_files
+from decm_lightning.image_listing import kind as kind_of
+
+TABLES = (".parquet", ".arrow", ".feather")
+LISTS = (".csv", ".tsv", ".jsonl")
+COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".jsonl.gz", ".parquet.gz")
+"""Suffixes of files that may hold pairs, but that cannot be read."""
+
+Reader = Callable[[Path, str | None], Iterator[Pair | DataError]]
+KINDS: dict[str, tuple[tuple[str, ...], Reader]] = {
+    "tars": (TARS, read_tar),
+    "tables": (TABLES, read_table),
+    "lists": (LISTS, read_list),
+}
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """The files of a source, in order, and the function that reads one of them.
+
+    Attributes:
+        files: tars, tables, or one list.
+        reader: yields the pairs of a file.
+        images: with a list, the image files in its folder.
+        unread: how many files are not read, by kind.
+    """
+
+    files: list[Path]
+    reader: Reader
+    images: list[Path]
+    unread: Counter[str]
+
+
+def find_pairs(source: Path) -> PairSource:
+    """Return the files of a source: a file, a folder with what is below it, or a pattern such as "train-*.tar".
+
+    A table that has the name of a tar next to it, as img2dataset writes it, describes the tar and is not read. A file
+    that has several names, through links, is read once.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or no pairs in it.
+        ValueError: if there are files of several kinds, or several lists.
+    """
+    readable = tuple(suffix for suffixes, _ in KINDS.values() for suffix in suffixes)
+    found, unread = _candidates(source, readable + COMPRESSED)
+    compressed = [path for path in found if _ends(path, COMPRESSED)]
+    files = {kind: [path for path in found if _ends(path, suffixes)] for kind, (suffixes, _) in KINDS.items()}
+    described = {path.parent / path.name.partition(".tar")[0] for path in files["tars"]}
+    metadata = [path for path in files["tables"] if path.with_suffix("") in described]
+    files["tables"] = [path for path in files["tables"] if path not in metadata]
+    unread += Counter(kind_of(path.name) for path in compressed + metadata)
+    kind = _only_kind(source, files, unread, bool(compressed))
+    images = []
+    if kind == "lists":
+        folder = files[kind][0].parent
+        images = [folder.joinpath(*parts) for parts in list_files(folder, IMAGES + OTHER_IMAGES).files]
+    if kind != "tars":
+        # Lists and tables name them.
+        unread = Counter({suffix: count for suffix, count in unread.items() if suffix not in IMAGES})
+    return PairSource(files[kind], KINDS[kind][1], images, unread)
+
+
+def _only_kind(source: Path, files: dict[str, list[Path]], unread: Counter[str], compressed: bool) -> str:
+    kinds = [kind for kind in files if files[kind]]
+    if not kinds:
+        expected = ", ".join(f"*{suffix}" for suffixes, _ in KINDS.values() for suffix in suffixes)
+        others = f"; it has {counted(unread)}" if unread else ""
+        unpack = " (decompress them first)" if compressed else ""
+        raise FileNotFoundError(f"no pairs in {source}: expected {expected}{others}{unpack}")
+    if len(kinds) > 1:
+        counts = " and ".join(f"{len(files[kind])} {kind} (such as {files[kind][0].name})" for kind in kinds)
+        raise ValueError(f'{source} has {counts}: give the files of one kind, by a folder or a pattern such as "*.tar"')
+    if kinds == ["lists"] and len(files["lists"]) > 1:
+        names = ", ".join(map(str, files["lists"][:3]))
+        raise ValueError(f"{source} has {len(files['lists'])} lists of images ({names} ...): give the one to read")
+    return kinds[0]
+
+
+def _candidates(source: Path, suffixes: Sequence[str]) -> tuple[list[Path], Counter[str]]:
+    """Return the files with one of the suffixes, each once, and how many others there are, by kind."""
+    if source.is_dir():
+        listing = list_files(source, {PurePath(f"x{suffix}").suffix for suffix in suffixes})
+        paths, others = [source.joinpath(*parts) for parts in listing.files], listing.left_out
+    else:
+        paths, others = [source] if source.exists() else sorted(map(Path, glob.glob(str(source)))), Counter()
+        if not paths:
+            expected = "give tars, parquet or Arrow files, a folder of them, or a list of images (.csv, .jsonl)"
+            raise FileNotFoundError(f"no file or folder {source}: {expected}")
+    once: dict[str, Path] = {}
+    for path in paths:
+        if not _ends(path, suffixes) or not path.is_file():
+            others[kind_of(path.name)] += 1
+        elif once.setdefault(os.path.realpath(path), path) != path:
+            others["links to files that are read"] += 1
+    return list(once.values()), others
+
+
+def _ends(path: Path, suffixes: Sequence[str]) -> bool:
+    return path.name.lower().endswith(tuple(suffixes))

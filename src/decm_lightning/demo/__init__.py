@@ -1,0 +1,7 @@
+"""What the small examples need: emoji with captions, feature networks for digits and small images, a caption probe."""
+
+from decm_lightning.demo.caption_probe import CaptionProbe
+from decm_lightning.demo.emoji import Emoji
+from decm_lightning.demo.features import DigitsFeatures, EfficientNetLite0Features
+
+__all__ = ["CaptionProbe", "DigitsFeatures", "EfficientNetLite0Features", "Emoji"]

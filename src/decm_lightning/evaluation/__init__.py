@@ -1,0 +1,7 @@
+"""Evaluation: which samples to generate, the samples themselves, the metrics' protocol and table, and the callbacks."""
+
+from decm_lightning.evaluation.evaluation import Evaluation
+from decm_lightning.evaluation.sample_grid import SampleGrid
+from decm_lightning.evaluation.sample_writer import SampleWriter
+
+__all__ = ["Evaluation", "SampleGrid", "SampleWriter"]

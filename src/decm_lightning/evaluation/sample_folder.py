@@ -1,0 +1,176 @@
+"""Folders of samples: one set of settings each, and only whole images, so that metrics never mix two models."""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from secrets import token_hex
+from textwrap import shorten
+from typing import Any
+
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from decm_lightning.files import atomic
+from decm_lightning.image_writer import has_whole_png, picture
+
+SETTINGS = "settings.json"
+SAMPLE = re.compile(r"\d{6,}(_class\d+)?\.png")
+"""The names that `sample_name` gives."""
+SHOWN = 4
+"""Differences that an error lists."""
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """A folder whose samples all have the same settings, written by one or several processes and resumed by name.
+
+    Call `check` before anything expensive: it writes nothing. Call `begin` before the first sample is written; it is
+    safe in several processes at once. Then `write` each sample, and skip what `missing` does not return.
+
+    Example:
+        >>> folder = SampleFolder(Path("samples"), {"sampler": "mix", "steps": 2, "seed": 0}, names)
+        >>> folder.check()
+        >>> todo = folder.missing(names, size=(32, 32))
+        >>> folder.begin()
+        >>> for name in todo:
+        ...     folder.write(name, image)  # uint8 (c, h, w)
+
+    Args:
+        folder: where the samples are; it need not exist.
+        settings: everything that the images depend on, as JSON: a hash of the weights, sampler, steps, seed, ...
+        names: the paths of all samples, relative to the folder; None for any that `sample_name` gives. Images with
+            other names are refused.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    names: Collection[str] | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file with the settings."""
+        return self.folder / SETTINGS
+
+    def check(self) -> None:
+        """Make sure that the folder has samples of these settings, or none.
+
+        Raises:
+            ValueError: naming the difference, if the folder has samples of other settings, or other images; or naming
+                settings.json, if that is damaged.
+            OSError: if the folder cannot be read.
+        """
+        begun = self._has_settings()
+        own = self._is_own if begun else lambda image: False
+        foreign = next((image for image in _images(self.folder) if not own(image)), None)
+        if foreign is None:
+            return
+        if not begun and self._has_settings():
+            # Another process has begun since.
+            self.check()
+            return
+        what = "is not one of its samples" if begun else f"exists without {SETTINGS}"
+        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): choose another folder, or remove them")
+
+    def begin(self) -> None:
+        """Write settings.json and create the folder, if they are missing.
+
+        Several processes may begin at once: all of them must have the same settings.
+
+        Raises:
+            ValueError: as `check` does.
+            OSError: if the folder cannot be written.
+        """
+        self.check()
+        if self._has_settings():
+            return
+        # Exactly one of several processes must win, and none may see an incomplete file.
+        own = self.folder / f"{SETTINGS}.{token_hex(4)}"
+        with atomic(own) as partial:
+            partial.write_text(json.dumps(dict(self.settings), indent=2) + "\n", encoding="utf-8")
+        try:
+            os.link(own, self.file)
+        except FileExistsError:
+            self._has_settings()
+        except OSError:
+            # Some file systems have no links.
+            os.replace(own, self.file)
+        finally:
+            own.unlink(missing_ok=True)
+
+    def missing(self, names: Sequence[str], size: tuple[int, int] | None = None) -> list[str]:
+        """Return the names of samples that are missing, or not whole PNG files of this size (width, height)."""
+        return [name for name in names if not has_whole_png(self.folder / name, size)]
+
+    def write(self, name: str, image: UInt8[Tensor, "c h w"]) -> None:
+        """Write one sample as a PNG, whole or not at all.
+
+        Raises:
+            ValueError: if the image has neither 1 nor 3 channels.
+            OSError: naming the file, if it cannot be written.
+        """
+        with atomic(self.folder / name) as partial:
+            picture(image).save(partial, "PNG")
+
+    def _is_own(self, image: Path) -> bool:
+        return bool(SAMPLE.fullmatch(str(image))) if self.names is None else image.as_posix() in self._known
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names or ())
+
+    def _has_settings(self) -> bool:
+        """Return whether the folder has settings; refuse different ones."""
+        found = _read(self.file)
+        if found is not None:
+            _refuse_others(self.folder, found, json.loads(json.dumps(self.settings)))
+        return found is not None
+
+
+def sample_name(number: int, label: int | None = None) -> str:
+    """Return the name of sample `number` in a folder: 000012_class3.png, or 000012.png without a label."""
+    return f"{number:06d}.png" if label is None else f"{number:06d}_class{label}.png"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return the settings in a file, None if there is no file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise _damaged(file, "empty" if not file.stat().st_size else str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, f"expected a JSON object: got {type(content).__name__}")
+    return content
+
+
+def _damaged(file: Path, cause: str) -> ValueError:
+    return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or choose another")
+
+
+def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
+    if differing:
+        short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
+        values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
+        more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): choose another folder")
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and below, relative to it; hidden files are skipped."""
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for place, _, files in os.walk(folder, onerror=fail):
+        for name in sorted(files):
+            if Path(name).suffix.lower() in kinds and not name.startswith("."):
+                yield Path(place, name).relative_to(folder)

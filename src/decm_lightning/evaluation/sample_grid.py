@@ -1,0 +1,73 @@
+"""Shows samples in TensorBoard while training."""
+
+from typing import Any
+
+import lightning as L
+from einops import rearrange
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from decm_lightning.evaluation.generator import Drawing
+from decm_lightning.evaluation.spec import Cell
+
+
+class SampleGrid(L.Callback):
+    """Logs a grid of samples to TensorBoard as `samples`: a row for each cell in order, a column for each class.
+
+    Where the datamodule gives the conditions (`condition(rows, seed)`), the first of them are across. The noise is
+    fixed, so that one can watch a sample become better. Without a TensorBoard logger nothing is drawn.
+
+    Args:
+        cells: the rows, each "model/sampler/steps", such as "student/mix/2".
+        every_n_steps: optimiser steps from one grid to the next, at least 1.
+        columns: at most so many classes or conditions, at least 1.
+        seed: seed of the noise.
+
+    Raises:
+        ValueError: if a cell is not of that form or a number is too small.
+    """
+
+    def __init__(self, cells: list[str], every_n_steps: int = 1000, columns: int = 10, seed: int = 0) -> None:
+        self.cells = [Cell.parse(text) for text in cells]
+        self.every_n_steps = every_n_steps
+        self.columns = columns
+        self.seed = seed
+        self.last_step = -1
+        for name, value in (("every_n_steps", every_n_steps), ("columns", columns)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1: got {value}")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the cells can be drawn.
+
+        Raises:
+            ValueError: if the datamodule has no conditions, or the module not a cell's model.
+        """
+        if stage == "fit":
+            self.drawing = Drawing(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
+            self.drawing.check(self.cells)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count optimiser steps from where the run stands."""
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a grid if it is due, once a step even where a step takes several batches.
+
+        Raises:
+            NonFiniteError: if a sample is NaN or infinite.
+        """
+        # By its class: an experiment on another process than the first claims to have every method.
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        step = trainer.global_step
+        if not loggers or step == self.last_step or step % self.every_n_steps:
+            return
+        self.last_step = step
+        try:
+            images = self.drawing.grid(self.cells, self.columns)
+        finally:
+            self.drawing.release()
+        picture = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
+        for logger in loggers:
+            logger.experiment.add_image("samples", picture, step)

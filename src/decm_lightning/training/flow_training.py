@@ -1,0 +1,282 @@
+"""What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from numpy.random import SeedSequence
+from torch import Tensor
+
+from decm_lightning import samplers
+from decm_lightning.gradients import clip_by_norm
+from decm_lightning.losses import LossTerm
+from decm_lightning.networks import Network, describe
+from decm_lightning.networks.lora import LoRANetwork
+from decm_lightning.networks.pretrained import description, refuse_another
+from decm_lightning.networks.sharded import is_sharded
+from decm_lightning.samplers import SamplerName
+from decm_lightning.training.averaging import EMA, average_of, in_float32
+from decm_lightning.training.checkpoint_io import AtomicCheckpointIO
+from decm_lightning.training.checks import TrainingChecks
+from decm_lightning.training.last_step import LastStep
+from decm_lightning.training.recipe import Recipe
+from decm_lightning.training.resuming import differences, normalize_progress, settings_of, start_first_epoch
+from decm_lightning.training.sharding import shard
+from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
+
+log = logging.getLogger(__name__)
+NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
+FROM_FOLDER = "give a .ckpt, or start a new run with decm_lightning.networks.load of the folder as the network"
+FIXED = {
+    "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
+    "optimizer.class": "give the same optimizer, or " + NEW_RUN,
+}
+"""Settings that a resumed run cannot change, and what to do instead."""
+
+
+class FlowTraining(L.LightningModule):
+    """A network in training and its exponential moving average, which is what is tested, sampled and exported.
+
+    Args:
+        network: what is trained.
+        optimizer: makes the optimiser from the parameters.
+        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
+        ema_decay: decay of the average per optimiser step, in [0, 1); it warms up as (1 + n) / (10 + n).
+        gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
+        compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
+
+    Attributes:
+        terms: this step's losses by name.
+        gradient_norm: this step's norm of all gradients before clipping, on the device.
+        phase: announces a part of the step, "teacher" or "derivative"; a callback that times them sets its own.
+
+    Raises:
+        ValueError: if ema_decay is outside its range.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        ema_decay: float,
+        gradient_checkpointing: bool,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        network.gradient_checkpointing = gradient_checkpointing
+        self.compiles = compile
+        self.network = network
+        self.average = average_of(network)
+        self.recipe = Recipe(optimizer, lr_scheduler)
+        self.averaging = EMA(ema_decay)
+        self.checks = TrainingChecks()
+        self.seed = torch.initial_seed()
+        self.saved_settings: dict[str, Any] | None = None
+        self.draws: Any = None
+        self.terms: dict[str, LossTerm] = {}
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.gradient_norm = torch.zeros(())
+
+    def models(self) -> dict[str, FlowMapNetwork]:
+        """Return what can be sampled, by name."""
+        raise NotImplementedError
+
+    def compiled(self) -> list[Network]:
+        """Return the networks that a training step runs, to be compiled."""
+        return [self.network]
+
+    def sharded(self) -> list[Network]:
+        """Return the networks that are divided among devices under ModelParallelStrategy: all there are."""
+        return [self.network, self.average]
+
+    def configure_model(self) -> None:
+        """Compile and shard, each once: Lightning asks for each run, before it makes the optimiser.
+
+        Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
+
+        Raises:
+            ValueError: if the strategy asks for tensor parallelism, as it does by default, or a network has LoRA.
+        """
+        if self.compiles and self.trainer.training:
+            for network in self.compiled():
+                network.compile_units()
+            self.compiles = False
+        if self.device_mesh is None:
+            return
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            sizes = f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1"
+            raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
+        if any(isinstance(network, LoRANetwork) for network in self.sharded()):
+            raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
+        for network in self.sharded():
+            shard(network, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser over the trained network and its per-step schedule.
+
+        Raises:
+            ValueError: if OneCycleLR has so few steps that one of its phases has none.
+        """
+        return self.recipe.make(self.network.parameters())
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the run apart from its data, by name: it is compared when a run is resumed."""
+        return self.recipe.settings | {"ema_decay": self.averaging.decay}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the averaging, the checks, and the saving of the last step."""
+        return [self.averaging, self.checks, LastStep()]
+
+    def generator(self, batch_idx: int) -> torch.Generator:
+        """Return this batch's own source of randomness.
+
+        It depends on the run's seed, the rank, the step and the batch alone, so that a resumed run draws what an
+        unbroken one would have drawn.
+        """
+        parts = (self.seed, self.global_rank, self.global_step, batch_idx)
+        return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x_0: Sample,
+        condition: Condition,
+        model: str = "student",
+        sampler: SamplerName = "mix",
+        steps: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """Return samples of one of `models()` from noise x_0.
+
+        Raises:
+            ValueError: if there is no such model or sampler, or steps is below 1.
+        """
+        models = self.models()
+        if model not in models:
+            raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
+        return samplers.sampler(sampler, generator)(models[model], x_0, condition, steps)
+
+    def origin(self) -> str:
+        """Return where the first number of this step that is not finite arose, "" if it is not known."""
+        return ""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients as the trainer says, by the norm that is known already."""
+        # A fused optimizer removes the factor of a gradient scaler later: Lightning refuses to clip before that.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not gradient_clip_val or unscales or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        clip_by_norm(
+            (p.grad for p in self.network.parameters() if p.grad is not None), gradient_clip_val, self.gradient_norm
+        )
+
+    def setup(self, stage: str) -> None:
+        """Write checkpoints next to their final name, and put the averaging and the checks first."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # Other callbacks may save a checkpoint where the average moves, or take gradients of a loss that is NaN.
+        first = (self.averaging, self.checks)
+        self.trainer.callbacks.sort(key=lambda callback: callback not in first)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Apply the config to a resumed run, and compare the lengths of schedule and run.
+
+        Raises:
+            ValueError: if the checkpoint is of a run with another teacher or optimizer class, or the schedule ends
+                before the run does.
+        """
+        start_first_epoch(self.trainer)
+        if self.saved_settings is not None:
+            self._apply_settings(self.saved_settings)
+        self.checks.check_schedule(self.trainer)
+
+    def _apply_settings(self, saved: dict[str, Any]) -> None:
+        """Let the config decide: the state comes from the checkpoint, the settings never do."""
+        differing = differences(saved, settings_of(self.settings()))
+        self._refuse(differing)
+        if not differing:
+            return
+        log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
+        if any(name.startswith(("optimizer.", "lr_scheduler.")) for name in differing):
+            self.recipe.apply(self.trainer)
+
+    def _refuse(self, differing: dict[str, str]) -> None:
+        for name, remedy in FIXED.items():
+            # Those of the optimizer are not known before it is made.
+            if name in differing and (name == "teacher" or self.recipe.settings):
+                raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Return samples for the batch's labels; the `SampleWriter` callback says of which model and how.
+
+        Raises:
+            ValueError: if there is no such callback.
+        """
+        if self.draws is None:
+            raise ValueError("predict needs the callback decm_lightning.evaluation.SampleWriter")
+        generator = self.generator(batch_idx)
+        x_0 = torch.randn(len(batch.x_1), *self.average.sample_shape, generator=generator, device=self.device)
+        drawn = self.sample(x_0, batch.condition, self.draws.model, self.draws.sampler, self.draws.steps, generator)
+        return Batch(drawn, batch.condition)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: the real images go to the evaluation callback."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: the real images go to the evaluation callback."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the seed, and what `load` needs to build the network again."""
+        checkpoint["network"] = describe(self.network)
+        checkpoint["seed"] = self.seed
+        checkpoint["settings"] = settings_of(self.settings())
+        normalize_progress(self.trainer, checkpoint["loops"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run that is resumed.
+
+        Raises:
+            ValueError: if it trained another network, or by another teacher.
+        """
+        refuse_another(checkpoint["network"], self.network, "the checkpoint")
+        if self._trainer is not None:
+            # Lightning converts the module only afterwards: weights of 64-true would be rounded to float32 before.
+            self._trainer.precision_plugin.convert_module(self)
+        self.seed = checkpoint["seed"]
+        self.saved_settings = checkpoint.get("settings")
+        if self.saved_settings is not None and self._trainer is not None and self._trainer.state.fn == "fit":
+            self._refuse(differences(self.saved_settings, settings_of(self.settings())))
+
+    def check_checkpoint(self, path: str, strategy: Strategy) -> None:
+        """Refuse a checkpoint that cannot be gone on with, before any process has begun to read it.
+
+        Raises:
+            ValueError: if it holds another network, or is sharded and the strategy reads single files alone.
+        """
+        # Other names, such as "last", are Lightning's to find.
+        if not Path(path).exists():
+            return
+        if (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} is an exported folder without the state of a run: {FROM_FOLDER}")
+        if is_sharded(Path(path)) and not isinstance(strategy, ModelParallelStrategy):
+            remedy = f"decm consolidate {path} --to ckpt makes one file of it"
+            raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
+        refuse_another(description(path), self.network, path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlowTraining":
+        return super()._apply(in_float32(fn, self.average, self.network), recurse)

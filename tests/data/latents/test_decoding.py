@@ -1,0 +1,131 @@
+"""Pictures from the latents of training, and the VAE that must be the one that encoded them."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+
+from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.data import Digits, ImageNetLatents
+from tests.autoencoders.tiny import save_kl
+from tests.data.latents.test_latents import Recorder
+from tests.data.latents.test_shards import write_shards
+
+
+def data(folder, **options):
+    return ImageNetLatents(str(folder), **({"batch_size": 4, "num_workers": 0, "num_classes": 10} | options))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Latents that claim to be of the VAE in `vae`, of 50 rows in two shards, their labels 0, 1, ... 9, 0, 1, ..."""
+    save_kl(tmp_path / "vae")
+    write_shards(tmp_path, (30, 20))
+    content = json.loads((tmp_path / "cache.json").read_text())
+    content["vae"] = load_autoencoder(tmp_path / "vae").identity
+    (tmp_path / "cache.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_decoding_undoes_the_scaling_and_asks_the_vae(folder):
+    latents = data(folder, vae=str(folder / "vae"))
+    latents.setup("fit")
+    autoencoder = load_autoencoder(folder / "vae")
+    rows = range(40)
+    x = latents.train.__getitems__(rows).x_1
+    raw = latents.train.shards.read(rows)
+    assert (x - raw).abs().mean() > 1
+    # More than are decoded at once.
+    images = latents.decode(x)
+    assert images.shape == (40, 3, 8, 8)
+    torch.testing.assert_close(images, autoencoder.decode(raw), atol=1e-5, rtol=0)
+    assert latents.decode(x.requires_grad_()).requires_grad is False
+
+
+def test_a_bare_multiplier_is_undone_too(folder):
+    (folder / "cache.json").unlink()
+    latents = data(folder, vae=str(folder / "vae"), latent_norm=False, latent_multiplier=0.2)
+    latents.train = None
+    with pytest.warns(UserWarning, match="the VAE of these latents is unknown"):
+        latents.setup("fit")
+    raw = latents.train.shards.read(range(4))
+    torch.testing.assert_close(
+        latents.decode(0.2 * raw), load_autoencoder(folder / "vae").decode(raw), atol=1e-5, rtol=0
+    )
+
+
+def test_without_a_vae_there_are_no_pictures(folder):
+    latents = data(folder)
+    latents.setup("fit")
+    with pytest.raises(
+        ValueError, match=r"latents need a decoder: give --data.init_args.vae the VAE that encoded them"
+    ):
+        latents.decode(torch.zeros(1, 2, 4, 4))
+
+
+def test_the_vae_is_released_to_the_cpu(folder):
+    latents = data(folder, vae=str(folder / "vae"))
+    latents.release()
+    latents.setup("fit")
+    moved = []
+    latents.decoder.autoencoder.to = moved.append
+    latents.release()
+    assert moved == ["cpu"]
+
+
+def test_pixels_are_pictures_already():
+    x = torch.rand(2, 1, 8, 8)
+    assert Digits().decode(x) is x
+
+
+def test_another_vae_is_refused(folder, tmp_path):
+    save_kl(tmp_path / "other", seed=1)
+    with pytest.raises(
+        ValueError, match=r"cache.json says that AutoencoderKL .* encoded these latents: .*/other is Auto"
+    ):
+        data(folder, vae=str(tmp_path / "other")).setup("fit")
+
+
+def test_a_vae_of_other_channels_is_refused(folder, tmp_path):
+    (folder / "cache.json").unlink()
+    save_kl(tmp_path / "other", latent_channels=4)
+    with (
+        pytest.warns(UserWarning, match="unknown"),
+        pytest.raises(ValueError, match="the latents have 2 channels: the VAE's have 4"),
+    ):
+        data(folder, vae=str(tmp_path / "other")).setup("fit")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, range(50)), (60, range(50)), (10, range(0, 50, 5))])
+def test_reference_latents_are_spread_over_all_shards(size, expected, folder):
+    latents = data(folder, vae=str(folder / "vae"), reference_size=size)
+    latents.setup("test")
+    for loader in (latents.val_dataloader(), latents.test_dataloader(), latents.predict_dataloader()):
+        (batch,) = loader
+        assert torch.equal(batch.x_1, latents.train.__getitems__(expected).x_1)
+        assert batch.condition.tolist() == [number % 10 for number in expected]
+
+
+def test_a_reference_of_nothing_is_refused(folder):
+    with pytest.raises(ValueError, match="reference_size must be at least 1: got 0"):
+        data(folder, reference_size=0)
+
+
+class Watcher(Recorder):
+    """Keeps the batches that it is validated with."""
+
+    def validation_step(self, batch, batch_idx):
+        self.batches.append(batch)
+
+
+@pytest.mark.parametrize(("vae", "rows"), [(None, 0), ("vae", 6)])
+def test_a_fit_validates_if_there_is_a_vae(vae, rows, folder):
+    watcher = Watcher()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, limit_train_batches=1, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(watcher, data(folder, vae=vae and str(folder / vae), reference_size=6))
+    assert trainer.global_step == 1
+    assert sum(len(batch.x_1) for batch in watcher.batches[1:]) == rows

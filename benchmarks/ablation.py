@@ -31,7 +31,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "init_args": {"shares": [0.67, 0.33]},
     },
     "all three, paper": {"class_path": "paper", "init_args": {"shares": [0.5, 0.25, 0.25]}},
-    "all three, recommended": {"class_path": "recommended", "init_args": {"shares": [0.5, 0.25, 0.25]}},
+    "all three, recommended": {"class_path": "end_identity", "init_args": {"shares": [0.5, 0.25, 0.25]}},
 }
 STUDENT = [
     "mix/1",

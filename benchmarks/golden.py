@@ -26,14 +26,14 @@ from decm_lightning.files import file_sha256, tensors_sha256
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import Objective
 from decm_lightning.networks import load
-from decm_lightning.teachers import DiTTeacher
+from decm_lightning.teachers import PretrainedTeacher
 
 TEACHER, STUDENT, VAE = "weights/digits/teacher", "weights/digits/student", "weights/rehearsal/vae"
 CELLS = ["teacher/euler/4", "student/mix/1", "student/mix/4", "student/consistency/4", "student/euler/8"]
 PRESETS: dict[str, Callable[[], Objective]] = {
     "paper": losses.paper,
-    "paper, batch divided": lambda: losses.paper(shares=(0.5, 0.25, 0.25)),
-    "recommended": losses.recommended,
+    "paper, batch divided": lambda: losses.paper(batch_fractions=(0.5, 0.25, 0.25)),
+    "end_identity": losses.end_identity,
     "consistency_only": losses.consistency_only,
     "flow_matching_only": losses.flow_matching_only,
     "consistency_and_flow_matching": losses.consistency_and_flow_matching,
@@ -65,7 +65,7 @@ def training(preset: Callable[[], Objective], steps: int) -> dict[str, Any]:
     L.seed_everything(0, verbose=False)
     curve = Curve()
     module = Distiller(
-        DiTTeacher(TEACHER),
+        PretrainedTeacher(TEACHER),
         objective=preset(),
         guidance=Guidance(1.25),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
@@ -77,7 +77,7 @@ def training(preset: Callable[[], Objective], steps: int) -> dict[str, Any]:
 def quality(samples: int, folder: str) -> list[dict[str, Any]]:
     """Return the rows of the table of the kept student."""
     L.seed_everything(0, verbose=False)
-    module = Distiller(DiTTeacher(TEACHER), load(STUDENT), guidance=Guidance(1.25))
+    module = Distiller(PretrainedTeacher(TEACHER), load(STUDENT), guidance=Guidance(1.25))
     measuring = Evaluation(DigitsFeatures(), CELLS, samples=samples)
     trainer(callbacks=[measuring], default_root_dir=folder).test(module, Digits(), verbose=False)
     return json.loads((Path(folder) / "quality.json").read_text())["rows"]

@@ -99,7 +99,7 @@ def main(
         largest[key] = max(int((memory * GIB - kept - max(beside, 0)) / each), 0)
         tried = ""
         if torch.cuda.is_available() and largest[key]:
-            # The benchmark's distiller has neither an average nor an optimiser.
+            # The benchmark's distiller has neither an average nor an optimizer.
             rest = 4 * (KEPT["AdamW"] + KEPT["average"]) * parameters
             fits = runs(network, largest[key], key, precision, checkpointed, memory, rest)
             tried = " (ran)" if fits else " (did not fit)"

@@ -56,7 +56,7 @@ def vae(folder: Path, steps: int = 1500, batch: int = 32, threads: int = 1) -> N
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=SIZE,
-        # Latents are normalised by their statistics.
+        # Latents are normalized by their statistics.
         scaling_factor=1.0,
     )
     data = torch.stack([torch.tensor(list(image.tobytes())) for image in digits()]).reshape(-1, 1, SIZE, SIZE)

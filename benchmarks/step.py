@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decm_lightning import Distiller
 from decm_lightning.conditions import select
-from decm_lightning.derivatives import Engine, Jet, Tangent, central, dual, functional
+from decm_lightning.derivatives import Engine, JVPResult, Tangent, central, dual, functional
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import Objective, consistency_only, facm, flow_matching_only, recommended
+from decm_lightning.losses import Objective, consistency_only, end_identity, facm, flow_matching_only
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
@@ -44,22 +44,22 @@ NetworkName = Literal["tiny", "small", "S/2", "B/2", "L/2", "XL/1", "S/2 at 4096
 
 def facm_engine(
     network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
-) -> Jet:
+) -> JVPResult:
     """FACM's way: a pass under torch.func.jvp on the math kernel, with both graphs kept, and another for the rest."""
     if tangent is None:
-        return Jet(network(x_t, t, s, condition), None)
+        return JVPResult(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
     known = select(condition, slice(rows))
     with sdpa_kernel(SDPBackend.MATH):
-        u, du = torch.func.jvp(
+        u, jvp = torch.func.jvp(
             lambda x, start, landing: network(x, start, landing, known),
             (x_t[:rows], t[:rows], s[:rows]),
             (tangent.x, tangent.t, tangent.s),
         )
     if rows == len(t):
-        return Jet(u, du.detach())
+        return JVPResult(u, jvp.detach())
     rest = network(x_t[rows:], t[rows:], s[rows:], select(condition, slice(rows, None)))
-    return Jet(torch.cat([u, rest]), du.detach())
+    return JVPResult(torch.cat([u, rest]), jvp.detach())
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ VARIANTS = {
     "central": Variant("consistency: central difference", consistency_only(), central),
     "dual": Variant("consistency: dual forward (ours)", consistency_only(), dual),
     "facm": Variant("FACM's step: two losses, each on all rows", facm(), facm_engine),
-    "decm": Variant("DE-CM's step: three losses on shares 1/2, 1/4, 1/4", recommended(shares=(0.5, 0.25, 0.25)), dual),
+    "decm": Variant(
+        "DE-CM's step: three losses on shares 1/2, 1/4, 1/4", end_identity(batch_fractions=(0.5, 0.25, 0.25)), dual
+    ),
 }
 
 
@@ -115,7 +117,7 @@ def distiller(
     """Return a distiller whose networks have random weights, none zero, and perhaps another depth; it logs nowhere."""
     torch.manual_seed(0)
     size: dict[str, Any] = NETWORKS[network] | ({} if depth is None else {"depth": depth})
-    teacher, student = DiT(**size), DiT(**size, landing_time=True)
+    teacher, student = DiT(**size), DiT(**size, end_time=True)
     for parameter in (*teacher.parameters(), *student.parameters()):
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
@@ -163,20 +165,20 @@ def peak_memory(device: torch.device, run: Any) -> int:
 
 
 def error(network: NetworkName, batch: Batch) -> float:
-    """Return the relative error of the dual engine's du in float32 against torch.func.jvp in float64."""
+    """Return the relative error of the dual engine's jvp in float32 against torch.func.jvp in float64."""
     step = distiller(network, False, False, batch.x_1.device)
     x, t = batch.x_1[:1], torch.full((1,), 0.3, device=batch.x_1.device)
     along = Tangent(torch.randn_like(x), torch.ones_like(t), torch.full_like(t, -0.5))
     with torch.no_grad():
-        du = dual(step.student, x, t, t + 0.5, batch.condition[:1], along).du
+        jvp = dual(step.student, x, t, t + 0.5, batch.condition[:1], along).jvp
         wide = [value.double() for value in (x, t, t + 0.5)]
         exact = functional(
             step.student.double(),
             *wide,
             batch.condition[:1],
             Tangent(along.x.double(), along.t.double(), along.s.double()),
-        ).du
-    return ((du - exact).norm() / exact.norm()).item()
+        ).jvp
+    return ((jvp - exact).norm() / exact.norm()).item()
 
 
 def measure(
@@ -325,7 +327,7 @@ def main(
         compiled: without, with, or both.
         checkpointed: without, with, or both.
         variants: which of them, keys of VARIANTS; fm is the measure of all.
-        exact: also find the error of du against float64, for which the network must fit into memory twice more.
+        exact: also find the error of jvp against float64, for which the network must fit into memory twice more.
         threads: processor threads.
         out: folder for the results.
     """

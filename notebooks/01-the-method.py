@@ -44,7 +44,7 @@ from decm_lightning.losses import DualEndLoss, Objective, residual, tangent
 from decm_lightning.networks import MLP, save
 from decm_lightning.path import interpolate, jump
 from decm_lightning.samplers import euler, flow_map_of, sampler
-from decm_lightning.samplers.steps import at, land
+from decm_lightning.samplers.steps import at, flow_map_step
 from decm_lightning.teachers import ExactTeacher
 from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge, Triangle, Uniform
 from decm_lightning.types import Batch
@@ -139,16 +139,16 @@ plt.show()
 # ## 2. The triangle
 #
 # A jump is a pair of times $(t, s)$ with $0 \le t \le s \le 1$: a point of a triangle. Few-step methods differ in the
-# part of it on which they train, and in how much they ask of the **left** end of the jump (its start) and of the
-# **right** one (its landing). A loss of this package is just that: an edge, two weights, a weighting. The table and the
+# part of it on which they train, and in how much they ask of its **start** and of its
+# **end**. A loss of this package is just that: an edge, two weights, a weighting. The table and the
 # picture are made from the presets themselves.
 
 # %%
 METHODS = {
     "flow matching": losses.flow_matching_only(),
     "consistency": losses.consistency_only(),
-    "noise-to-noisy (N2N)": Objective({"noise_to_noisy": DualEndLoss(NoiseEdge(), left=0.0, right=1.0)}),
-    "DE-CM: all three": losses.recommended(),
+    "noise-to-noisy (N2N)": Objective({"noise_to_noisy": DualEndLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
+    "DE-CM: all three": losses.end_identity(),
     "MeanFlow": losses.mean_flow(),
     "Lagrangian distillation": losses.lagrangian(),
 }
@@ -160,27 +160,27 @@ EDGE_COLOURS = {
 }
 
 figure, axes = plt.subplots(2, 3, figsize=(12, 7.6), sharex=True, sharey=True, layout="constrained")
-print(f"{'method':26} {'edge':10} left right")
+print(f"{'method':26} {'edge':10} start   end")
 for axis, (name, objective) in zip(axes.flat, METHODS.items(), strict=True):
     axis.fill([0, 0, 1], [0, 1, 1], color="0.95", zorder=0)
     for i, loss in enumerate(objective.losses.values()):
         edge = type(loss.edge)
         times = loss.edge.draw(objective.times.draw(60, generator), 0, generator)
-        ends = f"{edge.__name__}: left {loss.left:g}, right {loss.right:g}"
+        ends = f"{edge.__name__}: start {loss.start_weight:g}, end {loss.end_weight:g}"
         axis.scatter(times.t, times.s, s=12, color=EDGE_COLOURS[edge], clip_on=False)
         axis.text(0.99, 0.05 + 0.09 * i, ends, color=EDGE_COLOURS[edge], ha="right", weight="bold")
-        print(f"{name if i == 0 else '':26} {edge.__name__:10} {loss.left:4g} {loss.right:5g}")
+        print(f"{name if i == 0 else '':26} {edge.__name__:10} {loss.start_weight:4g} {loss.end_weight:5g}")
     axis.set(title=name, xlim=(0, 1), ylim=(0, 1), aspect="equal")
 for axis in axes[-1]:
     axis.set_xlabel("start time $t$")
 for axis in axes[:, 0]:
-    axis.set_ylabel("landing time $s$")
+    axis.set_ylabel("end time $s$")
 plt.show()
 
 # %% [markdown]
 # Each dot is a jump that one training batch would ask for. The diagonal holds jumps of no length: the teacher's
 # velocity itself. On the upper edge every point jumps to data, on the left edge noise jumps to every noise level.
-# `losses.paper()` has the same three edges as `losses.recommended()`, with N2N by both ends (left 1, right 0.5), at
+# `losses.paper()` has the same three edges as `losses.end_identity()`, with N2N by both ends (start 1, end 0.5), at
 # every third step, and from a start time that falls from 0.1 to 0.
 #
 # ## 3. One residual
@@ -188,15 +188,15 @@ plt.show()
 # The exact mean velocity fulfils two identities, one for each end of a jump:
 #
 # $$u = v(x_t, t) + (s - t) \left( \tfrac{\partial u}{\partial x} v + \tfrac{\partial u}{\partial t} \right)
-# \quad \text{(left)}, \qquad
-# u + (s - t)\, \tfrac{\partial u}{\partial s} = v\big(f(x_t, t, s), s\big) \quad \text{(right)}.$$
+# \quad \text{(start)}, \qquad
+# u + (s - t)\, \tfrac{\partial u}{\partial s} = v\big(f(x_t, t, s), s\big) \quad \text{(end)}.$$
 #
-# With weights $\gamma$ (left) and $\lambda$ (right) their sum is the **dual-end residual**
+# With weights $\gamma$ (start) and $\lambda$ (end) their sum is the **dual-end residual**
 #
-# $$g = (\gamma + \lambda)\, u - \gamma\, v_{\text{left}} - \lambda\, v_{\text{right}}
-# - (s - t)\, du\big[\gamma v_{\text{left}},\; \gamma,\; -\lambda\big],$$
+# $$g = (\gamma + \lambda)\, u - \gamma\, v_{\text{start}} - \lambda\, v_{\text{end}}
+# - (s - t)\, jvp\big[\gamma v_{\text{start}},\; \gamma,\; -\lambda\big],$$
 #
-# where $du[\cdot]$ is the derivative of $u$ along that direction, the *tangent*, over $(x, t, s)$. Every loss here is
+# where $jvp[\cdot]$ is the derivative of $u$ along that direction, the *tangent*, over $(x, t, s)$. Every loss here is
 # $\lVert u - \mathrm{sg}(u - N(g)) \rVert^2$ on its edge: it pulls the student toward $g = 0$. $N$ only says how hard,
 # and sg stops the gradient. On the diagonal $s - t = 0$, and flow matching is what remains.
 #
@@ -210,19 +210,19 @@ x_1 = gaussian.sample(4096, 2, generator, torch.float64)
 times = Triangle().draw(Uniform().draw(4096, generator).double(), 0, generator)
 t, s, x_t = times.t, times.s, interpolate(x_0, x_1, times.t)
 
-v_left = gaussian.velocity(x_t, t)
-v_right = gaussian.velocity(gaussian.flow_map(x_t, t, s), s)
+v_start = gaussian.velocity(x_t, t)
+v_end = gaussian.velocity(gaussian.flow_map(x_t, t, s), s)
 
-print("left right | rms of g, our tangent | the printed one")
-for left, right in [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5), (0.3, 1.7), (1.0, 1.0)]:
+print("start end | rms of g, our tangent | the printed one")
+for start, end in [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5), (0.3, 1.7), (1.0, 1.0)]:
     values = []
     for direction in (
-        tangent(v_left, t, left, right),
-        Tangent(right * v_left, torch.full_like(t, right), torch.full_like(t, -left)),
+        tangent(v_start, t, start, end),
+        Tangent(end * v_start, torch.full_like(t, end), torch.full_like(t, -start)),
     ):
-        jet = functional(gaussian, x_t, t, s, None, direction)
-        values.append(rms(residual(jet.u, jet.du, v_left, v_right, t, s, left, right)))
-    print(f"{left:4g} {right:5g} | {values[0]:21.1e} | {values[1]:15.1e}")
+        result = functional(gaussian, x_t, t, s, None, direction)
+        values.append(rms(residual(result.u, result.jvp, v_start, v_end, t, s, start, end)))
+    print(f"{start:5g} {end:3g} | {values[0]:21.1e} | {values[1]:15.1e}")
 
 # %% [markdown]
 # Our residual vanishes to rounding for every pair of weights. The printed tangent fails wherever the two weights
@@ -239,7 +239,7 @@ OBJECTIVES = {
     "flow matching": losses.flow_matching_only(),
     "consistency": losses.consistency_only(),
     "flow matching + consistency": losses.consistency_and_flow_matching(),
-    "all three": losses.recommended(),
+    "all three": losses.end_identity(),
 }
 teacher = ExactTeacher(flow)
 
@@ -277,23 +277,23 @@ students = {name: train(objective, STEPS) for name, objective in OBJECTIVES.item
 # %%
 torch.set_grad_enabled(False)
 x_0 = torch.randn(2000, 2, generator=generator)
-landings = [0.05, *(k / 10 for k in range(1, 11))]
-truth = {s: exact(x_0, 0.0, s) for s in landings}
+ends = [0.05, *(k / 10 for k in range(1, 11))]
+truth = {s: exact(x_0, 0.0, s) for s in ends}
 
-jump_errors = {n: [rms(land(u, x_0, 0.0, s, None) - truth[s]) for s in landings] for n, u in students.items()}
+jump_errors = {n: [rms(flow_map_step(u, x_0, 0.0, s, None) - truth[s]) for s in ends] for n, u in students.items()}
 euler_errors = {n: rms(euler(u, x_0, None, 50) - truth[1.0]) for n, u in students.items()}
 teacher_error = rms(euler(flow_map_of(teacher), x_0, None, 50) - truth[1.0])
 
 print(f"{'error of':28} jump 0 -> 0.2  0 -> 0.5  0 -> 0.8  0 -> 1   50 Euler steps")
 for name, errors in jump_errors.items():
-    picked = [errors[landings.index(s)] for s in (0.2, 0.5, 0.8, 1.0)]
+    picked = [errors[ends.index(s)] for s in (0.2, 0.5, 0.8, 1.0)]
     print(f"{name:28} {picked[0]:13.3f} {picked[1]:9.3f} {picked[2]:9.3f} {picked[3]:7.3f} {euler_errors[name]:12.3f}")
 print(f"{'the exact velocity (teacher)':28} {'':>41} {teacher_error:12.3f}")
 
 figure, (curve, one, many) = plt.subplots(1, 3, figsize=(14, 4.4), width_ratios=[2, 1, 1], layout="constrained")
 for name, errors in jump_errors.items():
-    curve.plot(landings, errors, "o-", ms=4, lw=2, color=COLOURS[name], label=name)
-curve.set(title="error of one jump from noise to time $s$", xlabel="landing time $s$", ylabel="RMS error", yscale="log")
+    curve.plot(ends, errors, "o-", ms=4, lw=2, color=COLOURS[name], label=name)
+curve.set(title="error of one jump from noise to time $s$", xlabel="end time $s$", ylabel="RMS error", yscale="log")
 curve.legend()
 last = {name: errors[-1] for name, errors in jump_errors.items()}
 for axis, errors, title in [(one, last, "one jump 0 to 1"), (many, euler_errors, "50 Euler steps")]:
@@ -309,7 +309,11 @@ SHOWN = 800  # points drawn of each cloud
 
 figure, axes = plt.subplots(3, 4, figsize=(11, 8.6), layout="constrained")
 for column, (name, student) in zip(axes.T, students.items(), strict=True):
-    clouds = [land(student, x_0, 0.0, 0.5, None), land(student, x_0, 0.0, 1.0, None), euler(student, x_0, None, 50)]
+    clouds = [
+        flow_map_step(student, x_0, 0.0, 0.5, None),
+        flow_map_step(student, x_0, 0.0, 1.0, None),
+        euler(student, x_0, None, 50),
+    ]
     for axis, cloud, target in zip(column, clouds, (truth[0.5], truth[1.0], truth[1.0]), strict=True):
         axis.scatter(*target[:SHOWN].T, s=3, color=EXACT)
         axis.scatter(*cloud[:SHOWN].T, s=1, color=COLOURS[name])
@@ -395,7 +399,7 @@ plt.show()
 # ## 6. Guidance, and how to go on
 #
 # Here the eight components are classes. Classifier-free guidance pushes the velocity of a class away from that of the
-# whole mixture; `limit` bounds the push (*velocity normalisation*), `interval` says when it is on:
+# whole mixture; `limit` bounds the push (*velocity normalization*), `interval` says when it is on:
 #
 # $$v = v_{\text{class}} + (w - 1)\, \min\!\big(1, \tfrac{\eta}{\mathrm{rms}(dv)}\big)\, dv,
 # \qquad dv = v_{\text{class}} - v_{\text{all}}.$$
@@ -406,7 +410,7 @@ plt.show()
 torch.set_grad_enabled(True)
 guidance = Guidance(scale=3.0, limit=0.5)
 guided = GuidedField(teacher, teacher.null, guidance)
-student = train(losses.recommended(), STEPS // 2, guidance, num_classes=8)
+student = train(losses.end_identity(), STEPS // 2, guidance, num_classes=8)
 
 # %%
 torch.set_grad_enabled(False)
@@ -416,7 +420,7 @@ clouds = {
     "teacher, $w = 1$": (euler(flow_map_of(teacher), x_0, labels, 50), "0.4"),
     "teacher, $w = 3$, no limit": (euler(flow_map_of(free), x_0, labels, 50), "0.4"),
     "teacher, $w = 3$, limit 0.5": (euler(flow_map_of(guided), x_0, labels, 50), "0.4"),
-    "student of the third, one jump": (land(student, x_0, 0.0, 1.0, labels), COLOURS["all three"]),
+    "student of the third, one jump": (flow_map_step(student, x_0, 0.0, 1.0, labels), COLOURS["all three"]),
 }
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
 for axis, (title, (cloud, colour)) in zip(axes, clouds.items(), strict=True):
@@ -437,7 +441,7 @@ plt.show()
 with tempfile.TemporaryDirectory() as folder:
     save(student, folder)
     again = decm_lightning.load(folder)
-same = torch.equal(land(again, x_0, 0.0, 1.0, labels), land(student, x_0, 0.0, 1.0, labels))
+same = torch.equal(flow_map_step(again, x_0, 0.0, 1.0, labels), flow_map_step(student, x_0, 0.0, 1.0, labels))
 print(f"the loaded {type(again).__name__} gives the same samples: {same}")
 
 # %% [markdown]

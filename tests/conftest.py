@@ -17,7 +17,7 @@ CHECKED = [
     "triangle",
     "derivatives.central",
     "derivatives.functional",
-    "derivatives.jet",
+    "derivatives.forward",
     "losses",
     "guidance",
     "networks",

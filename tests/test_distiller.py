@@ -23,7 +23,7 @@ from decm_lightning.types import Batch
 
 OBJECTIVES = {
     "paper": losses.paper(r_decay_steps=5),
-    "recommended": losses.recommended(),
+    "end_identity": losses.end_identity(),
     "facm": losses.facm(),
     "mean_flow": losses.mean_flow(),
     "lagrangian": losses.lagrangian(),
@@ -113,7 +113,7 @@ def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
 
     def fit(**options):
         L.seed_everything(0, verbose=False)
-        objective = losses.paper(shares=(0.5, 0.25, 0.25))
+        objective = losses.paper(batch_fractions=(0.5, 0.25, 0.25))
         optimizer = lambda p: torch.optim.SGD(p, 0.1)  # noqa: E731
         distiller = Distiller(
             tiny_teacher(),
@@ -132,10 +132,10 @@ def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
 @pytest.mark.parametrize(
     "objective",
     [
-        losses.paper(shares=(0.5, 0.25, 0.25)),
-        losses.recommended(),
-        losses.recommended(shares=(0.5, 0.25, 0.25)),
-        losses.recommended(shares=(0.25, 0.25, 0.25)),
+        losses.paper(batch_fractions=(0.5, 0.25, 0.25)),
+        losses.end_identity(),
+        losses.end_identity(batch_fractions=(0.5, 0.25, 0.25)),
+        losses.end_identity(batch_fractions=(0.25, 0.25, 0.25)),
     ],
 )
 def test_the_passes_that_are_announced_are_made(objective, tmp_path):
@@ -156,7 +156,7 @@ def test_the_passes_that_are_announced_are_made(objective, tmp_path):
 
 def test_a_fit_says_which_derivative_it_takes_and_what_a_step_costs(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        distiller = Distiller(tiny_teacher(), objective=losses.recommended(shares=(0.5, 0.25, 0.25)))
+        distiller = Distiller(tiny_teacher(), objective=losses.end_identity(batch_fractions=(0.5, 0.25, 0.25)))
         trainer(tmp_path, max_steps=1).fit(distiller, Digits(batch_size=16))
     said = [record.getMessage() for record in caplog.records]
     assert "derivative dual: exact, one pass, no memory beyond the layer at work" in said
@@ -296,9 +296,9 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(value, tmp_path):
     class Poisoned(Distiller):
-        def at_landing(self, loss, jump, u):
-            v_right = super().at_landing(loss, jump, u)
-            return v_right * value if v_right is not None and self.global_step == 2 else v_right
+        def end_velocity(self, loss, jump, u):
+            v_end = super().end_velocity(loss, jump, u)
+            return v_end * value if v_end is not None and self.global_step == 2 else v_end
 
     distiller = Poisoned(tiny_teacher())
     with pytest.raises(NonFiniteError, match=r"loss/noise_to_noisy = (nan|inf) .* step 2, batch 2 of epoch 0"):
@@ -352,7 +352,7 @@ def test_the_teacher_is_asked_once_for_all_losses_that_start_at_the_same_point(m
         return len(asked)
 
     assert calls(losses.consistency_and_flow_matching()) == 1
-    assert calls(losses.recommended()) == 2  # and at the landing point
+    assert calls(losses.end_identity()) == 2  # and at the end point
     assert calls(losses.paper()) == 3  # and at the noise edge's own start
 
 
@@ -426,7 +426,9 @@ def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):
             asked.append(len(t))
             return super().velocity(x_t, t, condition)
 
-    distiller = Distiller(Counting(Gaussian(std=0.5)), MLP(3, 8, 1), losses.recommended(shares=(0.5, 0.25, 0.25)))
+    distiller = Distiller(
+        Counting(Gaussian(std=0.5)), MLP(3, 8, 1), losses.end_identity(batch_fractions=(0.5, 0.25, 0.25))
+    )
     monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
     monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
     distiller.training_step(Batch(torch.randn(16, 3), None), 0)

@@ -77,12 +77,12 @@ def test_teacher_of_another_dtype_is_sampled_in_that_of_the_noise(dtype):
 
 
 NEVER = {
-    "free of the teacher's start": Objective({"predictor": DualEndLoss(NoiseEdge(), left=0.0, right=1.0)}),
-    "lagrangian": Objective({"lagrangian": DualEndLoss(Triangle(), left=0.0, right=1.0)}),
+    "free of the teacher's start": Objective({"predictor": DualEndLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
+    "lagrangian": Objective({"lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0)}),
     "both": Objective(
         {
-            "n2n": DualEndLoss(NoiseEdge(0.1), left=0.0, right=1.0, share=0.5),
-            "lagrangian": DualEndLoss(Triangle(), left=0.0, right=1.0, share=0.5),
+            "n2n": DualEndLoss(NoiseEdge(0.1), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
+            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
         }
     ),
 }
@@ -96,9 +96,9 @@ def test_loss_without_a_start_weight_has_no_start_velocity(name, monkeypatch):
     found = []
 
     def watched(loss, sample, *rest):
-        jump, v_left = Distiller.make_jumps(distiller, loss, sample, *rest)
-        found.extend([sample.v_t, v_left, jump.tangent.x])
-        return jump, v_left
+        jump, v_start = Distiller.make_jumps(distiller, loss, sample, *rest)
+        found.extend([sample.v_t, v_start, jump.tangent.x])
+        return jump, v_start
 
     monkeypatch.setattr(distiller, "make_jumps", watched)
     distiller.training_step(batch(), 0)
@@ -110,9 +110,9 @@ def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
     """Consistency reads a quarter of the rows at every second step, and the Lagrangian loss none at the start."""
     objective = Objective(
         {
-            "lagrangian": DualEndLoss(Triangle(), left=0.0, right=1.0, share=0.25),
-            "consistency": DualEndLoss(DataEdge(), share=0.25, every=2),
-            "flow_matching": DualEndLoss(Diagonal(), share=0.25),
+            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.25),
+            "consistency": DualEndLoss(DataEdge(), batch_fraction=0.25, every=2),
+            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=0.25),
         }
     )
     teacher = Line()
@@ -134,7 +134,7 @@ def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
         assert torch.equal(teacher.seen[0], torch.cat(read))
         # Each loss has the velocity of its own rows, and of no others.
         for sample, loss in zip(samples, objective.active_losses(step).values(), strict=True):
-            if not loss.left:
+            if not loss.start_weight:
                 assert sample.v_t is None
                 continue
             torch.testing.assert_close(sample.v_t, teacher(sample.x_t, sample.t, sample.condition))
@@ -142,13 +142,13 @@ def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
 
 def test_times_of_each_loss_are_stratified_where_the_student_sees_them(monkeypatch):
     """Start times of consistency and flow matching, and end times of N2N where it is active, in a distiller's steps."""
-    distiller = quiet(Distiller(Line(), student(), losses.paper(3, shares=(0.5, 0.25, 0.25))), monkeypatch)
+    distiller = quiet(Distiller(Line(), student(), losses.paper(3, batch_fractions=(0.5, 0.25, 0.25))), monkeypatch)
     seen = []
 
     def watched(loss, sample, *rest):
-        jump, v_left = Distiller.make_jumps(distiller, loss, sample, *rest)
+        jump, v_start = Distiller.make_jumps(distiller, loss, sample, *rest)
         seen.append((jump.t, jump.s))
-        return jump, v_left
+        return jump, v_start
 
     monkeypatch.setattr(distiller, "make_jumps", watched)
     for step in range(4):
@@ -165,7 +165,9 @@ def shapes_over(steps: int, monkeypatch, interval=(0.25, 0.7)) -> list[int]:
     """Return the rows of every call of the teacher over the steps."""
     teacher = Line()
     distiller = quiet(
-        Distiller(teacher, student(), losses.paper(shares=(0.5, 0.25, 0.25)), Guidance(2.0, interval=interval)),
+        Distiller(
+            teacher, student(), losses.paper(batch_fractions=(0.5, 0.25, 0.25)), Guidance(2.0, interval=interval)
+        ),
         monkeypatch,
     )
     for step in range(steps):
@@ -184,7 +186,7 @@ def test_guidance_in_an_interval_has_few_shapes(monkeypatch):
 
 @pytest.mark.parametrize(
     "objective",
-    [losses.paper(shares=(0.5, 0.25, 0.25)), losses.recommended(), losses.mean_flow(), losses.lagrangian()],
+    [losses.paper(batch_fractions=(0.5, 0.25, 0.25)), losses.end_identity(), losses.mean_flow(), losses.lagrangian()],
 )
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, 0.3, (0.2, 0.7))], ids=repr)
 def test_step_waits_for_no_device(objective, guidance, monkeypatch):
@@ -228,9 +230,9 @@ def test_times_are_float32_in_a_run_in_bfloat16(precision, tmp_path):
 
     torch.manual_seed(0)
     teacher = Teacher(Watched(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10))
-    objective = Objective({"lagrangian": DualEndLoss(Triangle(), left=1.0, right=1.0)})
+    objective = Objective({"lagrangian": DualEndLoss(Triangle(), start_weight=1.0, end_weight=1.0)})
     L.seed_everything(0, verbose=False)
-    distiller = Distiller(teacher, tiny_teacher().network.with_landing_time(), objective, Guidance(2.0))
+    distiller = Distiller(teacher, tiny_teacher().network.with_end_time(), objective, Guidance(2.0))
     trainer(tmp_path, max_steps=1, precision=precision).fit(distiller, Digits(batch_size=64))
     for t, s in times:
         assert t.dtype == s.dtype == torch.float32

@@ -84,11 +84,11 @@ def test_jumps_stay_in_the_triangle(edge, dtype, generator):
 
 @pytest.mark.parametrize("edge", [DataEdge(), Diagonal(), Triangle()], ids=repr)
 def test_edges_that_share_the_start_keep_the_batch_times(edge, generator):
-    """shares_start is true exactly where the returned t is the batch's own."""
+    """starts_at_batch_times is true exactly where the returned t is the batch's own."""
     t = torch.rand(8, generator=generator)
-    assert edge.shares_start
+    assert edge.starts_at_batch_times
     assert torch.equal(edge.draw(t, 0, generator).t, t)
-    assert not NoiseEdge.shares_start
+    assert not NoiseEdge.starts_at_batch_times
 
 
 def test_data_edge_lands_on_data_and_diagonal_where_it_starts(generator):
@@ -101,7 +101,7 @@ def test_data_edge_lands_on_data_and_diagonal_where_it_starts(generator):
 
 @pytest.mark.parametrize(("step", "r"), [(0, 0.1), (250, 0.075), (500, 0.05), (999, 0.0001), (1000, 0.0), (5000, 0.0)])
 def test_noise_edge_start_falls_linearly_to_the_noise(step, r, generator):
-    """r = start max(0, 1 - step / decay_steps), and s keeps one landing time in every part of [r, 1]."""
+    """r = start max(0, 1 - step / decay_steps), and s keeps one end time in every part of [r, 1]."""
     times = NoiseEdge(0.1, 1000).draw(torch.rand(100, generator=generator).double(), step, generator)
     torch.testing.assert_close(times.t, torch.full((100,), r, dtype=torch.float64), rtol=0, atol=1e-12)
     assert strata((times.s - r) / (1 - r)) == list(range(100))

@@ -21,11 +21,11 @@ from decm_lightning.derivatives import (
     check_fused,
     choose,
     dual,
-    evaluate,
+    forward_with_jvp,
     functional,
 )
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import DualEndLoss, Objective, cost, recommended, tangent
+from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, tangent
 from decm_lightning.losses.rows import Rows
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
@@ -65,14 +65,14 @@ class Distiller(FlowTraining):
 
     Args:
         teacher: the frozen teacher. It is no part of the checkpoint: it is made again from the config.
-        student: the flow map to train; None for a copy of the teacher with a zero-initialised landing time.
-        objective: the losses: `losses.paper`, `losses.recommended`, a rival of `losses.presets`, or your own; None for
-            `losses.recommended()`.
+        student: the flow map to train; None for a copy of the teacher with a zero-initialized end time.
+        objective: the losses: `losses.paper`, `losses.end_identity`, a rival of `losses.presets`, or your own; None for
+            `losses.end_identity()`.
         guidance: how the teacher is guided; the student learns the guided velocity and needs no second pass.
-        derivative: the engine for du: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
+        derivative: the engine for jvp: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
             "central" (a difference), or "auto": the first of them that can pass through the student; the log says why.
-        optimizer: makes the optimiser from the student's parameters.
-        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
+        optimizer: makes the optimizer from the student's parameters.
+        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
         ema_decay: decay of the student's average, in [0, 1).
         gradient_checkpointing: compute the student's activations again in the backward pass: less memory, more time.
         compile: compile the blocks of student and teacher.
@@ -100,7 +100,7 @@ class Distiller(FlowTraining):
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher = teacher
         self.velocity = GuidedField(teacher, teacher.null, guidance)
-        self.objective = recommended() if objective is None else objective
+        self.objective = end_identity() if objective is None else objective
         self.teacher_identity = ""
         self.jumps: list[Jump] = []
         self.wanted: EngineName | None = None if derivative == "auto" else derivative
@@ -112,7 +112,7 @@ class Distiller(FlowTraining):
         return self.network
 
     def setup(self, stage: str) -> None:
-        """Choose the engine for du, and say what a step will cost.
+        """Choose the engine for jvp, and say what a step will cost.
 
         Raises:
             ValueError: if the requested engine cannot differentiate the student.
@@ -175,16 +175,16 @@ class Distiller(FlowTraining):
         losses = self.objective.active_losses(step)
         starts = {name: self.make_jumps(loss, paths[name], step, clock) for name, loss in losses.items()}
 
-        # One pass of the student over all rows: its mean velocities u, and their derivatives du in those directions.
+        # One pass of the student over all rows: its mean velocities u, and their derivatives jvp in those directions.
         with self.phase("derivative"):
             self.jumps = [jump for jump, _ in starts.values()]
-            jets = evaluate(self.derivative, self.student, self.jumps)
+            results = forward_with_jvp(self.derivative, self.student, self.jumps)
 
         # The residual of every jump, and the pull of the student toward its root.
         self.terms = {}
-        for (name, loss), (jump, v_left), jet in zip(losses.items(), starts.values(), jets, strict=True):
-            v_right = self.at_landing(loss, jump, jet.u.detach())
-            self.terms[name] = self.objective.term(loss, jump, jet, v_left, v_right, step)
+        for (name, loss), (jump, v_start), result in zip(losses.items(), starts.values(), results, strict=True):
+            v_end = self.end_velocity(loss, jump, result.u.detach())
+            self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step)
         return self.total()
 
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
@@ -211,20 +211,20 @@ class Distiller(FlowTraining):
     ) -> tuple[Jump, Sample | None]:
         """Return a loss's jumps, and the teacher's velocity where they start (None if it has no weight there)."""
         times = loss.edge.draw(sample.t, step, generator)
-        if loss.edge.shares_start:
-            x_t, v_left = sample.x_t, sample.v_t
+        if loss.edge.starts_at_batch_times:
+            x_t, v_start = sample.x_t, sample.v_t
         else:
             # The noise edge starts at points of its own, on the same lines from noise to data.
-            x_t, v_left = path.interpolate(sample.x_0, sample.x_1, times.t), None
-            if loss.left:
+            x_t, v_start = path.interpolate(sample.x_0, sample.x_1, times.t), None
+            if loss.start_weight:
                 with self.phase("teacher"):
-                    v_left = self.velocity(x_t, times.t, sample.condition)
-        along = tangent(v_left, times.t, loss.left, loss.right) if loss.edge.has_length else None
-        return Jump(x_t, times.t, times.s, sample.condition, along), v_left
+                    v_start = self.velocity(x_t, times.t, sample.condition)
+        along = tangent(v_start, times.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
+        return Jump(x_t, times.t, times.s, sample.condition, along), v_start
 
-    def at_landing(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
+    def end_velocity(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
         """Return the teacher's velocity where the student lands; None if it has no weight."""
-        if not loss.right:
+        if not loss.end_weight:
             return None
         with self.phase("teacher"):
             return self.velocity(path.jump(jump.x_t, u, jump.t, jump.s), jump.s, jump.condition)
@@ -244,7 +244,7 @@ class Distiller(FlowTraining):
             return ""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
-                evaluate(partial(dual, watched=True), self.student, self.jumps)
+                forward_with_jvp(partial(dual, watched=True), self.student, self.jumps)
             except NoTangentError as error:
                 return f"; {error}"
         return ""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with velocity normalisation and an interval: a VelocityField around a VelocityField."""
+"""Classifier-free guidance with velocity normalization and an interval: a VelocityField around a VelocityField."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

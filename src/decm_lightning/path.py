@@ -1,7 +1,7 @@
 """The convention: t = 0 is noise, t = 1 is data, and the path between them is straight.
 
 This is the one file that knows which end is noise. Foreign conventions are converted in ``teachers``.
-Symbols, here and everywhere: ``t`` start time, ``s`` landing time, ``x_0`` noise, ``x_1`` data, ``x_t`` a point on
+Symbols, here and everywhere: ``t`` start time, ``s`` end time, ``x_0`` noise, ``x_1`` data, ``x_t`` a point on
 the way, ``v`` instantaneous velocity, ``u`` mean velocity from t to s (the paper's F).
 
 Times are float32 or wider, whatever the dtype of the samples: bfloat16 has steps of 0.004 below t = 1. A point of the
@@ -39,5 +39,5 @@ def velocity(x_0: Sample, x_1: Sample) -> Sample:
 
 
 def jump(x_t: Sample, u: Sample, t: Time, s: Time) -> Sample:
-    """Return the landing point f(x_t, t, s) = x_t + (s - t) u of a jump with mean velocity u, in the dtype of x_t."""
+    """Return the end point f(x_t, t, s) = x_t + (s - t) u of a jump with mean velocity u, in the dtype of x_t."""
     return (x_t + expand(s - t, x_t) * u).to(x_t.dtype)

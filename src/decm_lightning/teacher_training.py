@@ -21,8 +21,8 @@ class TeacherTraining(FlowTraining):
 
     Args:
         network: the teacher to be; it is asked on the diagonal s = t.
-        optimizer: makes the optimiser from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
         class_dropout: share of labels replaced by the null class, in [0, 1): what guidance needs.
         guidance: how the teacher is guided when it is sampled; training does not depend on it.
         times: the law of t.

@@ -24,7 +24,7 @@ from decm_lightning.types import Time
 
 @dataclass(frozen=True)
 class Times:
-    """Start and landing times of a batch of jumps, each (b,), with 0 <= t <= s <= 1."""
+    """Start and end times of a batch of jumps, each (b,), with 0 <= t <= s <= 1."""
 
     t: Time
     s: Time
@@ -80,16 +80,16 @@ class LogitNormal(TimeLaw):
 class Edge(ABC):
     """A part of the triangle to train on.
 
-    ``shares_start`` says that its jumps start at the batch's own (x_t, t): the teacher's velocity there is then asked
-    once and serves every such edge. ``has_length`` is false where s = t, and no derivative is needed.
+    ``starts_at_batch_times`` says that its jumps start at the batch's own (x_t, t), whose teacher velocity is computed
+    once for every such edge. ``has_length`` is false where s = t, and no derivative is needed.
     """
 
-    shares_start: ClassVar[bool] = True
+    starts_at_batch_times: ClassVar[bool] = True
     has_length: ClassVar[bool] = True
 
     @abstractmethod
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
-        """Return the start and landing times of len(t) jumps at training step `step`, given the batch's times t."""
+        """Return the start and end times of len(t) jumps at training step `step`, given the batch's times t."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class NoiseEdge(Edge):
 
     start: float = 0.0
     decay_steps: int = 20_000
-    shares_start = False
+    starts_at_batch_times = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:

@@ -32,7 +32,7 @@ TINY = [
     *("--data.init_args.reference_size", "32"),
 ]
 
-RECOMMENDED = ("--model.init_args.objective", "decm_lightning.losses.recommended")
+RECOMMENDED = ("--model.init_args.objective", "decm_lightning.losses.end_identity")
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
 def test_an_image_depends_on_seed_and_number_alone(decm, monkeypatch):
     """Not on the images that are computed with it, and on all bits of the seed."""
     torch.manual_seed(0)
-    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
     save(network, "teacher")
     assert decm(*RENOISED, "all", "--per_class", "2")[0] == 0
@@ -233,7 +233,7 @@ def test_the_default_sampler_fits_the_network(decm, caplog):
         [message] = caplog.messages
         assert f"{sampler} blurs its samples; use --sampler euler --steps 50" in message
     caplog.clear()
-    save(load("teacher").with_landing_time(), "student")
+    save(load("teacher").with_end_time(), "student")
     assert "(mix, 1 step)" in decm("sample", "student", *one, "--out", "d.png")[1]
     assert "(mix, 4 steps, s1 0.6)" in decm("sample", "student", *one, "--steps=4", "--s1=0.6", "--out=e.png")[1]
     assert "(euler, 50 steps)" in decm("sample", "student", *one, "--sampler", "euler", "--out", "f.png")[1]
@@ -292,8 +292,8 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         (digits("fit", "--model.init_args.guidance.scale", "-1"), "guidance scale must be at least 0: got -1.0"),
         (digits("fit", "--model.init_args.teacher.init_args.path", "gone"), "no checkpoint or folder at gone"),
         (
-            digits("fit", *RECOMMENDED, "--model.init_args.objective.init_args.normaliser", "l3"),
-            "normaliser: Expected a typing.Literal",
+            digits("fit", *RECOMMENDED, "--model.init_args.objective.init_args.normalization", "l3"),
+            "normalization: Expected a typing.Literal",
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
         (digits("test"), "test needs --ckpt_path"),
@@ -450,7 +450,7 @@ trainer:
   logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: one, version: ""}}
 model:
   class_path: decm_lightning.Distiller
-  init_args: {teacher: {class_path: decm_lightning.teachers.DiTTeacher, init_args: {path: teacher}}}
+  init_args: {teacher: {class_path: decm_lightning.teachers.PretrainedTeacher, init_args: {path: teacher}}}
 data: {class_path: decm_lightning.data.Digits, init_args: {batch_size: 16}}
 """
 
@@ -468,7 +468,7 @@ def test_a_saved_config_repeats_the_run(trained, decm, capsys):
     first = torch.load(last, weights_only=True)
     saved = Path("runs/one/config.yaml").read_text()
     assert "Unable to serialize" not in saved
-    assert yaml.safe_load(saved)["model"]["init_args"]["objective"]["class_path"].endswith("recommended")
+    assert yaml.safe_load(saved)["model"]["init_args"]["objective"]["class_path"].endswith("end_identity")
     assert yaml.safe_load(first["config"]) == yaml.safe_load(saved)
     shutil.copy("runs/one/config.yaml", "saved.yaml")
     shutil.rmtree("runs")
@@ -577,7 +577,7 @@ def test_slurm_s_ntasks_alone_is_one_line(trained, monkeypatch):
 @pytest.mark.parametrize("student", [None, "decm_lightning.networks.load"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_weights_of_networks_to_be_sharded_are_in_the_first_process_alone(rank, student, trained, monkeypatch):
-    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
     save(network, "student")
     built = []
     monkeypatch.setattr(TrainerCLI, "_run_subcommand", lambda self, _: built.append(self.model))
@@ -610,7 +610,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
         },
         "student": {
             "class_path": "decm_lightning.networks.DiT",
-            "init_args": {"input_size": 8, "in_channels": 1, "width": 16, "depth": 1, "heads": 2, "landing_time": True},
+            "init_args": {"input_size": 8, "in_channels": 1, "width": 16, "depth": 1, "heads": 2, "end_time": True},
         },
     }
     config["trainer"]["strategy"] = {"class_path": "decm_lightning.training.strategies.FSDP2"}

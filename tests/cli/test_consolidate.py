@@ -31,7 +31,7 @@ def in_shards(file: Path, folder: Path) -> None:
     """Write an ordinary checkpoint as a single process under ModelParallelStrategy does."""
     checkpoint = torch.load(file, weights_only=True)
     [optimizer] = checkpoint.pop("optimizer_states")
-    names = [f"network.{name}" for name, _ in DiT(**SMALL, landing_time=True).named_parameters()]
+    names = [f"network.{name}" for name, _ in DiT(**SMALL, end_time=True).named_parameters()]
     by_name = {
         "state": {names[number]: state for number, state in optimizer["state"].items()},
         "param_groups": [g | {"params": [names[n] for n in g["params"]]} for g in optimizer["param_groups"]],
@@ -91,7 +91,7 @@ def assert_equal(one, other):
 
 
 def test_shards_become_the_checkpoint_that_they_were(decm):
-    """Weights, averages, optimiser, schedule and progress, to the bit."""
+    """Weights, averages, optimizer, schedule and progress, to the bit."""
     code, out, _ = decm("consolidate", "shards", "--to", "ckpt", "--out", "new/whole.ckpt")
     assert (code, out) == (0, "wrote new/whole.ckpt\n")
     assert [file.name for file in Path("new").iterdir()] == ["whole.ckpt"]

@@ -438,7 +438,7 @@ def test_what_is_drawn_is_decoded(decm):
 
     assert decm(*command("latents"))[0] == 0
     torch.manual_seed(0)
-    network = DiT(8, 2, patch_size=2, width=16, depth=1, heads=2, num_classes=2, landing_time=True).eval()
+    network = DiT(8, 2, patch_size=2, width=16, depth=1, heads=2, num_classes=2, end_time=True).eval()
     torch.nn.init.normal_(network.final_layer.linear.weight)
     save(network, Path("student"))
     argv = ["--classes", "[1]", "--per_class", "1", "--scale", "1", "--out", "one.png", "--seed", "3"]

@@ -13,7 +13,7 @@ from decm_lightning.demo import CaptionProbe
 from decm_lightning.demo.caption_probe import PENALTIES, CaptionAccuracy, Hits, embedding
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import Quality
-from decm_lightning.metrics.parts import Counts, Prompts
+from decm_lightning.metrics.feature_metrics import Counts, Prompts
 from decm_lightning.text import EncodedCaptions
 from decm_lightning.types import Batch, Captions
 

@@ -38,7 +38,7 @@ def test_digits_features_are_frozen_and_none_is_dead(digits):
 
 
 def test_distance_tells_real_digits_from_noisy_ones(digits, generator, monkeypatch):
-    monkeypatch.setattr("decm_lightning.metrics.parts.KID_SUBSETS", 5)
+    monkeypatch.setattr("decm_lightning.metrics.feature_metrics.KID_SUBSETS", 5)
 
     def distance(generated):
         quality = Quality(DigitsFeatures())

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from decm_lightning.derivatives import Tangent, dual, functional
 from decm_lightning.derivatives.dual import attention as attention_rule
-from decm_lightning.derivatives.dual.cut import Cut, pad
-from decm_lightning.derivatives.dual.value import Dual, Family
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows, pad
+from decm_lightning.derivatives.dual.value import Dual, RuleSet
 from decm_lightning.networks import MLP, DiT
 
 
@@ -26,7 +26,7 @@ def randomised(network: nn.Module) -> nn.Module:
 def make_dit(patch_size: int = 2) -> DiT:
     """Return a small DiT in which every argument matters."""
     size = 4 * patch_size
-    return randomised(DiT(size, 2, patch_size, width=16, depth=2, heads=2, num_classes=3, landing_time=True))
+    return randomised(DiT(size, 2, patch_size, width=16, depth=2, heads=2, num_classes=3, end_time=True))
 
 
 NETWORKS = {"mlp": lambda: randomised(MLP(2, 32, 3, num_classes=3)), "dit1": lambda: make_dit(1), "dit2": make_dit}
@@ -59,10 +59,10 @@ def test_du_is_that_of_functional(network, rows, block, monkeypatch):
     """In float64 to 1e-12, for all rows or some, with attention in one block or in uneven ones."""
     monkeypatch.setattr(attention_rule, "BLOCK", block)
     arguments = draw(network, 5, rows)
-    exact = functional(network, *arguments).du
+    exact = functional(network, *arguments).jvp
     assert len(exact) == rows
     assert exact.abs().max() > 0.1
-    assert_close(dual(network, *arguments).du, exact)
+    assert_close(dual(network, *arguments).jvp, exact)
 
 
 def test_u_and_its_gradients_are_the_plain_forwards(network):
@@ -70,20 +70,20 @@ def test_u_and_its_gradients_are_the_plain_forwards(network):
     x_t, t, s, condition, tangent = draw(network, 5, 3)
     x_t.requires_grad_(True)
     leaves = [x_t, *(p for p in network.parameters() if p.requires_grad)]
-    jet = dual(network, x_t, t, s, condition, tangent)
+    result = dual(network, x_t, t, s, condition, tangent)
     plain = network(x_t, t, s, condition)
-    assert torch.equal(jet.u, plain)
+    assert torch.equal(result.u, plain)
     expected = torch.autograd.grad(plain.square().sum(), leaves)
-    for gradient, other in zip(torch.autograd.grad(jet.u.square().sum(), leaves), expected, strict=True):
+    for gradient, other in zip(torch.autograd.grad(result.u.square().sum(), leaves), expected, strict=True):
         assert_close(gradient, other)
 
 
 def test_du_has_no_graph(network):
     """It is a constant of the loss."""
-    jet = dual(network, *draw(network, 4, 3))
-    assert jet.u.requires_grad
-    assert not jet.du.requires_grad
-    assert jet.du.grad_fn is None
+    result = dual(network, *draw(network, 4, 3))
+    assert result.u.requires_grad
+    assert not result.jvp.requires_grad
+    assert result.jvp.grad_fn is None
 
 
 def test_the_network_runs_once_on_the_rows_of_the_tangent_alone(monkeypatch):
@@ -102,33 +102,33 @@ def test_the_network_runs_once_on_the_rows_of_the_tangent_alone(monkeypatch):
 def test_float32_is_exact_up_to_rounding(network):
     """Single precision costs six digits."""
     x_t, t, s, condition, tangent = draw(network, 32, 32)
-    exact = functional(network, x_t, t, s, condition, tangent).du
+    exact = functional(network, x_t, t, s, condition, tangent).jvp
     narrow = Tangent(tangent.x.float(), tangent.t.float(), tangent.s.float())
-    du = dual(copy.deepcopy(network).float(), x_t.float(), t.float(), s.float(), condition, narrow).du
-    assert du.dtype == torch.float32
-    assert (du - exact).norm() < 1e-5 * exact.norm()
+    jvp = dual(copy.deepcopy(network).float(), x_t.float(), t.float(), s.float(), condition, narrow).jvp
+    assert jvp.dtype == torch.float32
+    assert (jvp - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_tangents_follow_autocast():
-    """In bfloat16 du has its rounding, not more, and u the dtype of the plain forward."""
+    """In bfloat16 jvp has its rounding, not more, and u the dtype of the plain forward."""
     network = make_dit().float()
     x_t, t, s, condition, tangent = draw(network, 16, 12)
-    exact = functional(copy.deepcopy(network).double(), x_t, t, s, condition, tangent).du
+    exact = functional(copy.deepcopy(network).double(), x_t, t, s, condition, tangent).jvp
     narrow = Tangent(tangent.x.float(), tangent.t.float(), tangent.s.float())
     with torch.autocast("cpu", torch.bfloat16):
-        jet = dual(network, x_t.float(), t.float(), s.float(), condition, narrow)
-        assert torch.equal(jet.u, network(x_t.float(), t.float(), s.float(), condition))
-    assert (jet.du - exact).norm() < 0.05 * exact.norm()
-    jet.u.square().mean().backward()
+        result = dual(network, x_t.float(), t.float(), s.float(), condition, narrow)
+        assert torch.equal(result.u, network(x_t.float(), t.float(), s.float(), condition))
+    assert (result.jvp - exact).norm() < 0.05 * exact.norm()
+    result.u.square().mean().backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
 def test_without_a_tangent_it_is_the_plain_forward(network):
-    """And du is None."""
+    """And jvp is None."""
     x_t, t, s, condition, _ = draw(network, 4, 4)
-    jet = dual(network, x_t, t, s, condition, None)
-    assert jet.du is None
-    assert torch.equal(jet.u, network(x_t, t, s, condition))
+    result = dual(network, x_t, t, s, condition, None)
+    assert result.jvp is None
+    assert torch.equal(result.u, network(x_t, t, s, condition))
 
 
 def test_checkpointed_blocks_give_the_same_without_a_second_tangent(monkeypatch):
@@ -140,11 +140,11 @@ def test_checkpointed_blocks_give_the_same_without_a_second_tangent(monkeypatch)
     gradients = torch.autograd.grad(expected.u.square().sum(), parameters)
     for block in network.blocks:
         monkeypatch.setattr(block, "forward", checkpointed(block.forward))
-    jet = dual(network, *arguments)
+    result = dual(network, *arguments)
     monkeypatch.setattr(torch, "_softmax_backward_data", lambda *_: pytest.fail("a tangent in the backward pass"))
-    for gradient, other in zip(torch.autograd.grad(jet.u.square().sum(), parameters), gradients, strict=True):
+    for gradient, other in zip(torch.autograd.grad(result.u.square().sum(), parameters), gradients, strict=True):
         assert torch.equal(gradient, other)
-    assert torch.equal(jet.du, expected.du)
+    assert torch.equal(result.jvp, expected.jvp)
 
 
 def checkpointed(forward):
@@ -153,22 +153,22 @@ def checkpointed(forward):
 
 
 def test_a_network_that_does_not_depend_on_its_inputs_has_no_change():
-    """Its du is zero."""
-    jet = dual(
+    """Its jvp is zero."""
+    result = dual(
         lambda x, t, s, condition: torch.ones(4, 2),
         *(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4), None),
         Tangent(torch.ones(3, 2), torch.ones(3), torch.ones(3)),
     )
-    assert torch.equal(jet.du, torch.zeros(3, 2))
+    assert torch.equal(result.jvp, torch.zeros(3, 2))
 
 
 def test_without_gradients_it_is_a_pair_of_numbers(network):
     """The engine may be called under no_grad."""
     arguments = draw(network, 4, 3)
     with torch.no_grad():
-        jet = dual(network, *arguments)
-    assert not jet.u.requires_grad
-    assert_close(jet.du, functional(network, *arguments).du)
+        result = dual(network, *arguments)
+    assert not result.u.requires_grad
+    assert_close(result.jvp, functional(network, *arguments).jvp)
 
 
 def test_tangents_are_forgotten_after_the_pass():
@@ -186,15 +186,15 @@ def test_tangents_are_forgotten_after_the_pass():
 
 def test_a_cut_is_found_on_one_axis_only():
     """Tangents that differ from their values elsewhere are a broken rule."""
-    assert Cut.between(torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)) == Cut(-2, 4, 5)
-    assert Cut.between(torch.zeros(2, 3), torch.zeros(2, 3)) is None
+    assert TangentRows.between(torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)) == TangentRows(-2, 4, 5)
+    assert TangentRows.between(torch.zeros(2, 3), torch.zeros(2, 3)) is None
     with pytest.raises(AssertionError):
-        Cut.between(torch.zeros(2, 5), torch.zeros(1, 4))
+        TangentRows.between(torch.zeros(2, 5), torch.zeros(1, 4))
 
 
 def test_duals_are_seen_through_by_pytrees():
     """FSDP2 and checkpointing look for tensors in pytrees."""
-    value = Dual(torch.zeros(3), torch.ones(2), Family())
+    value = Dual(torch.zeros(3), torch.ones(2), RuleSet())
     doubled = torch.utils._pytree.tree_map(lambda part: part + 1, value)
     assert isinstance(doubled, Dual)
     assert torch.equal(doubled.primal, torch.ones(3))

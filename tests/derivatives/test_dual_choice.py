@@ -99,7 +99,7 @@ def test_code_that_wants_a_tensor_leaves_the_next_engine():
 
 
 def test_the_difference_is_as_fine_as_the_network_embeds_times():
-    """Times multiplied by 1000 need a step of 1e-4: with that of a smooth network du is another's."""
+    """Times multiplied by 1000 need a step of 1e-4: with that of a smooth network jvp is another's."""
 
     class Thousand(nn.Module):
         time_scale = 1000.0
@@ -113,8 +113,8 @@ def test_the_difference_is_as_fine_as_the_network_embeds_times():
     assert choice.name == "central"
     exact = 2 * x * 1000 * (1000 * t.double()).cos().float()[:, None]
     for engine, close in ((choice.engine, True), (central, False)):
-        du = engine(Thousand(), x, t, t, None, Tangent(torch.zeros_like(x), torch.ones(2), still)).du
-        assert ((du - exact).norm() < 0.01 * exact.norm()) == close
+        jvp = engine(Thousand(), x, t, t, None, Tangent(torch.zeros_like(x), torch.ones(2), still)).jvp
+        assert ((jvp - exact).norm() < 0.01 * exact.norm()) == close
 
 
 def test_the_difference_is_the_last_resort():

@@ -12,7 +12,7 @@ from decm_lightning.networks import DiT
 def student(dtype=torch.float64) -> DiT:
     """Return a small flow map in which everything matters."""
     torch.manual_seed(0)
-    network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, landing_time=True)
+    network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
@@ -20,16 +20,16 @@ def student(dtype=torch.float64) -> DiT:
 
 
 def step(network: nn.Module, rows: int = 6, tangent_rows: int = 4, dtype=torch.float64):
-    """Return u, du and the gradient of the sum of u^2 over all parameters."""
+    """Return u, jvp and the gradient of the sum of u^2 over all parameters."""
     generator = torch.Generator().manual_seed(1)
     x, dx = torch.randn(2, rows, 2, 4, 4, generator=generator).to(dtype)
     t, s, dt, ds = torch.rand(4, rows, generator=generator).to(dtype)
     tangent = Tangent(dx[:tangent_rows], dt[:tangent_rows], ds[:tangent_rows])
     network.zero_grad()
-    jet = dual(network, x, t, s, torch.arange(rows) % 3, tangent)
-    jet.u.square().sum().backward()
+    result = dual(network, x, t, s, torch.arange(rows) % 3, tangent)
+    result.u.square().sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-    return jet.u.detach(), jet.du, gradient
+    return result.u.detach(), result.jvp, gradient
 
 
 def compiled(network: nn.Module, parts: str, backend: str) -> nn.Module:
@@ -51,7 +51,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["dual-plain", "dual-checkpointed"])
 @pytest.mark.parametrize("parts", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_compiled_pass_equals_an_eager_one_and_is_one_graph(parts, checkpointed):
-    """u, du and gradients in float64; blocks that are alike share a graph, and a second step compiles nothing."""
+    """u, jvp and gradients in float64; blocks that are alike share a graph, and a second step compiles nothing."""
     expected = step(student())
     network = student()
     network.gradient_checkpointing = checkpointed

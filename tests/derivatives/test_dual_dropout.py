@@ -48,48 +48,48 @@ def first_rows(directions):
 
 
 def test_du_is_the_derivative_of_the_very_u_beside_it():
-    """Forward mode and a central difference that draw the same masks give the same u and du, to 1e-12 and 1e-8."""
+    """Forward mode and a central difference that draw the same masks give the same u and jvp, to 1e-12 and 1e-8."""
     network, (points, along) = Dropping(), draw()
     torch.manual_seed(2)
-    jet = dual(network, *points, None, first_rows(along))
+    result = dual(network, *points, None, first_rows(along))
     torch.manual_seed(2)
-    u, du = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
-    torch.testing.assert_close(jet.u, u, rtol=0, atol=1e-12)
-    torch.testing.assert_close(jet.du, du[:DUAL_ROWS], rtol=0, atol=1e-12)
+    u, jvp = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
+    torch.testing.assert_close(result.u, u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.jvp, jvp[:DUAL_ROWS], rtol=0, atol=1e-12)
 
     def at(step):
         torch.manual_seed(2)
         return network(*(point + step * direction for point, direction in zip(points, along, strict=True)), None)
 
-    torch.testing.assert_close(jet.du, ((at(1e-5) - at(-1e-5)) / 2e-5)[:DUAL_ROWS], rtol=0, atol=1e-8)
+    torch.testing.assert_close(result.jvp, ((at(1e-5) - at(-1e-5)) / 2e-5)[:DUAL_ROWS], rtol=0, atol=1e-8)
 
 
 def test_another_pass_drops_others():
-    """Without the seed of the first pass neither u nor du come back: both depend on the masks by far."""
+    """Without the seed of the first pass neither u nor jvp come back: both depend on the masks by far."""
     network, (points, along) = Dropping(), draw()
     some, others = (dual(network, *points, None, first_rows(along)) for _ in range(2))
     assert (some.u - others.u).norm() > 0.1 * some.u.norm()
-    assert (some.du - others.du).norm() > 0.1 * some.du.norm()
+    assert (some.jvp - others.jvp).norm() > 0.1 * some.jvp.norm()
 
 
 def test_nothing_is_dropped_in_eval_mode():
-    """There u and du are those of the network without dropout."""
+    """There u and jvp are those of the network without dropout."""
     network, (points, along) = Dropping().eval(), draw()
-    jet = dual(network, *points, None, first_rows(along))
-    u, du = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
-    torch.testing.assert_close(jet.u, u, rtol=0, atol=1e-12)
-    torch.testing.assert_close(jet.du, du[:DUAL_ROWS], rtol=0, atol=1e-12)
+    result = dual(network, *points, None, first_rows(along))
+    u, jvp = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
+    torch.testing.assert_close(result.u, u, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.jvp, jvp[:DUAL_ROWS], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_network_drops_the_same_of_value_and_derivative(backend):
-    """Whatever random numbers a compiler draws: along x, du of a quadratic map is 2 u to 1e-12, mask by mask."""
+    """Whatever random numbers a compiler draws: along x, jvp of a quadratic map is 2 u to 1e-12, mask by mask."""
     torch.compiler.reset()
     network, ((x, t, s), _) = Quadratic(), draw()
     if backend:
         network.forward = torch.compile(network.forward, fullgraph=True, backend=backend)
     still = torch.zeros_like(t)
-    jets = [dual(network, x, t, s, None, first_rows((x, still, still))) for _ in range(2)]
-    for jet in jets:
-        torch.testing.assert_close(jet.du, 2 * jet.u[:DUAL_ROWS].detach(), rtol=0, atol=1e-12)
-    assert (jets[0].u - jets[1].u).norm() > 0.1 * jets[0].u.norm()
+    results = [dual(network, x, t, s, None, first_rows((x, still, still))) for _ in range(2)]
+    for result in results:
+        torch.testing.assert_close(result.jvp, 2 * result.u[:DUAL_ROWS].detach(), rtol=0, atol=1e-12)
+    assert (results[0].u - results[1].u).norm() > 0.1 * results[0].u.norm()

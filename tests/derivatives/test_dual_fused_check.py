@@ -33,7 +33,7 @@ def _forgotten(monkeypatch):
 
 def student() -> DiT:
     torch.manual_seed(0)
-    network = DiT(SIDE, 1, patch_size=1, width=32, depth=2, heads=HEADS, num_classes=3, landing_time=True)
+    network = DiT(SIDE, 1, patch_size=1, width=32, depth=2, heads=HEADS, num_classes=3, end_time=True)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network.to(DEVICE)
@@ -89,7 +89,7 @@ def test_kernel_that_fails_is_refused_with_one_line(dtype, kernel, caplog):
         assert tuple(calls[0][0].shape) == (2, HEADS, SIDE * SIDE, 16)
         assert calls[0][0].dtype == dtype
         x, t, s, labels = network.example()
-        found = dual(network, x, t, s, labels, Tangent(x + 1, t, s)).du
+        found = dual(network, x, t, s, labels, Tangent(x + 1, t, s)).jvp
     if name == "right":
         assert reason is None
         assert said == []
@@ -113,7 +113,7 @@ def test_kernel_is_checked_when_a_fit_starts_and_the_run_goes_on(kernel, tmp_pat
 
     def fit():
         torch.manual_seed(0)
-        distiller = Distiller(tiny_teacher(), objective=losses.recommended())
+        distiller = Distiller(tiny_teacher(), objective=losses.end_identity())
         with caplog.at_level(logging.INFO):
             trainer(tmp_path, max_steps=2).fit(distiller, Digits(batch_size=16))
         return torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
@@ -136,7 +136,7 @@ def test_check_disturbs_nothing(kernel):
             self.norm(x_t.primal.flatten(1))
             return super().forward(torch.nn.functional.dropout(x_t, 0.5, self.training), t, s, condition)
 
-    network = Restless(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=3, landing_time=True)
+    network = Restless(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=3, end_time=True)
     network.norm = torch.nn.BatchNorm1d(64)
     network.blocks[0].eval()
     before, modes = torch.get_rng_state(), [module.training for module in network.modules()]

@@ -7,7 +7,7 @@ from torch.nn import functional as nnf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from decm_lightning.derivatives import Jet, Tangent, dual
+from decm_lightning.derivatives import JVPResult, Tangent, dual
 from decm_lightning.derivatives.dual import attention as attention_rule
 
 
@@ -17,16 +17,18 @@ def assert_close(actual, expected, tolerance=1e-12):
 
 
 def of_points(function, points, along=None, rows=None):
-    """Return u and du of a function of one tensor (b, ...), by the dual engine and by torch.func.jvp."""
+    """Return u and jvp of a function of one tensor (b, ...), by the dual engine and by torch.func.jvp."""
     rows = len(points) if rows is None else rows
     along = torch.randn_like(points) if along is None else along
     times = torch.zeros(len(points), dtype=points.dtype)
     still = torch.zeros(rows, dtype=points.dtype)
-    jet = dual(lambda x, t, s, condition: function(x), points, times, times, None, Tangent(along[:rows], still, still))
+    result = dual(
+        lambda x, t, s, condition: function(x), points, times, times, None, Tangent(along[:rows], still, still)
+    )
     beyond = torch.cat([along[:rows], torch.zeros_like(along[rows:])])
     with sdpa_kernel(SDPBackend.MATH):
-        u, du = torch.func.jvp(function, (points,), (beyond,))
-    return jet, Jet(u, du[:rows])
+        u, jvp = torch.func.jvp(function, (points,), (beyond,))
+    return result, JVPResult(u, jvp[:rows])
 
 
 @pytest.mark.parametrize("block", [3, 256])
@@ -49,9 +51,9 @@ def test_attention(mask, block, rows, monkeypatch):
         q, k, v = x.unbind(1)
         return nnf.scaled_dot_product_attention(q, k, v, masks.get(mask), is_causal=mask == "causal", scale=0.7)
 
-    jet, exact = of_points(function, x, rows=rows)
-    assert_close(jet.u, exact.u)
-    assert_close(jet.du, exact.du)
+    result, exact = of_points(function, x, rows=rows)
+    assert_close(result.u, exact.u)
+    assert_close(result.jvp, exact.jvp)
 
 
 @pytest.mark.parametrize("mask", [torch.randn(7, 7), torch.rand(7, 7) > 0.4])
@@ -65,11 +67,11 @@ def test_attention_under_autocast(mask):
 
     times = torch.zeros(4)
     with torch.autocast("cpu", torch.bfloat16):
-        jet = dual(lambda x, t, s, condition: function(x), x, times, times, None, Tangent(along, times, times))
+        result = dual(lambda x, t, s, condition: function(x), x, times, times, None, Tangent(along, times, times))
     mask = mask if mask.dtype == torch.bool else mask.double()
     with sdpa_kernel(SDPBackend.MATH):
         exact = torch.func.jvp(function, (x.double(),), (along.double(),))[1]
-    assert (jet.du - exact).norm() < 0.03 * exact.norm()
+    assert (result.jvp - exact).norm() < 0.03 * exact.norm()
 
 
 def test_grouped_attention_with_a_constant_key():
@@ -80,8 +82,8 @@ def test_grouped_attention_with_a_constant_key():
     def function(x):
         return nnf.scaled_dot_product_attention(x, key, key * x[:, :2, :1], enable_gqa=True)
 
-    jet, exact = of_points(function, x, rows=2)
-    assert_close(jet.du, exact.du)
+    result, exact = of_points(function, x, rows=2)
+    assert_close(result.jvp, exact.jvp)
 
 
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -142,10 +144,10 @@ OPERATIONS = {
 def test_operations(name, rows):
     """Each rule is forward mode's, for any number of rows, also where the operation mixes the rows."""
     torch.manual_seed(0)
-    jet, exact = of_points(OPERATIONS[name], torch.randn(4, 6, 6, dtype=torch.float64), rows=rows)
-    assert torch.equal(jet.u, exact.u) or name in {"norms", "convolution"}
-    assert_close(jet.u, exact.u)
-    assert_close(jet.du, exact.du)
+    result, exact = of_points(OPERATIONS[name], torch.randn(4, 6, 6, dtype=torch.float64), rows=rows)
+    assert torch.equal(result.u, exact.u) or name in {"norms", "convolution"}
+    assert_close(result.u, exact.u)
+    assert_close(result.jvp, exact.jvp)
 
 
 def test_group_norm_in_any_layout():
@@ -153,9 +155,9 @@ def test_group_norm_in_any_layout():
     torch.manual_seed(0)
     x, along = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     still = torch.zeros(4, dtype=torch.float64)
-    jet = dual(lambda x, t, s, c: nnf.group_norm(x.mT, 3), x, still, still, None, Tangent(along, still, still))
+    result = dual(lambda x, t, s, c: nnf.group_norm(x.mT, 3), x, still, still, None, Tangent(along, still, still))
     exact = torch.func.jvp(lambda x: nnf.group_norm(x.mT.contiguous(), 3), (x,), (along,))[1]
-    assert_close(jet.du, exact)
+    assert_close(result.jvp, exact)
 
 
 def test_modules_of_torch():
@@ -175,9 +177,9 @@ def test_modules_of_torch():
         nn.RMSNorm(16),
         nn.Softplus(),
     ).double()
-    jet, exact = of_points(network, torch.randn(4, 2, 4, 4, dtype=torch.float64), rows=3)
-    assert_close(jet.u, exact.u)
-    assert_close(jet.du, exact.du)
+    result, exact = of_points(network, torch.randn(4, 2, 4, 4, dtype=torch.float64), rows=3)
+    assert_close(result.u, exact.u)
+    assert_close(result.jvp, exact.jvp)
 
 
 def test_dropout_drops_the_same_of_value_and_tangent():
@@ -186,10 +188,10 @@ def test_dropout_drops_the_same_of_value_and_tangent():
     torch.manual_seed(0)
     plain = nnf.dropout(x, 0.3)
     torch.manual_seed(0)
-    jet, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, along=2 * x, rows=3)
-    torch.testing.assert_close(jet.u, plain, rtol=0, atol=1e-15)
+    result, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, along=2 * x, rows=3)
+    torch.testing.assert_close(result.u, plain, rtol=0, atol=1e-15)
     assert (plain == 0).any()
-    torch.testing.assert_close(jet.du, 2 * plain[:3], rtol=0, atol=1e-14)
+    torch.testing.assert_close(result.jvp, 2 * plain[:3], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.3, True), (0.3, False), (0.0, True)])

@@ -1,4 +1,4 @@
-"""The engines: they agree with each other and the truth, and du is a number without a graph."""
+"""The engines: they agree with each other and the truth, and jvp is a number without a graph."""
 
 import copy
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from decm_lightning.derivatives import ENGINES, Jump, Tangent, central, dual, evaluate, functional
+from decm_lightning.derivatives import ENGINES, Jump, Tangent, central, dual, forward_with_jvp, functional
 from decm_lightning.networks import MLP, DiT
 
 ENGINE_LIST = [functional, dual, central]
@@ -31,7 +31,7 @@ def mlp():
 @pytest.fixture
 def dit():
     """A flow map of images with three classes, in which s matters."""
-    return randomised(DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, landing_time=True))
+    return randomised(DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, end_time=True))
 
 
 @pytest.fixture(params=["mlp", "dit"])
@@ -65,7 +65,7 @@ def to_float32(jump: Jump) -> Jump:
 
 
 def test_functional_is_exact_on_a_polynomial():
-    """u = x^2 t + s^3 has du = 2 x t dx + x^2 dt + 3 s^2 ds."""
+    """u = x^2 t + s^3 has jvp = 2 x t dx + x^2 dt + 3 s^2 ds."""
 
     def network(x_t, t, s, condition):
         return x_t**2 * t[:, None] + s[:, None] ** 3
@@ -74,12 +74,12 @@ def test_functional_is_exact_on_a_polynomial():
     t, s, dt, ds = torch.tensor([0.3, 0.8, 0.7, -0.4], dtype=torch.float64).split(1)
     tangent = Tangent(dx, dt, ds)
     expected = 2 * x * t * dx + x**2 * dt + 3 * s**2 * ds
-    du = functional(network, x, t, s, None, tangent).du
-    torch.testing.assert_close(du, expected, rtol=0, atol=1e-14)
+    jvp = functional(network, x, t, s, None, tangent).jvp
+    torch.testing.assert_close(jvp, expected, rtol=0, atol=1e-14)
 
 
 def test_functional_is_the_full_jacobian_times_the_tangent(network):
-    """du equals the Jacobians over x, t and s, by reverse mode, applied to the tangent."""
+    """jvp equals the Jacobians over x, t and s, by reverse mode, applied to the tangent."""
     jump = draw(network, 2)
 
     def of(x_t, t, s):
@@ -88,7 +88,7 @@ def test_functional_is_the_full_jacobian_times_the_tangent(network):
     over_x, over_t, over_s = torch.autograd.functional.jacobian(of, (jump.x_t, jump.t, jump.s))
     tangent = jump.tangent
     expected = (over_x.flatten(jump.x_t.ndim) @ tangent.x.flatten()) + over_t @ tangent.t + over_s @ tangent.s
-    torch.testing.assert_close(apply(functional, network, jump).du, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(apply(functional, network, jump).jvp, expected, rtol=0, atol=1e-12)
 
 
 def test_central_agrees_with_functional_in_float64(network):
@@ -96,15 +96,15 @@ def test_central_agrees_with_functional_in_float64(network):
     jump = draw(network, 6)
     exact, difference = apply(functional, network, jump), apply(central, network, jump, h=1e-5)
     assert torch.equal(exact.u, difference.u)
-    assert exact.du.abs().max() > 0.1
-    torch.testing.assert_close(difference.du, exact.du, rtol=0, atol=1e-8)
+    assert exact.jvp.abs().max() > 0.1
+    torch.testing.assert_close(difference.jvp, exact.jvp, rtol=0, atol=1e-8)
 
 
 def test_central_converges_at_order_two(network):
     """Halving the step quarters the error."""
     jump = draw(network, 6)
-    exact = apply(functional, network, jump).du
-    errors = [(apply(central, network, jump, h=h).du - exact).norm().item() for h in (4e-3, 2e-3, 1e-3)]
+    exact = apply(functional, network, jump).jvp
+    errors = [(apply(central, network, jump, h=h).jvp - exact).norm().item() for h in (4e-3, 2e-3, 1e-3)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
 
@@ -112,27 +112,27 @@ def test_central_converges_at_order_two(network):
 def test_central_is_within_its_documented_error_in_float32(network):
     """At the default step the error in float32 is at most about 2e-4 of the derivative's size."""
     jump = draw(network, 32)
-    exact = apply(functional, network, jump).du
-    du = apply(central, copy.deepcopy(network).float(), to_float32(jump)).du
-    assert du.dtype == torch.float32
-    assert (du - exact).square().mean().sqrt() < 2e-4 * exact.square().mean().sqrt()
+    exact = apply(functional, network, jump).jvp
+    jvp = apply(central, copy.deepcopy(network).float(), to_float32(jump)).jvp
+    assert jvp.dtype == torch.float32
+    assert (jvp - exact).square().mean().sqrt() < 2e-4 * exact.square().mean().sqrt()
 
 
 def test_functional_in_float32_is_exact_up_to_rounding(network):
     """Single precision costs six digits, not four."""
     jump = draw(network, 32)
-    exact = apply(functional, network, jump).du
-    du = apply(functional, copy.deepcopy(network).float(), to_float32(jump)).du
-    assert (du - exact).norm() < 1e-5 * exact.norm()
+    exact = apply(functional, network, jump).jvp
+    jvp = apply(functional, copy.deepcopy(network).float(), to_float32(jump)).jvp
+    assert (jvp - exact).norm() < 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_u_has_a_graph_and_du_has_none(engine, network):
-    """A loss differentiates u; du is a constant of it."""
-    jet = apply(engine, network, draw(network, 3))
-    assert jet.u.requires_grad
-    assert not jet.du.requires_grad
-    assert jet.du.grad_fn is None
+    """A loss differentiates u; jvp is a constant of it."""
+    result = apply(engine, network, draw(network, 3))
+    assert result.u.requires_grad
+    assert not result.jvp.requires_grad
+    assert result.jvp.grad_fn is None
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
@@ -140,10 +140,10 @@ def test_u_and_its_gradients_are_the_plain_forwards(engine, network):
     """The engine changes neither the value nor the gradient of u."""
     jump = draw(network, 4, tangent_rows=2)
     parameters = [p for p in network.parameters() if p.requires_grad]
-    jet = apply(engine, network, jump)
+    result = apply(engine, network, jump)
     plain = network(jump.x_t, jump.t, jump.s, jump.condition)
-    assert torch.equal(jet.u, plain)
-    through_engine = torch.autograd.grad(jet.u.square().sum(), parameters)
+    assert torch.equal(result.u, plain)
+    through_engine = torch.autograd.grad(result.u.square().sum(), parameters)
     through_plain = torch.autograd.grad(plain.square().sum(), parameters)
     assert any(gradient.abs().max() > 0.1 for gradient in through_plain)
     for gradient, expected in zip(through_engine, through_plain, strict=True):
@@ -152,21 +152,21 @@ def test_u_and_its_gradients_are_the_plain_forwards(engine, network):
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_the_tangent_may_cover_only_the_first_rows(engine, network):
-    """u is given for all rows, du for the tangent's, as if these stood alone."""
+    """u is given for all rows, jvp for the tangent's, as if these stood alone."""
     jump = draw(network, 5, tangent_rows=2)
-    jet = apply(engine, network, jump)
+    result = apply(engine, network, jump)
     alone = Jump(jump.x_t[:2], jump.t[:2], jump.s[:2], jump.condition[:2], jump.tangent)
-    assert len(jet.u) == 5
-    torch.testing.assert_close(jet.du, apply(engine, network, alone).du, rtol=0, atol=1e-11)
+    assert len(result.u) == 5
+    torch.testing.assert_close(result.jvp, apply(engine, network, alone).jvp, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_without_a_tangent_there_is_no_derivative(engine, network):
-    """du is None and the network is called once."""
+    """jvp is None and the network is called once."""
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
-    jet = apply(engine, network, draw(network, 3, tangent_rows=0))
-    assert jet.du is None
+    result = apply(engine, network, draw(network, 3, tangent_rows=0))
+    assert result.jvp is None
     assert len(calls) == 1
 
 
@@ -179,13 +179,13 @@ def test_central_refuses_bfloat16():
 
 
 def test_central_refuses_autocast():
-    """The network's output is float32 there, rounded on its way: du would be off by 65 %."""
+    """The network's output is float32 there, rounded on its way: jvp would be off by 65 %."""
     network = DiT(4, 1, patch_size=2, width=16, depth=1, heads=2, num_classes=3)
     x, t, _, labels = network.example()
     along = Tangent(x, t, t)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"float32 or wider.*torch\.bfloat16"):
         central(network, x, t, t, labels, along)
-    assert central(network, x, t, t, labels, along).du is not None
+    assert central(network, x, t, t, labels, along).jvp is not None
 
 
 def test_engines_are_found_by_name():
@@ -196,21 +196,21 @@ def test_engines_are_found_by_name():
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 3, 2), (3, 2, 1, 0), (1, 3, 0, 2)])
 def test_jumps_evaluated_together_are_those_evaluated_alone(engine, order, network):
-    """In any order, with and without tangents, and of different lengths, each jump gets its own u and du."""
+    """In any order, with and without tangents, and of different lengths, each jump gets its own u and jvp."""
     jumps = [
         draw(network, 3, seed=1),
         draw(network, 2, seed=2, tangent_rows=0),
         draw(network, 4, seed=3),
         draw(network, 1, seed=4, tangent_rows=0),
     ]
-    jets = evaluate(engine, network, [jumps[i] for i in order])
-    assert len(jets) == 4
-    for i, jet in zip(order, jets, strict=True):
+    results = forward_with_jvp(engine, network, [jumps[i] for i in order])
+    assert len(results) == 4
+    for i, result in zip(order, results, strict=True):
         alone = apply(engine, network, jumps[i])
-        torch.testing.assert_close(jet.u, alone.u, rtol=0, atol=1e-12)
-        assert (jet.du is None) == (jumps[i].tangent is None)
-        if jet.du is not None:
-            torch.testing.assert_close(jet.du, alone.du, rtol=0, atol=1e-10)
+        torch.testing.assert_close(result.u, alone.u, rtol=0, atol=1e-12)
+        assert (result.jvp is None) == (jumps[i].tangent is None)
+        if result.jvp is not None:
+            torch.testing.assert_close(result.jvp, alone.jvp, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("covered", [3, 5])
@@ -222,8 +222,8 @@ def test_tangent_without_x_is_one_of_zeros(engine, covered, network):
     none = replace(jump, tangent=replace(jump.tangent, x=None))
     expected, found = apply(engine, network, still), apply(engine, network, none)
     assert torch.equal(found.u, expected.u)
-    assert expected.du.abs().max() > 0.1
-    torch.testing.assert_close(found.du, expected.du, rtol=0, atol=1e-12)
+    assert expected.jvp.abs().max() > 0.1
+    torch.testing.assert_close(found.jvp, expected.jvp, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
@@ -232,25 +232,27 @@ def test_jumps_with_and_without_a_tangent_in_x_are_evaluated_together(engine, or
     """A loss whose start has no weight, one whose start has, and one without a derivative."""
     first, second, third = draw(network, 3, seed=1), draw(network, 2, seed=2), draw(network, 2, seed=3, tangent_rows=0)
     jumps = [replace(first, tangent=replace(first.tangent, x=None)), second, third]
-    for i, jet in zip(order, evaluate(engine, network, [jumps[i] for i in order]), strict=True):
+    for i, result in zip(order, forward_with_jvp(engine, network, [jumps[i] for i in order]), strict=True):
         alone = apply(engine, network, jumps[i])
-        torch.testing.assert_close(jet.u, alone.u, rtol=0, atol=1e-12)
-        if jet.du is not None:
-            torch.testing.assert_close(jet.du, alone.du, rtol=0, atol=1e-10)
-    (only,) = evaluate(engine, network, [jumps[0]])
-    torch.testing.assert_close(only.du, apply(engine, network, jumps[0]).du, rtol=0, atol=1e-12)
+        torch.testing.assert_close(result.u, alone.u, rtol=0, atol=1e-12)
+        if result.jvp is not None:
+            torch.testing.assert_close(result.jvp, alone.jvp, rtol=0, atol=1e-10)
+    (only,) = forward_with_jvp(engine, network, [jumps[0]])
+    torch.testing.assert_close(only.jvp, apply(engine, network, jumps[0]).jvp, rtol=0, atol=1e-12)
 
 
 def test_jumps_are_evaluated_in_one_call_with_a_graph(network):
     """The whole step is one call of the network for u: what DDP and FSDP expect."""
     calls = []
     network.register_forward_hook(lambda _, inputs, u: calls.append((len(inputs[0]), u.requires_grad)))
-    evaluate(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2)])
+    forward_with_jvp(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2)])
     assert [rows for rows, graph in calls if graph] == [5]
 
 
 def test_jumps_without_any_tangent_have_no_derivative(network):
     """Flow matching alone costs no second pass."""
-    jets = evaluate(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2, tangent_rows=0)])
-    assert [jet.du for jet in jets] == [None, None]
-    assert [len(jet.u) for jet in jets] == [3, 2]
+    results = forward_with_jvp(
+        functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2, tangent_rows=0)]
+    )
+    assert [result.jvp for result in results] == [None, None]
+    assert [len(result.u) for result in results] == [3, 2]

@@ -1,6 +1,6 @@
 """The dual engine on other people's networks: diffusers' own classes, tiny, with random weights, their code untouched.
 
-diffusers embeds times in float32 whatever the dtype of the weights, and QwenImage also normalises and turns queries and
+diffusers embeds times in float32 whatever the dtype of the weights, and QwenImage also normalizes and turns queries and
 keys in it. As `functional` rounds at the same places, the two still agree to the last digits of float64.
 """
 
@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from decm_lightning.derivatives import Jet, Tangent, dual, functional
+from decm_lightning.derivatives import JVPResult, Tangent, dual, functional
 
 
 @dataclass
@@ -149,10 +149,10 @@ def test_dual_is_that_of_functional(foreign, rows, along):
     """Along each argument alone, too: none of them is lost, by a cast or otherwise."""
     arguments = draw(foreign, rows, along)
     exact = functional(foreign.network, *arguments)
-    jet = dual(foreign.network, *arguments)
-    assert_close(jet.u, exact.u, 1e-12)
-    assert exact.du.abs().max() > 0.1
-    assert_close(jet.du, exact.du, 1e-10)
+    result = dual(foreign.network, *arguments)
+    assert_close(result.u, exact.u, 1e-12)
+    assert exact.jvp.abs().max() > 0.1
+    assert_close(result.jvp, exact.jvp, 1e-10)
 
 
 def test_dual_leaves_the_gradients_as_they_are(foreign):
@@ -165,23 +165,23 @@ def test_dual_leaves_the_gradients_as_they_are(foreign):
 
 
 def test_dual_passes_through_gradient_checkpointing(foreign):
-    """Blocks run again in the backward pass, and u, du and the gradients are what they were."""
+    """Blocks run again in the backward pass, and u, jvp and the gradients are what they were."""
     foreign.model.train()
 
-    def evaluate() -> tuple[Jet, list[Tensor]]:
+    def evaluate() -> tuple[JVPResult, list[Tensor]]:
         # DiT drops labels by itself in training.
         torch.manual_seed(0)
-        jet = dual(foreign.network, *draw(foreign, rows=2))
-        return jet, gradients(foreign, jet.u)
+        result = dual(foreign.network, *draw(foreign, rows=2))
+        return result, gradients(foreign, result.u)
 
     expected, expected_gradients = evaluate()
     foreign.model.enable_gradient_checkpointing()
     runs = []
     foreign.model.transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    jet, found = evaluate()
+    result, found = evaluate()
     assert len(runs) == 2
-    assert_close(jet.u, expected.u, 1e-12)
-    assert_close(jet.du, expected.du, 1e-12)
+    assert_close(result.u, expected.u, 1e-12)
+    assert_close(result.jvp, expected.jvp, 1e-12)
     for gradient, other in zip(found, expected_gradients, strict=True):
         assert_close(gradient, other, 1e-12)
 

@@ -50,7 +50,7 @@ def test_evaluations_are_counted_in_and_out_of_the_guidance_interval():
     cell = Cell("teacher", "euler", 4)
 
     def count(guidance: Guidance) -> float:
-        return Drawing(distiller(guidance), Digits()).usage(cell).evaluations
+        return Drawing(distiller(guidance), Digits()).usage(cell).nfe
 
     assert count(Guidance()) == 4
     assert count(Guidance(scale=2.0)) == 8
@@ -100,7 +100,7 @@ def diffusers_dit() -> Teacher:
 
 @pytest.mark.parametrize(("teacher", "each"), [(diffusers_dit, 1), (Formula, 1), (TwoNetworks, 2)])
 def test_evaluations_are_counted_for_every_kind_of_teacher(teacher, each):
-    student = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, landing_time=True)
+    student = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
     # Of the starts 0, 1/4, 1/2, 3/4 two lie in the interval.
     for guidance, expected in ((Guidance(), 4), (Guidance(2.0), 8), (Guidance(2.0, interval=(0.2, 0.6)), 6)):
         given = teacher()
@@ -108,8 +108,8 @@ def test_evaluations_are_counted_for_every_kind_of_teacher(teacher, each):
         drawing = Drawing(module, Digits())
         networks = [module.average, *given.evaluated_modules()]
         before = [dict(part._forward_pre_hooks) for part in networks]
-        assert drawing.usage(Cell("teacher", "euler", 4)).evaluations == expected * each
-        assert drawing.usage(Cell("student", "mix", 3)).evaluations == 3
+        assert drawing.usage(Cell("teacher", "euler", 4)).nfe == expected * each
+        assert drawing.usage(Cell("student", "mix", 3)).nfe == 3
         # Nothing that counts is left on the networks or the teacher.
         assert [dict(part._forward_pre_hooks) for part in networks] == before
         assert "velocity" not in vars(given)

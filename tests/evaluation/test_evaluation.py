@@ -21,7 +21,7 @@ from decm_lightning.evaluation.spec import Cell
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import Quality
-from decm_lightning.metrics.parts import Counts, Frechet
+from decm_lightning.metrics.feature_metrics import Counts, Frechet
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from tests.metrics.networks import COLUMNS, Small
@@ -135,7 +135,7 @@ def test_testing_writes_the_table_and_the_samples(tmp_path, capsys):
     written = json.loads((tmp_path / "quality.json").read_text())
     assert written["metric"] == "Fréchet distance on the digits classifier"
     assert (written["protocol"]["real images"], written["protocol"]["generated images"]) == (300, 60)
-    keys = [(row["model"], row["sampler"], row["steps"], row["evaluations"]) for row in written["rows"]]
+    keys = [(row["model"], row["sampler"], row["steps"], row["nfe"]) for row in written["rows"]]
     assert keys == [("student", "mix", 1, 1.0), ("teacher", "euler", 3, 6.0)]
     for row, cell in zip(written["rows"], TEST_CELLS, strict=True):
         assert row["fd"] == pytest.approx(metrics[f"test/fd/{cell}"], rel=1e-6)
@@ -215,10 +215,10 @@ def moments(images: np.ndarray) -> dict[str, np.ndarray]:
 def test_testing_writes_every_column_and_validation_logs_the_cheap_ones(tmp_path):
     written, logged = results(tmp_path, features=Small(), test_samples=60)
     row = written["rows"][0]
-    assert list(row) == ["model", "sampler", "steps", "evaluations", *COLUMNS]
+    assert list(row) == ["model", "sampler", "steps", "nfe", *COLUMNS]
     assert logged == pytest.approx({f"test/{name}/student/mix/2": row[name] for name in COLUMNS}, rel=1e-6)
     page = (tmp_path / "quality.md").read_text().splitlines()
-    assert "| model | sampler | steps | evaluations | " + " | ".join(COLUMNS) + " |" in page
+    assert "| model | sampler | steps | nfe | " + " | ".join(COLUMNS) + " |" in page
 
     data = Digits(reference_size=50)
     metrics = trainer(tmp_path, evaluation(features=Small())).validate(distiller(), datamodule=data, verbose=False)[0]
@@ -293,7 +293,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         "inception_score": "mean over 10 splits, in random order",
         "precision, recall": "k = 3, 44 generated against 50 real images",
         "kid": "mean over 100 subsets of 44, not times 1,000",
-        "evaluations": "passes of a network for one sample, guidance included",
+        "nfe": "passes of a network for one sample, guidance included",
         "device": f"cpu ({platform.machine()})",
         "processes": 1,
         "versions": f"{versions}, Python {platform.python_version()}",

@@ -78,12 +78,12 @@ def test_gaussian_velocity_is_the_conditional_expectation(generator):
 
 @pytest.mark.parametrize("edge", EDGES, ids=repr)
 def test_gaussian_derivative_along_the_trajectory(edge, flow, draw_jump):
-    """Along (v, 1, 0): du = (u - v) / (s - t)."""
+    """Along (v, 1, 0): jvp = (u - v) / (s - t)."""
     row = draw_jump(edge)
     v = flow.velocity(row.x_t, row.t)
     along = Tangent(v, torch.ones_like(row.t), torch.zeros_like(row.t))
-    jet = functional(flow, row.x_t, row.t, row.s, None, along)
-    close(expand(row.s - row.t, v) * jet.du, jet.u - v)
+    result = functional(flow, row.x_t, row.t, row.s, None, along)
+    close(expand(row.s - row.t, v) * result.jvp, result.u - v)
 
 
 @pytest.mark.parametrize("edge", EDGES, ids=repr)
@@ -91,9 +91,9 @@ def test_gaussian_derivative_in_the_landing_time(edge, flow, draw_jump):
     """du/ds = (v(f, s) - u) / (s - t)."""
     row = draw_jump(edge)
     along = Tangent(torch.zeros_like(row.x_t), torch.zeros_like(row.t), torch.ones_like(row.t))
-    jet = functional(flow, row.x_t, row.t, row.s, None, along)
-    v_right = flow.velocity(flow.flow_map(row.x_t, row.t, row.s), row.s)
-    close(expand(row.s - row.t, v_right) * jet.du, v_right - jet.u)
+    result = functional(flow, row.x_t, row.t, row.s, None, along)
+    v_end = flow.velocity(flow.flow_map(row.x_t, row.t, row.s), row.s)
+    close(expand(row.s - row.t, v_end) * result.jvp, v_end - result.u)
 
 
 def test_gaussian_derivatives_on_the_diagonal_have_their_limit(flow, draw_jump):
@@ -102,9 +102,9 @@ def test_gaussian_derivatives_on_the_diagonal_have_their_limit(flow, draw_jump):
     zeros, ones = torch.zeros_like(row.t), torch.ones_like(row.t)
     limit = expand(flow.std**2 / (2 * flow.scale(row.t) ** 4), row.x_t) * (row.x_t - row.t[:, None] * flow.mean)
     along = Tangent(flow.velocity(row.x_t, row.t), ones, zeros)
-    close(functional(flow, row.x_t, row.t, row.t, None, along).du, limit, 1e-11)
+    close(functional(flow, row.x_t, row.t, row.t, None, along).jvp, limit, 1e-11)
     along = Tangent(torch.zeros_like(row.x_t), zeros, ones)
-    close(functional(flow, row.x_t, row.t, row.t, None, along).du, limit, 1e-11)
+    close(functional(flow, row.x_t, row.t, row.t, None, along).jvp, limit, 1e-11)
 
 
 def test_gaussian_marginal_at_t_has_the_stated_scale(flow, generator):

@@ -3,7 +3,7 @@
 import pytest
 
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import DualEndLoss, Objective, cost, facm, lagrangian, paper, recommended
+from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, facm, lagrangian, paper
 from decm_lightning.triangle import DataEdge
 
 SHARES = (0.5, 0.25, 0.25)
@@ -14,12 +14,12 @@ SHARES = (0.5, 0.25, 0.25)
     [
         # Consistency and flow matching share the velocity; N2N asks at both of its ends, every third step.
         (paper(), 1 + 2 / 3, 2 + 1 / 3, 1 + 1 / 3),
-        (paper(n2n_every=1, shares=SHARES), 0.75 + 0.5, 1, 0.75),
-        # N2N by its landing end asks for one velocity more.
-        (recommended(), 1 + 1, 3, 2),
-        (recommended(shares=SHARES), 0.75 + 0.25, 1, 0.75),
+        (paper(n2n_every=1, batch_fractions=SHARES), 0.75 + 0.5, 1, 0.75),
+        # N2N by its end identity asks for one velocity more.
+        (end_identity(), 1 + 1, 3, 2),
+        (end_identity(batch_fractions=SHARES), 0.75 + 0.25, 1, 0.75),
         # Rows that no loss takes cost nothing.
-        (recommended(shares=(0.25, 0.125, 0.125)), 0.375 + 0.125, 0.5, 0.375),
+        (end_identity(batch_fractions=(0.25, 0.125, 0.125)), 0.375 + 0.125, 0.5, 0.375),
         (facm(), 1, 2, 1),
         (lagrangian(), 1 + 1, 2, 1),
     ],
@@ -47,7 +47,7 @@ def test_facm_costs_what_is_published():
 
 def test_the_shares_of_the_demo_cost_less_than_two_thirds_of_facm():
     """5.75 forward passes against 9: the arithmetic behind the benchmark's ratio."""
-    assert cost(recommended(shares=SHARES), 2.0).total == pytest.approx(5.75, abs=1e-2)
+    assert cost(end_identity(batch_fractions=SHARES), 2.0).total == pytest.approx(5.75, abs=1e-2)
 
 
 def test_a_loss_that_is_due_seldom_costs_its_part():

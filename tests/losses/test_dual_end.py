@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decm_lightning.derivatives import Jet, Jump, evaluate, functional
+from decm_lightning.derivatives import Jump, JVPResult, forward_with_jvp, functional
 from decm_lightning.losses import DualEndLoss, Objective, presets, residual, tangent
-from decm_lightning.losses.weighting import NORMALISERS, TIME_WEIGHTS
+from decm_lightning.losses.weighting import NORMALIZATIONS, TIME_WEIGHTS
 from decm_lightning.networks import MLP
 from decm_lightning.path import expand, jump
 from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
 
 PRESETS = {
     "paper": presets.paper(),
-    "recommended": presets.recommended(),
+    "end_identity": presets.end_identity(),
     "consistency_only": presets.consistency_only(),
     "flow_matching_only": presets.flow_matching_only(),
     "consistency_and_flow_matching": presets.consistency_and_flow_matching(),
@@ -30,18 +30,18 @@ def student():
     """A tiny flow map that is far from the truth, in float64."""
     torch.manual_seed(0)
     network = MLP(dimensions=3, width=5, depth=2).double()
-    torch.nn.init.normal_(network.landing.weight)
+    torch.nn.init.normal_(network.end_time.weight)
     return network
 
 
 def prepare(flow, student, loss: DualEndLoss, row: Jump):
-    """Return jumps with their tangent, the student's Jet, and the teacher's velocities that have a weight."""
-    v_left = flow.velocity(row.x_t, row.t) if loss.left else None
-    along = tangent(v_left, row.t, loss.left, loss.right) if loss.edge.has_length else None
+    """Return jumps with their tangent, the student's JVPResult, and the teacher's velocities that have a weight."""
+    v_start = flow.velocity(row.x_t, row.t) if loss.start_weight else None
+    along = tangent(v_start, row.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
     row = replace(row, tangent=along)
-    (jet,) = evaluate(functional, student, [row])
-    landing = jump(row.x_t, jet.u.detach(), row.t, row.s)
-    return row, jet, v_left, flow.velocity(landing, row.s) if loss.right else None
+    (result,) = forward_with_jvp(functional, student, [row])
+    landing = jump(row.x_t, result.u.detach(), row.t, row.s)
+    return row, result, v_start, flow.velocity(landing, row.s) if loss.end_weight else None
 
 
 def jacobian(u, parameters):
@@ -58,45 +58,45 @@ def direction_gradient(u, g):
     return (cosine * u / length**2 - target / (length * reach)) / len(u)
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(("preset", "name"), CASES)
-def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normaliser, flow, draw_jump):
+def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normalization, flow, draw_jump):
     """The exact student has no residual and no loss."""
-    objective = replace(PRESETS[preset], normaliser=normaliser)
+    objective = replace(PRESETS[preset], normalization=normalization)
     loss = objective.losses[name]
     term = objective.term(loss, *prepare(flow, flow, loss, draw_jump(loss.edge)), step=0)
     assert term.residual_rms < 1e-12
     assert abs(term.value) < 1e-14
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(("preset", "name"), CASES)
-def test_every_loss_has_the_gradient_of_its_formula(preset, name, normaliser, flow, student, draw_jump):
+def test_every_loss_has_the_gradient_of_its_formula(preset, name, normalization, flow, student, draw_jump):
     """The gradient is du/dtheta^T (2 w N(g) / elements, and the direction's part), by an explicit Jacobian."""
-    objective = replace(PRESETS[preset], normaliser=normaliser)
+    objective = replace(PRESETS[preset], normalization=normalization)
     loss = objective.losses[name]
-    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge, rows=6))
-    term = objective.term(loss, row, jet, v_left, v_right, step=0)
-    u = jet.u.detach()
-    g = residual(u, jet.du, v_left, v_right, row.t, row.s, loss.left, loss.right)
+    row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge, rows=6))
+    term = objective.term(loss, row, result, v_start, v_end, step=0)
+    u = result.u.detach()
+    g = residual(u, result.jvp, v_start, v_end, row.t, row.s, loss.start_weight, loss.end_weight)
     weight = expand(TIME_WEIGHTS[loss.time_weight](row.t), u)
-    over_u = 2 * weight * NORMALISERS[normaliser](g) / u.numel() + loss.direction * direction_gradient(u, g)
+    over_u = 2 * weight * NORMALIZATIONS[normalization](g) / u.numel() + loss.cosine_weight * direction_gradient(u, g)
     parameters = list(student.parameters())
-    expected = loss.weight * over_u.flatten() @ jacobian(jet.u, parameters)
+    expected = loss.weight * over_u.flatten() @ jacobian(result.u, parameters)
     actual = torch.cat([part.flatten() for part in torch.autograd.grad(term.value, parameters)])
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_value_and_residual_are_those_of_the_formula(normaliser, flow, student, draw_jump):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_value_and_residual_are_those_of_the_formula(normalization, flow, student, draw_jump):
     """value = weight mean(w N(g)^2); residual_rms = rms(g), before N and without the weight."""
-    loss = DualEndLoss(Triangle(), left=0.7, right=1.2, weight=3.0, time_weight="cosine")
-    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge))
-    term = Objective({"loss": loss}, normaliser).term(loss, row, jet, v_left, v_right, step=0)
-    g = residual(jet.u.detach(), jet.du, v_left, v_right, row.t, row.s, 0.7, 1.2)
+    loss = DualEndLoss(Triangle(), start_weight=0.7, end_weight=1.2, weight=3.0, time_weight="cosine")
+    row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
+    term = Objective({"loss": loss}, normalization).term(loss, row, result, v_start, v_end, step=0)
+    g = residual(result.u.detach(), result.jvp, v_start, v_end, row.t, row.s, 0.7, 1.2)
     weight = torch.cos(torch.pi / 2 * row.t)[:, None]
-    torch.testing.assert_close(term.value.detach(), 3 * (weight * NORMALISERS[normaliser](g) ** 2).mean())
+    torch.testing.assert_close(term.value.detach(), 3 * (weight * NORMALIZATIONS[normalization](g) ** 2).mean())
     torch.testing.assert_close(term.residual_rms, g.square().mean().sqrt())
     assert not term.residual_rms.requires_grad
 
@@ -104,9 +104,9 @@ def test_value_and_residual_are_those_of_the_formula(normaliser, flow, student, 
 def test_warm_up_enters_the_residual(flow, student, draw_jump):
     """A quarter of the way into the warm-up a quarter of the derivative counts."""
     loss = DualEndLoss(DataEdge())
-    row, jet, v_left, v_right = prepare(flow, student, loss, draw_jump(loss.edge))
-    term = Objective({"loss": loss}, warmup_steps=400).term(loss, row, jet, v_left, v_right, step=100)
-    g = jet.u.detach() - v_left - 0.25 * (1 - row.t)[:, None] * jet.du
+    row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
+    term = Objective({"loss": loss}, warmup_steps=400).term(loss, row, result, v_start, v_end, step=100)
+    g = result.u.detach() - v_start - 0.25 * (1 - row.t)[:, None] * result.jvp
     torch.testing.assert_close(term.value.detach(), g.square().mean())
 
 
@@ -115,13 +115,13 @@ def test_paper_asks_for_noise_to_noisy_at_every_third_step():
     due = [set(presets.paper().active_losses(step)) for step in range(5)]
     both, three = {"consistency", "flow_matching"}, {"consistency", "flow_matching", "noise_to_noisy"}
     assert due == [three, both, both, three, both]
-    assert all(len(presets.recommended().active_losses(step)) == 3 for step in range(5))
+    assert all(len(presets.end_identity().active_losses(step)) == 3 for step in range(5))
 
 
 def test_presets_are_the_rows_of_the_table():
-    """Each loss's edge and end weights (left, right) are those of its method."""
+    """Each loss's edge and end weights (start, end) are those of its method."""
     table = {
-        (preset, name): (loss.edge, loss.left, loss.right)
+        (preset, name): (loss.edge, loss.start_weight, loss.end_weight)
         for preset, objective in PRESETS.items()
         for name, loss in objective.losses.items()
         if name != "flow_matching"
@@ -129,8 +129,8 @@ def test_presets_are_the_rows_of_the_table():
     assert table == {
         ("paper", "consistency"): (DataEdge(), 1, 0),
         ("paper", "noise_to_noisy"): (NoiseEdge(0.1, 20_000), 1, 0.5),
-        ("recommended", "consistency"): (DataEdge(), 1, 0),
-        ("recommended", "noise_to_noisy"): (NoiseEdge(0.0), 0, 1),
+        ("end_identity", "consistency"): (DataEdge(), 1, 0),
+        ("end_identity", "noise_to_noisy"): (NoiseEdge(0.0), 0, 1),
         ("consistency_only", "consistency"): (DataEdge(), 1, 0),
         ("consistency_and_flow_matching", "consistency"): (DataEdge(), 1, 0),
         ("facm", "consistency"): (DataEdge(), 1, 0),
@@ -139,28 +139,28 @@ def test_presets_are_the_rows_of_the_table():
     }
     diagonals = [o.losses["flow_matching"] for o in PRESETS.values() if "flow_matching" in o.losses]
     assert len(diagonals) == 7
-    assert all((loss.edge, loss.left, loss.right) == (Diagonal(), 1, 0) for loss in diagonals)
+    assert all((loss.edge, loss.start_weight, loss.end_weight) == (Diagonal(), 1, 0) for loss in diagonals)
 
 
 def test_presets_have_the_published_weightings():
     """The paper and FACM clamp and add the direction to flow matching; MeanFlow has adaptive L2 and its time law."""
     paper, facm, mean_flow = PRESETS["paper"], PRESETS["facm"], PRESETS["mean_flow"]
-    assert (paper.normaliser, facm.normaliser, mean_flow.normaliser) == ("clamp", "clamp", "adaptive_l2")
-    assert paper.losses["flow_matching"].direction == facm.losses["flow_matching"].direction == 1
+    assert (paper.normalization, facm.normalization, mean_flow.normalization) == ("clamp", "clamp", "adaptive_l2")
+    assert paper.losses["flow_matching"].cosine_weight == facm.losses["flow_matching"].cosine_weight == 1
     assert facm.losses["consistency"].time_weight == "cosine"
     assert mean_flow.times == LogitNormal(0.4, 1.0)
-    assert PRESETS["recommended"].normaliser == "tangent_norm"
+    assert PRESETS["end_identity"].normalization == "tangent_norm"
 
 
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
-        ({"left": -1.0}, "-1.0 and 0.0"),
-        ({"right": -0.5}, "1.0 and -0.5"),
-        ({"left": 0.0}, "0.0 and 0.0"),
+        ({"start_weight": -1.0}, "-1.0, 0.0"),
+        ({"end_weight": -0.5}, "1.0, -0.5"),
+        ({"start_weight": 0.0}, "0.0, 0.0"),
         ({"weight": 0.0}, "0.0"),
         ({"every": 0}, "0"),
-        ({"direction": -2.0}, "-2.0"),
+        ({"cosine_weight": -2.0}, "-2.0"),
         ({"time_weight": "sine"}, "'sine'"),
     ],
 )
@@ -171,7 +171,7 @@ def test_loss_refuses_what_is_out_of_range(arguments, value):
 
 
 def test_objective_refuses_what_is_out_of_range():
-    """An objective has a loss, a normaliser that there is, and a warm-up of no negative length."""
+    """An objective has a loss, a normalization that there is, and a warm-up of no negative length."""
     with pytest.raises(ValueError, match="at least one loss"):
         Objective({})
     with pytest.raises(ValueError, match=r"got -1$"):
@@ -180,25 +180,25 @@ def test_objective_refuses_what_is_out_of_range():
         Objective({"loss": DualEndLoss(DataEdge())}, "l3")
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("name", ["paper", "facm"])
-def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normaliser, flow, student, draw_jump):
+def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalization, flow, student, draw_jump):
     """Whatever N(g), the term is mean(w N(g)^2) + mean(1 - cos(u, v)), gradient included: v is the target itself."""
-    objective = replace(PRESETS[name], normaliser=normaliser)
+    objective = replace(PRESETS[name], normalization=normalization)
     loss = objective.losses["flow_matching"]
-    row, jet, v, _ = prepare(flow, student, loss, draw_jump(loss.edge))
-    with_cosine = objective.term(loss, row, jet, v, None, step=0).value
-    without = objective.term(replace(loss, direction=0.0), row, jet, v, None, step=0).value
-    cosine = (1 - torch.nn.functional.cosine_similarity(jet.u, v, dim=1)).mean()
+    row, result, v, _ = prepare(flow, student, loss, draw_jump(loss.edge))
+    with_cosine = objective.term(loss, row, result, v, None, step=0).value
+    without = objective.term(replace(loss, cosine_weight=0.0), row, result, v, None, step=0).value
+    cosine = (1 - torch.nn.functional.cosine_similarity(result.u, v, dim=1)).mean()
     torch.testing.assert_close(with_cosine - without, cosine, rtol=0, atol=1e-12)
     parameters = list(student.parameters())
     found = torch.autograd.grad(with_cosine - without, parameters, retain_graph=True)
     expected = torch.autograd.grad(cosine, parameters)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    # To the normalised target the cosine would be another one.
-    target = jet.u.detach() - NORMALISERS[normaliser](jet.u.detach() - v)
-    other = (1 - torch.nn.functional.cosine_similarity(jet.u, target, dim=1)).mean()
-    assert (abs(other - cosine) > 1e-3) == (normaliser != "plain")
+    # To the normalized target the cosine would be another one.
+    target = result.u.detach() - NORMALIZATIONS[normalization](result.u.detach() - v)
+    other = (1 - torch.nn.functional.cosine_similarity(result.u, target, dim=1)).mean()
+    assert (abs(other - cosine) > 1e-3) == (normalization != "plain")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -207,9 +207,9 @@ def test_residual_of_half_precision_velocities_is_float32(dtype):
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, 32, 3, generator=generator).to(dtype)
     t = torch.rand(32, generator=generator)
-    loss = DualEndLoss(Diagonal(), direction=1.0)
+    loss = DualEndLoss(Diagonal(), cosine_weight=1.0)
     terms = [
-        Objective({"loss": loss}).term(loss, Jump(x, t, t, None), Jet(x, None), y, None, step=0)
+        Objective({"loss": loss}).term(loss, Jump(x, t, t, None), JVPResult(x, None), y, None, step=0)
         for x, y in ((u, v), (u.float(), v.float()))
     ]
     assert terms[0].value.dtype == torch.float32

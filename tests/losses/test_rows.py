@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decm_lightning.losses import DualEndLoss, Objective, paper, recommended
+from decm_lightning.losses import DualEndLoss, Objective, end_identity, paper
 from decm_lightning.losses.rows import Rows, stratified_levels
 from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle, Uniform
 from tests.test_triangle import normal_levels, strata
@@ -13,13 +13,13 @@ DISJOINT_OR_FULL = [(1.0, 1.0), (0.5, 0.25), (0.25, 0.75), (0.3, 0.3), (0.01, 0.
 OVERLAPPING = [(1.0, 0.5), (0.5, 1.0), (0.75, 0.5), (0.9, 0.4), (0.75, 1.0), (0.97, 0.98)]
 
 
-def objective(shares, times=LAWS[0]) -> Objective:
-    """Consistency and flow matching with these shares, and between them N2N, which has times of its own."""
-    first, second = shares
+def objective(batch_fractions, times=LAWS[0]) -> Objective:
+    """Consistency and flow matching with these batch_fractions, and between them N2N, which has times of its own."""
+    first, second = batch_fractions
     losses = {
-        "consistency": DualEndLoss(DataEdge(), share=first),
-        "noise_to_noisy": DualEndLoss(NoiseEdge(), every=3, share=1 - first if first < 1 else 1.0),
-        "flow_matching": DualEndLoss(Diagonal(), every=2, share=second),
+        "consistency": DualEndLoss(DataEdge(), batch_fraction=first),
+        "noise_to_noisy": DualEndLoss(NoiseEdge(), every=3, batch_fraction=1 - first if first < 1 else 1.0),
+        "flow_matching": DualEndLoss(Diagonal(), every=2, batch_fraction=second),
     }
     return Objective(losses, times=times)
 
@@ -30,11 +30,11 @@ def readers(given: Objective, count: int) -> list[Rows]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("count", [1, 7, 128])
-@pytest.mark.parametrize("shares", DISJOINT_OR_FULL + OVERLAPPING)
+@pytest.mark.parametrize("batch_fractions", DISJOINT_OR_FULL + OVERLAPPING)
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_every_loss_has_one_time_in_each_of_its_parts(law, shares, count, seed):
+def test_every_loss_has_one_time_in_each_of_its_parts(law, batch_fractions, count, seed):
     """n rows of a loss have one time in each of n parts of equal probability."""
-    given = objective(shares, law)
+    given = objective(batch_fractions, law)
     t = given.draw_times(count, torch.Generator().manual_seed(seed))
     assert t.dtype == torch.float32
     for rows in readers(given, count):
@@ -44,7 +44,7 @@ def test_every_loss_has_one_time_in_each_of_its_parts(law, shares, count, seed):
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-@pytest.mark.parametrize("preset", [paper, recommended])
+@pytest.mark.parametrize("preset", [paper, end_identity])
 def test_losses_that_share_every_row_have_one_draw_of_the_law(preset, law):
     """To the bit what the law draws for the batch."""
     given = Objective(preset().losses, times=law)
@@ -53,10 +53,10 @@ def test_losses_that_share_every_row_have_one_draw_of_the_law(preset, law):
     assert torch.equal(first.get_state(), second.get_state())
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.25), (0.75, 0.5), (1.0, 0.5), (0.9, 0.4)])
-def test_times_are_uniform_and_in_random_order(shares):
+@pytest.mark.parametrize("batch_fractions", [(0.5, 0.25), (0.75, 0.5), (1.0, 0.5), (0.9, 0.4)])
+def test_times_are_uniform_and_in_random_order(batch_fractions):
     """In every row, over many draws: no row knows its part in advance, and offsets fill the parts."""
-    given = objective(shares)
+    given = objective(batch_fractions)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([given.draw_times(16, generator) for _ in range(4000)]).double()
     # Five standard errors of the mean of a uniform, and of its square.
@@ -86,7 +86,7 @@ def test_variance_of_a_loss_s_mean_falls_with_the_cube_of_its_rows(count):
 
 def test_rows_of_many_overlapping_losses_are_spread_evenly():
     """Three losses on three quarters each: the mean of t varies far less than that of a cut permutation."""
-    losses = {name: DualEndLoss(Triangle(), share=0.75) for name in "abc"}
+    losses = {name: DualEndLoss(Triangle(), batch_fraction=0.75) for name in "abc"}
     given, generator = Objective(losses), torch.Generator().manual_seed(0)
     for rows in given.rows(128).values():
         means = torch.stack([rows.of(given.draw_times(128, generator)).double().mean() for _ in range(500)])

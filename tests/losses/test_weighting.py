@@ -1,4 +1,4 @@
-"""The normalisers by hand-made numbers, the time weights, and the two pulls by their gradients."""
+"""The normalizations by hand-made numbers, the time weights, and the two pulls by their gradients."""
 
 import math
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from decm_lightning.losses.weighting import (
-    NORMALISERS,
+    NORMALIZATIONS,
     TIME_WEIGHTS,
     adaptive_l2,
     clamp,
-    direction,
+    cosine_loss,
     plain,
-    pull,
+    stopgrad_mse,
     tangent_norm,
     warm_up,
 )
@@ -43,33 +43,33 @@ def test_adaptive_l2_divides_by_the_root_of_the_mean_square():
     torch.testing.assert_close(adaptive_l2(g), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("normaliser", [tangent_norm, adaptive_l2])
-def test_normalisers_take_the_mean_over_all_elements_of_a_sample(normaliser, generator):
-    """An image is normalised as one vector of its elements, and rows do not mix."""
+@pytest.mark.parametrize("normalization", [tangent_norm, adaptive_l2])
+def test_normalisers_take_the_mean_over_all_elements_of_a_sample(normalization, generator):
+    """An image is normalized as one vector of its elements, and rows do not mix."""
     g = (
         torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64)
         * torch.tensor([0.01, 1, 10, 1e3])[:, None, None, None]
     )
-    torch.testing.assert_close(normaliser(g).flatten(1), normaliser(g.flatten(1)), rtol=0, atol=1e-14)
-    torch.testing.assert_close(normaliser(g)[2:3], normaliser(g[2:3]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(normalization(g).flatten(1), normalization(g.flatten(1)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(normalization(g)[2:3], normalization(g[2:3]), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("normaliser", [tangent_norm, adaptive_l2])
-def test_normalised_residuals_are_bounded_and_keep_their_direction(normaliser, generator):
+@pytest.mark.parametrize("normalization", [tangent_norm, adaptive_l2])
+def test_normalised_residuals_are_bounded_and_keep_their_direction(normalization, generator):
     """However large g, its rms becomes at most 1, near 1, and N(g) stays parallel to g."""
     g = 1e4 * torch.randn(16, 8, generator=generator, dtype=torch.float64)
-    normalised = normaliser(g)
-    rms = normalised.square().mean(1).sqrt()
+    normalized = normalization(g)
+    rms = normalized.square().mean(1).sqrt()
     assert rms.max() <= 1
     assert rms.min() > 0.999
-    cosine = torch.nn.functional.cosine_similarity(g, normalised)
+    cosine = torch.nn.functional.cosine_similarity(g, normalized)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-12)
 
 
 def test_names_are_those_of_the_config():
     """Each name finds its function."""
     names = {"plain": plain, "clamp": clamp, "tangent_norm": tangent_norm, "adaptive_l2": adaptive_l2}
-    assert names == NORMALISERS
+    assert names == NORMALIZATIONS
 
 
 def test_time_weights_are_one_or_a_quarter_of_a_cosine():
@@ -93,7 +93,7 @@ def test_pull_is_the_weighted_mean_square_with_gradient_2_g(generator):
     u, g = torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
     u.requires_grad_(True)
     weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
-    value = pull(u, g, weight)
+    value = stopgrad_mse(u, g, weight)
     w = weight[:, None, None, None]
     torch.testing.assert_close(value, (w * g**2).mean())
     (gradient,) = torch.autograd.grad(value, u)
@@ -104,7 +104,7 @@ def test_pull_is_the_weighted_mean_square_with_gradient_2_g(generator):
 def test_direction_is_0_along_1_across_and_2_against(g, value):
     """With u = (1, 0), the targets u - g are (0.5, 0), (0, 1) and (-1, 0)."""
     u = torch.tensor([[1.0, 0.0]])
-    assert direction(u, torch.tensor(g)).item() == pytest.approx(value)
+    assert cosine_loss(u, torch.tensor(g)).item() == pytest.approx(value)
 
 
 def test_direction_compares_channels_at_each_place(generator):
@@ -112,7 +112,7 @@ def test_direction_compares_channels_at_each_place(generator):
     u, g = torch.randn(2, 2, 5, 3, 3, generator=generator, dtype=torch.float64)
     target = u - g
     by_place = (u * target).sum(1) / (u.norm(dim=1) * target.norm(dim=1))
-    torch.testing.assert_close(direction(u, g), (1 - by_place).mean())
+    torch.testing.assert_close(cosine_loss(u, g), (1 - by_place).mean())
 
 
 def test_direction_moves_u_alone(generator):
@@ -120,7 +120,7 @@ def test_direction_moves_u_alone(generator):
     u, g = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     target = u - g
     u.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(direction(u, g), u)
+    (gradient,) = torch.autograd.grad(cosine_loss(u, g), u)
     length, reach = u.norm(dim=1, keepdim=True), target.norm(dim=1, keepdim=True)
     cosine = (u * target).sum(1, keepdim=True) / (length * reach)
     expected = -(target / (length * reach) - cosine * u / length**2) / 6
@@ -131,5 +131,5 @@ def test_direction_moves_u_alone(generator):
 def test_direction_of_one_channel_has_no_gradient():
     """A similarity of numbers is a sign."""
     u = torch.tensor([[2.0], [-1.0]], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(direction(u, torch.tensor([[0.5], [-3.0]], dtype=torch.float64)), u)
+    (gradient,) = torch.autograd.grad(cosine_loss(u, torch.tensor([[0.5], [-3.0]], dtype=torch.float64)), u)
     assert gradient.abs().max() < 1e-12

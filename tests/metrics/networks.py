@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.metrics.parts import Frechet, Kernel, Manifolds, Part, Score
+from decm_lightning.metrics.feature_metrics import Frechet, Kernel, Manifolds, Part, Score
 
 
 class Small(nn.Module):
@@ -39,7 +39,7 @@ COLUMNS = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
 
 @torch.no_grad()
 def seeded(network: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Return weights for a network of convolutions and batch normalisations, all of them at work.
+    """Return weights for a network of convolutions and batch normalizations, all of them at work.
 
     Drawn in the order of their names, so that networks with the same names have the same weights.
     """

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from decm_lightning.metrics import CLIP, HPS, BLIPScore, ImageReward, Quality
-from decm_lightning.metrics.parts import Prompts
+from decm_lightning.metrics.feature_metrics import Prompts
 from decm_lightning.metrics.prompt_scores import _MeanScore
 from tests.metrics.networks import uint8_images
 

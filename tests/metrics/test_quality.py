@@ -7,14 +7,14 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import Quality
-from decm_lightning.metrics.parts import Counts
+from decm_lightning.metrics.feature_metrics import Counts
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 
 @pytest.fixture
 def few_subsets(monkeypatch):
     """Ten subsets rather than a hundred, for speed."""
-    monkeypatch.setattr("decm_lightning.metrics.parts.KID_SUBSETS", 10)
+    monkeypatch.setattr("decm_lightning.metrics.feature_metrics.KID_SUBSETS", 10)
 
 
 class Pixels(nn.Module):

@@ -33,7 +33,7 @@ def inputs(generator):
 def test_network_is_lightningdit():
     """With its weights, loaded strictly, the output is that of the public code."""
     tensors = load_file(FIXTURE)
-    network = DiT(**TINY, landing_time=True).eval()
+    network = DiT(**TINY, end_time=True).eval()
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
     network.load_state_dict(weights, strict=True)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_fixed_tables_are_those_of_lightningdit(table):
 def test_start_and_landing_time_are_not_interchangeable():
     """The agreement above depends on the order of the times and on the labels: it is no accident."""
     tensors = load_file(FIXTURE)
-    network = DiT(**TINY, landing_time=True).eval()
+    network = DiT(**TINY, end_time=True).eval()
     network.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
     x, t, s, y = (tensors[f"input.{name}"] for name in "xtry")
     with torch.no_grad():
@@ -67,10 +67,10 @@ def test_xl_has_the_published_number_of_parameters():
 
 
 def test_student_starts_as_its_teacher_for_every_landing_time(inputs):
-    """The copy with a landing time equals the teacher whatever s is, and asks nothing else of its weights."""
+    """The copy with an end time equals the teacher whatever s is, and asks nothing else of its weights."""
     x_t, t, s, labels = inputs
     teacher = randomised(DiT(**TINY))
-    student = teacher.with_landing_time().eval()
+    student = teacher.with_end_time().eval()
     expected = teacher(x_t, t, t, labels)
     assert expected.abs().max() > 0.1
     for landing in (s, t, torch.zeros(5), torch.ones(5), 1 - s):
@@ -82,20 +82,20 @@ def test_student_is_a_copy(inputs):
     x_t, t, s, labels = inputs
     teacher = randomised(DiT(**TINY))
     before = teacher(x_t, t, t, labels)
-    student = randomised(teacher.with_landing_time())
+    student = randomised(teacher.with_end_time())
     assert torch.equal(teacher(x_t, t, t, labels), before)
     assert (student(x_t, t, s, labels) - student(x_t, t, t, labels)).abs().max() > 1e-2
 
 
 def test_landing_time_of_a_student_is_kept_when_copied_again(inputs):
     """A network that already embeds s is copied as it is."""
-    student = randomised(DiT(**TINY, landing_time=True))
-    assert torch.equal(student.with_landing_time().eval()(*inputs), student(*inputs))
+    student = randomised(DiT(**TINY, end_time=True))
+    assert torch.equal(student.with_end_time().eval()(*inputs), student(*inputs))
 
 
 def test_landing_time_is_trained_from_the_first_step(inputs):
     """Its zero output layer has a gradient, or it would stay zero for ever."""
-    student = randomised(DiT(**TINY)).with_landing_time()
+    student = randomised(DiT(**TINY)).with_end_time()
     student(*inputs).square().sum().backward()
     assert student.r_embedder.mlp[2].weight.grad.abs().max() > 1e-3
 
@@ -110,7 +110,7 @@ def test_network_without_landing_time_ignores_it(inputs):
 
 def test_new_network_is_zero(inputs):
     """Zero modulation and output: training starts from u = 0."""
-    assert not DiT(**TINY, landing_time=True)(*inputs).any()
+    assert not DiT(**TINY, end_time=True)(*inputs).any()
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
@@ -138,7 +138,7 @@ def test_tokens_are_read_and_written_at_the_same_place(generator):
 
 def test_rows_do_not_mix(inputs):
     """A row's velocity is the same alone and in a batch."""
-    network = randomised(DiT(**TINY, landing_time=True))
+    network = randomised(DiT(**TINY, end_time=True))
     alone = torch.cat([network(*(part[i : i + 1] for part in inputs)) for i in range(5)])
     torch.testing.assert_close(network(*inputs), alone, rtol=0, atol=1e-4)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning.derivatives import Tangent, dual, functional
 from decm_lightning.networks import DiT, load, load_lightningdit, save
-from decm_lightning.networks.public import architecture
+from decm_lightning.networks.import_public import architecture
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
 SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
@@ -89,7 +89,7 @@ def test_output_is_that_of_the_public_code(layout, published, tmp_path):
     inputs, weights = published
     network = load_lightningdit(written(LAYOUTS[layout](weights), tmp_path / "public.pt"))
     assert error_of(network, inputs) <= 1e-5
-    assert network.config["landing_time"]
+    assert network.config["end_time"]
     assert not network.training
 
 
@@ -115,14 +115,14 @@ def test_weights_are_those_asked_for(weights, small, tmp_path):
     "changed",
     [
         {},
-        {"landing_time": True},
+        {"end_time": True},
         {"qk_norm": False},
         {"shift": False},
         {"patch_size": 2, "input_size": 6, "in_channels": 3},
         {"mlp_ratio": 3.0},
         {"mlp_ratio": 2.5, "num_classes": 17},
         {"heads": 1, "depth": 11},
-        {"width": 24, "heads": 3, "qk_norm": False, "shift": False, "landing_time": True},
+        {"width": 24, "heads": 3, "qk_norm": False, "shift": False, "end_time": True},
         {"norm": "layer"},
         {"learn_sigma": True, "patch_size": 2},
         {"mlp": "gelu", "mlp_ratio": 2.5},
@@ -145,21 +145,21 @@ def test_architecture_is_found_from_shapes(changed, tmp_path, generator):
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("landing_time", [True, False])
-def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, landing_time):
+@pytest.mark.parametrize("end_time", [True, False])
+def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, end_time):
     """LightningDiT-XL/1, 675,260,768 with the 28 x 2 x 72 weights of QK norm, which its authors' checkpoints lack."""
     with torch.device("meta"):
-        network = DiT(16, 32, qk_norm=qk_norm, landing_time=landing_time)
+        network = DiT(16, 32, qk_norm=qk_norm, end_time=end_time)
     found = architecture(network.state_dict())
     assert found == network.config
     assert found == {
         **{"input_size": 16, "in_channels": 32, "patch_size": 1, "width": 1152, "depth": 28, "heads": 16},
-        **{"mlp_ratio": 4.0, "num_classes": 1000, "landing_time": landing_time, "qk_norm": qk_norm, "shift": True},
+        **{"mlp_ratio": 4.0, "num_classes": 1000, "end_time": end_time, "qk_norm": qk_norm, "shift": True},
         **{"norm": "rms", "mlp": "swiglu", "rotary": True, "learn_sigma": False},
     }
     count = sum(parameter.numel() for parameter in network.parameters())
     second_embedder = 1152 * 256 + 1152 + 1152 * 1152 + 1152
-    assert count - landing_time * second_embedder + (not qk_norm) * 28 * 2 * 72 == 675_260_768
+    assert count - end_time * second_embedder + (not qk_norm) * 28 * 2 * 72 == 675_260_768
 
 
 def test_mlp_ratio_gives_back_every_hidden_width():
@@ -187,16 +187,16 @@ def test_formulas_are_those_of_the_public_code(published, reference):
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("landing_time", [True, False])
-def test_variants_are_those_of_the_formulas(qk_norm, shift, landing_time, reference, tmp_path, generator):
+@pytest.mark.parametrize("end_time", [True, False])
+def test_variants_are_those_of_the_formulas(qk_norm, shift, end_time, reference, tmp_path, generator):
     """In float64 to rounding: without QK norm, and without shift, too."""
-    network = randomised(DiT(**SMALL, qk_norm=qk_norm, shift=shift, landing_time=landing_time))
+    network = randomised(DiT(**SMALL, qk_norm=qk_norm, shift=shift, end_time=end_time))
     network = load_lightningdit(written(network.state_dict(), tmp_path / "variant.pt")).double()
     x_t = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
     t, s = torch.rand(2, 4, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
     u = network(x_t, t, s, labels)
-    expected = reference(network.state_dict(), x_t, t, labels, 8, s if landing_time else None)
+    expected = reference(network.state_dict(), x_t, t, labels, 8, s if end_time else None)
     assert expected.abs().max() > 0.1
     # Rotary tables are in float32 in the one and in float64 in the other.
     assert (u - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -212,14 +212,14 @@ SIT = {"norm": "layer", "mlp": "gelu", "rotary": False, "qk_norm": False, "learn
 )
 def test_dual_passes_through_variants(changed, generator):
     """The derivative of the variants is that of torch.func.jvp."""
-    network = randomised(DiT(**SMALL | changed, landing_time=True)).double()
+    network = randomised(DiT(**SMALL | changed, end_time=True)).double()
     x_t, along = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
     t, s, along_t, along_s = torch.rand(4, 3, generator=generator, dtype=torch.float64)
     arguments = (network, x_t, t, s, torch.tensor([0, 1, 3]), Tangent(along, along_t, along_s))
-    exact, jet = functional(*arguments), dual(*arguments)
-    assert exact.du.abs().max() > 0.1
-    assert (jet.u - exact.u).abs().max() <= 1e-12 * exact.u.abs().max()
-    assert (jet.du - exact.du).abs().max() <= 1e-10 * exact.du.abs().max()
+    exact, result = functional(*arguments), dual(*arguments)
+    assert exact.jvp.abs().max() > 0.1
+    assert (result.u - exact.u).abs().max() <= 1e-12 * exact.u.abs().max()
+    assert (result.jvp - exact.jvp).abs().max() <= 1e-10 * exact.jvp.abs().max()
 
 
 def test_loaded_network_can_be_trained_kept_and_made_a_student(small, tmp_path):
@@ -230,7 +230,7 @@ def test_loaded_network_can_be_trained_kept_and_made_a_student(small, tmp_path):
     kept = load(tmp_path / "kept")
     assert kept.config == network.config
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), network.parameters(), strict=True))
-    assert network.with_landing_time().config["landing_time"]
+    assert network.with_end_time().config["end_time"]
 
 
 def test_network_does_not_hang_on_its_file(small, tmp_path):

@@ -22,7 +22,7 @@ from tests.unprivileged import open_folder, unprivileged
 def network():
     """A small network with random weights."""
     torch.manual_seed(0)
-    network = DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, mlp_ratio=3.0, num_classes=3, landing_time=True)
+    network = DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, mlp_ratio=3.0, num_classes=3, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -49,7 +49,7 @@ def test_saved_network_comes_back_to_the_bit(network, tmp_path):
 def test_saved_mlp_comes_back_to_the_bit(tmp_path):
     """The network of points is kept in the same way."""
     network = MLP(dimensions=3, width=8, depth=2, num_classes=4)
-    torch.nn.init.normal_(network.landing.weight)
+    torch.nn.init.normal_(network.end_time.weight)
     save(network, tmp_path)
     loaded = load(tmp_path)
     assert isinstance(loaded, MLP)
@@ -177,7 +177,7 @@ def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network,
     ],
 )
 def test_partial_checkpoint_is_refused_before_training_goes_on(changed, message, network, tmp_path):
-    """What is read only to be measured needs no optimiser's state."""
+    """What is read only to be measured needs no optimizer's state."""
     file = tmp_path / "partial.ckpt"
     whole = {"network": describe(network), "state_dict": network.state_dict(), "seed": 0, "optimizer_states": [{}]}
     torch.save({key: value for key, value in (whole | changed).items() if value is not None}, file)

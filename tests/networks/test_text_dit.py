@@ -26,9 +26,9 @@ def randomised(network: nn.Module, std: float = 0.3) -> nn.Module:
     return network.double().eval()
 
 
-def make(landing_time: bool = True, features: int = 0) -> TextDiT:
+def make(end_time: bool = True, features: int = 0) -> TextDiT:
     """Return a small network in which every argument matters."""
-    return randomised(TextDiT(**TINY, landing_time=landing_time, features=features))
+    return randomised(TextDiT(**TINY, end_time=end_time, features=features))
 
 
 def make_captions(rows: int = ROWS) -> Captions:
@@ -125,12 +125,12 @@ def test_network_is_its_formulas():
         close(u[one], expected, 1e-9)
 
 
-def test_a_refinement_is_its_formulas():
+def test_a_pixel_skip_is_its_formulas():
     """Of one row, pixel by pixel, around what the same weights give without it."""
     network, (x_t, t, s, captions) = make(features=5), inputs()
     plain = make()
-    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("refinement")})
-    w = network.refinement.state_dict()
+    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("pixel_skip")})
+    w = network.pixel_skip.state_dict()
     row = slice(1, 2)
     image = plain(x_t[row], t[row], s[row], conditions.select(captions, row))[0]
 
@@ -154,10 +154,10 @@ def test_a_refinement_is_its_formulas():
     close(network(x_t, t, s, captions)[1], expected)
 
 
-def test_a_new_refinement_adds_nothing():
+def test_a_new_pixel_skip_adds_nothing():
     network, plain = TextDiT(**TINY, features=3).double(), TextDiT(**TINY).double()
     nn.init.normal_(network.final_layer.linear.weight)
-    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("refinement")})
+    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("pixel_skip")})
     arguments = inputs()
     assert network(*arguments).any()
     assert torch.equal(network(*arguments), plain(*arguments))
@@ -226,17 +226,17 @@ def test_rows_do_not_mix():
 
 
 def test_student_starts_as_its_teacher_for_every_landing_time():
-    """The copy with a landing time equals the teacher whatever s is; then s is trained, and copied as it is."""
-    teacher, (x_t, t, s, captions) = make(landing_time=False), inputs()
+    """The copy with an end time equals the teacher whatever s is; then s is trained, and copied as it is."""
+    teacher, (x_t, t, s, captions) = make(end_time=False), inputs()
     expected = teacher(x_t, t, t, captions)
     assert torch.equal(teacher(x_t, t, s, captions), expected)
-    student = teacher.with_landing_time().eval()
+    student = teacher.with_end_time().eval()
     for landing in (s, torch.zeros_like(s), torch.ones_like(s)):
         close(student(x_t, t, landing, captions), expected)
     student(x_t, t, s, captions).square().sum().backward()
     assert student.r_embedder.mlp[2].weight.grad.abs().max() > 1e-3
     trained = make()
-    assert torch.equal(trained.with_landing_time().eval()(x_t, t, s, captions), trained(x_t, t, s, captions))
+    assert torch.equal(trained.with_end_time().eval()(x_t, t, s, captions), trained(x_t, t, s, captions))
     assert (trained(x_t, t, s, captions) - trained(x_t, t, t, captions)).abs().max() > 1e-2
 
 
@@ -249,9 +249,9 @@ def test_new_network_is_zero():
     ("rows", "checkpointed", "features"), [(2, False, 0), (4, True, 0), (4, False, 5), (2, True, 5)]
 )
 def test_dual_engine_is_exact(rows, checkpointed, features):
-    """u and its gradients to the bit, du as torch.func.jvp in float64, null rows included."""
+    """u and its gradients to the bit, jvp as torch.func.jvp in float64, null rows included."""
     network, arguments = make(features=features), inputs()
-    exact = functional(network, *arguments, along(rows)).du
+    exact = functional(network, *arguments, along(rows)).jvp
     assert exact.abs().max() > 0.1
     network.gradient_checkpointing = checkpointed
     gradients = []
@@ -260,14 +260,14 @@ def test_dual_engine_is_exact(rows, checkpointed, features):
         u.square().sum().backward()
         gradients.append([u.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    du = dual(network, *arguments, along(rows)).du
-    assert len(du) == rows
-    close(du, exact)
+    jvp = dual(network, *arguments, along(rows)).jvp
+    assert len(jvp) == rows
+    close(jvp, exact)
 
 
 @pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dual_engine_is_exact_when_compiled(checkpointed):
-    """Blocks in one graph without breaks, u, du and gradients as in an eager pass."""
+    """Blocks in one graph without breaks, u, jvp and gradients as in an eager pass."""
     torch.compiler.reset()
     results = []
     for backend in (None, "aot_eager"):
@@ -275,9 +275,9 @@ def test_dual_engine_is_exact_when_compiled(checkpointed):
         network.gradient_checkpointing = checkpointed
         for unit in network.units() if backend else ():
             unit.forward = torch.compile(unit.forward, fullgraph=True, backend=backend)
-        jet = dual(network, *inputs(), along(3))
-        jet.u.square().sum().backward()
-        results.append([jet.u.detach(), jet.du, *(p.grad for p in network.parameters() if p.grad is not None)])
+        result = dual(network, *inputs(), along(3))
+        result.u.square().sum().backward()
+        results.append([result.u.detach(), result.jvp, *(p.grad for p in network.parameters() if p.grad is not None)])
     torch.compiler.reset()
     for actual, expected in zip(results[1], results[0], strict=True):
         close(actual, expected)

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from decm_lightning.networks import MLP, DiT, TextDiT, load, load_public, save
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
-from decm_lightning.teachers import DiTTeacher, LightningDiTTeacher, SiTTeacher
+from decm_lightning.teachers import LightningDiTTeacher, PretrainedTeacher, SiTTeacher
 
 SIZES = {"input_size": 8, "in_channels": 2, "patch_size": 2, "width": 16, "depth": 1, "heads": 2}
 
@@ -24,7 +24,7 @@ def test_load_reads_no_weights(tmp_path):
     with without_weights():
         assert is_weightless()
         found = load(tmp_path)
-        student = DiTTeacher(str(tmp_path)).student()
+        student = PretrainedTeacher(str(tmp_path)).student()
     assert not is_weightless()
     assert_without_weights(found)
     assert_without_weights(student)

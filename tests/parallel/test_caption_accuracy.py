@@ -7,7 +7,7 @@ from decm_lightning.demo import CaptionProbe
 from decm_lightning.even_split import split_evenly
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import Quality
-from decm_lightning.metrics.parts import Prompts
+from decm_lightning.metrics.feature_metrics import Prompts
 from tests.demo.test_captions import HELD, Data, Pixels, read
 from tests.parallel.pair import SIZE
 

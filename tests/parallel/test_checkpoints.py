@@ -67,7 +67,7 @@ def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = N
     distiller = (partial(OfBoth, accumulated=1) if processes == 1 else Distiller)(
         given,
         flow_map,
-        objective=losses.paper(2, shares=(0.5, 0.25, 0.25)),
+        objective=losses.paper(2, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
         optimizer=OPTIMIZER,
         lr_scheduler=SCHEDULE,
@@ -125,7 +125,7 @@ def test_twenty_steps_of_two_processes_are_those_of_one(two):
 
 
 def test_teacher_is_untouched_and_in_no_checkpoint(two):
-    """To the bit; student, average and the optimiser's state are all there, each tensor once."""
+    """To the bit; student, average and the optimizer's state are all there, each tensor once."""
     runs, checkpoint = two
     before = teacher().network.state_dict()
     for run in runs:
@@ -177,7 +177,7 @@ def test_averaged_weights_are_read_from_shards_file_and_folder(two, tmp_path):
 
 def resume_wider(checkpoint: str) -> str:
     """Ask for the checkpoint to be gone on with by a network that is wider, and return why it is not."""
-    distiller = Distiller(teacher(), DiT(**NETWORK | {"width": 32}, landing_time=True))
+    distiller = Distiller(teacher(), DiT(**NETWORK | {"width": 32}, end_time=True))
     return refusal(distiller.check_checkpoint, checkpoint, ModelParallelStrategy(SIZE, 1))
 
 

@@ -1,37 +1,37 @@
-"""FSDP2's own mixed precision and the derivative: relative errors of u and du against float64 in one process."""
+"""FSDP2's own mixed precision and the derivative: relative errors of u and jvp against float64 in one process."""
 
 import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from decm_lightning.derivatives import Jet
+from decm_lightning.derivatives import JVPResult
 from decm_lightning.networks import DiT
-from tests.derivatives.test_dual_precision import Thousand, errors, exact, jet, student
+from tests.derivatives.test_dual_precision import Thousand, errors, exact, result, student
 from tests.parallel.test_wrappers import by_fsdp2
 
 pytestmark = pytest.mark.slow
 
 
-def in_pair(kind: type[DiT], cast_forward_inputs: bool) -> Jet:
+def in_pair(kind: type[DiT], cast_forward_inputs: bool) -> JVPResult:
     """One of two processes that share the weights and have the same rows."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast_forward_inputs)
-    found = jet(by_fsdp2(student(kind), mp_policy=policy))
-    return Jet(found.u.detach(), found.du)
+    found = result(by_fsdp2(student(kind), mp_policy=policy))
+    return JVPResult(found.u.detach(), found.jvp)
 
 
 @pytest.mark.parametrize("kind", [DiT, Thousand], ids=["t", "1000t"])
 def test_weights_gathered_in_bfloat16(kind, pair):
-    """With inputs left in float32 u and du are off as in bf16-true."""
+    """With inputs left in float32 u and jvp are off as in bf16-true."""
     for share in pair.run(in_pair, kind, False):
-        u, du = errors(share, exact(student(kind)))
+        u, jvp = errors(share, exact(student(kind)))
         assert u < 0.015
-        assert du < 0.02
+        assert jvp < 0.02
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [(DiT, 0.0, 0.02), (Thousand, 0.5, 2.0)], ids=["t", "1000t"])
 def test_inputs_cast_by_fsdp2(kind, least, most, pair):
     """FSDP2's default rounds t: an embedding of 1000 t then has another's derivative, though u looks right."""
     for share in pair.run(in_pair, kind, True):
-        u, du = errors(share, exact(student(kind)))
+        u, jvp = errors(share, exact(student(kind)))
         assert u < 0.05
-        assert least <= du < most
+        assert least <= jvp < most

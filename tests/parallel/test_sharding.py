@@ -32,7 +32,7 @@ def fit(first_alone: bool) -> tuple[dict, dict, list[float], int]:
     network = WithTable(**NETWORK)
     nn.init.normal_(network.final_layer.linear.weight, std=0.2)
     teacher = Teacher(network.double())
-    student = WithTable(**NETWORK | {"landing_time": True}).double()
+    student = WithTable(**NETWORK | {"end_time": True}).double()
     L.seed_everything(0, verbose=False)
     distiller = Distiller(teacher, student, losses.paper(2), optimizer=partial(torch.optim.AdamW, lr=1e-2)).double()
     if first_alone and torch.distributed.get_rank():

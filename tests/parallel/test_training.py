@@ -35,7 +35,7 @@ class Run(NamedTuple):
 def student() -> DiT:
     """A small flow map in which every argument and weight matters."""
     torch.manual_seed(0)
-    network = DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10, landing_time=True)
+    network = DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
@@ -107,7 +107,7 @@ def fit(
     distiller = (partial(OfBoth, accumulated=accumulated) if alone else Distiller)(
         Teacher(DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10)),
         student(),
-        objective=losses.paper(n2n_every, shares=(0.5, 0.25, 0.25)),
+        objective=losses.paper(n2n_every, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         **options,

@@ -1,4 +1,4 @@
-"""u, du and gradients through data-parallel wrappers, half of the rows in each of two processes, against one."""
+"""u, jvp and gradients through data-parallel wrappers, half of the rows in each of two processes, against one."""
 
 from functools import cache
 from typing import NamedTuple
@@ -26,14 +26,14 @@ class Step(NamedTuple):
     """What an engine gives, and the gradients after a backward pass."""
 
     u: Tensor
-    du: Tensor
+    jvp: Tensor
     gradients: dict[str, Tensor]
 
 
 def student() -> DiT:
     """A small flow map in float64 in which every argument and weight matters."""
     torch.manual_seed(0)
-    network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, landing_time=True)
+    network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
@@ -41,15 +41,15 @@ def student() -> DiT:
 
 
 def run_engine(engine: str, network: nn.Module, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor]:
-    """Return u and du of every size-th row, three quarters of which have a tangent, after a backward pass."""
+    """Return u and jvp of every size-th row, three quarters of which have a tangent, after a backward pass."""
     generator = torch.Generator().manual_seed(1)
     x, dx = torch.randn(2, ROWS, 2, 4, 4, generator=generator, dtype=torch.float64)
     t, s, dt, ds = torch.rand(4, ROWS, generator=generator, dtype=torch.float64)
     rows, moved = slice(rank, ROWS, size), slice(rank, DUAL_ROWS, size)
     labels = (torch.arange(ROWS) % 3)[rows]
-    jet = ENGINES[engine](network, x[rows], t[rows], s[rows], labels, Tangent(dx[moved], dt[moved], ds[moved]))
-    (jet.u.square().mean() + (jet.u[: len(jet.du)] * jet.du).mean()).backward()
-    return jet.u.detach(), jet.du
+    result = ENGINES[engine](network, x[rows], t[rows], s[rows], labels, Tangent(dx[moved], dt[moved], ds[moved]))
+    (result.u.square().mean() + (result.u[: len(result.jvp)] * result.jvp).mean()).backward()
+    return result.u.detach(), result.jvp
 
 
 @cache
@@ -117,7 +117,7 @@ def assert_right(shares: list[Step], engine: str) -> None:
     whole = alone(engine)
     for rank, share in enumerate(shares):
         assert_equal(share.u, whole.u[rank::SIZE])
-        assert_equal(share.du, whole.du[rank::SIZE])
+        assert_equal(share.jvp, whole.jvp[rank::SIZE])
         assert_equal(share.gradients, whole.gradients)
         assert differs(share.gradients, alone(engine, rank, SIZE).gradients)
 
@@ -131,7 +131,7 @@ def differs(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp1", "fsdp2"])
 @pytest.mark.parametrize("engine", ["dual", "central"])
 def test_engines_of_plain_passes_go_through_every_wrapper(engine, wrapper, checkpointed, pair):
-    """In float64: u, du and averaged gradients are those of one process with all rows."""
+    """In float64: u, jvp and averaged gradients are those of one process with all rows."""
     assert_right(pair.run(in_pair, engine, wrapper, checkpointed), engine)
 
 

@@ -285,9 +285,9 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
         torch.randn_like(point[0]), torch.tensor([1.0, -0.5, 0.7]).double(), torch.tensor([0.3, 1.0, -2.0]).double()
     )
     exact = functional(student, *point, captions, along)
-    jet = dual(student, *point, captions, along)
-    assert_close(jet.u, exact.u, 1e-12)
-    assert_close(jet.du, exact.du, 1e-9)
+    result = dual(student, *point, captions, along)
+    assert_close(result.u, exact.u, 1e-12)
+    assert_close(result.jvp, exact.jvp, 1e-9)
 
     def at(h):
         return student(*(p + h * d for p, d in zip(point, (along.x, along.t, along.s), strict=True)), captions)
@@ -296,7 +296,7 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
     h = 5e-5
     with torch.no_grad():
         difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-    assert_close(difference, exact.du, 5e-3)
+    assert_close(difference, exact.jvp, 5e-3)
 
 
 @pytest.mark.parametrize("argument", ["x", "t", "s"])
@@ -308,39 +308,39 @@ def test_derivative_along_each_argument_alone(argument, case):
     point = (case.x_t.double(), case.t.double(), case.s.double())
     parts = {"x": torch.ones_like(point[0]), "t": torch.ones(3).double(), "s": torch.ones(3).double()}
     along = Tangent(**{name: part * (name == argument) for name, part in parts.items()})
-    exact = functional(student, *point, captions, along).du
+    exact = functional(student, *point, captions, along).jvp
     assert exact.abs().max() > 1e-3
-    assert_close(dual(student, *point, captions, along).du, exact, 1e-9)
+    assert_close(dual(student, *point, captions, along).jvp, exact, 1e-9)
 
 
 def test_derivative_is_finite_at_both_ends_of_time(case):
     student = changed(case.teacher)
     t, s = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0])
-    jet = dual(student, case.x_t, t, s, case.captions, Tangent(case.x_t, torch.ones(3), torch.ones(3)))
-    assert jet.u.isfinite().all()
-    assert jet.du.isfinite().all()
+    result = dual(student, case.x_t, t, s, case.captions, Tangent(case.x_t, torch.ones(3), torch.ones(3)))
+    assert result.u.isfinite().all()
+    assert result.jvp.isfinite().all()
 
 
 def test_gradient_checkpointing_changes_nothing(case):
-    """Not u, nor du, nor the gradients, which reach what was added and nothing else."""
+    """Not u, nor jvp, nor the gradients, which reach what was added and nothing else."""
     student = changed(case.teacher)
     runs = []
     student.units()[0].register_forward_pre_hook(lambda *_: runs.append(1))
 
     def step():
         student.zero_grad()
-        jet = dual(student, case.x_t, case.t, case.s, case.captions, Tangent(case.x_t, case.t, case.s))
-        jet.u.square().sum().backward()
+        result = dual(student, case.x_t, case.t, case.s, case.captions, Tangent(case.x_t, case.t, case.s))
+        result.u.square().sum().backward()
         gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-        return jet, gradients
+        return result, gradients
 
-    jet, gradients = step()
+    result, gradients = step()
     assert gradients.keys() == student.added
     student.gradient_checkpointing = True
     checkpointed, others = step()
     assert len(runs) == 3
-    assert_close(checkpointed.u, jet.u, 1e-6)
-    assert_close(checkpointed.du, jet.du, 1e-6)
+    assert_close(checkpointed.u, result.u, 1e-6)
+    assert_close(checkpointed.jvp, result.jvp, 1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -440,9 +440,9 @@ def test_derivative_in_bfloat16(mixed, argument, case):
     parts = {"x": torch.randn_like(case.x_t), "t": torch.ones(3), "s": torch.ones(3)}
     along = Tangent(**{name: part * (name == argument) for name, part in parts.items()})
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        jet = dual(student, *point, along)
+        result = dual(student, *point, along)
     exact = dual(student.double(), *wide(point), wide(along))
-    for given, true in ((jet.u.detach(), exact.u.detach()), (jet.du, exact.du)):
+    for given, true in ((result.u.detach(), exact.u.detach()), (result.jvp, exact.jvp)):
         assert (given - true).norm() < 0.2 * true.norm()
 
 
@@ -473,7 +473,7 @@ def test_what_is_no_caption_of_the_model_is_refused(case):
 def test_other_targets_and_ranks(case):
     teacher = case.family.teacher(str(case.folder), rank=3, targets=["proj_out"])
     student = teacher.student()
-    # Two matrices, and the two layers of the landing time's embedding.
+    # Two matrices, and the two layers of the end time's embedding.
     assert len(student.added) >= 6
     with pytest.raises(ValueError, match="targets must end names of projections: got 'nothing', which ends none"):
         case.family.teacher(str(case.folder), targets=["to_q", "nothing"]).student()

@@ -149,7 +149,7 @@ def test_what_it_cannot_do_is_said(path):
         teacher(torch.zeros(1, CHANNELS, SIZE, SIZE), torch.zeros(1), None)
     with pytest.raises(ValueError, match="beta_start=2"):
         FacebookDiTTeacher(path, heads=HEADS, beta_start=2)
-    network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=2, heads=HEADS, landing_time=True, **SIT)
+    network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=2, heads=HEADS, end_time=True, **SIT)
     torch.save(network.state_dict(), path)
     with pytest.raises(ValueError, match=f"{path} is not a DiT: its r_embedder reads an end time"):
         FacebookDiTTeacher(path, heads=HEADS)
@@ -159,6 +159,6 @@ def test_config_names_it(fit, path):
     """A student is given; a step is trained."""
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, **SIT)
     torch.save(network.state_dict(), path)
-    student = {"class_path": "decm_lightning.networks.DiT", "init_args": network.config | {"landing_time": True}}
+    student = {"class_path": "decm_lightning.networks.DiT", "init_args": network.config | {"end_time": True}}
     arguments = {"path": path, "heads": "2"}
     assert fit("FacebookDiTTeacher", arguments, "--model.init_args.student", json.dumps(student)) == 0

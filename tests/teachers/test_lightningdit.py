@@ -53,7 +53,7 @@ def test_velocity_is_the_networks_at_two_minus_t(path, inputs):
 
 @pytest.mark.parametrize("clock", ["t", "2 - t"])
 def test_student_begins_as_the_teacher_and_keeps_its_clock_when_saved(clock, path, inputs, tmp_path):
-    """For every landing time; the clock is in the weights and needs no mention any more."""
+    """For every end time; the clock is in the weights and needs no mention any more."""
     checkpoint(path)
     x_t, t, labels = inputs
     teacher = LightningDiTTeacher(str(path), clock=clock)
@@ -76,7 +76,7 @@ def test_teacher_is_frozen_and_its_student_is_not(path):
 
 def test_checkpoint_with_an_auxiliary_time_is_a_flow_map(path, inputs):
     """Its velocity is that of a jump of no length, and its student is the flow map as it was trained."""
-    network = checkpoint(path, landing_time=True)
+    network = checkpoint(path, end_time=True)
     x_t, t, labels = inputs
     teacher = LightningDiTTeacher(str(path))
     ends = torch.ones(4)

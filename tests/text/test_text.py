@@ -34,7 +34,7 @@ def cached(folder):
 
 
 def sentence(encoder, texts):
-    """Return sentence embeddings: the normalised mean of the tokens."""
+    """Return sentence embeddings: the normalized mean of the tokens."""
     tokens, mask, _ = encoder(texts)
     return functional.normalize((tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
 

@@ -126,7 +126,7 @@ class Counting(Network):
             self.largest.fill_(max(float(self.largest), float(x_t.abs().max())))
         return self.linear(self.norm(x_t.flatten(1)) + self.table).reshape(x_t.shape)
 
-    def with_landing_time(self):
+    def with_end_time(self):
         raise NotImplementedError
 
 
@@ -154,7 +154,7 @@ def test_average_is_sampled_in_half_precision():
 
 
 def test_average_of_lora_shares_its_base_and_is_float32_elsewhere():
-    """The frozen base is cast with the network's and held once; adapters and landing time are averaged in float32."""
+    """The frozen base is cast with the network's and held once; adapters and end time are averaged in float32."""
     torch.manual_seed(0)
     module = TeacherTraining(Line(rank=2), class_dropout=0.0).bfloat16()
     for name, p in module.network.named_parameters():

@@ -14,7 +14,7 @@ class Autoencoder(nn.Module):
     """One of diffusers' AutoencoderKL, AutoencoderDC and AutoencoderTiny, in float32, frozen and in eval mode.
 
     Latents are as the encoder makes them: the model's own scaling_factor and shift_factor are not applied. What
-    normalises them is kept with the latents (latents_stats.pt), so that there is one place for it.
+    normalizes them is kept with the latents (latents_stats.pt), so that there is one place for it.
 
     Args:
         model: the model, with its config.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from decm_lightning.autoencoders import ldm
 from decm_lightning.autoencoders.autoencoder import Autoencoder
+from decm_lightning.networks.checkpoint_files import read_file
 from decm_lightning.networks.diffusers_folder import from_pretrained, refuse_unfit
-from decm_lightning.networks.tensors import read_file
 
 INSIDE = ("ema", "state_dict", "model", "vae", "module")
 """Where training scripts put tensors into their checkpoints; the first one found is read."""

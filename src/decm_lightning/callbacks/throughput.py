@@ -15,7 +15,7 @@ class Throughput(L.Callback):
     """Logs `throughput/images_per_s` over all devices, and the share of a step spent in its parts.
 
     The parts are `throughput/teacher` (its velocities), `throughput/derivative` (the student's pass and its
-    derivatives) and `throughput/backward`, each in [0, 1] of the wall time; the rest is loading, the optimiser and
+    derivatives) and `throughput/backward`, each in [0, 1] of the wall time; the rest is loading, the optimizer and
     logging. Validation is left out. On a GPU the parts are timed by events, which wait for nothing until they are read.
 
     Args:

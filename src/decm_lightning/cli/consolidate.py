@@ -22,7 +22,7 @@ def consolidate(
         checkpoint: the folder that decm fit has written with save_distributed_checkpoint.
         out: the folder or file to write; by default beside the checkpoint, its name ending in .consolidated.
         to: "folder" for the averaged weights as decm export writes them (config.json, model.safetensors); "ckpt" for
-            an ordinary checkpoint, with the optimiser's state, that decm fit --ckpt_path goes on with on one device.
+            an ordinary checkpoint, with the optimizer's state, that decm fit --ckpt_path goes on with on one device.
         allow_import: import the module of a network class that is not of this package, which runs its code.
     """
     folder = Path(checkpoint)

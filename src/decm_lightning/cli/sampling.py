@@ -166,7 +166,7 @@ def reads_end_time(network: Network) -> bool:
     """Return whether a network is a flow map u(x_t, t, s), rather than a velocity for every s."""
     if isinstance(network, LoRANetwork):
         return bool(network.added)
-    return bool(network.config.get("landing_time", True))
+    return bool(network.config.get("end_time", True))
 
 
 def weights_sha256(network: Network) -> str:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
 from decm_lightning.files import atomic
-from decm_lightning.losses import Objective, recommended
+from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
@@ -253,8 +253,8 @@ def _spell_out(config: Namespace) -> None:
     """Write the default objective out, so that a saved config repeats the run when the default has changed."""
     arguments = config.get("model.init_args")
     if arguments is not None and "objective" in arguments and arguments.objective is None:
-        defaults = {name: parameter.default for name, parameter in signature(recommended).parameters.items()}
-        name = f"{recommended.__module__}.{recommended.__qualname__}"
+        defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
+        name = f"{end_identity.__module__}.{end_identity.__qualname__}"
         arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))
 
 
@@ -275,7 +275,7 @@ def _check_configs(argv: Sequence[str]) -> None:
 
 
 def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
-    # An objective may come from a function that returns one, such as losses.recommended.
+    # An objective may come from a function that returns one, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)

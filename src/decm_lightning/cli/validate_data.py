@@ -25,7 +25,7 @@ def validate_data(
         num_classes: labels must be below it; by default what cache.json says.
         channels: channels that the latents must have.
         size: height and width that the latents must have.
-        latent_norm: normalise by latents_stats.pt, as for VA-VAE.
+        latent_norm: normalize by latents_stats.pt, as for VA-VAE.
         latent_multiplier: times this; with latent_norm false 0.18215 for Stable Diffusion's VAE.
         vae: the VAE that must have encoded the images: a folder, a name on the Hugging Face hub, or a file.
     """

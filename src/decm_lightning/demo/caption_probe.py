@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from decm_lightning.metrics.parts import Counts, Part, Prompts
+from decm_lightning.metrics.feature_metrics import Counts, Part, Prompts
 from decm_lightning.metrics.reference import Reference
 from decm_lightning.types import Batch, Captions, Condition
 
@@ -44,7 +44,7 @@ class CaptionedData(Protocol):
 class CaptionProbe(nn.Module):
     """Predicts captions from images by ridge regression; columns `caption_top1` and `caption_top5`.
 
-    With image features x and caption embeddings y (the normalised mean of a caption's tokens) of real training pairs,
+    With image features x and caption embeddings y (the normalized mean of a caption's tokens) of real training pairs,
     W minimises sum |y - y_mean - W (x - x_mean)|^2 + a |W|^2, with the penalty a that has the least leave-one-out
     error. An image counts as its caption's in the top k if, among all captions that are held out, fewer than k others
     have a cosine at least as large: cos(W (x - x_mean), y - y_mean). Columns are shares of the samples, in [0, 1];
@@ -206,7 +206,7 @@ class Hits(Metric):
 
 
 def embedding(condition: Condition) -> Float[Tensor, "b e"]:
-    """Return the normalised mean of each caption's tokens; for MiniLM that is its sentence embedding.
+    """Return the normalized mean of each caption's tokens; for MiniLM that is its sentence embedding.
 
     Raises:
         ValueError: if the condition is none of captions.

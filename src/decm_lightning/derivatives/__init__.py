@@ -1,17 +1,17 @@
-"""How du, the student's derivative along a tangent over (x, t, s), is computed: one engine a file, one signature."""
+"""How jvp, the student's derivative along a tangent over (x, t, s), is computed: one engine a file, one signature."""
 
 from decm_lightning.derivatives.central import central
 from decm_lightning.derivatives.choice import ENGINES, Choice, EngineName, choose
 from decm_lightning.derivatives.dual import NoTangentError, check_fused, dual
+from decm_lightning.derivatives.forward import Engine, Jump, JVPResult, Tangent, forward_with_jvp
 from decm_lightning.derivatives.functional import functional
-from decm_lightning.derivatives.jet import Engine, Jet, Jump, Tangent, evaluate
 
 __all__ = [
     "ENGINES",
     "Choice",
     "Engine",
     "EngineName",
-    "Jet",
+    "JVPResult",
     "Jump",
     "NoTangentError",
     "Tangent",
@@ -19,6 +19,6 @@ __all__ = [
     "check_fused",
     "choose",
     "dual",
-    "evaluate",
+    "forward_with_jvp",
     "functional",
 ]

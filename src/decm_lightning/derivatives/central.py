@@ -3,7 +3,7 @@
 import torch
 
 from decm_lightning.conditions import select
-from decm_lightning.derivatives.jet import Jet, Tangent
+from decm_lightning.derivatives.forward import JVPResult, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 STEP = 5e-3
@@ -18,8 +18,8 @@ def central(
     condition: Condition,
     tangent: Tangent | None,
     h: float = STEP,
-) -> Jet:
-    """Return u with its graph, and du = (u(p + h d) - u(p - h d)) / 2h from two more passes without one.
+) -> JVPResult:
+    """Return u with its graph, and jvp = (u(p + h d) - u(p - h d)) / 2h from two more passes without one.
 
     Here p = (x, t, s) and d is the tangent. The error is O(h^2) from truncation plus rounding / h: in float32 about
     2e-4 at the default h for a network smooth in t over [0, 1]. A network that embeds 1000 t needs h <= 1e-4
@@ -29,7 +29,7 @@ def central(
         network: the student.
         x_t: start points, (b, *d).
         t: start times, (b,).
-        s: landing times, (b,).
+        s: end times, (b,).
         condition: class labels, (b,), or None.
         tangent: direction over (x, t, s) of the first rows; None to skip the derivative.
         h: the step, above 0, in units of time.
@@ -39,7 +39,7 @@ def central(
     """
     u = network(x_t, t, s, condition)
     if tangent is None:
-        return Jet(u, None)
+        return JVPResult(u, None)
     # Under autocast a network may well return float32, rounded on its way.
     narrow = torch.get_autocast_dtype(x_t.device.type) if torch.is_autocast_enabled(x_t.device.type) else u.dtype
     if torch.finfo(narrow).bits < 32:
@@ -52,7 +52,7 @@ def central(
         return network(x, t[:rows] + step * tangent.t, s[:rows] + step * tangent.s, known)
 
     with torch.no_grad():
-        return Jet(u, (at(h) - at(-h)) / (2 * h))
+        return JVPResult(u, (at(h) - at(-h)) / (2 * h))
 
 
 def step_for(time_scale: float) -> float:

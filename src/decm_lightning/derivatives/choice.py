@@ -10,8 +10,8 @@ from torch.utils import _pytree
 
 from decm_lightning.derivatives.central import central, step_for
 from decm_lightning.derivatives.dual import dual
+from decm_lightning.derivatives.forward import Engine, Tangent
 from decm_lightning.derivatives.functional import functional
-from decm_lightning.derivatives.jet import Engine, Tangent
 
 EngineName = Literal["dual", "functional", "central"]
 

@@ -7,14 +7,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from decm_lightning.conditions import select
-from decm_lightning.derivatives.jet import Jet, Tangent
+from decm_lightning.derivatives.forward import JVPResult, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
 def functional(
     network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
-) -> Jet:
-    """Return u by an ordinary forward pass and du by a second, forward-mode pass without a graph.
+) -> JVPResult:
+    """Return u by an ordinary forward pass and jvp by a second, forward-mode pass without a graph.
 
     Keeping one graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP and
     gradient checkpointing; two passes cost about the same time and pass through checkpointing, FSDP2, and DDP that
@@ -27,20 +27,20 @@ def functional(
         _check_wrappers(network)
     u = network(x_t, t, s, condition)
     if tangent is None:
-        return Jet(u, None)
+        return JVPResult(u, None)
     rows = len(tangent.t)
     known = select(condition, slice(rows))
 
-    def network_of(start: Time, landing: Time, x: Sample = x_t[:rows]) -> Sample:
-        return network(x, start, landing, known)
+    def network_of(start: Time, end: Time, x: Sample = x_t[:rows]) -> Sample:
+        return network(x, start, end, known)
 
     primals, tangents = [t[:rows], s[:rows]], [tangent.t, tangent.s]
     if tangent.x is not None:
         primals.append(x_t[:rows])
         tangents.append(tangent.x)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        du = torch.func.jvp(network_of, tuple(primals), tuple(tangents))[1]
-    return Jet(u, du)
+        jvp = torch.func.jvp(network_of, tuple(primals), tuple(tangents))[1]
+    return JVPResult(u, jvp)
 
 
 def _check_wrappers(network: FlowMapNetwork) -> None:

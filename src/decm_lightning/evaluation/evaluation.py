@@ -18,7 +18,7 @@ from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
 from decm_lightning.image_writer import short
 from decm_lightning.metrics import Quality, reference
-from decm_lightning.metrics.parts import Prompts
+from decm_lightning.metrics.feature_metrics import Prompts
 from decm_lightning.types import Batch
 
 COLUMNS = 10
@@ -189,7 +189,7 @@ class Evaluation(L.Callback):
                 pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
         # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
         usages = {cell: self.drawing.usage(cell) for cell in measured}
-        rows = [Row(cell, usages[cell].evaluations, values) for cell, values in measured.items()]
+        rows = [Row(cell, usages[cell].nfe, values) for cell, values in measured.items()]
         # The heading begins with the distance.
         names = " and ".join(
             quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)

@@ -45,7 +45,7 @@ def protocol(
     for quality in qualities:
         lines |= quality.notes()
         lines |= {column: f"not measured: {reason}" for column, reason in quality.left_out.items()}
-    lines["evaluations"] = "passes of a network for one sample, guidance included"
+    lines["nfe"] = "passes of a network for one sample, guidance included"
     return lines | _machine(drawing.module)
 
 

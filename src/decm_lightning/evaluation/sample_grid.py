@@ -18,7 +18,7 @@ class SampleGrid(L.Callback):
 
     Args:
         cells: the rows, each "model/sampler/steps", such as "student/mix/2".
-        every_n_steps: optimiser steps from one grid to the next, at least 1.
+        every_n_steps: optimizer steps from one grid to the next, at least 1.
         columns: at most so many classes or conditions, at least 1.
         seed: seed of the noise.
 
@@ -47,7 +47,7 @@ class SampleGrid(L.Callback):
             self.drawing.check(self.cells)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count optimiser steps from where the run stands."""
+        """Count optimizer steps from where the run stands."""
         self.last_step = trainer.global_step
 
     def on_train_batch_end(

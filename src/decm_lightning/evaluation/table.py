@@ -18,12 +18,12 @@ class Row:
 
     Args:
         cell: model, sampler and steps.
-        evaluations: network evaluations a sample; None if not known.
+        nfe: network evaluations per sample (NFE); None if not known.
         values: what was measured, by column; the same columns in every row.
     """
 
     cell: Cell
-    evaluations: float | None
+    nfe: float | None
     values: Mapping[str, float]
 
 
@@ -51,11 +51,11 @@ class Table:
             "",
             *(f"- {name}: {value}" for name, value in self.protocol.items()),
             "",
-            f"| model | sampler | steps | evaluations | {' | '.join(columns)} |",
+            f"| model | sampler | steps | nfe | {' | '.join(columns)} |",
             f"|---|---|---:|{'---:|' * (1 + len(columns))}",
         ]
         for row in self.rows:
-            cell, cost = row.cell, "-" if row.evaluations is None else f"{row.evaluations:g}"
+            cell, cost = row.cell, "-" if row.nfe is None else f"{row.nfe:g}"
             values = " | ".join(f"{value:.{3 if name == 'kid' else 4}g}" for name, value in row.values.items())
             lines.append(f"| {cell.model} | {cell.sampler} | {cell.steps} | {cost} | {values} |")
         return "\n".join(lines) + "\n"
@@ -67,7 +67,7 @@ class Table:
                 "model": row.cell.model,
                 "sampler": row.cell.sampler,
                 "steps": row.cell.steps,
-                "evaluations": row.evaluations,
+                "nfe": row.nfe,
                 **row.values,
             }
             for row in self.rows

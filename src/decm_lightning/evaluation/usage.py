@@ -29,7 +29,7 @@ class Usage:
     times: list[tuple[float, float]] = field(default_factory=list)
 
     @property
-    def evaluations(self) -> float | None:
+    def nfe(self) -> float | None:
         """Network evaluations of one sample; None if none was seen."""
         return self.rows / self.samples if self.rows else None
 

@@ -5,12 +5,12 @@ from decm_lightning.losses.dual_end import DualEndLoss, LossTerm, Objective
 from decm_lightning.losses.presets import (
     consistency_and_flow_matching,
     consistency_only,
+    end_identity,
     facm,
     flow_matching_only,
     lagrangian,
     mean_flow,
     paper,
-    recommended,
 )
 from decm_lightning.losses.residual import residual, tangent
 
@@ -22,12 +22,12 @@ __all__ = [
     "consistency_and_flow_matching",
     "consistency_only",
     "cost",
+    "end_identity",
     "facm",
     "flow_matching_only",
     "lagrangian",
     "mean_flow",
     "paper",
-    "recommended",
     "residual",
     "tangent",
 ]

@@ -59,6 +59,8 @@ def cost(objective: Objective, guided: float = 1.0) -> Cost:
             taken = len(rows[name])
             student += taken
             derivative += taken * loss.edge.has_length
-            teacher += taken * ((bool(loss.left) and not loss.edge.shares_start) + bool(loss.right))
+            teacher += taken * (
+                (bool(loss.start_weight) and not loss.edge.starts_at_batch_times) + bool(loss.end_weight)
+            )
     each = 1 / (len(steps) * ROWS)
     return Cost(guided * teacher * each, student * each, derivative * each)

@@ -1,7 +1,7 @@
 """DE-CM and its rivals: each a row of the same table (edge, left, right, weighting)."""
 
 from decm_lightning.losses.dual_end import DualEndLoss, Objective
-from decm_lightning.losses.weighting import NormaliserName
+from decm_lightning.losses.weighting import NormalizationName
 from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
 
 
@@ -9,99 +9,103 @@ def paper(
     n2n_every: int = 3,
     r_start: float = 0.1,
     r_decay_steps: int = 20_000,
-    shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    batch_fractions: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Objective:
     """DE-CM near to its publication (arXiv 2602.10764): unit weights, N2N with ends (1, 0.5) at every third step.
 
-    The clamp of the residual is FACM's: what the paper normalises by is not public. The flow-matching loss has the
+    The clamp of the residual is FACM's: what the paper normalizes by is not public. The flow-matching loss has the
     paper's cosine term over the channels, which has no gradient where there is one channel.
 
     Args:
         n2n_every: steps between two N2N losses (the paper: 3; 1 is unstable, 5 worse at few steps).
         r_start: start time of the noise edge at step 0, in [0, 1).
         r_decay_steps: steps until the noise edge has reached the noise.
-        shares: parts of the batch for consistency, flow matching and N2N; the paper gives each the whole.
+        batch_fractions: parts of the batch for consistency, flow matching and N2N; the paper gives each the whole.
     """
-    consistency, flow_matching, n2n = shares
+    consistency, flow_matching, n2n = batch_fractions
     noise_edge = NoiseEdge(r_start, r_decay_steps)
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), share=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), direction=1.0, share=flow_matching),
-            "noise_to_noisy": DualEndLoss(noise_edge, left=1.0, right=0.5, every=n2n_every, share=n2n),
+            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
+            "noise_to_noisy": DualEndLoss(
+                noise_edge, start_weight=1.0, end_weight=0.5, every=n2n_every, batch_fraction=n2n
+            ),
         },
-        normaliser="clamp",
+        normalization="clamp",
     )
 
 
-def recommended(
-    normaliser: NormaliserName = "tangent_norm",
+def end_identity(
+    normalization: NormalizationName = "tangent_norm",
     n2n_every: int = 1,
-    shares: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    batch_fractions: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Objective:
-    """DE-CM as we would train it: N2N by its landing end alone, at t = 0, and one normalisation for all losses.
+    """DE-CM as we would train it: N2N by its end identity alone, at t = 0, and one normalization for all losses.
 
-    The landing end is a well-posed equation in s that stays inside its own edge; the start end at t = 0 asks for
+    The end identity is a well-posed equation in s that stays inside its own edge; the start end at t = 0 asks for
     derivatives in x and t there, which no loss trains (see docs/method.md).
 
     Args:
-        normaliser: N(g) of all three losses.
+        normalization: N(g) of all three losses.
         n2n_every: steps between two N2N losses.
-        shares: parts of the batch for consistency, flow matching and N2N; (0.5, 0.25, 0.25) costs about two fifths of
-            all ones.
+        batch_fractions: parts of the batch for consistency, flow matching and N2N; (0.5, 0.25, 0.25) costs about two
+            fifths of all ones.
     """
-    consistency, flow_matching, n2n = shares
+    consistency, flow_matching, n2n = batch_fractions
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), share=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), share=flow_matching),
-            "noise_to_noisy": DualEndLoss(NoiseEdge(), left=0.0, right=1.0, every=n2n_every, share=n2n),
+            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
+            "noise_to_noisy": DualEndLoss(
+                NoiseEdge(), start_weight=0.0, end_weight=1.0, every=n2n_every, batch_fraction=n2n
+            ),
         },
-        normaliser=normaliser,
+        normalization=normalization,
     )
 
 
-def consistency_only(normaliser: NormaliserName = "tangent_norm") -> Objective:
+def consistency_only(normalization: NormalizationName = "tangent_norm") -> Objective:
     """Continuous-time consistency distillation: the data edge alone."""
-    return Objective({"consistency": DualEndLoss(DataEdge())}, normaliser=normaliser)
+    return Objective({"consistency": DualEndLoss(DataEdge())}, normalization=normalization)
 
 
-def flow_matching_only(normaliser: NormaliserName = "tangent_norm") -> Objective:
+def flow_matching_only(normalization: NormalizationName = "tangent_norm") -> Objective:
     """Flow matching to the guided teacher: the diagonal alone, which only burns guidance in."""
-    return Objective({"flow_matching": DualEndLoss(Diagonal())}, normaliser=normaliser)
+    return Objective({"flow_matching": DualEndLoss(Diagonal())}, normalization=normalization)
 
 
 def consistency_and_flow_matching(
-    normaliser: NormaliserName = "tangent_norm", shares: tuple[float, float] = (1.0, 1.0)
+    normalization: NormalizationName = "tangent_norm", batch_fractions: tuple[float, float] = (1.0, 1.0)
 ) -> Objective:
     """The data edge and the diagonal, without N2N.
 
     Args:
-        normaliser: N(g) of both losses.
-        shares: parts of the batch for consistency and flow matching.
+        normalization: N(g) of both losses.
+        batch_fractions: parts of the batch for consistency and flow matching.
     """
-    consistency, flow_matching = shares
+    consistency, flow_matching = batch_fractions
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), share=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), share=flow_matching),
+            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
         },
-        normaliser=normaliser,
+        normalization=normalization,
     )
 
 
 def facm() -> Objective:
     """FACM's two edges (arXiv 2507.03738): data edge weighted by cos(pi t / 2), and the diagonal; clamped residual.
 
-    FACM itself also scales the residual by 1 - t^0.5, takes a normalised L2 of the clamped residual, and draws t by a
+    FACM itself also scales the residual by 1 - t^0.5, takes a normalized L2 of the clamped residual, and draws t by a
     law of its own.
     """
     return Objective(
         {
             "consistency": DualEndLoss(DataEdge(), time_weight="cosine"),
-            "flow_matching": DualEndLoss(Diagonal(), direction=1.0),
+            "flow_matching": DualEndLoss(Diagonal(), cosine_weight=1.0),
         },
-        normaliser="clamp",
+        normalization="clamp",
     )
 
 
@@ -113,13 +117,16 @@ def mean_flow() -> Objective:
     """
     return Objective(
         {"mean_flow": DualEndLoss(Triangle()), "flow_matching": DualEndLoss(Diagonal())},
-        normaliser="adaptive_l2",
+        normalization="adaptive_l2",
         times=LogitNormal(0.4, 1.0),
     )
 
 
 def lagrangian() -> Objective:
-    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by its landing end."""
+    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by its end identity."""
     return Objective(
-        {"lagrangian": DualEndLoss(Triangle(), left=0.0, right=1.0), "flow_matching": DualEndLoss(Diagonal())}
+        {
+            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0),
+            "flow_matching": DualEndLoss(Diagonal()),
+        }
     )

@@ -2,64 +2,68 @@
 
 import torch
 
-from decm_lightning.derivatives.jet import Tangent
+from decm_lightning.derivatives.forward import Tangent
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
 
-def tangent(v_left: Sample | None, t: Time, left: float, right: float) -> Tangent:
-    """Return the direction (left v_left, left, -right) over (x, t, s) in which the residual differentiates u.
+def tangent(v_start: Sample | None, t: Time, start_weight: float, end_weight: float) -> Tangent:
+    """Return the tangent (gamma v_start, gamma, -lambda) over (x, t, s) along which the residual differentiates u.
 
-    With left = 0 nothing moves at the start of the jump: the tangent's x is None, and v_left may be.
+    A public summary of the paper prints (lambda v, lambda, -gamma). That contradicts the residual below: with it the
+    residual of the exact flow map is not 0, except where gamma = lambda.
 
-    A public summary of the paper prints (right v, right, -left). That contradicts the residual below: with it the
-    residual of the exact flow map is not 0, except where left = right.
+    Args:
+        v_start: the teacher's velocity at (x_t, t), (b, *d); None if start_weight = 0: nothing moves in x.
+        t: start times, (b,).
+        start_weight: gamma, at least 0.
+        end_weight: lambda, at least 0.
 
     Raises:
-        ValueError: if v_left is None and left is not 0.
+        ValueError: if v_start is None and start_weight is not 0.
     """
-    if left and v_left is None:
-        raise ValueError(f"the tangent needs the velocity at the start where its weight is not 0: got left = {left}")
-    x = left * v_left if left and v_left is not None else None
-    return Tangent(x, torch.full_like(t, left), torch.full_like(t, -right))
+    if start_weight and v_start is None:
+        raise ValueError(f"the tangent needs the velocity at the start: got None with start_weight = {start_weight}")
+    x = start_weight * v_start if start_weight and v_start is not None else None
+    return Tangent(x, torch.full_like(t, start_weight), torch.full_like(t, -end_weight))
 
 
 def residual(
     u: Sample,
-    du: Sample | None,
-    v_left: Sample | None,
-    v_right: Sample | None,
+    jvp: Sample | None,
+    v_start: Sample | None,
+    v_end: Sample | None,
     t: Time,
     s: Time,
-    left: float,
-    right: float,
+    start_weight: float,
+    end_weight: float,
     warmup: float = 1.0,
 ) -> Sample:
     """Return g, which is 0 everywhere exactly when u is the flow map's mean velocity.
 
-        g = (left + right) u - left v_left - right v_right - warmup (s - t) du
+        g = (lambda + gamma) u - gamma v_start - lambda v_end - warmup (s - t) jvp
 
-    The identity at the start of a jump is u = v(x_t, t) + (s - t) (du/dx v + du/dt), the one at its landing is
-    u + (s - t) du/ds = v(f(x_t, t, s), s); g is their sum, weighted by `left` and `right` (DE-CM, arXiv 2602.10764,
-    where they are gamma and lambda). (1, 0) is MeanFlow's and consistency training's equation, (0, 1) Lagrangian
-    distillation's, (1, 0) at s = t flow matching's.
+    The identity at the start of a step is u = v(x_t, t) + (s - t) (du/dx v + du/dt), the one at its end is
+    u + (s - t) du/ds = v(f(x_t, t, s), s); g is their sum, weighted by gamma and lambda (DE-CM, arXiv 2602.10764).
+    (gamma, lambda) = (1, 0) is MeanFlow's and consistency training's equation, (0, 1) Lagrangian distillation's, and
+    (1, 0) at s = t flow matching's.
 
     Args:
         u: the student's mean velocity, detached, (b, *d).
-        du: its derivative along `tangent(...)`; None where s = t, since it is then multiplied by 0.
-        v_left: the teacher's velocity at (x_t, t); None if left = 0.
-        v_right: the teacher's velocity at the landing point and time; None if right = 0.
+        jvp: its derivative along `tangent(...)`; None where s = t, since it is then multiplied by 0.
+        v_start: the teacher's velocity at (x_t, t); None if start_weight = 0.
+        v_end: the teacher's velocity at the end point and time; None if end_weight = 0.
         t: start times, (b,).
-        s: landing times, (b,).
-        left: weight of the start identity, at least 0.
-        right: weight of the landing identity, at least 0.
+        s: end times, (b,).
+        start_weight: gamma, weight of the start identity, at least 0.
+        end_weight: lambda, weight of the end identity, at least 0.
         warmup: factor in [0, 1] on the derivative term (sCM, arXiv 2410.11081, section 4.2).
     """
-    g = (left + right) * u
-    if v_left is not None:
-        g = g - left * v_left
-    if v_right is not None:
-        g = g - right * v_right
-    if du is not None:
-        g = g - warmup * expand(s - t, u) * du
+    g = (start_weight + end_weight) * u
+    if v_start is not None:
+        g = g - start_weight * v_start
+    if v_end is not None:
+        g = g - end_weight * v_end
+    if jvp is not None:
+        g = g - warmup * expand(s - t, u) * jvp
     return g

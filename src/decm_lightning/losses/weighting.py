@@ -1,7 +1,7 @@
-"""How a residual is normalised before the student is pulled along it, and how its rows are weighted by time.
+"""How a residual is normalized before the student is moved along it, and how its rows are weighted by time.
 
 Every loss moves u toward u - N(g). N decides how hard: it is one function of g, the same for all losses of a step,
-because a normalised loss beside a plain one starves one of the two.
+because a normalized loss beside a plain one starves one of the two.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
-Normaliser = Callable[[Sample], Sample]
+Normalization = Callable[[Sample], Sample]
 
 
 def plain(g: Sample) -> Sample:
@@ -32,12 +32,12 @@ def tangent_norm(g: Sample) -> Sample:
 
 
 def adaptive_l2(g: Sample) -> Sample:
-    """Return g / (mean(g^2) + 1e-3)^0.5: normalised L2 (MeanFlow, arXiv 2505.13447, section 4.3; FACM)."""
+    """Return g / (mean(g^2) + 1e-3)^0.5: normalized L2 (MeanFlow, arXiv 2505.13447, section 4.3; FACM)."""
     return g / (_per_row(g.square()) + 1e-3).sqrt()
 
 
-NormaliserName = Literal["plain", "clamp", "tangent_norm", "adaptive_l2"]
-NORMALISERS: dict[NormaliserName, Normaliser] = {
+NormalizationName = Literal["plain", "clamp", "tangent_norm", "adaptive_l2"]
+NORMALIZATIONS: dict[NormalizationName, Normalization] = {
     "plain": plain,
     "clamp": clamp,
     "tangent_norm": tangent_norm,
@@ -56,7 +56,7 @@ def warm_up(step: int, steps: int) -> float:
     return min(1.0, step / steps) if steps else 1.0
 
 
-def pull(u: Sample, g: Sample, weight: Time) -> Tensor:
+def stopgrad_mse(u: Sample, g: Sample, weight: Time) -> Tensor:
     """Return mean(weight |u - sg(u - g)|^2), whose gradient is 2 g du/dtheta: a scalar.
 
     The stop-gradient is here, where the target is born; g must carry no graph.
@@ -65,7 +65,7 @@ def pull(u: Sample, g: Sample, weight: Time) -> Tensor:
     return (expand(weight, u) * (u - u_target).square()).mean()
 
 
-def direction(u: Sample, g: Sample) -> Tensor:
+def cosine_loss(u: Sample, g: Sample) -> Tensor:
     """Return mean(1 - cosine similarity of u and sg(u - g) over the channels, axis 1): a scalar.
 
     The second half of the paper's flow-matching loss. With one channel the similarity is a sign: no gradient.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.metrics.parts import Frechet, Part
+from decm_lightning.metrics.feature_metrics import Frechet, Part
 
 SIDE = 224
 # ImageNet's, with which DINOv2 was trained, of pixels in [0, 1].
@@ -17,7 +17,7 @@ class DINOv2Features(nn.Module):
     """The class token of DINOv2 (arXiv 2304.07193); column `fd_dinov2`.
 
     As in the study of metrics above (dgm-eval): ViT-L/14, images of 224 x 224 pixels (bicubic, antialiased, rounded to
-    whole levels), normalised by ImageNet's mean and standard deviation. transformers interpolates the position
+    whole levels), normalized by ImageNet's mean and standard deviation. transformers interpolates the position
     embedding a little otherwise than the original code, so the last digits differ from published ones.
 
     Args:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from decm_lightning.files import file_sha256
+from decm_lightning.metrics.feature_metrics import Frechet, Kernel, Manifolds, Part, Score
 from decm_lightning.metrics.inception_network import CLASSES, SIDE, SPATIAL_CHANNELS, Inception
-from decm_lightning.metrics.parts import Frechet, Kernel, Manifolds, Part, Score
-from decm_lightning.networks.tensors import few, read_file
+from decm_lightning.networks.checkpoint_files import few, read_file
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"

@@ -20,7 +20,7 @@ SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch normalisation and ReLU; padded to keep the size unless told otherwise."""
+    """A convolution without bias, batch normalization and ReLU; padded to keep the size unless told otherwise."""
 
     name: str
     channels: int

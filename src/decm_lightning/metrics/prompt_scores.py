@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from decm_lightning.image_writer import picture
-from decm_lightning.metrics.parts import Counts, Part, Prompts
+from decm_lightning.metrics.feature_metrics import Counts, Part, Prompts
 from decm_lightning.metrics.reference import Reference
 
 

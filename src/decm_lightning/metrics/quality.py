@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
-from decm_lightning.metrics.parts import Counts, Frechet, Kernel, Part, Prompts
+from decm_lightning.metrics.feature_metrics import Counts, Frechet, Kernel, Part, Prompts
 from decm_lightning.metrics.reference import Reference
 from decm_lightning.types import Batch
 

@@ -53,7 +53,7 @@ class CaptionEmbedding(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens to caption tokens, which have no positions here, with normalised queries and keys."""
+    """Attention from image tokens to caption tokens, which have no positions here, with normalized queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

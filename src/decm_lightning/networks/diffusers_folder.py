@@ -8,7 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 from decm_lightning.files import describe_unreadable
-from decm_lightning.networks.tensors import few
+from decm_lightning.networks.checkpoint_files import few
 
 WEIGHTS = "diffusion_pytorch_model"
 """How the names of weights begin."""

@@ -1,7 +1,7 @@
 """A diffusion transformer with a second time: the student, and without the second time the teacher.
 
 Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and SiT (arXiv 2401.08740), so that their
-public checkpoints load as they are; `r_embedder` is FACM's name for the embedder of the landing time s.
+public checkpoints load as they are; `r_embedder` is FACM's name for the embedder of the end time s.
 """
 
 from typing import get_args
@@ -23,7 +23,7 @@ class DiT(Network):
     mlp="gelu", rotary=False, qk_norm=False, learn_sigma=True`.
 
     Weights begin as in DiT (arXiv 2212.09748): Xavier projections, zero modulation and output, embeddings of std 0.02.
-    With `landing_time` the embedding of s is added to those of t and of the class. Its output layer starts at zero, so
+    With `end_time` the embedding of s is added to those of t and of the class. Its output layer starts at zero, so
     that a student begun from a teacher's weights is the teacher for every s.
 
     Args:
@@ -35,8 +35,8 @@ class DiT(Network):
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: classes; index num_classes is the null class.
-        landing_time: embed the landing time s; without it s is ignored.
-        qk_norm: normalise queries and keys; LightningDiT's own checkpoints do not.
+        end_time: embed the end time s; without it s is ignored.
+        qk_norm: normalize queries and keys; LightningDiT's own checkpoints do not.
         shift: let the embedding shift as well as scale and gate each half of a block.
         norm: "rms" with learnt weights, or "layer" without.
         mlp: the feed-forward network: "swiglu", or "gelu".
@@ -58,7 +58,7 @@ class DiT(Network):
         heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
-        landing_time: bool = False,
+        end_time: bool = False,
         qk_norm: bool = True,
         shift: bool = True,
         norm: NormName = "rms",
@@ -78,7 +78,7 @@ class DiT(Network):
             "heads": heads,
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
-            "landing_time": landing_time,
+            "end_time": end_time,
             "qk_norm": qk_norm,
             "shift": shift,
             "norm": norm,
@@ -94,7 +94,7 @@ class DiT(Network):
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
-        self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time else None
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
         self.feat_rope = Rotary(width // heads, self.side) if rotary else None
@@ -132,9 +132,9 @@ class DiT(Network):
             tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, q=self.patch_size
         )
 
-    def with_landing_time(self) -> "DiT":
+    def with_end_time(self) -> "DiT":
         """Return a copy that also embeds s, and at first equals this network for every s."""
-        student = DiT(**(self.config | {"landing_time": True}))
+        student = DiT(**(self.config | {"end_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)

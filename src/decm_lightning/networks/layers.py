@@ -1,4 +1,4 @@
-"""The parts of a DiT: normalisation, attention, a feed-forward network, and the adaptive block around them."""
+"""The parts of a DiT: normalization, attention, a feed-forward network, and the adaptive block around them."""
 
 from typing import Literal, TypeAlias
 
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised x."""
+        """Return the normalized x."""
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
@@ -111,9 +111,9 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, with rotary positions if any and, unless told not to, normalised queries and keys.
+    """Self-attention, with rotary positions if any and, unless told not to, normalized queries and keys.
 
-    Both are normalised by RMSNorm over each head (arXiv 2302.05442).
+    Both are normalized by RMSNorm over each head (arXiv 2302.05442).
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = True) -> None:

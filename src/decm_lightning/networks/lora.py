@@ -1,4 +1,4 @@
-"""A network that is trained beside its weights: they stay frozen, and LoRA and a landing time are added."""
+"""A network that is trained beside its weights: they stay frozen, and LoRA and an end time are added."""
 
 import copy
 from abc import abstractmethod
@@ -35,11 +35,11 @@ class LoRANetwork(Network):
         self.register_load_state_dict_pre_hook(_with_base)
 
     @abstractmethod
-    def add_landing_time(self) -> None:
+    def add_end_time(self) -> None:
         """Add an embedding of s to the model, in place, that is zero at first."""
 
     def adapt(self, rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
-        """Add adapters and a landing time, in float32 or wider and the only parameters that train; return the network.
+        """Add adapters and an end time, in float32 or wider and the only parameters that train; return the network.
 
         Args:
             rank: of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
@@ -65,7 +65,7 @@ class LoRANetwork(Network):
         if "base" in self.config:
             self.config["base"] = self._checked_base()
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), self.model)
-        self.add_landing_time()
+        self.add_end_time()
         self.config |= {"rank": rank, "targets": list(targets)}
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         for parameter in trained.values():
@@ -73,10 +73,10 @@ class LoRANetwork(Network):
         self.added = frozenset(trained)
         return self
 
-    def with_landing_time(self, rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
+    def with_end_time(self, rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
         """Return a copy that also reads s, and at first equals this network for every s; its base is this one's.
 
-        A network that has a landing time already keeps it, and its adapters.
+        A network that has an end time already keeps it, and its adapters.
         """
         student = copy.deepcopy(self)
         if not self.added:

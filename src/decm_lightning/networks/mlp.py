@@ -29,20 +29,20 @@ class MLP(Network):
         self.num_classes = num_classes
         self.y_embedder = ClassEmbedding(num_classes, width) if num_classes else None
         self.start = nn.Linear(dimensions + 1, width)
-        self.landing = nn.Linear(1, width, bias=False)
+        self.end_time = nn.Linear(1, width, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.end = nn.Linear(width, dimensions)
-        nn.init.zeros_(self.landing.weight)
+        nn.init.zeros_(self.end_time.weight)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, dimensions)."""
-        h = self.start(torch.cat([x_t, t[:, None]], 1)) + self.landing(s[:, None])
+        h = self.start(torch.cat([x_t, t[:, None]], 1)) + self.end_time(s[:, None])
         if self.y_embedder is not None and condition is not None:
             h = h + self.y_embedder(condition)
         for layer in self.hidden:
             h = layer(nn.functional.silu(h))
         return self.end(nn.functional.silu(h))
 
-    def with_landing_time(self) -> "MLP":
+    def with_end_time(self) -> "MLP":
         """Return a copy: this network always reads s."""
         return copy.deepcopy(self).requires_grad_(True)

@@ -35,7 +35,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         """Return the mean velocity u over (t, s), shaped like x_t."""
 
     @abstractmethod
-    def with_landing_time(self) -> "Network":
+    def with_end_time(self) -> "Network":
         """Return a copy that also reads s, and at first equals this network for every s."""
 
     def _save_pretrained(self, save_directory: Path) -> None:

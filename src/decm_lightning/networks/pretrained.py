@@ -14,11 +14,11 @@ from safetensors.torch import save_model
 from torch import nn
 
 from decm_lightning.files import atomic
+from decm_lightning.networks.checkpoint_files import read_file
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
-from decm_lightning.networks.tensors import read_file
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
 

@@ -1,6 +1,6 @@
 """Sharded checkpoints: a folder into which each process of FSDP2 has written its part of every tensor.
 
-Lightning's ModelParallelStrategy writes weights and optimisers by torch.distributed.checkpoint, and all else that an
+Lightning's ModelParallelStrategy writes weights and optimizers by torch.distributed.checkpoint, and all else that an
 ordinary checkpoint holds, such as the step and what describes the network, into `meta.pt` beside them.
 torch.distributed.checkpoint is imported where it is needed alone: it takes a second.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from decm_lightning.files import atomic
-from decm_lightning.networks.tensors import read_file
+from decm_lightning.networks.checkpoint_files import read_file
 
 REST, INDEX = "meta.pt", ".metadata"
 """What is no tensor, and where the parts of each tensor are; both are written last."""
@@ -27,7 +27,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Return all of a sharded checkpoint but weights and optimisers.
+    """Return all of a sharded checkpoint but weights and optimizers.
 
     Raises:
         ValueError: if `folder` holds no sharded checkpoint, or one whose saving was cut short.
@@ -58,7 +58,7 @@ def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return a sharded checkpoint as one process would have written it, optimisers included.
+    """Return a sharded checkpoint as one process would have written it, optimizers included.
 
     Args:
         folder: the checkpoint.
@@ -82,7 +82,7 @@ def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    # Sharded, an optimiser knows its parameters by name; otherwise by their place in its groups.
+    # Sharded, an optimizer knows its parameters by name; otherwise by their place in its groups.
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     return {

@@ -9,7 +9,7 @@ from decm_lightning.networks.dit import check_sizes
 from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import FinalLayer, Rotary
 from decm_lightning.networks.network import Network
-from decm_lightning.networks.refinement import Refinement
+from decm_lightning.networks.pixel_skip import PixelSkipHead
 from decm_lightning.types import Captions, Condition, Sample, Time
 
 
@@ -31,8 +31,8 @@ class TextDiT(Network):
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
-        features: those of a `Refinement` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
-        landing_time: embed the landing time s; without it s is ignored.
+        features: those of a `PixelSkipHead` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
+        end_time: embed the end time s; without it s is ignored.
 
     Raises:
         ValueError: if a size is below 1 or does not divide as it must.
@@ -49,7 +49,7 @@ class TextDiT(Network):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         features: int = 0,
-        landing_time: bool = False,
+        end_time: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
@@ -63,7 +63,7 @@ class TextDiT(Network):
             "heads": heads,
             "mlp_ratio": mlp_ratio,
             "features": features,
-            "landing_time": landing_time,
+            "end_time": end_time,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.num_classes = 0
@@ -72,13 +72,13 @@ class TextDiT(Network):
         self.patch_size = patch_size
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
-        self.r_embedder = TimeEmbedding(width, zero_output=True) if landing_time else None
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time else None
         self.caption_embedder = CaptionEmbedding(caption_width, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
         self.feat_rope = Rotary(width // heads, self.side)
         self.blocks = nn.ModuleList(CaptionBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
-        self.refinement = Refinement(in_channels, width, features) if features else None
+        self.pixel_skip = PixelSkipHead(in_channels, width, features) if features else None
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -98,7 +98,7 @@ class TextDiT(Network):
         patches = self.final_layer(tokens, embedding)
         sizes = {"h": self.side, "p": self.patch_size, "q": self.patch_size}
         u = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sizes)
-        return (u if self.refinement is None else self.refinement(u, x_t, embedding)).to(x_t.dtype)
+        return (u if self.pixel_skip is None else self.pixel_skip(u, x_t, embedding)).to(x_t.dtype)
 
     def checked(self, condition: Condition) -> Captions:
         """Return the condition, if it is one for this network.
@@ -136,9 +136,9 @@ class TextDiT(Network):
         """Return the blocks."""
         return list(self.blocks)
 
-    def with_landing_time(self) -> "TextDiT":
+    def with_end_time(self) -> "TextDiT":
         """Return a copy that also embeds s, and at first equals this network for every s."""
-        student = TextDiT(**(self.config | {"landing_time": True}))
+        student = TextDiT(**(self.config | {"end_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)

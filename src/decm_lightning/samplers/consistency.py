@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 
 from decm_lightning.path import DATA, NOISE, interpolate
-from decm_lightning.samplers.steps import at, check_steps, land
+from decm_lightning.samplers.steps import at, check_steps, flow_map_step
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
@@ -41,9 +41,9 @@ def consistency(
     check_steps(steps)
     times = [0.7 + 0.3 * k / (steps - 1) for k in range(steps - 1)] if times is None else list(times)
     check_times(times, steps)
-    x_hat = land(student, x_0, NOISE, DATA, condition)
+    x_hat = flow_map_step(student, x_0, NOISE, DATA, condition)
     for time in times:
-        x_hat = land(student, renoise(x_hat, time, generator), time, DATA, condition)
+        x_hat = flow_map_step(student, renoise(x_hat, time, generator), time, DATA, condition)
     return x_hat
 
 

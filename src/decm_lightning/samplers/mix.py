@@ -6,7 +6,7 @@ import torch
 
 from decm_lightning.path import DATA, NOISE, jump
 from decm_lightning.samplers.consistency import Generators, renoise
-from decm_lightning.samplers.steps import at, check_s1, check_steps, land
+from decm_lightning.samplers.steps import at, check_s1, check_steps, flow_map_step
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 
@@ -21,7 +21,7 @@ def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, 
         x_0: noise, (b, *d).
         condition: class labels, (b,), or None.
         steps: network evaluations, at least 1.
-        s1: landing time of the first jump, in (0, 1); None for 0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on.
+        s1: end time of the first jump, in (0, 1); None for 0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on.
 
     Raises:
         ValueError: if steps is below 1 or s1 is not in (0, 1).
@@ -30,13 +30,13 @@ def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, 
     s1 = _default_s1(steps) if s1 is None else s1
     check_s1(s1)
     if steps == 1:
-        return land(student, x_0, NOISE, DATA, condition)
+        return flow_map_step(student, x_0, NOISE, DATA, condition)
     grid = torch.linspace(s1, DATA, steps, dtype=torch.float64).tolist()
-    x_t = land(student, x_0, NOISE, s1, condition)
+    x_t = flow_map_step(student, x_0, NOISE, s1, condition)
     for start, end in pairwise(grid[:-1]):
         t = at(start, x_t)
         x_t = jump(x_t, student(x_t, t, t, condition), t, at(end, x_t))
-    return land(student, x_t, grid[-2], DATA, condition)
+    return flow_map_step(student, x_t, grid[-2], DATA, condition)
 
 
 def mix_renoised(
@@ -58,7 +58,7 @@ def mix_renoised(
         condition: class labels, (b,), or None.
         steps: network evaluations, at least 1.
         generator: the source of the noise that is put back, one or one for each row; None for torch's own.
-        s1: landing time of the first jump, in (0, 1).
+        s1: end time of the first jump, in (0, 1).
 
     Raises:
         ValueError: if steps is below 1 or s1 is not in (0, 1).
@@ -66,11 +66,11 @@ def mix_renoised(
     check_steps(steps)
     check_s1(s1)
     if steps == 1:
-        return land(student, x_0, NOISE, DATA, condition)
-    x_hat = land(student, land(student, x_0, NOISE, s1, condition), s1, DATA, condition)
+        return flow_map_step(student, x_0, NOISE, DATA, condition)
+    x_hat = flow_map_step(student, flow_map_step(student, x_0, NOISE, s1, condition), s1, DATA, condition)
     for k in range(1, steps - 1):
         time = s1 + (DATA - s1) * k / (steps - 1)
-        x_hat = land(student, renoise(x_hat, time, generator), time, DATA, condition)
+        x_hat = flow_map_step(student, renoise(x_hat, time, generator), time, DATA, condition)
     return x_hat
 
 

@@ -11,9 +11,9 @@ def at(time: float, x: Sample) -> Time:
     return torch.full((len(x),), time, dtype=time_dtype(x), device=x.device)
 
 
-def land(student: FlowMapNetwork, x_t: Sample, start: float, landing: float, condition: Condition) -> Sample:
-    """Return f(x_t, t, s): one jump of the student from time `start` to time `landing`."""
-    t, s = at(start, x_t), at(landing, x_t)
+def flow_map_step(student: FlowMapNetwork, x_t: Sample, start: float, end: float, condition: Condition) -> Sample:
+    """Return f(x_t, t, s): one jump of the student from time `start` to time `end`."""
+    t, s = at(start, x_t), at(end, x_t)
     return jump(x_t, student(x_t, t, s, condition), t, s)
 
 
@@ -24,6 +24,6 @@ def check_steps(steps: int) -> None:
 
 
 def check_s1(s1: float) -> None:
-    """Refuse a first landing time outside (0, 1)."""
+    """Refuse a first end time outside (0, 1)."""
     if not 0 < s1 < 1:
         raise ValueError(f"s1 must be between 0 and 1, both excluded: got {s1}")

@@ -6,15 +6,14 @@ from decm_lightning.teachers.diffusers_pixart import DiffusersPixArtTeacher
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.diffusers_sana import DiffusersSanaTeacher
 from decm_lightning.teachers.diffusers_sd3 import DiffusersSD3Teacher
-from decm_lightning.teachers.dit import DiTTeacher
 from decm_lightning.teachers.exact import ExactTeacher
 from decm_lightning.teachers.facebook_dit import FacebookDiTTeacher
 from decm_lightning.teachers.lightningdit import LightningDiTTeacher
+from decm_lightning.teachers.pretrained import PretrainedTeacher
 from decm_lightning.teachers.sit import SiTTeacher
 from decm_lightning.teachers.teacher import Teacher
 
 __all__ = [
-    "DiTTeacher",
     "DiffusersDiTTeacher",
     "DiffusersFluxTeacher",
     "DiffusersPixArtTeacher",
@@ -24,6 +23,7 @@ __all__ = [
     "ExactTeacher",
     "FacebookDiTTeacher",
     "LightningDiTTeacher",
+    "PretrainedTeacher",
     "SiTTeacher",
     "Teacher",
 ]

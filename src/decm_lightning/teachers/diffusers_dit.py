@@ -71,7 +71,7 @@ class DiffusersDiTTeacher(Teacher):
         return [self.model]
 
     def student(self) -> Network:
-        """Refuse: the model has no embedding of a landing time, and predicts no velocity.
+        """Refuse: the model has no embedding of an end time, and predicts no velocity.
 
         Raises:
             ValueError: always.

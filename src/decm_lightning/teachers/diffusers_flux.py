@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype, LandingTime
+from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype, EndTime
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
 from decm_lightning.types import Captions, Condition, Sample, Time
 
@@ -31,7 +31,7 @@ class ExactTime(nn.Module):
         return self.embedding(*(1000 * value for value in exact if value is not None), pooled)
 
 
-class FluxLandingTime(LandingTime):
+class FluxEndTime(EndTime):
     """Takes s beside the pooled caption, too."""
 
     def forward(self, *args: Any) -> Tensor:  # type: ignore[override]
@@ -48,7 +48,7 @@ class Flux(DiffusersNetwork):
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
-        rank: of the LoRA adapters, which come with a landing time; None for the model alone.
+        rank: of the LoRA adapters, which come with an end time; None for the model alone.
         targets: ends of the names of the projections to adapt; None for the attention's.
         dtype: of the pretrained weights. What is added is in float32.
         side: of the latents to draw, as sample_shape says; an even number.
@@ -57,7 +57,7 @@ class Flux(DiffusersNetwork):
     """
 
     kind: ClassVar[str] = "FluxTransformer2DModel"
-    landing_class: ClassVar[type[LandingTime]] = FluxLandingTime
+    embedder_class: ClassVar[type[EndTime]] = FluxEndTime
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DiffusersFluxTeacher(DiffusersTeacher):
     """Flux.1, such as black-forest-labs/FLUX.1-dev; samples are latents of its VAE.
 
     Flux.1-dev was distilled to be guided by an embedded scale: one pass gives the guided velocity, so the guidance of
-    the distiller stays 1. Latents are normalised as its pipeline does: (z - shift_factor) scaling_factor.
+    the distiller stays 1. Latents are normalized as its pipeline does: (z - shift_factor) scaling_factor.
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.

@@ -19,8 +19,8 @@ JOINT = (*SELF_AND_CROSS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
 """The attention's projections, which diffusers' own LoRA training adapts; those of joint attention have the text's."""
 
 
-class LandingTime(nn.Module):
-    """A time embedding of diffusers, and beside it that of the landing time s: zero at first.
+class EndTime(nn.Module):
+    """A time embedding of diffusers, and beside it that of the end time s: zero at first.
 
     s is embedded in [0, 1] as it is: times 1000, as diffusers embeds t, it would make the derivative in s large.
     Transformers hand the time they are given to their embedding as it is: here it is the pair (time, s).
@@ -33,7 +33,7 @@ class LandingTime(nn.Module):
     def __init__(self, embedding: nn.Module, width: int) -> None:
         super().__init__()
         self.embedding = embedding
-        self.landing = TimeEmbedding(width, zero_output=True)
+        self.end_time = TimeEmbedding(width, zero_output=True)
 
     def forward(self, times: tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the sum of both embeddings, (b, width)."""
@@ -42,7 +42,7 @@ class LandingTime(nn.Module):
 
     def add(self, embedded: Tensor, s: Time) -> Tensor:
         """Return an embedding with that of s added, in the dtype it has."""
-        return embedded + self.landing(s).to(embedded.dtype)
+        return embedded + self.end_time(s).to(embedded.dtype)
 
 
 class DiffusersNetwork(LoRANetwork):
@@ -53,7 +53,7 @@ class DiffusersNetwork(LoRANetwork):
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
-        rank: of the LoRA adapters, which come with a landing time; None for the model alone.
+        rank: of the LoRA adapters, which come with an end time; None for the model alone.
         targets: ends of the names of the projections to adapt; None for the attention's.
         dtype: of the pretrained weights. What is added is in float32.
         side: of the latents to draw, as sample_shape says; None for the model's own.
@@ -71,7 +71,7 @@ class DiffusersNetwork(LoRANetwork):
     """The class in diffusers."""
     time_embedding: ClassVar[str] = "time_text_embed"
     """The name of the module that embeds the time."""
-    landing_class: ClassVar[type[LandingTime]] = LandingTime
+    embedder_class: ClassVar[type[EndTime]] = EndTime
     projections: ClassVar[Sequence[str]] = JOINT
     caption_key: ClassVar[str] = "joint_attention_dim"
     """The entry of the model's config that is the width of a caption's token."""
@@ -136,13 +136,13 @@ class DiffusersNetwork(LoRANetwork):
             raise ValueError(f"captions of {name} need a pooled vector (b, {self.pooled_width}): got width {pooled}")
         return condition
 
-    def add_landing_time(self) -> None:
-        """Put a `LandingTime` around the model's time embedding."""
+    def add_end_time(self) -> None:
+        """Put a `EndTime` around the model's time embedding."""
         settings = self.model.config
         width = settings.num_attention_heads * settings.attention_head_dim
         embedding = self.model.get_submodule(self.time_embedding)
-        landing = self.landing_class(embedding, width).to(next(embedding.parameters()).device)
-        self.model.set_submodule(self.time_embedding, landing)
+        embedder = self.embedder_class(embedding, width).to(next(embedding.parameters()).device)
+        self.model.set_submodule(self.time_embedding, embedder)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

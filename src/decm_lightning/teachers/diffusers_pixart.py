@@ -23,7 +23,7 @@ class PixArt(DiffusersNetwork):
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
-        rank: of the LoRA adapters, which come with a landing time; None for the model alone.
+        rank: of the LoRA adapters, which come with an end time; None for the model alone.
         targets: ends of the names of the projections to adapt; None for the attention's.
         dtype: of the pretrained weights. What is added is in float32.
         side: of the latents to draw, as sample_shape says; None for the model's own.
@@ -77,7 +77,7 @@ class PixArt(DiffusersNetwork):
 class DiffusersPixArtTeacher(DiffusersTeacher):
     """PixArt-Alpha or -Sigma, such as PixArt-alpha/PixArt-Sigma-XL-2-512-MS; samples are latents of its VAE.
 
-    Latents are normalised as its pipeline does: times the scaling_factor of the VAE's config.
+    Latents are normalized as its pipeline does: times the scaling_factor of the VAE's config.
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.

@@ -48,7 +48,7 @@ class Sana(DiffusersNetwork):
 class DiffusersSanaTeacher(DiffusersTeacher):
     """Sana, such as Efficient-Large-Model/Sana_1600M_512px_diffusers; samples are latents of its autoencoder.
 
-    Latents are normalised as its pipeline does: times the scaling_factor of the autoencoder's config.
+    Latents are normalized as its pipeline does: times the scaling_factor of the autoencoder's config.
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.

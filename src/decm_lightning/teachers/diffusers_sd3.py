@@ -30,7 +30,7 @@ class SD3(DiffusersNetwork):
 class DiffusersSD3Teacher(DiffusersTeacher):
     """Stable Diffusion 3 or 3.5, such as stabilityai/stable-diffusion-3.5-medium; samples are latents of its VAE.
 
-    Latents are normalised as its pipeline does: (z - shift_factor) scaling_factor, from the VAE's config.
+    Latents are normalized as its pipeline does: (z - shift_factor) scaling_factor, from the VAE's config.
 
     Args:
         model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.

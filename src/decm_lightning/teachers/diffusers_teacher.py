@@ -14,7 +14,7 @@ from decm_lightning.types import Captions, Condition
 
 
 class DiffusersTeacher(Teacher):
-    """A frozen transformer of diffusers; `student()` shares its weights and adds LoRA and a landing time.
+    """A frozen transformer of diffusers; `student()` shares its weights and adds LoRA and an end time.
 
     The two are never out of step and cost the memory of one: what the student trains is its own, and the teacher has
     none of it. Captions are what the pipeline's `encode_prompt` gives, as `DiffusersPrompts` returns them.
@@ -72,5 +72,5 @@ class DiffusersTeacher(Teacher):
         return Captions(tokens.expand(rows, -1, -1), mask if mask is None else mask.expand(rows, -1), pooled)
 
     def student(self) -> Network:
-        """Return a trainable flow map that equals the teacher for every landing time, and shares its weights."""
-        return self.network.with_landing_time(self.rank, self.targets).train()
+        """Return a trainable flow map that equals the teacher for every end time, and shares its weights."""
+        return self.network.with_end_time(self.rank, self.targets).train()

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from decm_lightning.networks import Network, load_public
-from decm_lightning.networks.tensors import Weights
+from decm_lightning.networks.checkpoint_files import Weights
 from decm_lightning.teachers.diffusers_noise import NoisePrediction
 from decm_lightning.teachers.prediction import refuse_other_prediction
 from decm_lightning.teachers.teacher import Teacher

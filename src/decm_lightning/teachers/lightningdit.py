@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from decm_lightning.networks import load_public
+from decm_lightning.networks.checkpoint_files import Weights
 from decm_lightning.networks.embedding import TimeEmbedding
-from decm_lightning.networks.tensors import Weights
 from decm_lightning.teachers.prediction import refuse_other_prediction
 from decm_lightning.teachers.teacher import Teacher
 

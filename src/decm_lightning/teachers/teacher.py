@@ -53,11 +53,11 @@ class Teacher:
         return list(self.networks())
 
     def student(self) -> Network:
-        """Return a trainable flow map that equals the teacher for every landing time."""
+        """Return a trainable flow map that equals the teacher for every end time."""
         # The first process alone may have the weights.
         is_meta = any(parameter.is_meta for parameter in self.network.parameters())
         with torch.device("meta") if is_meta else nullcontext():
-            return self.network.with_landing_time().train()
+            return self.network.with_end_time().train()
 
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or cast the network along with the module that holds the teacher."""

@@ -152,7 +152,7 @@ class TextEncoder(CaptionEncoder):
 class MiniLM(TextEncoder):
     """The sentence encoder all-MiniLM-L6-v2, 22.7 million parameters and 384 wide, from its package of files.
 
-    The mean of a caption's tokens, normalised, is its sentence embedding.
+    The mean of a caption's tokens, normalized, is its sentence embedding.
 
     Args:
         max_tokens: longer captions are cut to so many tokens, at least 1; it was trained with 128.

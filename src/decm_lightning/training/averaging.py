@@ -59,11 +59,11 @@ def _widen_inputs(network: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 class EMA(L.Callback):
-    """average <- decay average + (1 - decay) network after every optimiser step.
+    """average <- decay average + (1 - decay) network after every optimizer step.
 
     The module owns both as submodules, `network` and `average`, so that a strategy shards and a checkpoint holds the
     average like any other weights; nothing is swapped in or out. The decay warms up as (1 + n) / (10 + n), n being
-    the optimiser steps so far, and needs no state of its own. Buffers, such as running statistics, are copied.
+    the optimizer steps so far, and needs no state of its own. Buffers, such as running statistics, are copied.
 
     Args:
         decay: in [0, 1).
@@ -79,7 +79,7 @@ class EMA(L.Callback):
         self.last_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count optimiser steps from where the run stands."""
+        """Count optimizer steps from where the run stands."""
         self.last_step = trainer.global_step
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What training a teacher and distilling a student share: optimiser, average, randomness, and what may not be NaN."""
+"""What training a teacher and distilling a student share: optimizer, average, randomness, and what may not be NaN."""
 
 import logging
 from collections.abc import Callable
@@ -46,9 +46,9 @@ class FlowTraining(L.LightningModule):
 
     Args:
         network: what is trained.
-        optimizer: makes the optimiser from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimiser; None for a constant rate.
-        ema_decay: decay of the average per optimiser step, in [0, 1); it warms up as (1 + n) / (10 + n).
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        ema_decay: decay of the average per optimizer step, in [0, 1); it warms up as (1 + n) / (10 + n).
         gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
         compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
 
@@ -98,7 +98,7 @@ class FlowTraining(L.LightningModule):
         return [self.network, self.average]
 
     def configure_model(self) -> None:
-        """Compile and shard, each once: Lightning asks for each run, before it makes the optimiser.
+        """Compile and shard, each once: Lightning asks for each run, before it makes the optimizer.
 
         Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
 
@@ -120,7 +120,7 @@ class FlowTraining(L.LightningModule):
             shard(network, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        """Return the optimiser over the trained network and its per-step schedule.
+        """Return the optimizer over the trained network and its per-step schedule.
 
         Raises:
             ValueError: if OneCycleLR has so few steps that one of its phases has none.

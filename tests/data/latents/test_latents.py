@@ -181,8 +181,8 @@ def test_moments_are_those_of_all_values_together(count, tmp_path):
 @pytest.mark.parametrize(
     ("written", "options", "message"),
     [
-        # Normalised before they were written, and again when they are read.
-        ({"mean": 0.0, "std": 1.0}, {}, r"deviation 0\.2.*normalised before they were written, or is latents_stats"),
+        # Normalized before they were written, and again when they are read.
+        ({"mean": 0.0, "std": 1.0}, {}, r"deviation 0\.2.*normalized before they were written, or is latents_stats"),
         (
             {},
             {"latent_norm": False},

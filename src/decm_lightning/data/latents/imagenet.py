@@ -1,4 +1,4 @@
-"""Images as latents of a VAE, in LightningDiT's format: normalised, mirrored at random, and checked before training."""
+"""Images as latents of a VAE, in LightningDiT's format: normalized, mirrored at random, and checked before training."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

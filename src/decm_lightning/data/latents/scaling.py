@@ -86,7 +86,7 @@ class Scaling:
             return f"set latent_norm to true, or latent_multiplier to {self.multiplier / max(std, 1e-8):.3g}"
         if self.multiplier != 1:
             return "with statistics latent_multiplier is 1"
-        return f"were they normalised before they were written, or is {STATISTICS} of other latents?"
+        return f"were they normalized before they were written, or is {STATISTICS} of other latents?"
 
     @classmethod
     def read(cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float) -> "Scaling":

@@ -1,4 +1,4 @@
-"""The exact derivative in one pass: dual values (u, du) pushed through the network's ordinary forward."""
+"""The exact derivative in one pass: dual values (u, jvp) pushed through the network's ordinary forward."""
 
 from decm_lightning.derivatives.dual import attention, layers, pointwise, structure
 from decm_lightning.derivatives.dual.engine import dual

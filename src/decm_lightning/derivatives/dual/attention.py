@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import Pair, rule
 from decm_lightning.derivatives.dual.fused_attention import fused_tangent, supports
-from decm_lightning.derivatives.dual.value import refuse
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows
+from decm_lightning.derivatives.dual.value import unsupported
 
 BLOCK = 256
 """Queries in a block: at 1,024 tokens half the time and a quarter of the memory of forward mode."""
@@ -43,13 +43,13 @@ RECORDED: list[set[FusedCall]] = []
 """Uses of the fused kernel, recorded instead of computed while `fused_check` collects them."""
 
 
-def _before_matrices(cut: Cut, *_: Any, **__: Any) -> bool:
-    return cut.axis < -2
+def _before_matrices(rows: TangentRows, *_: Any, **__: Any) -> bool:
+    return rows.axis < -2
 
 
-@rule("scaled_dot_product_attention", keeps=_before_matrices, broadcasts=True)
+@rule("scaled_dot_product_attention", is_rowwise=_before_matrices, broadcasts=True)
 def attention(
-    cut: Cut | None,
+    rows: TangentRows | None,
     func: Callable,
     value: Tensor,
     /,
@@ -64,7 +64,7 @@ def attention(
 ) -> Tensor:
     """Return P dV + dP V, with P = softmax(S), dP = P dS - P rowsum(P dS), S = c Q K^T, dS = c (dQ K^T + Q dK^T)."""
     if dropout_p or isinstance(attn_mask, Pair):
-        refuse("scaled_dot_product_attention", "with dropout or with a mask that has a tangent")
+        unsupported("scaled_dot_product_attention", "with dropout or with a mask that has a tangent")
     # Autocast reaches torch's attention, and no kernel of ours.
     (q, dq), (k, dk), (v, dv) = (_split(given, value.dtype) for given in (query, key, content))
     if enable_gqa:

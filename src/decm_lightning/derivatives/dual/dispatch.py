@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from decm_lightning.derivatives.dual.cut import Cut
-from decm_lightning.derivatives.dual.value import Dual, Family, NoTangentError, refuse
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows
+from decm_lightning.derivatives.dual.value import Dual, NoTangentError, RuleSet, unsupported
 
 SPELLINGS = {
     "concat": "cat",
@@ -50,15 +50,15 @@ class Rule:
     """The derivative of one operation.
 
     Attributes:
-        derivative: from (cut, func, value, *args, **kwargs), with pairs among the arguments, to the tangent of value,
+        derivative: from (rows, func, value, *args, **kwargs), with pairs among the arguments, to the tangent of value,
             or to a sequence of one for each part of it.
-        keeps: from the same, with the duals themselves: whether the operation can be done on the cut tangents alone.
+        is_rowwise: from the same, with the duals themselves: whether the tangent's rows alone are enough.
             If not, they are padded first, which is always right and costs the work on zeros.
         broadcasts: tensors among the arguments are aligned with the duals, and are cut as they are.
     """
 
     derivative: Callable[..., Any]
-    keeps: Callable[..., bool]
+    is_rowwise: Callable[..., bool]
     broadcasts: bool
 
 
@@ -72,11 +72,13 @@ def always(*_: Any, **__: Any) -> bool:
     return True
 
 
-def rule(*names: str, keeps: Callable[..., bool] = always, broadcasts: bool = False) -> Callable[[Callable], Callable]:
+def rule(
+    *names: str, is_rowwise: Callable[..., bool] = always, broadcasts: bool = False
+) -> Callable[[Callable], Callable]:
     """Register the derivative of the operations of these names."""
 
     def register(derivative: Callable) -> Callable:
-        RULES.update(dict.fromkeys(names, Rule(derivative, keeps, broadcasts)))
+        RULES.update(dict.fromkeys(names, Rule(derivative, is_rowwise, broadcasts)))
         return derivative
 
     return register
@@ -100,7 +102,7 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
         NoTangentError: if the operation has no forward derivative.
     """
     if torch.compiler.is_compiling():
-        refuse(_name(func), "it has no rule but forward mode, which cannot be compiled")
+        unsupported(_name(func), "it has no rule but forward mode, which cannot be compiled")
 
     def to_forward(given: Any) -> Any:
         return forward_ad.make_dual(given.primal.detach(), given.tangent) if isinstance(given, Pair) else given
@@ -110,7 +112,7 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
             return result
         tangent = forward_ad.unpack_dual(result).tangent
         # Operations registered without a derivative drop the tangent and do not raise.
-        return refuse(_name(func), "it gave none in forward mode") if tangent is None else tangent
+        return unsupported(_name(func), "it gave none in forward mode") if tangent is None else tangent
 
     with forward_ad.dual_level():
         try:
@@ -122,8 +124,8 @@ def forward_mode(func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 FALLBACK = Rule(
-    lambda cut, func, value, /, *args, **kwargs: forward_mode(func, *args, **kwargs),
-    keeps=lambda *_, **__: False,
+    lambda rows, func, value, /, *args, **kwargs: forward_mode(func, *args, **kwargs),
+    is_rowwise=lambda *_, **__: False,
     broadcasts=False,
 )
 """For every operation without a rule: rows may be mixed."""
@@ -138,7 +140,7 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """
     name = _name(func)
     if _in_place(name) or kwargs.get("inplace") or kwargs.get("out") is not None:
-        refuse(name, "operations in place are not carried")
+        unsupported(name, "operations in place are not carried")
     leading = LEADING if name != "scaled_dot_product_attention" else (*LEADING, "value")
     args = (*args, *(kwargs[key] for key in leading if key in kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in leading}
@@ -146,52 +148,52 @@ def apply(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         return COMPOSITES[name](func, *args, **kwargs)
     duals = _duals((args, kwargs))
     if duals and name in LEAKS:
-        refuse(name, "no rule for this operation")
-    if duals and duals[0].family.recorded and not torch.is_grad_enabled():
-        refuse(name, "under no_grad, in reentrant checkpointing or an autograd.Function u would lose its graph")
+        unsupported(name, "no rule for this operation")
+    if duals and duals[0].rule_set.recorded and not torch.is_grad_enabled():
+        unsupported(name, "under no_grad, in reentrant checkpointing or an autograd.Function u would lose its graph")
     if name in SHAPE_ONLY and _duals((args[1:], kwargs)):
-        refuse(name, "a number taken out of a value has no derivative")
+        unsupported(name, "a number taken out of a value has no derivative")
     fallback = bool(duals) and name not in RULES and name not in SHAPE_ONLY
     before = _random_state(duals) if fallback else None
     value = func(*replace(args, _primal), **replace(kwargs, _primal))
     if before is not None and before != _random_state(duals):
-        refuse(name, "it draws random numbers")
+        unsupported(name, "it draws random numbers")
     if duals and name in CASTS and _is_whole(value):
-        refuse(name, f"{value.dtype} has no derivative")
+        unsupported(name, f"{value.dtype} has no derivative")
     if not duals or name in SHAPE_ONLY or not _is_differentiable(value):
         return value
     if name in LIKE and not _duals(args[0]):
         return value
     with torch.no_grad():
         tangent = _derive(FALLBACK if fallback else RULES[name], duals, func, value, args, kwargs)
-        pair = _pair(value, tangent, duals[0].family)
-        if duals[0].family.watched:
+        pair = _pair(value, tangent, duals[0].rule_set)
+        if duals[0].rule_set.watched:
             replace(pair, partial(_watch, name))
         return pair
 
 
 def _derive(rule: Rule, duals: list[Dual], func: Callable, value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    cuts = {Cut.between(dual.primal, dual.tangent) for dual in duals if dual.tangent is not None}
-    cut = cuts.pop() if len(cuts) == 1 else None
-    if cut is not None and not rule.keeps(cut, func, value, *args, **kwargs):
-        cut = None
+    candidates = {TangentRows.between(dual.primal, dual.tangent) for dual in duals if dual.tangent is not None}
+    rows = candidates.pop() if len(candidates) == 1 else None
+    if rows is not None and not rule.is_rowwise(rows, func, value, *args, **kwargs):
+        rows = None
 
     def shorten(given: Dual | Tensor) -> Pair | Tensor:
         if isinstance(given, Dual) and given.tangent is not None:
-            return Pair(given.primal, given.padded()) if cut is None else Pair(cut.of(given.primal), given.tangent)
+            return Pair(given.primal, given.padded()) if rows is None else Pair(rows.of(given.primal), given.tangent)
         constant = _primal(given)
-        return cut.of(constant) if cut is not None and rule.broadcasts else constant
+        return rows.of(constant) if rows is not None and rule.broadcasts else constant
 
-    return rule.derivative(cut, func, value, *replace(args, shorten), **replace(kwargs, shorten))
+    return rule.derivative(rows, func, value, *replace(args, shorten), **replace(kwargs, shorten))
 
 
-def _pair(value: Any, tangent: Any, family: Family) -> Any:
+def _pair(value: Any, tangent: Any, rule_set: RuleSet) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)([_pair(part, along, family) for part, along in zip(value, tangent, strict=True)])
+        return type(value)([_pair(part, along, rule_set) for part, along in zip(value, tangent, strict=True)])
     if not _is_differentiable(value):
         return value
-    Cut.between(value, tangent)
-    return Dual(value, tangent.to(value.dtype), family)
+    TangentRows.between(value, tangent)
+    return Dual(value, tangent.to(value.dtype), rule_set)
 
 
 def _watch(name: str, pair: Dual | Tensor) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from decm_lightning.derivatives.dual.value import Dual, Family, NoTangentError
-from decm_lightning.derivatives.jet import Jet, Tangent
+from decm_lightning.derivatives.dual.value import Dual, NoTangentError, RuleSet
+from decm_lightning.derivatives.forward import JVPResult, Tangent
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 
@@ -18,8 +18,8 @@ def dual(
     condition: Condition,
     tangent: Tangent | None,
     watched: bool = False,
-) -> Jet:
-    """Return u with its ordinary graph and du without any, both from one pass over the network.
+) -> JVPResult:
+    """Return u with its ordinary graph and jvp without any, both from one pass over the network.
 
     Every operation gives its value as always and beside it, under no_grad, its derivative along the tangent in the rows
     that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. The
@@ -31,7 +31,7 @@ def dual(
         network: the student.
         x_t: start points, (b, *d).
         t: start times, (b,).
-        s: landing times, (b,).
+        s: end times, (b,).
         condition: class labels, (b,), or None.
         tangent: direction over (x, t, s) of the first rows; None to skip the derivative.
         watched: stop at the first tangent that is not finite; it costs a look at every one of them.
@@ -40,23 +40,23 @@ def dual(
         NoTangentError: if an operation has no tangent, or no finite one; the message names it and its layer.
     """
     if tangent is None:
-        return Jet(network(x_t, t, s, condition), None)
+        return JVPResult(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
-    family = Family(watched)
+    rule_set = RuleSet(watched)
     inputs: list[Any] = [
-        value if along is None else Dual(value, along.detach().to(value), family)
+        value if along is None else Dual(value, along.detach().to(value), rule_set)
         for value, along in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
     ]
     try:
         end: Any = network(inputs[0], inputs[1], inputs[2], condition)
         if not isinstance(end, Dual):
-            return Jet(end, torch.zeros_like(end[:rows]))
-        return Jet(end.primal, end.padded()[:rows])
+            return JVPResult(end, torch.zeros_like(end[:rows]))
+        return JVPResult(end.primal, end.padded()[:rows])
     except NoTangentError as error:
         raise NoTangentError(f"{error}{_place(network, error)}") from error
     finally:
         # Gradient checkpointing keeps a block's inputs and runs it again in the backward pass, without tangents.
-        for member in list(family):
+        for member in list(rule_set):
             member.tangent = None
 
 

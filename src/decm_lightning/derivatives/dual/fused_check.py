@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from decm_lightning.derivatives.dual.attention import ANNOUNCED, BLOCK, RECORDED, FusedCall, by_blocks
 from decm_lightning.derivatives.dual.engine import dual
 from decm_lightning.derivatives.dual.fused_attention import fused_tangent, refuse_fused, supports
-from decm_lightning.derivatives.jet import Tangent
+from decm_lightning.derivatives.forward import Tangent
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """The largest relative error |fused - exact| / |exact| over all elements: about ten times the rounding error."""

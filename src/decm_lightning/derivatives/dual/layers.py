@@ -1,4 +1,4 @@
-"""Tangents of products, convolutions, softmax and normalisation."""
+"""Tangents of products, convolutions, softmax and normalization."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import Pair, forward_mode, rule
 from decm_lightning.derivatives.dual.structure import apart
-from decm_lightning.derivatives.dual.value import Dual, refuse
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows
+from decm_lightning.derivatives.dual.value import Dual, unsupported
 
 BY_SAMPLE = {
     *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d"),
@@ -22,35 +22,50 @@ def _only_dual_is_first(*args: Any, **kwargs: Any) -> bool:
     return not any(isinstance(value, Dual | Pair) for value in (*args[1:], *kwargs.values()))
 
 
-def _on_first_axis(cut: Cut, func: Callable, value: Any, /, x: Dual, *args: Any, **kwargs: Any) -> bool:
-    return cut.axis == -x.ndim and _only_dual_is_first(x, *args, **kwargs)
+def _on_first_axis(rows: TangentRows, func: Callable, value: Any, /, x: Dual, *args: Any, **kwargs: Any) -> bool:
+    return rows.axis == -x.ndim and _only_dual_is_first(x, *args, **kwargs)
 
 
-def _not_on_last_axis(cut: Cut, func: Callable, value: Any, /, x: Any, *args: Any, **kwargs: Any) -> bool:
-    return cut.axis != -1 and _only_dual_is_first(x, *args, **kwargs)
+def _not_on_last_axis(rows: TangentRows, func: Callable, value: Any, /, x: Any, *args: Any, **kwargs: Any) -> bool:
+    return rows.axis != -1 and _only_dual_is_first(x, *args, **kwargs)
 
 
-def _before_matrices(cut: Cut, func: Callable, value: Any, /, *factors: Any, **kwargs: Any) -> bool:
-    return cut.axis < -2 and all(factor.ndim > 1 for factor in factors)
+def _before_matrices(rows: TangentRows, func: Callable, value: Any, /, *factors: Any, **kwargs: Any) -> bool:
+    return rows.axis < -2 and all(factor.ndim > 1 for factor in factors)
 
 
 def _outside_norm(
-    cut: Cut, func: Callable, value: Any, /, x: Any, normalized_shape: Sequence[int], *_: Any, **__: Any
+    rows: TangentRows,
+    func: Callable,
+    value: Any,
+    /,
+    x: Any,
+    normalized_shape: Sequence[int],
+    *_: Any,
+    **__: Any,
 ) -> bool:
-    return cut.axis < -len(normalized_shape)
+    return rows.axis < -len(normalized_shape)
 
 
-@rule("linear", keeps=_not_on_last_axis)
-def linear(cut: Cut | None, func: Callable, value: Tensor, /, x: Any, weight: Any, bias: Any = None) -> Tensor:
+@rule("linear", is_rowwise=_not_on_last_axis)
+def linear(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Any, weight: Any, bias: Any = None) -> Tensor:
     """Return dx W^T; by forward mode if the weight depends on the input too."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, weight, bias)
     return func(x.tangent, weight)
 
 
-@rule("conv1d", "conv2d", "conv3d", keeps=_on_first_axis)
+@rule("conv1d", "conv2d", "conv3d", is_rowwise=_on_first_axis)
 def convolution(
-    cut: Cut | None, func: Callable, value: Tensor, /, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+    rows: TangentRows | None,
+    func: Callable,
+    value: Tensor,
+    /,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """The convolution of dx, without the bias."""
     if not _only_dual_is_first(x, weight, bias):
@@ -58,24 +73,31 @@ def convolution(
     return func(x.tangent, weight, None, *args, **kwargs)
 
 
-@rule(*BY_SAMPLE, keeps=_on_first_axis)
-def of_a_sample(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+@rule(*BY_SAMPLE, is_rowwise=_on_first_axis)
+def of_a_sample(rows: TangentRows | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent by forward mode, in the samples that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
-@rule("instance_norm", keeps=_on_first_axis)
+@rule("instance_norm", is_rowwise=_on_first_axis)
 def instance_norm(
-    cut: Cut | None, func: Callable, value: Tensor, /, x: Any, running_mean: Any = None, *args: Any, **kwargs: Any
+    rows: TangentRows | None,
+    func: Callable,
+    value: Tensor,
+    /,
+    x: Any,
+    running_mean: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """The tangent by forward mode, in the samples that have one."""
     if running_mean is not None:
-        refuse("instance_norm", "with running statistics, which forward mode would update once more")
+        unsupported("instance_norm", "with running statistics, which forward mode would update once more")
     return forward_mode(func, x, None, *args, **kwargs)
 
 
-@rule("matmul", "bmm", "mm", keeps=_before_matrices, broadcasts=True)
-def matmul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
+@rule("matmul", "bmm", "mm", is_rowwise=_before_matrices, broadcasts=True)
+def matmul(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
     """Return dA B + A dB."""
     left = func(a.tangent, b.primal if isinstance(b, Pair) else b) if isinstance(a, Pair) else None
     right = func(a.primal if isinstance(a, Pair) else a, b.tangent) if isinstance(b, Pair) else None
@@ -83,8 +105,8 @@ def matmul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) ->
     return sum(terms[1:], terms[0])
 
 
-@rule("einsum", keeps=lambda *_, **__: False)
-def einsum(cut: Cut | None, func: Callable, value: Tensor, /, equation: str, *factors: Any) -> Tensor:
+@rule("einsum", is_rowwise=lambda *_, **__: False)
+def einsum(rows: TangentRows | None, func: Callable, value: Tensor, /, equation: str, *factors: Any) -> Tensor:
     """Return the sum of the products in which one factor is replaced by its tangent."""
     points = [factor.primal if isinstance(factor, Pair) else factor for factor in factors]
     terms = [
@@ -95,19 +117,19 @@ def einsum(cut: Cut | None, func: Callable, value: Tensor, /, equation: str, *fa
     return sum(terms[1:], terms[0])
 
 
-@rule("softmax", keeps=apart("softmax"))
-def softmax(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+@rule("softmax", is_rowwise=apart("softmax"))
+def softmax(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """Return P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""
     dim = kwargs.get("dim", args[0] if args else None)
     if dim is None:
         return forward_mode(func, x, *args, **kwargs)
-    known = value if cut is None else cut.of(value)
+    known = value if rows is None else rows.of(value)
     return torch._softmax_backward_data(x.tangent.to(known.dtype), known, dim, known.dtype)
 
 
-@rule("layer_norm", keeps=_outside_norm)
+@rule("layer_norm", is_rowwise=_outside_norm)
 def layer_norm(
-    cut: Cut | None,
+    rows: TangentRows | None,
     func: Callable,
     value: Tensor,
     /,
@@ -119,16 +141,16 @@ def layer_norm(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalised x: a symmetric Jacobian, as of softmax."""
+    """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalized x: a symmetric Jacobian, as of softmax."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, normalized_shape, weight, bias, eps)
     moved = _normalised(x.primal, x.tangent, list(normalized_shape), eps)
     return moved if weight is None else moved * weight
 
 
-@rule("group_norm", keeps=_on_first_axis)
+@rule("group_norm", is_rowwise=_on_first_axis)
 def group_norm(
-    cut: Cut | None,
+    rows: TangentRows | None,
     func: Callable,
     value: Tensor,
     /,
@@ -155,9 +177,9 @@ def _normalised(x: Tensor, dx: Tensor, shape: list[int], eps: float) -> Tensor:
     return torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, scale, None, None, only_x)[0]
 
 
-@rule("rms_norm", keeps=_outside_norm)
+@rule("rms_norm", is_rowwise=_outside_norm)
 def rms_norm(
-    cut: Cut | None,
+    rows: TangentRows | None,
     func: Callable,
     value: Tensor,
     /,
@@ -166,7 +188,7 @@ def rms_norm(
     weight: Any = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Return w (dx - n mean(n dx)) / rms, with n the normalised x."""
+    """Return w (dx - n mean(n dx)) / rms, with n the normalized x."""
     if not _only_dual_is_first(x, weight):
         return forward_mode(func, x, normalized_shape, weight, eps)
     axes = tuple(range(-len(normalized_shape), 0))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import COMPOSITES, Pair, forward_mode, rule
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows
 from decm_lightning.derivatives.dual.value import Dual
 
 aten = torch.ops.aten
@@ -35,27 +35,31 @@ BY_FORWARD_MODE = {
 }
 
 
-def _shape(cut: Cut | None, value: Tensor) -> torch.Size:
-    return value.shape if cut is None else cut.of(value).shape
+def _shape(rows: TangentRows | None, value: Tensor) -> torch.Size:
+    return value.shape if rows is None else rows.of(value).shape
 
 
 @rule(*DERIVATIVES, broadcasts=True)
-def of_one_element(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+def of_one_element(
+    rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any
+) -> Tensor:
     """Return f'(x) dx; by forward mode in the complex plane, where a gradient takes the conjugate of f'(x)."""
     if x.primal.is_complex():
         return forward_mode(func, x, *args, **kwargs)
-    known = value if cut is None else cut.of(value)
+    known = value if rows is None else rows.of(value)
     return DERIVATIVES[func.__name__](x.tangent, x.primal, known, *args, **kwargs)
 
 
 @rule(*BY_FORWARD_MODE, broadcasts=True)
-def of_several_elements(cut: Cut | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+def of_several_elements(
+    rows: TangentRows | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any
+) -> Tensor:
     """The tangent by forward mode, in the rows that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
 @rule("pow", broadcasts=True)
-def power(cut: Cut | None, func: Callable, value: Tensor, /, x: Any, exponent: Any) -> Tensor:
+def power(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Any, exponent: Any) -> Tensor:
     """Return n x^(n - 1) dx for a number n from 1 on, such as in the norms of diffusers; else by forward mode."""
     if isinstance(x, Pair) and isinstance(exponent, int | float) and exponent >= 1:
         return exponent * x.primal ** (exponent - 1) * x.tangent
@@ -63,28 +67,28 @@ def power(cut: Cut | None, func: Callable, value: Tensor, /, x: Any, exponent: A
 
 
 @rule("add", broadcasts=True)
-def add(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+def add(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
     """Return da + alpha db."""
     if isinstance(a, Pair) and isinstance(b, Pair):
         return torch.add(a.tangent, b.tangent, alpha=alpha)
     tangent = a.tangent if isinstance(a, Pair) else alpha * b.tangent if alpha != 1 else b.tangent
-    return tangent.expand(_shape(cut, value))
+    return tangent.expand(_shape(rows, value))
 
 
 @rule("sub", broadcasts=True)
-def sub(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+def sub(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
     """Return da - alpha db."""
-    return add(cut, func, value, a, b, alpha=-alpha)
+    return add(rows, func, value, a, b, alpha=-alpha)
 
 
 @rule("rsub", "__rsub__", broadcasts=True)
-def rsub(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
+def rsub(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any, alpha: float = 1) -> Tensor:
     """Return db - alpha da."""
-    return add(cut, func, value, b, a, alpha=-alpha)
+    return add(rows, func, value, b, a, alpha=-alpha)
 
 
 @rule("mul", broadcasts=True)
-def mul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
+def mul(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Tensor:
     """Return da b + a db."""
     if isinstance(a, Pair) and isinstance(b, Pair):
         return torch.addcmul(a.tangent * b.primal, a.primal, b.tangent)
@@ -92,20 +96,22 @@ def mul(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any) -> Te
 
 
 @rule("div", broadcasts=True)
-def div(cut: Cut | None, func: Callable, value: Tensor, /, a: Any, b: Any, rounding_mode: str | None = None) -> Tensor:
+def div(
+    rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any, rounding_mode: str | None = None
+) -> Tensor:
     """(da - (a / b) db) / b."""
     if rounding_mode is not None:
         return forward_mode(func, a, b, rounding_mode=rounding_mode)
     if not isinstance(b, Pair):
         return a.tangent / b
-    quotient = value if cut is None else cut.of(value)
+    quotient = value if rows is None else rows.of(value)
     return ((a.tangent if isinstance(a, Pair) else 0) - quotient * b.tangent) / b.primal
 
 
 @rule("__rdiv__", "__rtruediv__", broadcasts=True)
-def rdiv(cut: Cut | None, func: Callable, value: Tensor, /, b: Any, a: Any) -> Tensor:
+def rdiv(rows: TangentRows | None, func: Callable, value: Tensor, /, b: Any, a: Any) -> Tensor:
     """The tangent of a / b with the arguments the other way round."""
-    return div(cut, func, value, a, b)
+    return div(rows, func, value, a, b)
 
 
 def dropout(

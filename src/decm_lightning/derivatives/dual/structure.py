@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decm_lightning.derivatives.dual.cut import Cut
 from decm_lightning.derivatives.dual.dispatch import COMPOSITES, Pair, replace, rule
-from decm_lightning.derivatives.dual.value import Dual, refuse
+from decm_lightning.derivatives.dual.tangent_rows import TangentRows
+from decm_lightning.derivatives.dual.value import Dual, unsupported
 
 RESHAPES = ("reshape", "reshape_as", "view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel")
 ALONG_DIM = {
@@ -27,94 +27,105 @@ ALONG_DIM = {
 
 
 def apart(name: str) -> Callable[..., bool]:
-    """Return whether the operation works along other axes than the cut."""
+    """Return whether the operation works along other axes than the rows."""
     position, default = ALONG_DIM[name]
 
-    def keeps(cut: Cut, func: Callable, value: Any, /, *args: Any, **kwargs: Any) -> bool:
+    def is_rowwise(rows: TangentRows, func: Callable, value: Any, /, *args: Any, **kwargs: Any) -> bool:
         dims = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
         first = args[0] if args else kwargs["input"]
         ndim = first[0].ndim if isinstance(first, tuple | list) else first.ndim
         every = (dims,) if isinstance(dims, int) else dims or range(ndim)
-        return cut.axis not in [dim if dim < 0 else dim - ndim for dim in every]
+        return rows.axis not in [dim if dim < 0 else dim - ndim for dim in every]
 
-    return keeps
+    return is_rowwise
 
 
-def _same(cut: Cut | None, func: Callable, value: Any, /, x: Pair, *args: Any, **kwargs: Any) -> Any:
+def _same(rows: TangentRows | None, func: Callable, value: Any, /, x: Pair, *args: Any, **kwargs: Any) -> Any:
     """The operation is linear: do the same to the tangent."""
     return func(x.tangent, *args, **kwargs)
 
 
 rule("permute", "transpose", "movedim", "moveaxis", "t", "adjoint", "contiguous", "clone", "view_as_real")(_same)
 for _name in ("chunk", "split", "split_with_sizes", "unbind", "select", "narrow", "sum", "mean"):
-    rule(_name, keeps=apart(_name))(_same)
+    rule(_name, is_rowwise=apart(_name))(_same)
 
 
-def _before_last(cut: Cut, *_: Any, **__: Any) -> bool:
-    return cut.axis < -1
+def _before_last(rows: TangentRows, *_: Any, **__: Any) -> bool:
+    return rows.axis < -1
 
 
-@rule("view_as_complex", keeps=_before_last)
-def view_as_complex(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair) -> Tensor:
+@rule("view_as_complex", is_rowwise=_before_last)
+def view_as_complex(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair) -> Tensor:
     """The same pairs of the tangent, which may lie in memory in another way than the value."""
     return func(x.tangent.contiguous())
 
 
 @rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
-def cast(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+def cast(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent follows the value to its dtype and device."""
     return x.tangent.to(value)
 
 
-def _keeps_reshape(cut: Cut, func: Callable, value: Tensor, /, x: Dual, *_: Any, **__: Any) -> bool:
-    return cut.after_reshape(x.primal.shape, value.shape) is not None
+def _keeps_reshape(rows: TangentRows, func: Callable, value: Tensor, /, x: Dual, *_: Any, **__: Any) -> bool:
+    return rows.after_reshape(x.primal.shape, value.shape) is not None
 
 
-@rule(*RESHAPES, keeps=_keeps_reshape)
-def reshape(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+@rule(*RESHAPES, is_rowwise=_keeps_reshape)
+def reshape(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent in the shape of the value, which is known by now; arguments would count the value's rows."""
     if value.dtype != x.primal.dtype:
-        refuse(func.__name__, "a view in another dtype is no linear map")
-    if cut is None:
+        unsupported(func.__name__, "a view in another dtype is no linear map")
+    if rows is None:
         return x.tangent.reshape(value.shape)
     whole = list(x.primal.shape)
-    whole[cut.axis] = cut.whole
-    shape = cut.after_reshape(whole, value.shape)
+    whole[rows.axis] = rows.total
+    shape = rows.after_reshape(whole, value.shape)
     assert shape is not None
     return x.tangent.reshape(shape)
 
 
-def _not_on_padded(cut: Cut, func: Callable, value: Tensor, /, x: Dual, pad: Sequence[int], *_: Any, **__: Any) -> bool:
-    return cut.axis < -(len(pad) // 2)
+def _not_on_padded(
+    rows: TangentRows, func: Callable, value: Tensor, /, x: Dual, pad: Sequence[int], *_: Any, **__: Any
+) -> bool:
+    return rows.axis < -(len(pad) // 2)
 
 
-@rule("pad", keeps=_not_on_padded)
+@rule("pad", is_rowwise=_not_on_padded)
 def pad(
-    cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, pad: Sequence[int], mode: str = "constant", **_: Any
+    rows: TangentRows | None,
+    func: Callable,
+    value: Tensor,
+    /,
+    x: Pair,
+    pad: Sequence[int],
+    mode: str = "constant",
+    **_: Any,
 ) -> Tensor:
     """The tangent padded in the same mode, and with zeros for a constant."""
     return func(x.tangent, pad, mode)
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
+def expand(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent repeated along the same axes."""
-    return x.tangent.expand((value if cut is None else cut.of(value)).shape)
+    return x.tangent.expand((value if rows is None else rows.of(value)).shape)
 
 
-@rule("cat", keeps=apart("cat"), broadcasts=True)
-def cat(cut: Cut | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+@rule("cat", is_rowwise=apart("cat"), broadcasts=True)
+def cat(rows: TangentRows | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The tangents joined, with zeros for what has none."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
 @rule("stack", broadcasts=True)
-def stack(cut: Cut | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+def stack(
+    rows: TangentRows | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any
+) -> Tensor:
     """The tangents stacked, with zeros for what has none."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
-def _keeps_index(cut: Cut, func: Callable, value: Tensor, /, x: Dual, index: Any) -> bool:
+def _keeps_index(rows: TangentRows, func: Callable, value: Tensor, /, x: Dual, index: Any) -> bool:
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items):
         return False
@@ -122,14 +133,14 @@ def _keeps_index(cut: Cut, func: Callable, value: Tensor, /, x: Dual, index: Any
     rest = [slice(None)] * (x.ndim - taken)
     at = items.index(Ellipsis) if Ellipsis in items else len(items)
     axes = [item for item in items[:at] + rest + items[at + 1 :] if item is not None]
-    return axes[cut.axis] == slice(None)
+    return axes[rows.axis] == slice(None)
 
 
-@rule("__getitem__", keeps=_keeps_index)
-def getitem(cut: Cut | None, func: Callable, value: Tensor, /, x: Pair, index: Any) -> Tensor:
+@rule("__getitem__", is_rowwise=_keeps_index)
+def getitem(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, index: Any) -> Tensor:
     """The same elements of the tangent."""
     if not isinstance(x, Pair):
-        refuse("__getitem__", "an index has no derivative")
+        unsupported("__getitem__", "an index has no derivative")
     return x.tangent[index]
 
 
@@ -142,16 +153,16 @@ def checkpoint(func: Callable, body: Callable, *args: Any, **kwargs: Any) -> Any
 
     Outside of one it is no operation of torch but ordinary code.
     """
-    family = next(value.family for value in args if isinstance(value, Dual))
+    rule_set = next(value.rule_set for value in args if isinstance(value, Dual))
     parts = [part for value in args if isinstance(value, Dual) for part in (value.primal, value.tangent)]
 
     def on_tensors(*parts: Any) -> Any:
         pairs = iter(zip(parts[::2], parts[1::2], strict=True))
-        end = body(*(Dual(*next(pairs), family) if isinstance(value, Dual) else value for value in args))
+        end = body(*(Dual(*next(pairs), rule_set) if isinstance(value, Dual) else value for value in args))
         return end.primal, end.tangent
 
     primal, tangent = func(on_tensors, *parts, **kwargs)
-    return Dual(primal, tangent, family)
+    return Dual(primal, tangent, rule_set)
 
 
 COMPOSITES["tag_activation_checkpoint"] = checkpoint

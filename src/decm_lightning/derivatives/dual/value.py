@@ -11,7 +11,7 @@ from einops._backends import TorchBackend
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.derivatives.dual.cut import pad
+from decm_lightning.derivatives.dual.tangent_rows import pad
 
 METADATA = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_nested"}
 
@@ -20,7 +20,7 @@ class NoTangentError(NotImplementedError):
     """An operation whose tangent is not known, or not finite: a silent zero would be a wrong derivative."""
 
 
-class Family(WeakSet):
+class RuleSet(WeakSet):
     """All living duals of one pass, made outside compiled regions.
 
     Attributes:
@@ -45,12 +45,12 @@ class Dual:
         primal: the value, with its autograd graph.
         tangent: the derivative, without a graph; on at most one axis shorter than the value, and zero beyond. None once
             the pass is over.
-        family: all living duals of the pass.
+        rule_set: all living duals of the pass.
     """
 
     primal: Tensor
     tangent: Tensor | None
-    family: Family
+    rule_set: RuleSet
 
     apply: ClassVar[Callable[[Callable, tuple, dict[str, Any]], Any]]
     """How functions of torch act on duals: set by `dispatch`, whose rules need this class."""
@@ -58,7 +58,7 @@ class Dual:
     def __post_init__(self) -> None:
         # A compiled region that read the set would be compiled anew for each of its states.
         if not torch.compiler.is_compiling():
-            self.family.add(self)
+            self.rule_set.add(self)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
@@ -75,19 +75,19 @@ class Dual:
             return getattr(self.primal, name)
         if name == "mT" or (name == "T" and self.ndim == 2):
             return self.transpose(-2, -1)
-        return refuse(name, "no rule for this attribute")
+        return unsupported(name, "no rule for this attribute")
 
     def __len__(self) -> int:
         if not self.primal.ndim:
             # torch.tensor counts a list in a list: code that took the value for a number, as it is no torch.Tensor.
-            refuse("tensor", "a number taken out of a value has no derivative")
+            unsupported("tensor", "a number taken out of a value has no derivative")
         return len(self.primal)
 
     def __iter__(self) -> Iterator["Dual"]:
         return iter(self.unbind(0))
 
     def __bool__(self) -> NoReturn:
-        refuse("__bool__", "a branch on a value has no derivative")
+        unsupported("__bool__", "a branch on a value has no derivative")
 
     def __rmatmul__(self, other: Tensor) -> "Dual":
         return _call(torch.matmul, other, self)
@@ -98,7 +98,7 @@ class Dual:
         return pad(self.tangent, self.primal)
 
 
-def refuse(name: str, reason: str) -> NoReturn:
+def unsupported(name: str, reason: str) -> NoReturn:
     """Raise for an operation that has no tangent."""
     raise NoTangentError(f"the dual engine has no tangent for torch's {name}: {reason}")
 
@@ -113,7 +113,7 @@ def _operator(func: Callable) -> Callable:
 
 
 def _in_place(name: str) -> Callable:
-    return lambda *_: refuse(name, "operations in place are not carried")
+    return lambda *_: unsupported(name, "operations in place are not carried")
 
 
 OPERATORS: dict[str, Any] = {
@@ -156,6 +156,6 @@ class _DualBackend(TorchBackend):
 
 _pytree.register_pytree_node(
     Dual,
-    lambda value: ([value.primal, value.tangent], value.family),
-    lambda parts, family: Dual(*parts, family),  # type: ignore[call-arg, arg-type]
+    lambda value: ([value.primal, value.tangent], value.rule_set),
+    lambda parts, rule_set: Dual(*parts, rule_set),  # type: ignore[call-arg, arg-type]
 )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decm_lightning.networks.checkpoint_files import Weights, few, read_tensors
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.layers import Rotary
-from decm_lightning.networks.tensors import Weights, few, read_tensors
 from decm_lightning.networks.weightless import is_weightless
 
 # The tensors whose shapes, of so many dimensions, tell the architecture.
@@ -93,7 +93,7 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
         "heads": _heads(tensors, width) if heads is None else heads,
         "mlp_ratio": _mlp_ratio(width, tensors[mlp_out].shape[1], 1.0 if mlp_out == GELU else 2 / 3),
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "landing_time": any(name.startswith("r_embedder.") for name in tensors),
+        "end_time": any(name.startswith("r_embedder.") for name in tensors),
         "qk_norm": any(name.endswith(".q_norm.weight") for name in tensors),
         "shift": tensors["blocks.0.adaLN_modulation.1.weight"].shape[0] != 4 * width,
         "norm": "rms" if "final_layer.norm_final.weight" in tensors else "layer",

@@ -9,7 +9,7 @@ from decm_lightning.networks.layers import Embedding, linear
 from decm_lightning.types import Sample
 
 
-class Refinement(nn.Module):
+class PixelSkipHead(nn.Module):
     """What the blocks made, plus gain x_t, plus three 3 x 3 convolutions of both; gain and features by the embedding.
 
     A velocity E[x_1] - x_0 holds all of the noise, which does not fit through tokens of hardly more values than a patch

@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Cut:
+class TangentRows:
     """The one axis on which a tangent is shorter than its value.
 
     Attributes:
         axis: the axis, counted from the right and so negative: where broadcasting aligns shapes.
-        rows: the tangent's size on that axis.
-        whole: the value's size on that axis.
+        count: the tangent's size on that axis.
+        total: the value's size on that axis.
     """
 
     axis: int
-    rows: int
-    whole: int
+    count: int
+    total: int
 
     @classmethod
-    def between(cls, whole: Tensor, part: Tensor) -> "Cut | None":
+    def between(cls, whole: Tensor, part: Tensor) -> "TangentRows | None":
         """Return where a tangent is shorter than its value; None if nowhere."""
         if whole.shape == part.shape:
             return None
@@ -34,9 +34,9 @@ class Cut:
 
     def of(self, whole: Tensor) -> Tensor:
         """Return what of a tensor belongs to the tangent's rows: all of it, if it is broadcast along the axis."""
-        if whole.ndim < -self.axis or whole.shape[self.axis] != self.whole:
+        if whole.ndim < -self.axis or whole.shape[self.axis] != self.total:
             return whole
-        return whole.narrow(self.axis, 0, self.rows)
+        return whole.narrow(self.axis, 0, self.count)
 
     def after_reshape(self, before: Sequence[int], after: Sequence[int]) -> list[int] | None:
         """Return the tangent's shape when its value goes from shape `before` to `after`; None if it has none.
@@ -46,16 +46,16 @@ class Cut:
         outside = math.prod(before[: self.axis])
         for i, size in enumerate(after):
             if size > 1 and math.prod(after[:i]) == outside:
-                rows, rest = divmod(size * self.rows, self.whole)
+                rows, rest = divmod(size * self.count, self.total)
                 return None if rest else [*after[:i], rows, *after[i + 1 :]]
         return None
 
 
 def pad(part: Tensor, whole: Tensor) -> Tensor:
     """Return the tangent `part` in the shape of its value `whole`, with the zeros written out."""
-    cut = Cut.between(whole, part)
-    if cut is None:
+    rows = TangentRows.between(whole, part)
+    if rows is None:
         return part
     shape = list(part.shape)
-    shape[cut.axis] = cut.whole - cut.rows
-    return torch.cat([part, part.new_zeros(shape)], cut.axis)
+    shape[rows.axis] = rows.total - rows.count
+    return torch.cat([part, part.new_zeros(shape)], rows.axis)

@@ -4,7 +4,7 @@ from decm_lightning.networks import load
 from decm_lightning.teachers.teacher import Teacher
 
 
-class DiTTeacher(Teacher):
+class PretrainedTeacher(Teacher):
     """A DiT trained by `TeacherTraining`.
 
     Args:

@@ -25,7 +25,7 @@ class Tangent:
 class Jump:
     """Rows of jumps with where they start, and the direction in which the student is to be differentiated, if any.
 
-    Times, and those of the tangent, may be on the CPU whatever the device of x_t: `evaluate` moves them.
+    Times, and those of the tangent, may be on the CPU whatever the device of x_t: `forward_with_jvp` moves them.
     """
 
     x_t: Sample
@@ -36,25 +36,25 @@ class Jump:
 
 
 @dataclass(frozen=True)
-class Jet:
-    """The mean velocity u with its autograd graph, and its directional derivative du without one (None: not asked)."""
+class JVPResult:
+    """The mean velocity u with its autograd graph, and its directional derivative jvp without one (None: not asked)."""
 
     u: Sample
-    du: Float[Tensor, "rows *d"] | None
+    jvp: Float[Tensor, "rows *d"] | None
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Computes a Jet in one call. The tangent covers the first rows of the batch; du has as many rows as it."""
+    """Computes a JVPResult in one call. The tangent covers the first rows of the batch; jvp has as many rows as it."""
 
     def __call__(
         self, network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
-    ) -> Jet:
-        """Return u for all rows (graph kept) and du for the rows of the tangent (no graph)."""
+    ) -> JVPResult:
+        """Return u for all rows (graph kept) and jvp for the rows of the tangent (no graph)."""
 
 
-def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> list[Jet]:
-    """Run all jumps through the network as one batch, and give each its own Jet, in the order of `jumps`.
+def forward_with_jvp(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> list[JVPResult]:
+    """Run all jumps through the network as one batch, and give each its own JVPResult, in the order of `jumps`.
 
     One batch instead of several: the network is called once per step, which is faster and what DDP and FSDP expect.
     Rows with a tangent are put first, because an engine differentiates only those.
@@ -63,7 +63,7 @@ def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> 
     rows = [jumps[i] for i in order]
     tangents = [row.tangent for row in rows if row.tangent is not None]
     x_t = torch.cat([row.x_t for row in rows])
-    jet = engine(
+    result = engine(
         network,
         x_t,
         _join_times([row.t for row in rows], x_t),
@@ -72,10 +72,10 @@ def evaluate(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> 
         _join_tangents(tangents, x_t) if tangents else None,
     )
     sizes = [len(row.t) for row in rows]
-    values = jet.u.split(sizes)
-    derivatives = jet.du.split(sizes[: len(tangents)]) if jet.du is not None else ()
-    jets = {i: Jet(values[k], derivatives[k] if k < len(derivatives) else None) for k, i in enumerate(order)}
-    return [jets[i] for i in range(len(jumps))]
+    values = result.u.split(sizes)
+    derivatives = result.jvp.split(sizes[: len(tangents)]) if result.jvp is not None else ()
+    results = {i: JVPResult(values[k], derivatives[k] if k < len(derivatives) else None) for k, i in enumerate(order)}
+    return [results[i] for i in range(len(jumps))]
 
 
 def _join_times(times: Sequence[Tensor], x_t: Tensor) -> Tensor:

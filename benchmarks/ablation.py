@@ -39,7 +39,6 @@ STUDENT = [
     "mix/4",
     "mix/8",
     "mix/16",
-    "mix_renoised/4",
     "consistency/2",
     "consistency/4",
     "consistency/8",

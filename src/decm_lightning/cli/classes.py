@@ -17,7 +17,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class ClassSamples:
-    """Samples of classes; sample number i depends on the seed, i and its label alone.
+    """Samples of classes. The k-th of class c is sample number k * num_classes + c, as in `decm test`.
 
     Args:
         network: a network of classes.
@@ -42,10 +42,15 @@ class ClassSamples:
         """The label of each sample."""
         return [label for label in self.classes for _ in range(self.per_class)]
 
+    @property
+    def rows(self) -> list[int]:
+        """The number of each sample."""
+        return [k * self.network.num_classes + label for label in self.classes for k in range(self.per_class)]
+
     def generate(self, numbers: range) -> Tensor:
         """Return samples as uint8 images (b, c, h, w)."""
         labels = torch.tensor(self.labels[numbers.start : numbers.stop], device=self.device)
-        rows = [(number,) for number in numbers]
+        rows = self.rows[numbers.start : numbers.stop]
         return generate(self.network, self.decoder, self.choice, labels, self.choice.one, self.seed, rows)
 
     def batches(self) -> list[range]:
@@ -64,7 +69,7 @@ class ClassSamples:
         Raises:
             ValueError: if the folder holds samples of other settings, or other images.
         """
-        names = [sample_name(number, label) for number, label in enumerate(self.labels)]
+        names = [sample_name(row, label) for row, label in zip(self.rows, self.labels, strict=True)]
         settings = {"weights": weights_sha256(self.network), **self.choice.settings(), "classes": self.classes}
         settings |= {"per_class": self.per_class, "seed": self.seed, "vae": self.decoder.identity}
         samples = SampleFolder(folder, settings, names)

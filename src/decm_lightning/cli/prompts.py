@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """Samples of prompts; each depends on the seed, the prompt, its number and the number of the image alone.
+    """Samples of prompts. The k-th of prompt i is sample number k * len(prompts) + i, as in `decm test`.
 
     Args:
         network: it reads captions.
@@ -61,7 +61,7 @@ class PromptSamples:
         captions = _pytree.tree_map_only(Tensor, lambda part: part.to(self.device), captions)
         parts = []
         for first in range(0, self.images, BATCH):
-            rows = [(number, image) for image in range(first, min(first + BATCH, self.images))]
+            rows = [image * len(self.prompts) + number for image in range(first, min(first + BATCH, self.images))]
             condition = select(captions, torch.zeros(len(rows), dtype=torch.long, device=self.device))
             parts.append(generate(self.network, self.decoder, self.choice, condition, steps, self.seed, rows))
         return torch.cat(parts)

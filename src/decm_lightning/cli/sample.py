@@ -41,7 +41,7 @@ def draw(
         out: a .png file for one grid, a row for each class or prompt; or a folder for one PNG each. A folder holds the
             images of one set of settings: started again, the same command writes those that are missing, and another
             is refused. That of prompts is laid out as GenEval's scorer reads it.
-        sampler: euler, consistency, mix or mix_renoised; by default mix, and euler for a teacher.
+        sampler: euler, consistency or mix; by default mix, and euler for a teacher.
         steps: network evaluations per image, at least 1; several numbers, such as [1, 4], for a grid of prompts, which
             then shows them side by side. By default 1, and 50 for euler.
         s1: the end time of mix's first step, in (0, 1); its own choice by default.

@@ -13,8 +13,8 @@ from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.samplers import SamplerName
+from decm_lightning.samplers import generate as generate_samples
 from decm_lightning.samplers import sampler as make_sampler
-from decm_lightning.seeds import generator_of
 from decm_lightning.types import Captions, Condition, Sample
 
 TEACHER_STEPS = 50
@@ -98,8 +98,8 @@ class SamplerChoice:
         """
         student = reads_end_time(network)
         name = name or ("mix" if student else "euler")
-        if s1 is not None and name in ("euler", "consistency"):
-            raise ValueError(f"s1 is for the samplers mix and mix_renoised: got it with {name}")
+        if s1 is not None and name != "mix":
+            raise ValueError(f"s1 is for the sampler mix: got it with {name}")
         if not student and name != "euler":
             log.warning(
                 "the model does not read the end time of a step, as teachers do: %s blurs its samples; use "
@@ -141,7 +141,7 @@ def generate(
     condition: Condition,
     steps: int,
     seed: int,
-    numbers: Sequence[tuple[int, ...]],
+    rows: Sequence[int],
 ) -> Tensor:
     """Return samples as uint8 images (b, c, h, w) on the CPU.
 
@@ -152,13 +152,14 @@ def generate(
         condition: one row for each sample.
         steps: network evaluations per image.
         seed: of all noise.
-        numbers: they identify the samples: the noise of each depends on the seed and its numbers alone.
+        rows: the numbers of the samples.
     """
-    generators = [generator_of(seed, *number) for number in numbers]
-    x_0 = torch.stack([torch.randn(network.sample_shape, generator=generator) for generator in generators])
     options = {} if choice.s1 is None else {"s1": choice.s1}
-    x_0 = x_0.to(next(network.parameters()).device)
-    samples = make_sampler(choice.name, generators, **options)(network, x_0, condition, steps)
+    device = next(network.parameters()).device
+    sampler = make_sampler(choice.name, **options)
+    samples = generate_samples(
+        network, sampler, condition, steps, shape=network.sample_shape, rows=rows, seed=seed, device=device
+    )
     return to_uint8(decoder.decode(samples)).cpu()
 
 

@@ -14,7 +14,7 @@ class Cell:
 
     Args:
         model: a name that the module's `models()` has, such as "student" or "teacher".
-        sampler: "euler", "consistency", "mix" or "mix_renoised".
+        sampler: "euler", "consistency" or "mix".
         steps: steps of the sampler, at least 1.
     """
 

@@ -6,30 +6,27 @@ from typing import Literal
 
 from decm_lightning.samplers.consistency import Generators, consistency
 from decm_lightning.samplers.euler import euler, flow_map_of
-from decm_lightning.samplers.mix import mix, mix_renoised
+from decm_lightning.samplers.generation import generate
+from decm_lightning.samplers.mix import mix
 from decm_lightning.types import Sample
 
-SamplerName = Literal["euler", "consistency", "mix", "mix_renoised"]
-NOISELESS: dict[str, Callable[..., Sample]] = {"euler": euler, "mix": mix}
-RENOISING: dict[str, Callable[..., Sample]] = {"consistency": consistency, "mix_renoised": mix_renoised}
+SamplerName = Literal["euler", "consistency", "mix"]
+SAMPLERS: dict[str, Callable[..., Sample]] = {"euler": euler, "consistency": consistency, "mix": mix}
 
 
-def sampler(name: SamplerName, generator: Generators | None = None, **options: object) -> Callable[..., Sample]:
-    """Return the named sampler as a function of (student, x_0, condition, steps).
+def sampler(name: SamplerName, **options: object) -> Callable[..., Sample]:
+    """Return the named sampler as a function of (student, x_0, condition, steps, generator=None).
 
     Args:
-        name: "euler", "consistency", "mix" or "mix_renoised".
-        generator: the source of noise for the samplers that put noise back: one, or one for each row of a batch.
+        name: "euler", "consistency" or "mix".
         options: the sampler's own, such as s1 or times.
 
     Raises:
         ValueError: if there is no such sampler.
     """
-    if name in NOISELESS:
-        return partial(NOISELESS[name], **options)
-    if name in RENOISING:
-        return partial(RENOISING[name], generator=generator, **options)
-    raise ValueError(f"sampler must be one of {', '.join(NOISELESS | RENOISING)}: got {name!r}")
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}: got {name!r}")
+    return partial(SAMPLERS[name], **options)
 
 
-__all__ = ["SamplerName", "consistency", "euler", "flow_map_of", "mix", "mix_renoised", "sampler"]
+__all__ = ["Generators", "SamplerName", "consistency", "euler", "flow_map_of", "generate", "mix", "sampler"]

@@ -5,11 +5,14 @@ from itertools import pairwise
 import torch
 
 from decm_lightning.path import DATA, NOISE, jump
+from decm_lightning.samplers.consistency import Generators
 from decm_lightning.samplers.steps import at, check_steps
 from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time, VelocityField
 
 
-def euler(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int) -> Sample:
+def euler(
+    student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, generator: Generators | None = None
+) -> Sample:
     """Return samples by x <- x + (s - t) u(x, t, t) over `steps` equal parts of [0, 1].
 
     The error falls as 1 / steps. It uses only what flow matching trains: good at many steps, poor at few.
@@ -19,6 +22,7 @@ def euler(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int
         x_0: noise, (b, *d).
         condition: class labels, (b,), or None.
         steps: network evaluations, at least 1.
+        generator: not used: no noise is added.
 
     Raises:
         ValueError: if steps is below 1.

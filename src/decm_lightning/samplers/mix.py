@@ -5,12 +5,19 @@ from itertools import pairwise
 import torch
 
 from decm_lightning.path import DATA, NOISE, jump
-from decm_lightning.samplers.consistency import Generators, renoise
+from decm_lightning.samplers.consistency import Generators
 from decm_lightning.samplers.steps import at, check_s1, check_steps, flow_map_step
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 
-def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, s1: float | None = None) -> Sample:
+def mix(
+    student: FlowMapNetwork,
+    x_0: Sample,
+    condition: Condition,
+    steps: int,
+    generator: Generators | None = None,
+    s1: float | None = None,
+) -> Sample:
     """Return samples by one jump 0 -> s1, Euler from there, and one last jump to data. No new noise.
 
     The first jump is on the noise edge. [s1, 1] is cut into steps - 1 equal parts: Euler on the diagonal over all but
@@ -37,41 +44,6 @@ def mix(student: FlowMapNetwork, x_0: Sample, condition: Condition, steps: int, 
         t = at(start, x_t)
         x_t = jump(x_t, student(x_t, t, t, condition), t, at(end, x_t))
     return flow_map_step(student, x_t, grid[-2], DATA, condition)
-
-
-def mix_renoised(
-    student: FlowMapNetwork,
-    x_0: Sample,
-    condition: Condition,
-    steps: int,
-    generator: Generators | None = None,
-    s1: float = 0.7,
-) -> Sample:
-    """Return samples by the jumps 0 -> s1 -> 1, then noise put back at later and later times.
-
-    Noise is put back at t_k = s1 + (1 - s1) k / (steps - 1), k = 1 .. steps - 2, each time followed by a jump to data.
-    One step is the jump 0 -> 1.
-
-    Args:
-        student: the network u(x_t, t, s).
-        x_0: noise, (b, *d).
-        condition: class labels, (b,), or None.
-        steps: network evaluations, at least 1.
-        generator: the source of the noise that is put back, one or one for each row; None for torch's own.
-        s1: end time of the first jump, in (0, 1).
-
-    Raises:
-        ValueError: if steps is below 1 or s1 is not in (0, 1).
-    """
-    check_steps(steps)
-    check_s1(s1)
-    if steps == 1:
-        return flow_map_step(student, x_0, NOISE, DATA, condition)
-    x_hat = flow_map_step(student, flow_map_step(student, x_0, NOISE, s1, condition), s1, DATA, condition)
-    for k in range(1, steps - 1):
-        time = s1 + (DATA - s1) * k / (steps - 1)
-        x_hat = flow_map_step(student, renoise(x_hat, time, generator), time, DATA, condition)
-    return x_hat
 
 
 def _default_s1(steps: int) -> float:

@@ -162,7 +162,7 @@ class FlowTraining(L.LightningModule):
         models = self.models()
         if model not in models:
             raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
-        return samplers.sampler(sampler, generator)(models[model], x_0, condition, steps)
+        return samplers.sampler(sampler)(models[model], x_0, condition, steps, generator=generator)
 
     def origin(self) -> str:
         """Return where the first number of this step that is not finite arose, "" if it is not known."""

@@ -1,0 +1,44 @@
+"""Sample number i of a seed: the one rule by which every command and callback generates it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from decm_lightning.seeds import generator_of
+from decm_lightning.types import Condition, FlowMapNetwork, Sample
+
+
+@torch.no_grad()
+def generate(
+    student: FlowMapNetwork,
+    sampler: Callable[..., Sample],
+    condition: Condition,
+    steps: int,
+    *,
+    shape: Sequence[int],
+    rows: Sequence[int],
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Sample:
+    """Return samples number `rows` of a seed, (len(rows), *shape).
+
+    All noise of sample i, x_0 and what a sampler adds later, comes from `seeds.generator_of(seed, i)`. A sample thus
+    depends on the seed, its number and its condition, and not on the batch, the device or the number of processes.
+
+    Args:
+        student: the network u(x_t, t, s).
+        sampler: such as `samplers.mix`; called as sampler(student, x_0, condition, steps), with `generator` too if it
+            takes one: a generator for each row.
+        condition: one row for each sample, on `device`; or None.
+        steps: network evaluations per sample, at least 1.
+        shape: the shape of one sample.
+        rows: the numbers of the samples, at least one.
+        seed: from 0 to 2**63 - 1.
+        device: where the student computes.
+        dtype: of the samples.
+    """
+    generators = [generator_of(seed, row) for row in rows]
+    wide = torch.promote_types(dtype, torch.float32)
+    x_0 = torch.stack([torch.randn(tuple(shape), generator=generator, dtype=wide) for generator in generators])
+    return sampler(student, x_0.to(device, dtype), condition, steps, generator=generators)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decm_lightning.metrics import DINOv2Features, Quality
+from decm_lightning.metrics import DINOv2Features, FeatureMetrics
 from tests.metrics.networks import uint8_images
 
 transformers = pytest.importorskip("transformers")
@@ -44,10 +44,10 @@ def test_it_is_frozen_and_measured_by_a_frechet_distance_of_its_own_name(folder,
     network = DINOv2Features(folder)
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
-    quality = Quality(network)
+    quality = FeatureMetrics(network)
     assert quality.columns == ["fd_dinov2"]
-    quality.real(uint8_images(20, 16, generator, channels=1))
-    quality.generated(uint8_images(20, 16, generator, channels=1))
+    quality.add_real(uint8_images(20, 16, generator, channels=1))
+    quality.add_generated(uint8_images(20, 16, generator, channels=1))
     assert quality.compute()["fd_dinov2"] > 0
 
 

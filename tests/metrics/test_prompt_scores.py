@@ -1,6 +1,7 @@
 """Scores against prompts, by tiny random models of the real classes."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -169,3 +170,20 @@ def test_prompts_in_words_are_needed(clip):
     metrics = FeatureMetrics(CLIPScore(clip))
     with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as demo\.Emoji"):
         metrics.add_generated(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_the_page_on_other_scorers_reads_the_folder_of_prompts(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "prompt-scores.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for number, prompt in enumerate(PROMPTS):
+        folder = tmp_path / "samples" / f"{number:05d}"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "metadata.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        for image in (1, 0):
+            (folder / "samples" / f"{image:04d}.png").touch()
+    (tmp_path / "samples" / "settings.json").touch()
+    names: dict = {}
+    exec(code, names)
+    files = [[f"samples/{number:05d}/samples/{image:04d}.png" for image in (0, 1)] for number in range(len(PROMPTS))]
+    assert names["pairs"] == list(zip(PROMPTS, files, strict=True))

@@ -1,7 +1,6 @@
-"""The architecture of the FID's Inception, written as data, under the names of the weights of 2015-12-05."""
+"""The architecture of the FID's Inception, with the parameter names of the weights of 2015-12-05."""
 
-# torch-fidelity has this network, but needs torchvision, which asks for a torch of its own beside the pinned one; and
-# without torchvision it breaks torchmetrics' import. So the network is built here.
+# torchmetrics takes this network from torch-fidelity, which needs torchvision and has no spatial features.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
 SIDE = 299
 CLASSES = 1008
-# ADM's sFID takes so many channels of "mixed_6/conv", which are the first ones of this block.
+# ADM's sFID reads 7 channels of "mixed_6/conv", the first ones of this block.
 SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch normalization and ReLU; padded to keep the size unless told otherwise."""
+    """A convolution without bias, batch normalization and ReLU."""
 
     name: str
     channels: int
@@ -31,9 +30,9 @@ class Conv:
 
 Pool = Callable[[Tensor], Tensor]
 Step = Conv | Pool | tuple[Conv, ...]
-"""A step of a branch; several convolutions side by side are joined over the channels."""
+"""A step of a branch; parallel convolutions are concatenated."""
 
-# TensorFlow's averages leave the padding out.
+# TensorFlow's averages exclude the padding.
 AVERAGE: Pool = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 MAXIMUM: Pool = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE: Pool = partial(max_pool2d, kernel_size=3, stride=2)
@@ -50,7 +49,7 @@ STEM: tuple[Step, ...] = (
 
 
 def block_a(pooled: int) -> tuple[tuple[Step, ...], ...]:
-    """Return the branches of a block at 35 x 35, with `pooled` channels in its last one."""
+    """Return the branches of a block at 35 x 35, the last with `pooled` channels."""
     return (
         (Conv("branch1x1", 64, 1),),
         (Conv("branch5x5_1", 48, 1), Conv("branch5x5_2", 64, 5)),
@@ -60,7 +59,7 @@ def block_a(pooled: int) -> tuple[tuple[Step, ...], ...]:
 
 
 def block_c(inner: int) -> tuple[tuple[Step, ...], ...]:
-    """Return the branches of a block at 17 x 17, with `inner` channels inside."""
+    """Return the branches of a block at 17 x 17 with `inner` channels."""
     row, column = (1, 7), (7, 1)
     return (
         (Conv("branch1x1", 192, 1),),
@@ -121,12 +120,12 @@ BLOCKS = {
     "Mixed_6e": block_c(192),
     "Mixed_7a": REDUCTION_D,
     "Mixed_7b": block_e(AVERAGE),
-    # The graph takes a maximum here and nowhere else: a slip of 2015 that is part of every FID.
+    # The maximum in this block only is a mistake of 2015 that is part of every FID.
     "Mixed_7c": block_e(MAXIMUM),
 }
 
 
-class NormalisedConv(nn.Module):
+class NormalizedConv(nn.Module):
     """One `Conv`."""
 
     def __init__(self, channels: int, spec: Conv) -> None:
@@ -142,7 +141,7 @@ class NormalisedConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, joined over the channels; every convolution is a child under its own name."""
+    """Parallel branches, concatenated; every convolution is a child under its own name."""
 
     def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
         super().__init__()
@@ -150,14 +149,14 @@ class Block(nn.Module):
         self.channels = sum(self._build(channels, branch) for branch in branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the joined branches."""
+        """Return the concatenated branches."""
         return torch.cat([self._follow(x, branch) for branch in self.branches], 1)
 
     def _build(self, channels: int, branch: Sequence[Step]) -> int:
         for step in branch:
             convs = (step,) if isinstance(step, Conv) else step if isinstance(step, tuple) else ()
             for conv in convs:
-                self.add_module(conv.name, NormalisedConv(channels, conv))
+                self.add_module(conv.name, NormalizedConv(channels, conv))
             channels = sum(conv.channels for conv in convs) or channels
         return channels
 
@@ -173,7 +172,7 @@ class Block(nn.Module):
 
 
 class Inception(Block):
-    """Inception-v3 (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 computes it; called, it is the stem."""
+    """Inception-v3 (arXiv 1512.00567) as in the TensorFlow graph of 2015-12-05; its forward is the stem."""
 
     def __init__(self) -> None:
         super().__init__(3, [STEM])
@@ -187,8 +186,8 @@ class Inception(Block):
     def views(self, x: Tensor) -> dict[str, Tensor]:
         """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of images (b, 3, 299, 299) in [-1, 1).
 
-        `spatial` is flattened as ADM's, rows, columns, channels; `logits` are without their bias, as in every
-        Inception Score.
+        `spatial` is flattened in ADM's order, rows, columns, channels; `logits` have no bias, as in every Inception
+        Score.
         """
         x = self(x)
         views = {}

@@ -1,11 +1,9 @@
 """DINOv2 as a feature network. Its Fréchet distance agrees best with human judgement (arXiv 2306.04675)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.metrics.features import FeatureNetwork, as_rgb
+from decm_lightning.metrics.features import FeatureNetwork, as_rgb, from_pretrained
 from decm_lightning.metrics.metric import FeatureMetric, Frechet
 
 SIDE = 224
@@ -34,7 +32,7 @@ class DINOv2Features(FeatureNetwork):
 
     def __init__(self, model: str = "facebook/dinov2-large") -> None:
         super().__init__()
-        self.network = _dinov2(model)
+        (self.network,) = from_pretrained(model, "Dinov2Model", extra="dinov2")
         self.num_features: int = self.network.config.hidden_size
         self.name = f"DINOv2 ({model})"
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
@@ -54,15 +52,3 @@ class DINOv2Features(FeatureNetwork):
     def metrics(self) -> list[FeatureMetric]:
         """Return `fd_dinov2`."""
         return [Frechet("fd_dinov2", "features", self.num_features)]
-
-
-def _dinov2(model: str) -> Any:
-    try:
-        from transformers import Dinov2Model
-    except ImportError as error:
-        raise ImportError("DINOv2Features needs transformers: pip install 'decm-lightning[dinov2]'") from error
-    try:
-        return Dinov2Model.from_pretrained(model)
-    except OSError as error:
-        remedy = "give a folder written by Dinov2Model.save_pretrained, or a name on the Hugging Face hub"
-        raise OSError(f"no DINOv2 at {model}: {remedy}") from error

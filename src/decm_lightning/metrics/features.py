@@ -1,6 +1,7 @@
 """What a feature network must have."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -98,3 +99,27 @@ def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"{name} takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
     return images.float().expand(-1, 3, -1, -1)
+
+
+def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
+    """Return instances of classes of transformers.
+
+    Args:
+        model: a folder written by save_pretrained of each class, or a name on the Hugging Face hub.
+        classes: their names.
+        extra: the extra of this package that installs transformers.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        OSError: if the model does not exist.
+    """
+    names = " and ".join(classes)
+    try:
+        transformers = import_module("transformers")
+    except ImportError as error:
+        raise ImportError(f"{names} needs transformers: pip install 'decm-lightning[{extra}]'") from error
+    try:
+        return [getattr(transformers, name).from_pretrained(model) for name in classes]
+    except (OSError, ValueError) as error:
+        remedy = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
+        raise OSError(f"no {names} at {model}: {remedy}") from error

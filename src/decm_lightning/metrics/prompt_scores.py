@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from decm_lightning.image_writer import picture
-from decm_lightning.metrics.features import FeatureNetwork
+from decm_lightning.metrics.features import FeatureNetwork, from_pretrained
 from decm_lightning.metrics.metric import Counts, FeatureMetric, Prompts
 
 AT_ONCE = 64
@@ -27,6 +27,7 @@ class PromptScorer(FeatureNetwork):
         model: a folder written by save_pretrained of the model and of its processor, or a name on the Hugging Face hub.
     """
 
+    classes: tuple[str, str]
     column: str
     unit: str
     network: Any
@@ -52,18 +53,8 @@ class PromptScorer(FeatureNetwork):
             ImportError: if transformers is not installed.
             OSError: if the model does not exist.
         """
-        try:
-            network, processor = self.classes()
-        except ImportError as error:
-            remedy = "pip install 'decm-lightning[text]'"
-            raise ImportError(f"{type(self).__name__} needs transformers: {remedy}") from error
-        try:
-            self.network = network.from_pretrained(self.model).eval().requires_grad_(False)
-            self.processor = processor.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
-            names = f"{network.__name__} and {processor.__name__}"
-            remedy = f"give a folder with {names}, or a name on the Hugging Face hub"
-            raise OSError(f"no {names} at {self.model}: {remedy}") from error
+        network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
+        self.network = network.eval().requires_grad_(False)
 
     @torch.no_grad()
     def score(self, images: UInt8[Tensor, "b c h w"], texts: Sequence[str]) -> Float[Tensor, " b"]:
@@ -77,10 +68,6 @@ class PromptScorer(FeatureNetwork):
             max_length=self.network.config.text_config.max_position_embeddings,
         )
         return self.compare(inputs.to(self.network.device))
-
-    @abstractmethod
-    def classes(self) -> tuple[Any, Any]:
-        """Return the classes of the model and of its processor."""
 
     @abstractmethod
     def compare(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
@@ -140,18 +127,13 @@ class CLIPScore(PromptScorer):
     Papers that report about 0.3 leave out the factor 100. Unlike in torchmetrics, a negative mean is not set to 0.
     """
 
+    # torchmetrics has this score, but neither for local folders nor for transformers 5.
+    classes = ("CLIPModel", "CLIPProcessor")
     column = "clip_score"
     unit = "100 cos(image, prompt)"
 
     def __init__(self, model: str = "openai/clip-vit-large-patch14") -> None:
         super().__init__(model)
-
-    def classes(self) -> tuple[Any, Any]:
-        """Return CLIPModel and CLIPProcessor."""
-        # torchmetrics has this score, but neither for local folders nor for transformers 5.
-        from transformers import CLIPModel, CLIPProcessor
-
-        return CLIPModel, CLIPProcessor
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
         """Return 100 times the cosines."""
@@ -165,17 +147,12 @@ class BLIPScore(PromptScorer):
     The image-reward package has a score of the same name on BLIP's pretrained checkpoint: other values.
     """
 
+    classes = ("BlipForImageTextRetrieval", "BlipProcessor")
     column = "blip_score"
     unit = "cos(image, prompt)"
 
     def __init__(self, model: str = "Salesforce/blip-itm-large-coco") -> None:
         super().__init__(model)
-
-    def classes(self) -> tuple[Any, Any]:
-        """Return BlipForImageTextRetrieval and BlipProcessor."""
-        from transformers import BlipForImageTextRetrieval, BlipProcessor
-
-        return BlipForImageTextRetrieval, BlipProcessor
 
     def compare(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
         """Return the cosines."""

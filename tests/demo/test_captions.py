@@ -1,6 +1,7 @@
 """Caption accuracy: exact where images follow from captions, chance where they do not, and sums over processes."""
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
@@ -65,8 +66,8 @@ def shares(data, shift: int = 0) -> dict[str, float]:
     quality.prepare(data, read)
     batch = data.reference.__getitems__(range(HELD))
     asked = data.reference.condition([(row + shift) % HELD for row in range(HELD)])
-    quality.add_real(to_uint8(batch.x_1), Prompts(batch.condition))
-    quality.add_generated(to_uint8(batch.x_1), Prompts(asked))
+    quality.update(to_uint8(batch.x_1), real=True, prompts=Prompts(batch.condition))
+    quality.update(to_uint8(batch.x_1), real=False, prompts=Prompts(asked))
     return quality.compute() | {"note": next(iter(quality.describe().values()))}
 
 
@@ -206,3 +207,9 @@ def test_what_is_no_pair_is_refused():
     foreign = embedding(data.train.condition([0, 1]))
     with pytest.raises(ValueError, match=r"caption \d of the batch is not held out: it is not among 40"):
         probe.ranks(torch.zeros(2, 27), foreign)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        prepared(Data())

@@ -42,8 +42,8 @@ def test_distance_tells_real_digits_from_noisy_ones(digits, generator, monkeypat
 
     def distance(generated):
         quality = FeatureMetrics(DigitsFeatures())
-        quality.add_real(digits[::2])
-        quality.add_generated(generated)
+        quality.update(digits[::2], real=True)
+        quality.update(generated, real=False)
         return quality.compute()
 
     noise = 50 * torch.randn(digits.shape, generator=generator)

@@ -46,8 +46,8 @@ def test_it_is_frozen_and_measured_by_a_frechet_distance_of_its_own_name(folder,
     assert not any(p.requires_grad for p in network.parameters())
     quality = FeatureMetrics(network)
     assert quality.columns == ["fd_dinov2"]
-    quality.add_real(uint8_images(20, 16, generator, channels=1))
-    quality.add_generated(uint8_images(20, 16, generator, channels=1))
+    quality.update(uint8_images(20, 16, generator, channels=1), real=True)
+    quality.update(uint8_images(20, 16, generator, channels=1), real=False)
     assert quality.compute()["fd_dinov2"] > 0
 
 

@@ -38,8 +38,8 @@ def images(n: int, mean: float, std: float, generator: torch.Generator) -> Tenso
 
 def quality(real: Tensor, generated: Tensor) -> FeatureMetrics:
     measured = FeatureMetrics(Pixels())
-    measured.add_real(real)
-    measured.add_generated(generated)
+    measured.update(real, real=True)
+    measured.update(generated, real=False)
     return measured
 
 
@@ -96,8 +96,8 @@ def test_subsets_are_as_large_as_the_smaller_set(generator):
 def test_batches_add_up_and_the_network_sees_each_image_once(generator):
     real, made = images(200, 100, 10, generator), images(200, 110, 10, generator)
     whole, parts = quality(real, made), quality(real[:150], made[:70])
-    parts.add_real(real[150:])
-    parts.add_generated(made[70:])
+    parts.update(real[150:], real=True)
+    parts.update(made[70:], real=False)
     assert parts.compute() == pytest.approx(whole.compute(), rel=1e-9)
     assert parts.features.network.seen == 400
 
@@ -108,7 +108,7 @@ def test_resetting_forgets_generated_images_only(generator):
     measured.compute()
     measured.reset_generated()
     assert measured.counts() == Counts(200, 0)
-    measured.add_generated(made)
+    measured.update(made, real=False)
     assert measured.compute() == quality(real, made).compute()
 
 
@@ -126,14 +126,14 @@ def test_too_few_images_and_floats_are_refused(generator):
     with pytest.raises(ValueError, match="at least 2 images of each kind: got 10 real, 1 generated"):
         quality(images(10, 0, 1, generator), images(1, 0, 1, generator)).compute()
     with pytest.raises(ValueError, match=r"must be uint8, see to_uint8: got torch\.float32"):
-        FeatureMetrics(Pixels()).add_real(torch.zeros(2, 1, 2, 2))
+        FeatureMetrics(Pixels()).update(torch.zeros(2, 1, 2, 2), real=True)
 
 
 def test_the_score_is_the_mean_over_splits_of_the_exponential_information(generator):
     made = uint8_images(200, 8, generator, channels=1)
     measured = FeatureMetrics(Small())
-    measured.add_real(made[:5])
-    measured.add_generated(made)
+    measured.update(made[:5], real=True)
+    measured.update(made, real=False)
     torch.manual_seed(1)
     found = measured.compute()["inception_score"]
 
@@ -151,19 +151,19 @@ def test_all_metrics_are_of_one_pass_and_in_chunks_the_same(generator):
     network = Small()
     network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     measured = FeatureMetrics(network, batch_size=64)
-    measured.add_real(real)
-    measured.add_generated(made)
+    measured.update(real, real=True)
+    measured.update(made, real=False)
     assert seen == [64, 26, 64, 26]
     values = measured.compute()
     assert list(values) == measured.columns == COLUMNS
 
     whole = FeatureMetrics(Small(), batch_size=90)
-    whole.add_real(real)
-    whole.add_generated(made)
+    whole.update(real, real=True)
+    whole.update(made, real=False)
     assert values == pytest.approx(whole.compute(), rel=1e-9)
     views = FeatureMetrics(Views(Small(), "spatial", 5))
-    views.add_real(real)
-    views.add_generated(made)
+    views.update(real, real=True)
+    views.update(made, real=False)
     assert values["sfid"] == pytest.approx(views.compute()["fd"], rel=1e-9)
 
 

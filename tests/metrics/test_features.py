@@ -57,8 +57,8 @@ def test_a_plain_module_is_measured_as_a_feature_network_of_the_same_values(gene
     values = []
     for network, turned in ((Rows(), False), (Columns(), True)):
         metrics = FeatureMetrics(network)
-        metrics.add_real(real.mT if turned else real)
-        metrics.add_generated(made.mT if turned else made)
+        metrics.update(real.mT if turned else real, real=True)
+        metrics.update(made.mT if turned else made, real=False)
         values.append(metrics.compute())
     assert values[0] == pytest.approx(values[1], rel=1e-9)
 

@@ -85,7 +85,7 @@ SCORERS = [(CLIPScore, "clip", clip_cosine, 100), (BLIPScore, "blip", blip_cosin
 
 def generated(scorer, images: Tensor, prompts: list[str]) -> FeatureMetrics:
     metrics = FeatureMetrics(scorer)
-    metrics.add_generated(images, Prompts(texts=prompts))
+    metrics.update(images, real=False, prompts=Prompts(texts=prompts))
     return metrics
 
 
@@ -98,13 +98,13 @@ def test_the_score_is_the_mean_of_the_models_own_cosines(scorer, name, cosine, s
     cosines = torch.tensor([cosine(folder, *pair) for pair in zip(pictures, PROMPTS, strict=True)]).double()
     assert cosines.std() > 0.02
     metrics = generated(scorer(folder), images[:1], PROMPTS[:1])
-    metrics.add_generated(images[1:], Prompts(texts=PROMPTS[1:]))
-    metrics.add_real(images)
+    metrics.update(images[1:], real=False, prompts=Prompts(texts=PROMPTS[1:]))
+    metrics.update(images, real=True)
     column = f"{name}_score"
     assert metrics.columns == [column]
     assert metrics.compute()[column] / scale == pytest.approx(cosines.mean().item(), abs=1e-6)
     metrics.reset_generated()
-    metrics.add_generated(images[:2], Prompts(texts=PROMPTS[:2]))
+    metrics.update(images[:2], real=False, prompts=Prompts(texts=PROMPTS[:2]))
     assert metrics.compute()[column] / scale == pytest.approx(cosines[:2].mean().item(), abs=1e-6)
     assert folder in metrics.describe()[column]
 
@@ -132,7 +132,7 @@ def test_without_weights_it_is_left_out_with_the_reason(tmp_path, caplog):
     reason = metrics.unavailable["clip_score"]
     assert reason.startswith(f"no CLIPModel and CLIPProcessor at {tmp_path}: ")
     assert f"clip_score is not measured: {reason}" in caplog.text
-    metrics.add_generated(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
     assert metrics.compute() == {}
 
 
@@ -169,7 +169,7 @@ def test_training_does_not_load_it():
 def test_prompts_in_words_are_needed(clip):
     metrics = FeatureMetrics(CLIPScore(clip))
     with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as demo\.Emoji"):
-        metrics.add_generated(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
 
 
 def test_the_page_on_other_scorers_reads_the_folder_of_prompts(tmp_path, monkeypatch):

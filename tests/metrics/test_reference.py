@@ -34,11 +34,11 @@ def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> Fe
     reference = None if path is None else read(path)
     quality = FeatureMetrics(Small(), reference=reference)
     if reference is None:
-        quality.add_real(torch.from_numpy(real).permute(0, 3, 1, 2))
+        quality.update(torch.from_numpy(real).permute(0, 3, 1, 2), real=True)
     elif reference.images and quality.needs_real:
         for batch in reference.images.batches([range(0, 20), range(20, 20), range(20, len(reference.images))]):
-            quality.add_real(batch)
-    quality.add_generated(generated)
+            quality.update(batch, real=True)
+    quality.update(generated, real=False)
     return quality
 
 
@@ -232,8 +232,8 @@ def test_grey_and_colored_images_can_be_compared(real, made, tmp_path):
     quality = FeatureMetrics(EfficientNetLite0Features(32, 2), reference=found)
     for batch in found.images.batches([range(4)]):
         assert batch.shape[1] == real
-        quality.add_real(batch)
-    quality.add_generated(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8))
+        quality.update(batch, real=True)
+    quality.update(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8), real=False)
     assert np.isfinite(quality.compute()["fd"])
 
 

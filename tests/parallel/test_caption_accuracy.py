@@ -24,8 +24,8 @@ def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, s
     noise = torch.randn(held.x_1.shape, generator=torch.Generator().manual_seed(1))
     for rows in split_evenly(HELD, batch_size, rank, world):
         prompts = Prompts(data.condition(rows))
-        quality.add_real(to_uint8(held.x_1[rows.start : rows.stop]), prompts)
-        quality.add_generated(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), prompts)
+        quality.update(to_uint8(held.x_1[rows.start : rows.stop]), real=True, prompts=prompts)
+        quality.update(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), real=False, prompts=prompts)
     return quality.compute(), quality.describe()
 
 

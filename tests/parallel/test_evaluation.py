@@ -32,9 +32,9 @@ def measured(batch_size: int, world: int) -> dict[str, float]:
     real, made = (uint8_images(number, 8, generator, 1) // part for number, part in ((83, 1), (71, 2)))
     quality = FeatureMetrics(Small())
     for rows in split_evenly(83, batch_size, rank, world):
-        quality.add_real(real[rows.start : rows.stop])
+        quality.update(real[rows.start : rows.stop], real=True)
     for rows in split_evenly(71, batch_size, rank, world):
-        quality.add_generated(made[rows.start : rows.stop])
+        quality.update(made[rows.start : rows.stop], real=False)
     return quality.compute()
 
 

@@ -244,7 +244,7 @@ class Evaluation(L.Callback):
 
     def _take_in(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
-            quality.add_real(images, prompts)
+            quality.update(images, real=True, prompts=prompts)
 
     def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
         self.has_real = self.has_measured = True
@@ -261,7 +261,7 @@ class Evaluation(L.Callback):
                     images = self.drawing.draw(cell, rows or range(1))[: len(rows)]
                     prompts = self.drawing.prompts(rows) if wanted else Prompts()
                     for quality in self.qualities:
-                        quality.add_generated(images, prompts)
+                        quality.update(images, real=False, prompts=prompts)
                     bar.update(len(rows))
                 measured[cell] = {k: value for quality in self.qualities for k, value in quality.compute().items()}
         return measured

@@ -26,7 +26,7 @@ class FeatureMetrics:
     Args:
         features: a FeatureNetwork, or any nn.Module with `num_features`.
         seed: seed of KID's subsets and of the splits of the Inception Score.
-        reference: the real images or their moments; None if the images will be passed to `add_real`.
+        reference: the real images or their moments; None if the images will be passed to `update`.
         validation: whether to measure only what is fast enough for every validation.
         batch_size: images per forward pass of the network, at least 1.
 
@@ -104,21 +104,24 @@ class FeatureMetrics:
             module.to(device)
         return self
 
-    def add_real(self, images: Tensor, prompts: Prompts = NO_PROMPTS) -> None:
-        """Add real images, uint8 (b, c, h, w), with their conditions if they are known.
+    @torch.no_grad()
+    def update(self, images: Tensor, real: bool, prompts: Prompts = NO_PROMPTS) -> None:
+        """Add real or generated images, uint8 (b, c, h, w), with their conditions if they are known.
 
         Raises:
-            ValueError: if the images are not uint8.
+            ValueError: if the images are not uint8, or a metric needs other prompts of generated images.
         """
-        self._update(images, True, prompts)
-
-    def add_generated(self, images: Tensor, prompts: Prompts = NO_PROMPTS) -> None:
-        """Add generated images, uint8 (b, c, h, w), with their conditions.
-
-        Raises:
-            ValueError: if the images are not uint8, or a metric needs other prompts.
-        """
-        self._update(images, False, prompts)
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, see to_uint8: got {images.dtype}")
+        self.seen[real].update(len(images))
+        if not self.metrics:
+            return
+        device = self.seen[real].device
+        outputs = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
+        # One update for all of them: every process must make the same number of updates.
+        views = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        for metric in self.metrics:
+            metric.update(views, real, prompts)
 
     def reset_generated(self) -> None:
         """Forget the generated images and keep the real ones."""
@@ -155,20 +158,6 @@ class FeatureMetrics:
             self.unavailable |= dict.fromkeys(metric.columns, reason)
             log.warning("%s is not measured: %s", ", ".join(metric.columns), reason)
         return not reason
-
-    @torch.no_grad()
-    def _update(self, images: Tensor, real: bool, prompts: Prompts) -> None:
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, see to_uint8: got {images.dtype}")
-        self.seen[real].update(len(images))
-        if not self.metrics:
-            return
-        device = self.seen[real].device
-        outputs = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
-        # One update for all of them: every process must make the same number of updates.
-        views = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-        for metric in self.metrics:
-            metric.update(views, real, prompts)
 
 
 def _views(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:

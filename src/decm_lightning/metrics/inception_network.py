@@ -48,65 +48,58 @@ STEM: tuple[Step, ...] = (
 )
 
 
+def chain(name: str, *convs: tuple[int, int | tuple[int, int]]) -> tuple[Conv, ...]:
+    """Return padded convolutions (channels, kernel) with numbered names."""
+    return tuple(Conv(f"{name}_{number}", *conv) for number, conv in enumerate(convs, start=1))
+
+
+def halving(name: str, channels: int) -> Conv:
+    """Return a 3 x 3 convolution with stride 2."""
+    return Conv(name, channels, 3, stride=2, padded=False)
+
+
 def block_a(pooled: int) -> tuple[tuple[Step, ...], ...]:
     """Return the branches of a block at 35 x 35, the last with `pooled` channels."""
     return (
         (Conv("branch1x1", 64, 1),),
-        (Conv("branch5x5_1", 48, 1), Conv("branch5x5_2", 64, 5)),
-        (Conv("branch3x3dbl_1", 64, 1), Conv("branch3x3dbl_2", 96, 3), Conv("branch3x3dbl_3", 96, 3)),
+        chain("branch5x5", (48, 1), (64, 5)),
+        chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
         (AVERAGE, Conv("branch_pool", pooled, 1)),
     )
 
 
 def block_c(inner: int) -> tuple[tuple[Step, ...], ...]:
     """Return the branches of a block at 17 x 17 with `inner` channels."""
-    row, column = (1, 7), (7, 1)
     return (
         (Conv("branch1x1", 192, 1),),
-        (Conv("branch7x7_1", inner, 1), Conv("branch7x7_2", inner, row), Conv("branch7x7_3", 192, column)),
-        (
-            Conv("branch7x7dbl_1", inner, 1),
-            Conv("branch7x7dbl_2", inner, column),
-            Conv("branch7x7dbl_3", inner, row),
-            Conv("branch7x7dbl_4", inner, column),
-            Conv("branch7x7dbl_5", 192, row),
-        ),
+        chain("branch7x7", (inner, 1), (inner, (1, 7)), (192, (7, 1))),
+        chain("branch7x7dbl", (inner, 1), (inner, (7, 1)), (inner, (1, 7)), (inner, (7, 1)), (192, (1, 7))),
         (AVERAGE, Conv("branch_pool", 192, 1)),
     )
 
 
 def block_e(pool: Pool) -> tuple[tuple[Step, ...], ...]:
     """Return the branches of a block at 8 x 8."""
-    row, column = (1, 3), (3, 1)
+
+    def pair(name: str) -> tuple[Conv, ...]:
+        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+
     return (
         (Conv("branch1x1", 320, 1),),
-        (Conv("branch3x3_1", 384, 1), (Conv("branch3x3_2a", 384, row), Conv("branch3x3_2b", 384, column))),
-        (
-            Conv("branch3x3dbl_1", 448, 1),
-            Conv("branch3x3dbl_2", 384, 3),
-            (Conv("branch3x3dbl_3a", 384, row), Conv("branch3x3dbl_3b", 384, column)),
-        ),
+        (Conv("branch3x3_1", 384, 1), pair("branch3x3_2")),
+        (*chain("branch3x3dbl", (448, 1), (384, 3)), pair("branch3x3dbl_3")),
         (pool, Conv("branch_pool", 192, 1)),
     )
 
 
 REDUCTION_B: tuple[tuple[Step, ...], ...] = (
-    (Conv("branch3x3", 384, 3, stride=2, padded=False),),
-    (
-        Conv("branch3x3dbl_1", 64, 1),
-        Conv("branch3x3dbl_2", 96, 3),
-        Conv("branch3x3dbl_3", 96, 3, stride=2, padded=False),
-    ),
+    (halving("branch3x3", 384),),
+    (*chain("branch3x3dbl", (64, 1), (96, 3)), halving("branch3x3dbl_3", 96)),
     (HALVE,),
 )
 REDUCTION_D: tuple[tuple[Step, ...], ...] = (
-    (Conv("branch3x3_1", 192, 1), Conv("branch3x3_2", 320, 3, stride=2, padded=False)),
-    (
-        Conv("branch7x7x3_1", 192, 1),
-        Conv("branch7x7x3_2", 192, (1, 7)),
-        Conv("branch7x7x3_3", 192, (7, 1)),
-        Conv("branch7x7x3_4", 192, 3, stride=2, padded=False),
-    ),
+    (Conv("branch3x3_1", 192, 1), halving("branch3x3_2", 320)),
+    (*chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))), halving("branch7x7x3_4", 192)),
     (HALVE,),
 )
 BLOCKS = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from decm_lightning.metrics import BLIPScore, CLIPScore, FeatureMetrics
@@ -143,6 +145,16 @@ def test_a_model_that_fails_at_its_first_score_is_left_out(clip, blip, generator
         assert folder in metrics.unavailable[scorer.column]
         assert "\n" not in metrics.unavailable[scorer.column]
         assert metrics.compute() == {}
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(blip, tmp_path):
+    """Such as those of BLIP's captioning checkpoint, which has no projections for retrieval."""
+    shutil.copytree(blip, tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.startswith("vision_proj")}
+    save_file(kept, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    reason = FeatureMetrics(BLIPScore(str(tmp_path / "part"))).unavailable["blip_score"]
+    assert "it lacks vision_proj.bias, vision_proj.weight" in reason
 
 
 def test_a_damaged_file_is_left_out(clip, tmp_path):

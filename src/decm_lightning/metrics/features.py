@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
+from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.types import Batch
 
 
@@ -102,24 +103,30 @@ def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
 
 
 def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
-    """Return instances of classes of transformers.
+    """Return instances of classes of transformers: a model, frozen, and the processors it needs.
 
     Args:
         model: a folder written by save_pretrained of each class, or a name on the Hugging Face hub.
-        classes: their names.
+        classes: the names of the classes, that of the model first.
         extra: the extra of this package that installs transformers.
 
     Raises:
         ImportError: if transformers is not installed.
         OSError: if the model does not exist.
+        ValueError: if the model has not all weights of its class, which transformers would draw at random.
     """
     names = " and ".join(classes)
     try:
         transformers = import_module("transformers")
     except ImportError as error:
         raise ImportError(f"{names} needs transformers: pip install 'decm-lightning[{extra}]'") from error
+    kind, *processors = (getattr(transformers, name) for name in classes)
     try:
-        return [getattr(transformers, name).from_pretrained(model) for name in classes]
+        network, found = kind.from_pretrained(model, output_loading_info=True)
+        loaded = [processor.from_pretrained(model) for processor in processors]
     except (OSError, ValueError) as error:
         remedy = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
         raise OSError(f"no {names} at {model}: {remedy}") from error
+    if missing := sorted(set(found["missing_keys"]) & {name for name, _ in network.named_parameters()}):
+        raise ValueError(f"{model} is not a whole {classes[0]}: it lacks {few(missing)}")
+    return [network.eval().requires_grad_(False), *loaded]

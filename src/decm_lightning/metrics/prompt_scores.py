@@ -52,9 +52,9 @@ class PromptScorer(FeatureNetwork):
         Raises:
             ImportError: if transformers is not installed.
             OSError: if the model does not exist.
+            ValueError: if weights are missing.
         """
-        network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
-        self.network = network.eval().requires_grad_(False)
+        self.network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
 
     @torch.no_grad()
     def score(self, images: UInt8[Tensor, "b c h w"], texts: Sequence[str]) -> Float[Tensor, " b"]:
@@ -89,7 +89,7 @@ class PromptScore(FeatureMetric):
         try:
             self.scorer.load()
             self.scorer.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"])
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, ValueError) as error:
             return " ".join(str(error).split())
         # Damaged files and a processor of another model can raise anything.
         except Exception as error:

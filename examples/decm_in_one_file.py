@@ -14,6 +14,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -41,7 +42,14 @@ class Student(nn.Module):
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
-        layers = [nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        layers = [
+            nn.Linear(4, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+        ]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -90,7 +98,9 @@ def strata(count: int) -> Tensor:
     return (torch.randperm(count) + torch.rand(count)) / count
 
 
-def losses(student: FlowMap, field: Field, x_0: Tensor, x_1: Tensor, number: int, decay_steps: int) -> dict[str, Tensor]:
+def losses(
+    student: FlowMap, field: Field, x_0: Tensor, x_1: Tensor, number: int, decay_steps: int
+) -> dict[str, Tensor]:
     """Return the losses of training step `number` on pairs of noise and data."""
     t, ones = strata(len(x_0)), torch.ones(len(x_0))
     x_t = x_0 + t[:, None] * (x_1 - x_0)
@@ -141,7 +151,7 @@ def mix(student: FlowMap, x: Tensor, steps: int) -> Tensor:
     s1 = 0.75 if steps <= 3 else 0.7 if steps < 8 else 0.5
     grid = torch.linspace(s1, 1, steps).tolist()
     x = move(student, x, 0.0, s1)
-    for t, s in zip(grid[:-2], grid[1:-1], strict=True):
+    for t, s in pairwise(grid[:-1]):
         x = move(student, x, t, s, end=t)
     return move(student, x, grid[-2], 1.0)
 
@@ -157,7 +167,8 @@ def train(steps: int = 2000, batch: int = 256) -> Student:
     )
     for number in range(steps):
         x_1 = MEANS[torch.randint(len(MEANS), (batch,))] + STD * torch.randn(batch, 2)
-        loss = torch.stack(list(losses(student, teacher, torch.randn(batch, 2), x_1, number, steps // 4).values())).sum()
+        terms = losses(student, teacher, torch.randn(batch, 2), x_1, number, steps // 4)
+        loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

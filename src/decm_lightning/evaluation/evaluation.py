@@ -17,8 +17,9 @@ from decm_lightning.evaluation.spec import Cell
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
 from decm_lightning.image_writer import short
-from decm_lightning.metrics import Quality, reference
-from decm_lightning.metrics.feature_metrics import Prompts
+from decm_lightning.metrics import FeatureMetrics, reference
+from decm_lightning.metrics.features import as_feature_network
+from decm_lightning.metrics.metric import Prompts
 from decm_lightning.types import Batch
 
 COLUMNS = 10
@@ -30,14 +31,15 @@ class Evaluation(L.Callback):
     Validation logs `<column>/<cell>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
     kernel distance. Testing logs `test/<column>/<cell>` for all of them, and writes quality.md, quality.json and
     samples.png into the log folder, with the protocol. What the columns are is said by the feature networks: fd and
-    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Beside them may stand
-    what compares samples with their captions: metrics.CaptionProbe, metrics.CLIP and others. Real images are those
-    of the validation or test loader, or of `reference`, taken in once. Sample number i has the same label and starts
+    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Others compare samples
+    with their captions: demo.CaptionProbe, metrics.CLIPScore and metrics.BLIPScore. Real images are those of the
+    validation or test loader, or of `reference`, taken in once. Sample number i has the same label and starts
     from the same noise in every cell and every validation. Compare distances of equal numbers of images only. The
     sanity check before training is left out.
 
     Args:
-        features: one feature network or several, such as metrics.DigitsFeatures or metrics.InceptionFeatures.
+        features: one feature network or several, such as demo.DigitsFeatures or metrics.InceptionFeatures; any
+            nn.Module with `num_features` (metrics.FeatureNetwork).
         cells: what is measured in validation, at least one.
         test_cells: what is measured in testing, at least one; None for `cells`.
         samples: samples a cell in validation, over all processes, at least 2.
@@ -65,17 +67,18 @@ class Evaluation(L.Callback):
         reference: str | None = None,
         labels: LabelLaw = "balanced",
     ) -> None:
-        self.features = list(features) if isinstance(features, list) else [features]
+        networks = features if isinstance(features, list) else [features]
+        self.features = [as_feature_network(network) for network in networks]
         self.cells = [Cell.parse(text) for text in cells]
         self.test_cells = self.cells if test_cells is None else [Cell.parse(text) for text in test_cells]
         self.samples = samples
-        asked = max((getattr(network, "samples", 0) for network in self.features), default=0)
+        asked = max((network.samples for network in self.features), default=0)
         self.test_samples = (asked or samples) if test_samples is None else test_samples
         self.batch_size = batch_size
         self.seed = seed
         self.reference = reference
         self.labels = labels
-        self.qualities: list[Quality] = []
+        self.qualities: list[FeatureMetrics] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
         if not (self.cells and self.test_cells):
@@ -101,7 +104,7 @@ class Evaluation(L.Callback):
         self.drawing = Drawing(pl_module, data, self.labels, self.seed)
         self.drawing.check([*self.cells, *self.test_cells])
         self.real = None if self.reference is None else reference.read(self.reference)
-        self.qualities = [Quality(network, self.seed, self.real, stage != "test") for network in self.features]
+        self.qualities = [FeatureMetrics(network, self.seed, self.real, stage != "test") for network in self.features]
         columns = [column for quality in self.qualities for column in quality.columns]
         if twice := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
@@ -214,7 +217,7 @@ class Evaluation(L.Callback):
             return
         self.has_real = True
         images = self.real.images
-        if images is None or not any(quality.needs_images for quality in self.qualities):
+        if images is None or not any(quality.needs_real for quality in self.qualities):
             return
         parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
         with self._bar(trainer, sum(map(len, parts))) as bar:
@@ -241,12 +244,12 @@ class Evaluation(L.Callback):
 
     def _take_in(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
-            quality.real(images, prompts)
+            quality.update(images, real=True, prompts=prompts)
 
     def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
         self.has_real = self.has_measured = True
         parts = split_evenly(samples, self.batch_size, trainer.global_rank, trainer.world_size)
-        wanted = any(quality.wants_prompts for quality in self.qualities)
+        wanted = any(quality.needs_prompts for quality in self.qualities)
         measured = {}
         with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:
             for cell in cells:
@@ -258,7 +261,7 @@ class Evaluation(L.Callback):
                     images = self.drawing.draw(cell, rows or range(1))[: len(rows)]
                     prompts = self.drawing.prompts(rows) if wanted else Prompts()
                     for quality in self.qualities:
-                        quality.generated(images, prompts)
+                        quality.update(images, real=False, prompts=prompts)
                     bar.update(len(rows))
                 measured[cell] = {k: value for quality in self.qualities for k, value in quality.compute().items()}
         return measured

@@ -16,7 +16,7 @@ from decm_lightning.errors import NonFiniteError
 from decm_lightning.evaluation.spec import Cell
 from decm_lightning.evaluation.usage import Usage
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics.feature_metrics import Prompts
+from decm_lightning.metrics.metric import Prompts
 from decm_lightning.networks import Network
 from decm_lightning.samplers import SamplerName
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample

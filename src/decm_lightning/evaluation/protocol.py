@@ -10,14 +10,14 @@ import torch
 from decm_lightning.evaluation.generator import Drawing
 from decm_lightning.evaluation.spec import Cell
 from decm_lightning.evaluation.usage import Usage
-from decm_lightning.metrics import Quality, Reference
+from decm_lightning.metrics import FeatureMetrics, Reference
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
 
 def protocol(
     drawing: Drawing,
-    qualities: Sequence[Quality],
+    qualities: Sequence[FeatureMetrics],
     reference: Reference | None,
     samples: int,
     batch_size: int,
@@ -43,8 +43,8 @@ def protocol(
         "batch size": batch_size,
     }
     for quality in qualities:
-        lines |= quality.notes()
-        lines |= {column: f"not measured: {reason}" for column, reason in quality.left_out.items()}
+        lines |= quality.describe()
+        lines |= {column: f"not measured: {reason}" for column, reason in quality.unavailable.items()}
     lines["nfe"] = "passes of a network for one sample, guidance included"
     return lines | _machine(drawing.module)
 

@@ -142,8 +142,8 @@ class Distiller(FlowTraining):
             check_fused(self.student, example)
 
     def sharded(self) -> list[Network]:
-        """Return student, average and teacher."""
-        return [*super().sharded(), *self.teacher.networks()]
+        """Return student, average, and of the teacher what it lets be sharded."""
+        return [*super().sharded(), *self.teacher.sharded()]
 
     def compiled(self) -> list[Network]:
         """Return the teacher's networks, and the student if its engine passes through compiled blocks."""

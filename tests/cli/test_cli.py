@@ -605,7 +605,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
     config = yaml.safe_load(TRAINED)
     config["model"]["init_args"] = {
         "teacher": {
-            "class_path": "decm_lightning.teachers.DiffusersDiTTeacher",
+            "class_path": "decm_lightning.teachers.DiffusersTeacher",
             "init_args": {"model": str(tmp_path / "diffusers")},
         },
         "student": {
@@ -617,7 +617,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
     config["trainer"]["devices"] = 1
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert trained("fit")[0] == 0
-    assert not any(parameter.is_meta for parameter in built[0].teacher.model.parameters())
+    assert not any(parameter.is_meta for parameter in built[0].teacher.network.parameters())
     assert all(parameter.is_meta for parameter in built[0].network.parameters())
 
 

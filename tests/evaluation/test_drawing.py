@@ -1,3 +1,5 @@
+from tempfile import TemporaryDirectory
+
 import lightning as L
 import pytest
 import torch
@@ -12,7 +14,7 @@ from decm_lightning.even_split import split_evenly
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import DiT
-from decm_lightning.teachers import DiffusersDiTTeacher, Teacher
+from decm_lightning.teachers import DiffusersTeacher, Teacher
 
 MIX = Cell("student", "mix", 2)
 
@@ -95,7 +97,9 @@ def diffusers_dit() -> Teacher:
     model = DiTTransformer2DModel(
         **sizes, sample_size=8, patch_size=4, in_channels=1, out_channels=2, num_embeds_ada_norm=10
     )
-    return DiffusersDiTTeacher(model)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return DiffusersTeacher(folder)
 
 
 @pytest.mark.parametrize(("teacher", "each"), [(diffusers_dit, 1), (Formula, 1), (TwoNetworks, 2)])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decm_lightning.derivatives import Tangent, dual, functional
-from decm_lightning.networks import DiT, load, load_lightningdit, save
+from decm_lightning.networks import DiT, load, save
 from decm_lightning.networks.import_public import architecture
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
@@ -87,7 +87,7 @@ LAYOUTS = {
 def test_output_is_that_of_the_public_code(layout, published, tmp_path):
     """Wherever in the file the weights are and however they are prefixed."""
     inputs, weights = published
-    network = load_lightningdit(written(LAYOUTS[layout](weights), tmp_path / "public.pt"))
+    network = load(written(LAYOUTS[layout](weights), tmp_path / "public.pt"))
     assert error_of(network, inputs) <= 1e-5
     assert network.config["end_time"]
     assert not network.training
@@ -96,9 +96,9 @@ def test_output_is_that_of_the_public_code(layout, published, tmp_path):
 def test_safetensors_and_the_old_format_of_torch_are_read_too(published, tmp_path):
     inputs, weights = published
     save_file(wrap("module.")(weights), tmp_path / "public.safetensors")
-    assert error_of(load_lightningdit(str(tmp_path / "public.safetensors")), inputs) <= 1e-5
+    assert error_of(load(str(tmp_path / "public.safetensors")), inputs) <= 1e-5
     torch.save({"ema": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert error_of(load_lightningdit(tmp_path / "old.pt"), inputs) <= 1e-5
+    assert error_of(load(tmp_path / "old.pt"), inputs) <= 1e-5
 
 
 @pytest.mark.parametrize("weights", ["ema", "model", None])
@@ -108,7 +108,7 @@ def test_weights_are_those_asked_for(weights, small, tmp_path):
     trained = state | {"final_layer.linear.bias": state["final_layer.linear.bias"] + 1}
     path = written({"model": trained, "ema": state}, tmp_path / "both.pt")
     expected = (trained if weights == "model" else state)["final_layer.linear.bias"]
-    assert torch.equal(load_lightningdit(path, weights).final_layer.linear.bias, expected)
+    assert torch.equal(load(path, weights=weights).final_layer.linear.bias, expected)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_weights_are_those_asked_for(weights, small, tmp_path):
 def test_architecture_is_found_from_shapes(changed, tmp_path, generator):
     """Any network comes back with its arguments, its weights to the bit, and its output."""
     network = randomised(DiT(**SMALL | changed))
-    loaded = load_lightningdit(written(network.state_dict(), tmp_path / "any.pt"))
+    loaded = load(written(network.state_dict(), tmp_path / "any.pt"))
     assert loaded.config == network.config
     own, other = network.state_dict(), loaded.state_dict()
     assert own.keys() == other.keys()
@@ -191,7 +191,7 @@ def test_formulas_are_those_of_the_public_code(published, reference):
 def test_variants_are_those_of_the_formulas(qk_norm, shift, end_time, reference, tmp_path, generator):
     """In float64 to rounding: without QK norm, and without shift, too."""
     network = randomised(DiT(**SMALL, qk_norm=qk_norm, shift=shift, end_time=end_time))
-    network = load_lightningdit(written(network.state_dict(), tmp_path / "variant.pt")).double()
+    network = load(written(network.state_dict(), tmp_path / "variant.pt")).double()
     x_t = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
     t, s = torch.rand(2, 4, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
@@ -224,7 +224,7 @@ def test_dual_passes_through_variants(changed, generator):
 
 def test_loaded_network_can_be_trained_kept_and_made_a_student(small, tmp_path):
     """Its weights require gradients, but for the positions; `save` and `load` take it as any other."""
-    network = load_lightningdit(written(small.state_dict(), tmp_path / "small.pt"))
+    network = load(written(small.state_dict(), tmp_path / "small.pt"))
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["pos_embed"]
     save(network, tmp_path / "kept")
     kept = load(tmp_path / "kept")
@@ -236,7 +236,7 @@ def test_loaded_network_can_be_trained_kept_and_made_a_student(small, tmp_path):
 def test_network_does_not_hang_on_its_file(small, tmp_path):
     """What is written over the file afterwards does not reach it."""
     path = written(small.state_dict(), tmp_path / "small.pt")
-    network = load_lightningdit(path)
+    network = load(path)
     before = copy.deepcopy(network.state_dict())
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
@@ -246,7 +246,7 @@ def test_network_does_not_hang_on_its_file(small, tmp_path):
 def test_other_precisions_are_read_as_float32(dtype, small, tmp_path):
     """Weights as rounded in the file; rotary tables unrounded."""
     state = {name: tensor.to(dtype) for name, tensor in small.state_dict().items()}
-    network = load_lightningdit(written(state, tmp_path / "rounded.pt"))
+    network = load(written(state, tmp_path / "rounded.pt"))
     for name, tensor in network.state_dict().items():
         expected = small.state_dict()[name] if name.startswith("feat_rope") else state[name].float()
         assert tensor.dtype == torch.float32
@@ -256,7 +256,7 @@ def test_other_precisions_are_read_as_float32(dtype, small, tmp_path):
 def test_rotary_tables_may_be_left_out(small, tmp_path):
     """QK norm then tells the heads."""
     state = {name: tensor for name, tensor in small.state_dict().items() if not name.startswith("feat_rope")}
-    network = load_lightningdit(written(state, tmp_path / "bare.pt"))
+    network = load(written(state, tmp_path / "bare.pt"))
     assert torch.equal(network.feat_rope.freqs_cos, small.feat_rope.freqs_cos)
 
 
@@ -278,7 +278,7 @@ def test_other_rotary_tables_are_refused(name, error, accepted, small, tmp_path)
     state[name][5, 3] += error
     path = written(state, tmp_path / "turned.pt")
     if accepted:
-        assert torch.equal(load_lightningdit(path).state_dict()[name], small.state_dict()[name])
+        assert torch.equal(load(path).state_dict()[name], small.state_dict()[name])
     else:
         with pytest.raises(ValueError, match=rf"turned.pt: {name} is not that of rotary positions .* 4 x 4 grid"):
-            load_lightningdit(path)
+            load(path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decm_lightning.networks import DiT, load_lightningdit
+from decm_lightning.networks import DiT, load
 from tests.unprivileged import open_folder, unprivileged
 
 SMALL = {"input_size": 4, "in_channels": 2, "patch_size": 1, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
@@ -28,10 +28,8 @@ def written(content, path):
 @pytest.mark.parametrize(("there", "asked"), [("model", "ema"), ("ema", "model")])
 def test_weights_that_are_not_there_are_refused(there, asked, small, tmp_path):
     path = written({there: small.state_dict(), "opt": {}}, tmp_path / "one.pt")
-    with pytest.raises(
-        ValueError, match=f"one.pt: no weights '{asked}' in it, only {there}: ask for weights='{there}'"
-    ):
-        load_lightningdit(path, asked)
+    with pytest.raises(ValueError, match=f"one.pt: no weights '{asked}' in it, only {there}: give weights='{there}'"):
+        load(path, weights=asked)
 
 
 def test_heads_that_cannot_be_told_are_said_to_be(tmp_path):
@@ -41,22 +39,22 @@ def test_heads_that_cannot_be_told_are_said_to_be(tmp_path):
     with pytest.raises(
         ValueError, match=r"the number of heads cannot be told: .*q_norm.* and 16 is the .*: give heads"
     ):
-        load_lightningdit(written(state, tmp_path / "bare.pt"))
+        load(written(state, tmp_path / "bare.pt"))
 
 
 def lose(state):
     del state["blocks.1.attn.qkv.bias"], state["t_embedder.mlp.0.weight"]
-    return r"missing: 2 \(t_embedder.mlp.0.weight, blocks.1.attn.qkv.bias\); left over: 0; of another .*: 0; only"
+    return r"missing: 2 \(t_embedder.mlp.0.weight, blocks.1.attn.qkv.bias\); left over: 0; of another .*: 0; a Light"
 
 
 def add(state):
     state |= {f"projector.{i}.weight": torch.zeros(2) for i in range(5)}
-    return r"missing: 0; left over: 5 \(projector.0.weight, .*projector.2.weight and 2 more\); of another .*: 0; only"
+    return r"missing: 0; left over: 5 \(projector.0.weight, .*projector.2.weight and 2 more\); of another .*: 0; a L"
 
 
 def reshape(state):
     state["blocks.0.attn.qkv.weight"] = torch.zeros(48, 15)
-    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\); .*take out"
+    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\); .*remove other"
 
 
 def triple_the_output(state):
@@ -86,18 +84,18 @@ def call_swiglu_gelu(state):
 def use_another_mlp(state):
     for name in [name for name in state if ".mlp.w" in name]:
         state[name.replace("w12", "up").replace("w3", "down")] = state.pop(name)
-    return r"no LightningDiT or SiT: missing .* are blocks.0.mlp.w3.weight; it holds"
+    return r"nor a LightningDiT, SiT or DiT: missing .* are blocks.0.mlp.w3.weight; it holds"
 
 
 def use_layer_norm_with_weights(state):
     for name in [name for name in state if name.endswith(("norm1.weight", "norm2.weight", "norm_final.weight"))]:
         state[name.replace("weight", "bias")] = torch.zeros(16)
-    return r"missing: 0; left over: 5 \(blocks.0.norm1.bias, .* and 2 more\); .* only a LightningDiT or SiT"
+    return r"missing: 0; left over: 5 \(blocks.0.norm1.bias, .* and 2 more\); .* a LightningDiT, SiT or DiT"
 
 
 def use_layer_norm_at_the_end(state):
     del state["final_layer.norm_final.weight"]
-    return r"missing: 0; left over: 4 \(blocks.0.norm1.weight, .* and 1 more\); .* only a LightningDiT or SiT"
+    return r"missing: 0; left over: 4 \(blocks.0.norm1.weight, .* and 1 more\); .* a LightningDiT, SiT or DiT"
 
 
 def drop_qk_norm_of_a_block(state):
@@ -141,7 +139,7 @@ def test_tensors_that_do_not_fit_are_listed(fault, small, tmp_path):
     state = dict(small.state_dict())
     message = fault(state)
     with pytest.raises(ValueError, match=message) as refused:
-        load_lightningdit(written({"ema": state}, tmp_path / "odd.pt"))
+        load(written({"ema": state}, tmp_path / "odd.pt"))
     assert str(refused.value).startswith(f"{tmp_path / 'odd.pt'}: ")
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 1000
@@ -160,12 +158,13 @@ class Trap:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.zeros(3), "no tensors by name, but one Tensor"),
-        ([torch.zeros(3)], "no tensors by name, but one list"),
+        (torch.zeros(3), "expected tensors by name: got one Tensor"),
+        ([torch.zeros(3)], "expected tensors by name: got one list"),
         ({}, "got nothing"),
         ({"ema": {}}, "got nothing"),
         ({"ema": 0.999, "step": 3}, "got ema, step"),
-        ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "alone or under ema or model: got epoch, state_dict"),
+        ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "nor a LightningDiT, SiT or DiT: .*; it holds x"),
+        ({"epoch": 3, "weights": {"x": torch.zeros(1)}}, "alone or under ema, state_dict, .*: got epoch, weights"),
         ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
         ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 3 more; it holds 0"),
         (
@@ -179,7 +178,7 @@ def test_other_contents_are_refused(content, message, tmp_path, monkeypatch):
     """With what was found instead; nothing is run."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_lightningdit(written(content, tmp_path / "other.pt"))
+        load(written(content, tmp_path / "other.pt"))
     assert not (tmp_path / "trapped").exists()
 
 
@@ -201,16 +200,16 @@ def test_text_is_refused(suffix, text, cause, tmp_path):
     path = tmp_path / f"notes{suffix}"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^{path} cannot be read: {cause}"):
-        load_lightningdit(path)
+        load(path)
 
 
 def test_a_renamed_file_is_read_or_named(small, tmp_path):
     save_file(small.state_dict(), tmp_path / "a.pt")
-    state = load_lightningdit(tmp_path / "a.pt").state_dict()
+    state = load(tmp_path / "a.pt").state_dict()
     assert torch.equal(state["pos_embed"], small.state_dict()["pos_embed"])
     torch.save(small.state_dict(), tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"b.safetensors cannot be read: a zip archive, as torch.save writes"):
-        load_lightningdit(tmp_path / "b.safetensors")
+        load(tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -224,7 +223,7 @@ def test_a_missing_permission_is_not_a_missing_file(suffix, small):
             mode = locked.stat().st_mode
             locked.chmod(0)
             with unprivileged(), pytest.raises(PermissionError, match=f"Permission denied: '{path}'"):
-                load_lightningdit(path)
+                load(path)
             locked.chmod(mode)
 
 
@@ -245,15 +244,15 @@ def test_garbage_is_refused_whatever_it_is(small, tmp_path):
         path = tmp_path / f"garbage{suffix}"
         path.write_bytes(content)
         try:
-            load_lightningdit(path)
+            load(path)
         except ValueError:
             refused += 1
     assert refused >= 100
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file at .*: a .pt or .safetensors file .* is expected"):
-        load_lightningdit(tmp_path / "nothing.pt")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint or folder at .*nothing.pt"):
+        load(tmp_path / "nothing.pt")
     (tmp_path / "a.safetensors").mkdir()
-    with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}/a.safetensors'"):
-        load_lightningdit(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/a.safetensors/config.json is missing"):
+        load(tmp_path / "a.safetensors")

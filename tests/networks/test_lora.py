@@ -30,12 +30,12 @@ class Body(nn.Module):
 class Line(LoRANetwork):
     """A network around it."""
 
-    def __init__(self, body=None, rank=None, targets=None):
+    def __init__(self, body=None, lora_rank=None, targets=None):
         super().__init__(Body() if body is None else body, ["first"])
-        self.config = {"body": None, "rank": None, "targets": None}
+        self.config = {"body": None, "lora_rank": None, "targets": None}
         self.sample_shape, self.num_classes = (3,), 0
-        if rank is not None:
-            self.adapt(rank, targets)
+        if lora_rank is not None:
+            self.adapt(lora_rank, targets)
 
     def add_end_time(self):
         self.model.end_time = TimeEmbedding(5, zero_output=True)
@@ -66,7 +66,7 @@ def trained(network):
 def test_adapter_adds_its_product(network, inputs):
     """W x + c + B (A x), and the end time's embedding where the network puts it."""
     body = network.model
-    student = network.with_end_time(rank=2)
+    student = network.with_end_time(lora_rank=2)
     own = trained(student)
     x = inputs[0] + body.places.table
     a, b = (own[f"model.first.lora_{part}.default.weight"] for part in "AB")
@@ -79,17 +79,17 @@ def test_adapter_adds_its_product(network, inputs):
 
 def test_nothing_is_changed_at_first_and_the_original_never(network, inputs):
     before = network(*inputs)
-    student = network.with_end_time(rank=2)
+    student = network.with_end_time(lora_rank=2)
     assert torch.equal(student(*inputs), before)
     trained(student)
     assert not torch.allclose(student(*inputs), before)
     assert torch.equal(network(*inputs), before)
-    assert network.config["rank"] is None
-    assert student.config == {"body": None, "rank": 2, "targets": ["first"]}
+    assert network.config["lora_rank"] is None
+    assert student.config == {"body": None, "lora_rank": 2, "targets": ["first"]}
 
 
 def test_copies_share_what_is_frozen_through_moves_and_casts(network):
-    student = network.with_end_time(rank=2)
+    student = network.with_end_time(lora_rank=2)
     average = copy.deepcopy(student).requires_grad_(False)
     for one in (student.double(), average.double(), network.double()):
         assert next(one.parameters()).dtype == torch.float64
@@ -104,7 +104,7 @@ def test_copies_share_what_is_frozen_through_moves_and_casts(network):
 
 def test_state_is_what_was_added(network, inputs):
     """Alone, and within a module that holds it; base weights are filled in when it is loaded."""
-    student, other = network.with_end_time(rank=2), network.with_end_time(rank=2)
+    student, other = network.with_end_time(lora_rank=2), network.with_end_time(lora_rank=2)
     trained(student)
     assert student.state_dict().keys() == student.added
     assert network.state_dict() == {}
@@ -117,7 +117,7 @@ def test_state_is_what_was_added(network, inputs):
 
 @pytest.mark.parametrize(("change", "message"), [("lose", "Missing key"), ("add", "Unexpected key")])
 def test_state_that_does_not_fit_is_refused(change, message, network):
-    student = network.with_end_time(rank=2)
+    student = network.with_end_time(lora_rank=2)
     state = student.state_dict()
     if change == "lose":
         del state[min(student.added)]
@@ -128,7 +128,7 @@ def test_state_that_does_not_fit_is_refused(change, message, network):
 
 
 def test_only_what_was_added_trains(network, inputs):
-    student = network.with_end_time(rank=2)
+    student = network.with_end_time(lora_rank=2)
     optimizer = torch.optim.AdamW(student.parameters(), 0.1, weight_decay=0.1)
     before = network.model.second.weight.clone()
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_only_what_was_added_trains(network, inputs):
 
 
 def test_description_builds_it_again(network):
-    student = network.with_end_time(rank=3, targets=["first", "second"])
+    student = network.with_end_time(lora_rank=3, targets=["first", "second"])
     arguments = describe(student)
     assert arguments.pop("_class_name").endswith("Line")
     again = Line(**arguments)
@@ -148,10 +148,10 @@ def test_description_builds_it_again(network):
 
 
 def test_bad_ranks_and_targets_are_refused(network):
-    with pytest.raises(ValueError, match="rank must be at least 1: got 0"):
-        network.with_end_time(rank=0)
+    with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
+        network.with_end_time(lora_rank=0)
     with pytest.raises(ValueError, match="targets must end names of projections: got 'third', which ends none"):
-        network.with_end_time(rank=1, targets=["first", "third"])
+        network.with_end_time(lora_rank=1, targets=["first", "third"])
 
 
 def test_missing_peft_is_said(network, monkeypatch):

@@ -84,6 +84,49 @@ def test_checkpoint_gives_the_averaged_weights(network, tmp_path):
     assert not loaded.training
 
 
+@pytest.mark.parametrize("weights", ["ema", "model", None])
+def test_weights_of_a_checkpoint_are_chosen(weights, network, tmp_path):
+    trained = DiT(**network.config)
+    state = {f"average.{k}": v for k, v in network.state_dict().items()}
+    state |= {f"network.{k}": v for k, v in trained.state_dict().items()}
+    torch.save({"network": describe(network), "state_dict": state}, tmp_path / "last.ckpt")
+    assert same_weights(load(tmp_path / "last.ckpt", weights=weights), trained if weights == "model" else network)
+
+
+@pytest.fixture
+def hub(network, tmp_path, monkeypatch):
+    """A cache of the hub with nobody/student in it, and no way to the hub itself."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    stored = tmp_path / "hub" / "models--nobody--student"
+    save(network, stored / "snapshots" / "abc")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("abc")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def test_a_name_on_the_hub_is_loaded_and_a_local_path_goes_first(hub, network):
+    assert same_weights(load("nobody/student"), network)
+    save(MLP(width=8), "nobody/student")
+    assert isinstance(load("nobody/student"), MLP)
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
+    with pytest.raises(
+        FileNotFoundError, match="no network nobody/else: neither a folder nor on the Hugging Face hub"
+    ) as e:
+        load("nobody/else")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("path", ["nobody/student.pt", "a/nobody/student", "./student", "/student", "nobody", "../a"])
+def test_other_paths_are_never_looked_for_on_the_hub(path, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint or folder at {path}$"):
+        load(path)
+
+
 @pytest.mark.parametrize("name", ["nothing", "nothing.ckpt"])
 def test_missing_path_is_named(name, tmp_path):
     """The message holds the path."""
@@ -111,9 +154,9 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
 
 
 def test_foreign_checkpoint_is_refused(tmp_path):
-    """A checkpoint that does not describe its network is refused by name."""
-    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match=r"foreign.ckpt is not a checkpoint of decm-lightning"):
+    """A checkpoint that does not describe its network, and is not a public one, is refused by name."""
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "epoch": 3}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match=r"foreign.ckpt: neither a checkpoint of decm-lightning.*it holds x"):
         load(tmp_path / "foreign.ckpt")
 
 
@@ -151,7 +194,6 @@ def test_broken_folder_is_named_with_the_cause_in_one_line(file, content, cause,
     ("checkpoint", "message"),
     [
         ({"network": {"_class_name": "MLP", "colour": 3}, "state_dict": {}}, "cannot be loaded: .*argument"),
-        ({"network": [1], "state_dict": {}}, "is not a checkpoint of decm-lightning: it does not describe its network"),
         ({"state_dict": {}}, "cannot be loaded: .*Missing key"),
         ({"state_dict": [1]}, "cannot be loaded: 'list' object"),
         ({}, "cannot be loaded: it has no 'state_dict'"),
@@ -375,14 +417,14 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_a_config_does_not_choose_what_is_imported(elsewhere, tmp_path):
     """Only the user does, by importing it or by allowing it."""
-    message = f"^{elsewhere} cannot be loaded: its network class unseen.Unseen is not imported: .*allow_import"
+    message = f"^{elsewhere} cannot be loaded: its network class unseen.Unseen is not imported: .*trust"
     with pytest.raises(ValueError, match=message):
         load(elsewhere)
     torch.save({"network": json.loads((elsewhere / "config.json").read_text()), "state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"its network class unseen.Unseen is not imported"):
         load(tmp_path / "a.ckpt")
     assert not (tmp_path / "ran").exists()
-    assert type(load(elsewhere, allow_import=True)).__name__ == "Unseen"
+    assert type(load(elsewhere, trust=True)).__name__ == "Unseen"
     assert (tmp_path / "ran").exists()
     assert type(load(elsewhere)).__name__ == "Unseen"
 
@@ -394,10 +436,10 @@ def test_other_modules_are_not_imported(name, network, tmp_path):
     with pytest.raises(ValueError, match=f"network class {name} is not imported"):
         load(tmp_path)
     with pytest.raises(ValueError, match=f"unknown network class '{name}'"):
-        load(tmp_path, allow_import=True)
+        load(tmp_path, trust=True)
 
 
 def test_networks_of_this_package_are_imported_when_needed(tmp_path):
     """Such as those of diffusers, which the teachers bring along."""
     with pytest.raises(OSError, match=r"config.json"):
-        build({"_class_name": "decm_lightning.teachers.diffusers_sd3.SD3", "model": str(tmp_path)})
+        build({"_class_name": "decm_lightning.teachers.diffusers_network.DiffusersNetwork", "model": str(tmp_path)})

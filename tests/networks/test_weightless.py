@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decm_lightning.networks import MLP, DiT, TextDiT, load, load_public, save
+from decm_lightning.networks import MLP, DiT, TextDiT, load, save
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
-from decm_lightning.teachers import LightningDiTTeacher, PretrainedTeacher, SiTTeacher
+from decm_lightning.teachers import PretrainedTeacher
 
 SIZES = {"input_size": 8, "in_channels": 2, "patch_size": 2, "width": 16, "depth": 1, "heads": 2}
 
@@ -34,12 +34,13 @@ def test_load_reads_no_weights(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("teacher", [LightningDiTTeacher, SiTTeacher])
-def test_public_networks_have_their_shapes_alone(teacher, tmp_path):
+@pytest.mark.parametrize("prediction", ["velocity", None])
+def test_public_networks_have_their_shapes_alone(prediction, tmp_path):
     save_file(DiT(**SIZES, num_classes=3).state_dict(), tmp_path / "public.safetensors")
-    expected = load_public(tmp_path / "public.safetensors")
+    expected = load(tmp_path / "public.safetensors")
     with without_weights():
-        found = teacher(str(tmp_path / "public.safetensors")).network
+        found = PretrainedTeacher(str(tmp_path / "public.safetensors"), prediction=prediction).network
+        assert_without_weights(load(tmp_path / "public.safetensors"))
     assert_without_weights(found)
     assert found.config == expected.config
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LuminaNextDiT2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -26,13 +28,8 @@ from decm_lightning import load
 from decm_lightning.derivatives import Tangent, choose, dual, functional
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.networks import save
-from decm_lightning.teachers import (
-    DiffusersFluxTeacher,
-    DiffusersPixArtTeacher,
-    DiffusersSanaTeacher,
-    DiffusersSD3Teacher,
-    Teacher,
-)
+from decm_lightning.teachers import DiffusersTeacher, Teacher
+from decm_lightning.teachers.diffusers_families import FAMILIES as ROWS
 from decm_lightning.types import Captions
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -42,19 +39,19 @@ TEXT = {"joint_attention_dim": 6, "pooled_projection_dim": 7}
 
 @dataclass
 class Family:
-    """A teacher's class, a tiny model for it, and a step of its pipeline's sampler by diffusers alone.
+    """A tiny model, and a step of its pipeline's sampler by diffusers alone.
 
     Attributes:
-        teacher: the class.
         make: makes the model.
         step: from (model, x_t, captions) to times t and s, and x_s by one step of the pipeline's scheduler.
         masked: whether it reads the captions' mask.
+        labels: whether it reads class labels instead of captions.
     """
 
-    teacher: type[Teacher]
     make: Callable[[], nn.Module]
     step: Callable[[nn.Module, Tensor, Captions], tuple[float, float, Tensor]]
-    masked: bool
+    masked: bool = False
+    labels: bool = False
 
 
 def euler(call: Callable[[Tensor], Tensor], x_t: Tensor) -> tuple[float, float, Tensor]:
@@ -119,6 +116,16 @@ def pixart_step(model, x_t, captions):
     return t, s, after * (s**2 + (1 - s) ** 2) ** 0.5
 
 
+def dit_step(model, x_t, labels):
+    scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(10)
+    t, s = (kept**0.5 / (kept**0.5 + (1 - kept) ** 0.5) for kept in scheduler.alphas_cumprod[[600, 500]].tolist())
+    z = x_t / (t**2 + (1 - t) ** 2) ** 0.5
+    noise = model(z, timestep=torch.full((len(x_t),), 600), class_labels=labels, return_dict=False)[0]
+    after = scheduler.step(noise.chunk(2, dim=1)[0], 600, z).prev_sample
+    return t, s, after * (s**2 + (1 - s) ** 2) ** 0.5
+
+
 def make_sd3():
     extras = {"pos_embed_max_size": 6, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     return SD3Transformer2DModel(**HEADS, **PATCHES, **TEXT, **extras, out_channels=4, caption_projection_dim=16)
@@ -139,17 +146,22 @@ def make_pixart():
     return PixArtTransformer2DModel(**HEADS, **PATCHES, out_channels=8, cross_attention_dim=16, caption_channels=6)
 
 
+def make_dit():
+    return DiTTransformer2DModel(**HEADS, **PATCHES, out_channels=8, num_embeds_ada_norm=10, norm_num_groups=4)
+
+
 def make_pixart_with_sizes():
     heads = {"num_attention_heads": 3, "attention_head_dim": 8, "cross_attention_dim": 24, "caption_channels": 6}
     return PixArtTransformer2DModel(**heads, **PATCHES, out_channels=8, use_additional_conditions=True)
 
 
 FAMILIES = {
-    "sd3": Family(DiffusersSD3Teacher, make_sd3, sd3_step, masked=False),
-    "flux": Family(DiffusersFluxTeacher, make_flux, flux_step, masked=False),
-    "sana": Family(DiffusersSanaTeacher, make_sana, sana_step, masked=True),
-    "pixart": Family(DiffusersPixArtTeacher, make_pixart, pixart_step, masked=True),
-    "pixart-alpha": Family(DiffusersPixArtTeacher, make_pixart_with_sizes, pixart_step, masked=True),
+    "sd3": Family(make_sd3, sd3_step),
+    "flux": Family(make_flux, flux_step),
+    "sana": Family(make_sana, sana_step, masked=True),
+    "pixart": Family(make_pixart, pixart_step, masked=True),
+    "pixart-alpha": Family(make_pixart_with_sizes, pixart_step, masked=True),
+    "dit": Family(make_dit, dit_step, labels=True),
 }
 
 
@@ -168,7 +180,7 @@ class Case:
     empty: Captions
 
 
-@pytest.fixture(params=["sd3", "flux", "sana", "pixart"])
+@pytest.fixture(params=["sd3", "flux", "sana", "pixart", "dit"])
 def case(request, tmp_path) -> Case:
     """One of the families, with no weight zero."""
     family = FAMILIES[request.param]
@@ -177,11 +189,13 @@ def case(request, tmp_path) -> Case:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path / "transformer")
-    side = {"side": 4} if request.param == "flux" else {}
-    teacher = family.teacher(str(tmp_path), rank=2, **side)
+    size = {"latent_size": 4} if request.param == "flux" else {}
+    teacher = DiffusersTeacher(str(tmp_path), lora_rank=2, **size)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
 
     def captions(rows):
+        if family.labels:
+            return torch.tensor([3, 0, 9])[:rows]
         pooled = None if family.masked else torch.randn(rows, 7)
         return Captions(torch.randn(rows, 3, 6), mask[-rows:] if family.masked else None, pooled)
 
@@ -219,6 +233,10 @@ def test_velocity_is_that_of_the_pipelines_own_sampler(case):
 
 
 def test_captions_matter_and_only_where_their_mask_says(case):
+    if case.family.labels:
+        others = case.teacher(case.x_t, case.t, torch.tensor([3, 0, 8])) - case.teacher(case.x_t, case.t, case.captions)
+        assert (others.abs().amax((1, 2, 3)) > 1e-3).tolist() == [False, False, True]
+        return
     v = case.teacher(case.x_t, case.t, case.captions)
     tokens = case.captions.tokens.clone()
     tokens[2, 1:] += 1
@@ -249,7 +267,7 @@ def test_weights_are_held_once(case):
     base = {name: value.data_ptr() for name, value in case.teacher.network.named_parameters()}
     for network in (student, average):
         held = {name: p for name, p in network.named_parameters() if name not in network.added}
-        names = {name.replace(".base_layer", "").replace(".embedding.", "."): p for name, p in held.items()}
+        names = {name.replace(".base_layer", ""): p for name, p in held.items()}
         assert {name: p.data_ptr() for name, p in names.items()} == base
         assert not any(p.requires_grad for p in held.values())
     own = [{p.data_ptr() for name, p in n.named_parameters() if name in n.added} for n in (student, average)]
@@ -278,8 +296,7 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
         choose(student, student.example()).reason
         == "derivative dual: exact, one pass, no memory beyond the layer at work"
     )
-    pooled = None if case.captions.pooled is None else case.captions.pooled.double()
-    captions = case.captions._replace(tokens=case.captions.tokens.double(), pooled=pooled)
+    captions = wide(case.captions)
     point = (case.x_t.double(), case.t.double(), case.s.double())
     along = Tangent(
         torch.randn_like(point[0]), torch.tensor([1.0, -0.5, 0.7]).double(), torch.tensor([0.3, 1.0, -2.0]).double()
@@ -303,8 +320,7 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
 def test_derivative_along_each_argument_alone(argument, case):
     """None of them is lost on its way through diffusers' code."""
     student = changed(case.teacher).double()
-    pooled = None if case.captions.pooled is None else case.captions.pooled.double()
-    captions = case.captions._replace(tokens=case.captions.tokens.double(), pooled=pooled)
+    captions = wide(case.captions)
     point = (case.x_t.double(), case.t.double(), case.s.double())
     parts = {"x": torch.ones_like(point[0]), "t": torch.ones(3).double(), "s": torch.ones(3).double()}
     along = Tangent(**{name: part * (name == argument) for name, part in parts.items()})
@@ -383,7 +399,7 @@ def test_a_student_whose_base_was_replaced_is_refused_with_both_hashes(case):
     with torch.no_grad():
         next(case.model.parameters()).view(-1)[0] += 1e-3
     case.model.save_pretrained(case.folder / "transformer")
-    after = case.family.teacher(str(case.folder / "transformer")).identity()
+    after = DiffusersTeacher(str(case.folder / "transformer")).identity()
     assert after != before
     with pytest.raises(ValueError, match=rf"other weights \({after}\).*trained on \({before}\)") as caught:
         load(case.folder / "student")
@@ -401,26 +417,28 @@ def test_a_student_can_start_from_a_student(case):
 
 
 def test_guided_velocity_has_the_empty_prompt(case):
-    if case.family.teacher is DiffusersFluxTeacher:
+    if case.teacher.network.embeds_guidance:
         with pytest.raises(ValueError, match="has guidance embedded: leave the guidance scale at 1"):
             case.teacher.null(case.captions)
         return
     case.teacher.empty = case.empty
     guided = GuidedField(case.teacher, case.teacher.null, Guidance(2.0))(case.x_t, case.t, case.captions)
-    empty = Captions(*(None if part is None else part.repeat_interleave(3, 0) for part in case.empty))
+    empty = torch.full((3,), 10)
+    if not case.family.labels:
+        empty = Captions(*(None if part is None else part.repeat_interleave(3, 0) for part in case.empty))
     v, v_null = (case.teacher(case.x_t, case.t, captions) for captions in (case.captions, empty))
     assert (v - v_null).abs().max() > 1e-2
     assert_close(guided, 2 * v - v_null, 1e-5)
 
 
 def test_model_comes_from_a_folder_of_its_own_too(case):
-    alone = case.family.teacher(str(case.folder / "transformer"))
+    alone = DiffusersTeacher(str(case.folder / "transformer"))
     inputs = (case.x_t, case.t, case.captions)
     assert_close(alone(*inputs), case.teacher(*inputs))
 
 
 def test_narrow_weights_leave_what_was_added_in_float32(case):
-    teacher = case.family.teacher(str(case.folder), rank=2, dtype="bfloat16")
+    teacher = DiffusersTeacher(str(case.folder), lora_rank=2, dtype="bfloat16")
     student = teacher.student()
     assert {p.dtype for n, p in student.named_parameters() if n in student.added} == {torch.float32}
     assert {p.dtype for n, p in student.named_parameters() if n not in student.added} >= {torch.bfloat16}
@@ -434,7 +452,7 @@ def test_narrow_weights_leave_what_was_added_in_float32(case):
 @pytest.mark.parametrize("argument", ["x", "t", "s"])
 def test_derivative_in_bfloat16(mixed, argument, case):
     """Near float64's along each argument; a time rounded before it is multiplied by 1000 would be off by over 100 %."""
-    teacher = case.family.teacher(str(case.folder), rank=2, dtype="float32" if mixed else "bfloat16")
+    teacher = DiffusersTeacher(str(case.folder), lora_rank=2, dtype="float32" if mixed else "bfloat16")
     student = changed(teacher)
     point = (case.x_t, case.t, case.s, case.captions)
     parts = {"x": torch.randn_like(case.x_t), "t": torch.ones(3), "s": torch.ones(3)}
@@ -452,15 +470,29 @@ def test_tensors_that_do_not_fit_are_refused(fault, message, case):
     file = case.folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if fault == "lose":
-        del tensors["proj_out.bias"]
+        del tensors[max(tensors)]
     else:
         tensors["odd"] = torch.zeros(1)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=message):
-        case.family.teacher(str(case.folder))
+        DiffusersTeacher(str(case.folder))
 
 
-def test_what_is_no_caption_of_the_model_is_refused(case):
+def test_labels_are_never_dropped(tmp_path):
+    """Not in training mode either, in which diffusers' DiT would drop every tenth."""
+    make_dit().save_pretrained(tmp_path)
+    student = changed(DiffusersTeacher(str(tmp_path), lora_rank=2))
+    assert student.training
+    inputs = (torch.randn(64, 4, 4, 4), torch.full((64,), 0.5), torch.ones(64), torch.full((64,), 3))
+    assert_close(student(*inputs), student.eval()(*inputs))
+
+
+def test_a_condition_of_another_kind_is_refused(case):
+    if case.family.labels:
+        for condition in (None, Captions(torch.zeros(3, 3, 6), None, None)):
+            with pytest.raises(ValueError, match=r"use teacher.null\(labels\)"):
+                case.teacher(case.x_t, case.t, condition)
+        return
     with pytest.raises(ValueError, match=r"needs Captions, and teacher.null\(captions\) .*: got labels \(3,\)"):
         case.teacher(case.x_t, case.t, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must be \(b, n, 6\): got \(3, 3, 5\)"):
@@ -471,20 +503,24 @@ def test_what_is_no_caption_of_the_model_is_refused(case):
 
 
 def test_other_targets_and_ranks(case):
-    teacher = case.family.teacher(str(case.folder), rank=3, targets=["proj_out"])
+    teacher = DiffusersTeacher(
+        str(case.folder), lora_rank=3, targets=["proj_out_2" if case.family.labels else "proj_out"]
+    )
     student = teacher.student()
     # Two matrices, and the two layers of the end time's embedding.
     assert len(student.added) >= 6
     with pytest.raises(ValueError, match="targets must end names of projections: got 'nothing', which ends none"):
-        case.family.teacher(str(case.folder), targets=["to_q", "nothing"]).student()
-    with pytest.raises(ValueError, match="rank must be at least 1: got 0"):
-        case.family.teacher(str(case.folder), rank=0)
+        DiffusersTeacher(str(case.folder), targets=["to_q", "nothing"]).student()
+    with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
+        DiffusersTeacher(str(case.folder), lora_rank=0)
 
 
-def test_another_family_is_refused(tmp_path):
-    make_sd3().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a SD3Transformer2DModel: this teacher takes a FluxTransformer2DModel"):
-        DiffusersFluxTeacher(str(tmp_path))
+def test_an_unknown_family_is_refused_with_the_known(tmp_path):
+    LuminaNextDiT2DModel(
+        sample_size=4, num_layers=1, num_attention_heads=2, num_kv_heads=2, hidden_size=16, cross_attention_dim=8
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"LuminaNextDiT2DModel: known are {', '.join(ROWS)}"):
+        DiffusersTeacher(str(tmp_path))
 
 
 def test_a_sprint_is_refused(tmp_path):
@@ -492,4 +528,4 @@ def test_a_sprint_is_refused(tmp_path):
     model = SanaTransformer2DModel(**HEADS, **PATCHES, **crossing, caption_channels=6, guidance_embeds=True)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a SANA-Sprint"):
-        DiffusersSanaTeacher(str(tmp_path))
+        DiffusersTeacher(str(tmp_path))

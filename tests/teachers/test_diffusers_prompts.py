@@ -8,37 +8,25 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.teachers import (
-    DiffusersFluxTeacher,
-    DiffusersPixArtTeacher,
-    DiffusersPrompts,
-    DiffusersSanaTeacher,
-    DiffusersSD3Teacher,
-)
+from decm_lightning.teachers import DiffusersPrompts, DiffusersTeacher
 from decm_lightning.types import Captions
 from tests.teachers.pipelines import flux, pixart, sana, sd3
 
 PROMPTS = ["a red cat", "a dog", ""]
 BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-FAMILIES = {
-    "sd3": (sd3, DiffusersSD3Teacher),
-    "flux": (flux, DiffusersFluxTeacher),
-    "sana": (sana, DiffusersSanaTeacher),
-    "pixart": (pixart, DiffusersPixArtTeacher),
-}
+FAMILIES = {"sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart}
 
 
 @pytest.fixture(params=FAMILIES)
 def case(request, tmp_path):
-    """A family's name, a pipeline, its folder, and the teacher's class."""
+    """A family's name, a pipeline, and its folder."""
     torch.manual_seed(0)
-    make, teacher = FAMILIES[request.param]
-    pipeline = make()
+    pipeline = FAMILIES[request.param]()
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()
     pipeline.save_pretrained(tmp_path)
-    return request.param, pipeline, str(tmp_path), teacher
+    return request.param, pipeline, str(tmp_path)
 
 
 class HandedError(Exception):
@@ -65,7 +53,7 @@ def handed(pipeline, prompt: str) -> dict[str, Tensor]:
 
 def test_captions_are_what_the_pipeline_hands_to_its_transformer(case):
     """Of each prompt, and of the empty prompt of guidance."""
-    name, pipeline, folder, _ = case
+    name, pipeline, folder = case
     prompts = DiffusersPrompts(folder, max_tokens=6)
     captions, empty = prompts(PROMPTS), prompts.empty()
     second = "encoder_attention_mask" if name in ("sana", "pixart") else "pooled_projections"
@@ -86,8 +74,8 @@ def test_captions_are_what_the_pipeline_hands_to_its_transformer(case):
 
 def test_guided_velocity_has_the_empty_prompt_of_the_pipeline(case):
     """Encoded once, when it is first asked for, and the encoders let go."""
-    _, _, folder, kind = case
-    teacher = kind(folder, rank=2, side=4, max_tokens=6)
+    _, _, folder = case
+    teacher = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=6)
     captions = DiffusersPrompts(folder, max_tokens=6)(PROMPTS)
     x_t, t = torch.randn(3, 4, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     assert "empty" not in teacher.__dict__
@@ -104,8 +92,8 @@ def test_guided_velocity_has_the_empty_prompt_of_the_pipeline(case):
 
 
 def test_captions_that_do_not_fit_the_empty_prompt_are_refused(case):
-    _, _, folder, kind = case
-    teacher = kind(folder, rank=2, side=4, max_tokens=6)
+    _, _, folder = case
+    teacher = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=6)
     captions = DiffusersPrompts(folder, max_tokens=4)(PROMPTS)
     with pytest.raises(
         ValueError, match=r"the empty prompt has \d+ tokens and captions \d+: encode both with one max_t"
@@ -118,9 +106,9 @@ def test_captions_that_do_not_fit_the_empty_prompt_are_refused(case):
 
 
 def test_a_folder_without_encoders_is_refused(case, tmp_path):
-    _, pipeline, _, kind = case
+    _, pipeline, _ = case
     pipeline.transformer.save_pretrained(tmp_path / "alone")
-    teacher = kind(str(tmp_path / "alone"), rank=2)
+    teacher = DiffusersTeacher(str(tmp_path / "alone"), lora_rank=2)
     captions = DiffusersPrompts(case[2], max_tokens=6)(PROMPTS)
     with pytest.raises(ValueError, match="has no text encoders: give the folder of a pipeline"):
         teacher.null(captions)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from decm_lightning import Distiller, load, losses
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import save
-from decm_lightning.teachers import DiffusersSD3Teacher
+from decm_lightning.teachers import DiffusersTeacher
 from decm_lightning.types import Batch, Captions
 
 ROWS = 32
@@ -53,7 +53,7 @@ class Pairs(L.LightningDataModule):
 def make(folder, **options):
     """A distiller of a teacher whose empty prompt is known."""
     L.seed_everything(0, verbose=False)
-    teacher = DiffusersSD3Teacher(str(folder), rank=2)
+    teacher = DiffusersTeacher(str(folder), lora_rank=2)
     teacher.empty = captions(1, 3)
     return Distiller(
         teacher,
@@ -161,6 +161,6 @@ def test_sharding_is_refused(folder):
 
 def test_config_names_it(folder, fit, capsys):
     """Class path and folder are enough on the command line; that digits are no latents of it is said in one line."""
-    assert fit("DiffusersSD3Teacher", {"model": str(folder), "rank": "2"}) == 2
+    assert fit("DiffusersTeacher", {"model": str(folder), "lora_rank": "2"}) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("decm: error: the data's samples are (1, 8, 8) and the network's (4, 4, 4): ")

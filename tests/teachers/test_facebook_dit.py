@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from decm_lightning.networks import DiT, load
-from decm_lightning.teachers import FacebookDiTTeacher, LightningDiTTeacher, SiTTeacher
-from decm_lightning.teachers.diffusers_noise import NoisePrediction
+from decm_lightning.networks.weightless import is_weightless, without_weights
+from decm_lightning.teachers import PretrainedTeacher
+from decm_lightning.teachers.noise_prediction import NoisePrediction
 from decm_lightning.teachers.prediction import prediction_of
 from tests.teachers.test_sit import CHANNELS, HEADS, SIT, SIZE, sit, weights
 
@@ -27,7 +28,7 @@ def path(tmp_path):
 def test_velocity_is_that_of_the_noise_at_every_step(step, path, generator):
     """By the formulas of the network and of DDPM, in float64."""
     torch.save(weights(), path)
-    teacher = FacebookDiTTeacher(path, heads=HEADS)
+    teacher = PretrainedTeacher(path, heads=HEADS, prediction="noise")
     teacher.network.double()
     a, b = SIGNALS[step].sqrt(), (1 - SIGNALS[step]).sqrt()
     z = torch.randn(3, CHANNELS, SIZE, SIZE, generator=generator, dtype=torch.float64)
@@ -44,7 +45,7 @@ def test_its_time_embedding_is_not_that_of_diffusers(path):
     """Their frequencies are 10000^(-i / 128) and 10000^(-i / 127)."""
     network = weights()
     torch.save(network, path)
-    embedder = FacebookDiTTeacher(path, heads=HEADS).network.t_embedder
+    embedder = PretrainedTeacher(path, heads=HEADS, prediction="noise").network.t_embedder
     seen = []
     embedder.mlp[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     embedder(torch.tensor([999.0]))
@@ -92,20 +93,26 @@ def trained(prediction):
     return network.state_dict()
 
 
-@pytest.mark.parametrize("make", [lambda: constructed(1), lambda: trained("noise")], ids=["constructed", "trained"])
-def test_a_dit_is_not_taken_for_a_network_of_velocities(make, path):
+@pytest.mark.parametrize(
+    ("make", "prediction"),
+    [
+        (lambda: constructed(1), "noise"),
+        (lambda: constructed(-1), "velocity"),
+        (lambda: trained("noise"), "noise"),
+        (lambda: trained("velocity"), "velocity"),
+    ],
+    ids=["constructed noise", "constructed velocity", "trained noise", "trained velocity"],
+)
+def test_a_dit_is_told_from_a_sit_and_never_taken_for_it(make, prediction, path, generator):
+    """Their files have the same names and shapes."""
     torch.save({"ema": make()}, path)
-    with pytest.raises(ValueError, match=f"^{path} predicts noise, not velocity: load it as FacebookDiTTeacher"):
-        SiTTeacher(path, heads=HEADS)
-    assert prediction_of(FacebookDiTTeacher(path, heads=HEADS).network) == "noise"
-
-
-@pytest.mark.parametrize("make", [lambda: constructed(-1), lambda: trained("velocity")], ids=["constructed", "trained"])
-def test_a_sit_is_not_taken_for_a_dit(make, path):
-    torch.save(make(), path)
-    with pytest.raises(ValueError, match=f"^{path} predicts velocity, not noise: load it as SiTTeacher or Lightning"):
-        FacebookDiTTeacher(path, heads=HEADS)
-    assert prediction_of(SiTTeacher(path, heads=HEADS).network) == "velocity"
+    found, given = PretrainedTeacher(path, heads=HEADS), PretrainedTeacher(path, heads=HEADS, prediction=prediction)
+    assert found.prediction == prediction
+    inputs = (torch.randn(2, CHANNELS, SIZE, SIZE, generator=generator), torch.tensor([0.3, 0.8]), torch.tensor([0, 5]))
+    assert torch.equal(found(*inputs), given(*inputs))
+    other = {"noise": "velocity", "velocity": "noise"}[prediction]
+    with pytest.raises(ValueError, match=f"^{path} predicts {prediction}, not {other}"):
+        PretrainedTeacher(path, heads=HEADS, prediction=other)
 
 
 @pytest.mark.parametrize("name", ["digits/teacher", "digits/student", "fashion/teacher", "fashion/student"])
@@ -113,15 +120,18 @@ def test_real_networks_of_this_package_predict_velocities(name):
     assert prediction_of(load(ROOT / "weights" / name)) == "velocity"
 
 
-def test_random_weights_are_accepted_by_both(path):
-    """Tests and rehearsals use them."""
+@pytest.mark.parametrize("prediction", ["velocity", "noise", None])
+def test_random_weights_are_what_is_said(prediction, path, caplog):
+    """Tests and rehearsals use them; without a word they are velocities, which the log says."""
     torch.save(weights(), path)
-    for cls in (SiTTeacher, FacebookDiTTeacher):
-        assert prediction_of(cls(path, heads=HEADS).network) is None
+    teacher = PretrainedTeacher(path, heads=HEADS, prediction=prediction)
+    assert prediction_of(teacher.network) is None
+    assert teacher.prediction == (prediction or "velocity")
+    assert (path in caplog.text) == (prediction is None)
 
 
-@pytest.mark.parametrize("clock", ["t", "2 - t"])
-def test_a_lightningdit_that_predicts_noise_is_refused(clock, path):
+@pytest.mark.parametrize("time_convention", ["standard", "facm"])
+def test_a_lightningdit_that_predicts_noise_is_found(time_convention, path):
     """RMSNorm and rotary positions: a fresh one's blocks change nothing, and its output is what it embeds."""
     network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=1, heads=HEADS, num_classes=5)
     plain = constructed(1)
@@ -130,29 +140,37 @@ def test_a_lightningdit_that_predicts_noise_is_refused(clock, path):
         {f"proj.{name}": plain[f"x_embedder.proj.{name}"] for name in ("weight", "bias")}
     )
     rows = plain["final_layer.linear.weight"].unflatten(0, (4, 2 * CHANNELS))[:, :CHANNELS].flatten(0, 1)
-    for sign, refused in ((1, True), (-1, False)):
+    for sign, prediction in ((1, "noise"), (-1, "velocity")):
         network.final_layer.linear.weight.data = sign * rows
         torch.save(network.state_dict(), path)
-        if refused:
-            with pytest.raises(ValueError, match="predicts noise, not velocity: load it as FacebookDiTTeacher"):
-                LightningDiTTeacher(path, clock=clock)
+        if prediction == "noise" and time_convention == "facm":
+            with pytest.raises(ValueError, match=f"^{path} predicts noise, not velocity"):
+                PretrainedTeacher(path, time_convention=time_convention)
         else:
-            assert prediction_of(LightningDiTTeacher(path, clock=clock).network) == "velocity"
+            assert PretrainedTeacher(path, time_convention=time_convention).prediction == prediction
+
+
+def test_every_process_finds_the_same_prediction(path):
+    """Also one that is sent its shard, and has no weights afterwards."""
+    torch.save(constructed(1), path)
+    with without_weights():
+        teacher = PretrainedTeacher(path, heads=HEADS)
+        assert is_weightless()
+    assert teacher.prediction == "noise"
+    assert all(tensor.is_meta for tensor in teacher.network.state_dict().values())
 
 
 def test_what_it_cannot_do_is_said(path):
     torch.save(weights(), path)
-    teacher = FacebookDiTTeacher(path, heads=HEADS)
+    teacher = PretrainedTeacher(path, heads=HEADS, prediction="noise")
     with pytest.raises(ValueError, match=r"cannot start a student: give Distiller.student=.*networks.DiT"):
         teacher.student()
     with pytest.raises(ValueError, match="needs class labels"):
         teacher(torch.zeros(1, CHANNELS, SIZE, SIZE), torch.zeros(1), None)
-    with pytest.raises(ValueError, match="beta_start=2"):
-        FacebookDiTTeacher(path, heads=HEADS, beta_start=2)
     network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=2, heads=HEADS, end_time=True, **SIT)
     torch.save(network.state_dict(), path)
-    with pytest.raises(ValueError, match=f"{path} is not a DiT: its r_embedder reads an end time"):
-        FacebookDiTTeacher(path, heads=HEADS)
+    with pytest.raises(ValueError, match=f"prediction='noise' is for .* without an end time .r_embedder., .*{path}"):
+        PretrainedTeacher(path, heads=HEADS, prediction="noise")
 
 
 def test_config_names_it(fit, path):
@@ -160,5 +178,5 @@ def test_config_names_it(fit, path):
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, **SIT)
     torch.save(network.state_dict(), path)
     student = {"class_path": "decm_lightning.networks.DiT", "init_args": network.config | {"end_time": True}}
-    arguments = {"path": path, "heads": "2"}
-    assert fit("FacebookDiTTeacher", arguments, "--model.init_args.student", json.dumps(student)) == 0
+    arguments = {"path": path, "heads": "2", "prediction": "noise", "noise.beta_end": "0.01"}
+    assert fit("PretrainedTeacher", arguments, "--model.init_args.student", json.dumps(student)) == 0

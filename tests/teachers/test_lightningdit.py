@@ -1,4 +1,4 @@
-"""A public LightningDiT as a teacher: its velocity on our clock, its student, and its place in a config."""
+"""A public LightningDiT as a teacher: its velocity in our convention, its student, and its place in a config."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decm_lightning.networks import DiT, load, save
-from decm_lightning.teachers import LightningDiTTeacher
+from decm_lightning.teachers import PretrainedTeacher
 
 SMALL = {"input_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 10}
 
@@ -33,30 +33,30 @@ def inputs(generator):
     return torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([0.0, 0.3, 0.7, 1.0]), torch.tensor([0, 9, 10, 4])
 
 
-def test_velocity_is_the_networks_on_the_same_clock(path, inputs):
+def test_velocity_is_the_networks_at_the_same_time(path, inputs):
     """LightningDiT's path is ours, noise at 0, velocity data minus noise: nothing is converted."""
     network = checkpoint(path)
     x_t, t, labels = inputs
-    assert torch.equal(LightningDiTTeacher(str(path))(x_t, t, labels), network(x_t, t, t, labels))
+    assert torch.equal(PretrainedTeacher(str(path))(x_t, t, labels), network(x_t, t, t, labels))
 
 
 def test_velocity_is_the_networks_at_two_minus_t(path, inputs):
-    """FACM's students give theirs there: on our clock it is the same to rounding, and at t another."""
+    """FACM's students give theirs there: in our convention it is the same to rounding, and at t another."""
     network = checkpoint(path)
     x_t, t, labels = inputs
-    v = LightningDiTTeacher(str(path), clock="2 - t")(x_t, t, labels)
+    v = PretrainedTeacher(str(path), time_convention="facm")(x_t, t, labels)
     expected = network(x_t, 2 - t, 2 - t, labels)
     assert (v - expected).abs().max() <= 3e-6 * expected.abs().max()
-    # At t = 1 the two clocks agree.
+    # At t = 1 the two conventions agree.
     assert (v - network(x_t, t, t, labels))[:3].abs().amax((1, 2, 3)).min() > 1e-2
 
 
-@pytest.mark.parametrize("clock", ["t", "2 - t"])
-def test_student_begins_as_the_teacher_and_keeps_its_clock_when_saved(clock, path, inputs, tmp_path):
-    """For every end time; the clock is in the weights and needs no mention any more."""
+@pytest.mark.parametrize("time_convention", ["standard", "facm"])
+def test_student_begins_as_the_teacher_and_needs_no_time_convention(time_convention, path, inputs, tmp_path):
+    """For every end time; the convention is in the weights and needs no mention any more."""
     checkpoint(path)
     x_t, t, labels = inputs
-    teacher = LightningDiTTeacher(str(path), clock=clock)
+    teacher = PretrainedTeacher(str(path), time_convention=time_convention)
     v = teacher(x_t, t, labels)
     save(teacher.student(), tmp_path / "student")
     student = load(tmp_path / "student")
@@ -66,7 +66,7 @@ def test_student_begins_as_the_teacher_and_keeps_its_clock_when_saved(clock, pat
 
 def test_teacher_is_frozen_and_its_student_is_not(path):
     checkpoint(path)
-    teacher = LightningDiTTeacher(str(path))
+    teacher = PretrainedTeacher(str(path))
     student = teacher.student()
     assert not any(p.requires_grad for p in teacher.network.parameters())
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == ["pos_embed"]
@@ -78,12 +78,12 @@ def test_checkpoint_with_an_auxiliary_time_is_a_flow_map(path, inputs):
     """Its velocity is that of a jump of no length, and its student is the flow map as it was trained."""
     network = checkpoint(path, end_time=True)
     x_t, t, labels = inputs
-    teacher = LightningDiTTeacher(str(path))
+    teacher = PretrainedTeacher(str(path))
     ends = torch.ones(4)
     assert torch.equal(teacher(x_t, t, labels), network(x_t, t, t, labels))
     assert torch.equal(teacher.student().eval()(x_t, t, ends, labels), network(x_t, t, ends, labels))
-    with pytest.raises(ValueError, match=r"teacher.pt has an auxiliary time, .*: leave out clock='2 - t'"):
-        LightningDiTTeacher(str(path), clock="2 - t")
+    with pytest.raises(ValueError, match=r"time_convention='facm' is for .* without an end time .*teacher.pt"):
+        PretrainedTeacher(str(path), time_convention="facm")
 
 
 def test_weights_are_chosen(path):
@@ -91,25 +91,25 @@ def test_weights_are_chosen(path):
     other = {name: tensor + 1 for name, tensor in network.state_dict().items() if not name.startswith("feat_rope")}
     torch.save({"ema": network.state_dict(), "model": other}, path)
     bias = network.final_layer.linear.bias
-    assert torch.equal(LightningDiTTeacher(str(path)).network.final_layer.linear.bias, bias)
-    assert torch.equal(LightningDiTTeacher(str(path), weights="model").network.final_layer.linear.bias, bias + 1)
+    assert torch.equal(PretrainedTeacher(str(path)).network.final_layer.linear.bias, bias)
+    assert torch.equal(PretrainedTeacher(str(path), weights="model").network.final_layer.linear.bias, bias + 1)
 
 
-def test_other_clocks_are_refused(path):
+def test_other_time_conventions_are_refused(path):
     checkpoint(path)
-    with pytest.raises(ValueError, match="clock must be 't' or '2 - t': got '1 - t'"):
-        LightningDiTTeacher(str(path), clock="1 - t")
+    with pytest.raises(ValueError, match="time_convention must be 'standard' or 'facm': got '1 - t'"):
+        PretrainedTeacher(str(path), time_convention="1 - t")
 
 
 def test_config_names_it(fit, path):
     """With its arguments, and a step is trained."""
     checkpoint(path)
-    assert fit("LightningDiTTeacher", {"path": "teacher.pt", "clock": "2 - t"}) == 0
+    assert fit("PretrainedTeacher", {"path": "teacher.pt", "time_convention": "facm"}) == 0
 
 
 def test_bad_file_is_one_line_and_exit_code_2(fit, path, capsys):
     path.write_text("the weights are elsewhere")
-    assert fit("LightningDiTTeacher", {"path": "teacher.pt"}) == 2
+    assert fit("PretrainedTeacher", {"path": "teacher.pt"}) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "decm: error: teacher.pt cannot be read: text instead of tensors" in error

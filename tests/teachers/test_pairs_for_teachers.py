@@ -22,25 +22,13 @@ from decm_lightning.cli.trainer import build
 from decm_lightning.data import TextImagePairs
 from decm_lightning.evaluation.generator import Drawing
 from decm_lightning.evaluation.spec import Cell
-from decm_lightning.teachers import (
-    DiffusersFluxTeacher,
-    DiffusersPixArtTeacher,
-    DiffusersPrompts,
-    DiffusersSanaTeacher,
-    DiffusersSD3Teacher,
-    diffusers_prompts,
-)
+from decm_lightning.teachers import DiffusersPrompts, DiffusersTeacher, diffusers_prompts
 from tests.autoencoders.tiny import save_kl
 from tests.teachers.pipelines import flux, pixart, sana, sd3
 
 CONFIG = Path(__file__).parents[2] / "configs/sd35.yaml"
 TEXTS = [first + second for first, second in itertools.product(("a red ", "my ", "no "), ("cat", "dog", "b", "snake"))]
-FAMILIES = {
-    "sd3": (sd3, DiffusersSD3Teacher),
-    "flux": (flux, DiffusersFluxTeacher),
-    "sana": (sana, DiffusersSanaTeacher),
-    "pixart": (pixart, DiffusersPixArtTeacher),
-}
+FAMILIES = {"sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart}
 
 
 def save(pipeline, folder):
@@ -121,8 +109,7 @@ def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
 def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
     """To half precision, with mask or pooled vector and as many tokens as the teacher's empty prompt."""
     torch.manual_seed(0)
-    make, kind = FAMILIES[family]
-    folder = save(make(), tmp_path / family)
+    folder = save(FAMILIES[family](), tmp_path / family)
     found = {}
     for captions in ("cached", "on_the_fly"):
         data = TextImagePairs(
@@ -142,7 +129,7 @@ def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
         assert not live.mask.any(0).all()
     if live.pooled is not None:
         torch.testing.assert_close(cached.pooled, live.pooled, rtol=2e-3, atol=2e-3)
-    null = kind(folder, rank=2, side=4, max_tokens=20).null(cached)
+    null = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=20).null(cached)
     assert null.tokens.shape == cached.tokens.shape
     # None is written where captions are encoded on the fly.
     assert len(list(tmp_path.glob("captions-*.safetensors"))) == 1
@@ -184,7 +171,7 @@ def decm(source, tmp_path, monkeypatch):
         nn.init.normal_(parameter, std=0.2)
     folder = save(pipeline, tmp_path / "sd3")
     teacher, data = "--model.init_args.teacher.init_args", "--data.init_args"
-    base = ["--config", str(CONFIG), f"{teacher}.model={folder}", f"{teacher}.rank=2", f"{teacher}.side=4"]
+    base = ["--config", str(CONFIG), f"{teacher}.model={folder}", f"{teacher}.lora_rank=2", f"{teacher}.latent_size=4"]
     base += [f"{teacher}.max_tokens=6", f"{data}.encoder.init_args.model={folder}"]
     base += [f"{data}.encoder.init_args.max_tokens=6", f"{data}.source={source}", f"{data}.size=8"]
     base += [f"{data}.vae={folder}", f"{data}.batch_size=3", f"{data}.held_out=0.3", f"{data}.num_workers=0"]

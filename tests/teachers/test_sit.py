@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from decm_lightning.derivatives import Tangent, dual, functional
-from decm_lightning.networks import DiT, load, load_lightningdit, load_public, save
+from decm_lightning.networks import DiT, load, save
 from decm_lightning.networks.import_public import architecture
-from decm_lightning.teachers import SiTTeacher
+from decm_lightning.teachers import PretrainedTeacher
 
 WIDTH, DEPTH, HEADS, PATCH, CHANNELS, SIZE, CLASSES = 24, 2, 3, 2, 3, 8, 5
 SIT = {"norm": "layer", "mlp": "gelu", "rotary": False, "qk_norm": False, "learn_sigma": True}
@@ -97,7 +97,7 @@ def inputs(generator):
 @pytest.mark.parametrize("outputs", [1, 2], ids=["velocity alone", "learn_sigma"])
 def test_velocity_is_that_of_the_formulas(outputs, inputs, tmp_path):
     torch.save(weights(outputs), tmp_path / "sit.pt")
-    teacher = SiTTeacher(str(tmp_path / "sit.pt"), heads=HEADS)
+    teacher = PretrainedTeacher(str(tmp_path / "sit.pt"), heads=HEADS)
     teacher.network.double()
     expected = sit(weights(outputs), *inputs)
     assert expected.abs().max() > 0.1
@@ -105,14 +105,21 @@ def test_velocity_is_that_of_the_formulas(outputs, inputs, tmp_path):
     assert teacher.network.config["learn_sigma"] == (outputs == 2)
 
 
-@pytest.mark.parametrize("layout", [lambda w: w, lambda w: {"ema": w, "model": {}}, lambda w: {"model": w}])
+LAYOUTS = [
+    lambda w: w,
+    lambda w: {"ema": w, "model": {}},
+    lambda w: {"model": w},
+    lambda w: {"state_dict": w},
+    lambda w: {"model": {"state_dict": w}, "epoch": 1},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tensor_is_placed_wherever_it_is_in_the_file(layout, tmp_path):
     torch.save(layout({f"module.{name}": tensor for name, tensor in weights().items()}), tmp_path / "sit.pt")
-    for function in (load_public, load_lightningdit):
-        network = function(tmp_path / "sit.pt", heads=HEADS)
-        state = network.state_dict()
-        assert state.keys() == weights().keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in weights().items())
+    state = load(tmp_path / "sit.pt", heads=HEADS).state_dict()
+    assert state.keys() == weights().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights().items())
 
 
 @pytest.mark.parametrize(
@@ -132,14 +139,14 @@ def test_tensors_that_do_not_fit_are_listed(change, message, path):
     change(found)
     torch.save(found, path)
     with pytest.raises(ValueError, match=message):
-        SiTTeacher(path, heads=HEADS)
+        PretrainedTeacher(path, heads=HEADS)
 
 
 def test_heads_that_nothing_tells_are_asked_for(path):
     with pytest.raises(ValueError, match=r"sit.pt: the number of heads .* and 24 is the width of no .*: give heads"):
-        SiTTeacher(path)
+        PretrainedTeacher(path)
     with pytest.raises(ValueError, match=r"sit.pt: width / heads must be a multiple of 4: got 24 / 0"):
-        SiTTeacher(path, heads=0)
+        PretrainedTeacher(path, heads=0)
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -173,7 +180,7 @@ def test_positions_of_a_new_network_are_those_of_sit():
 
 def test_student_begins_as_the_teacher_for_every_landing_time(path, inputs, tmp_path):
     """And comes back from disk as it was."""
-    teacher = SiTTeacher(path, heads=HEADS)
+    teacher = PretrainedTeacher(path, heads=HEADS)
     x_t, t, labels = (part.float() if part.is_floating_point() else part for part in inputs)
     v = teacher(x_t, t, labels)
     student = teacher.student()
@@ -185,7 +192,7 @@ def test_student_begins_as_the_teacher_for_every_landing_time(path, inputs, tmp_
 
 def test_derivative_of_the_student_is_exact(path, inputs, generator):
     """The dual engine passes through LayerNorm, GELU and the channels left out as torch.func.jvp does."""
-    student = SiTTeacher(path, heads=HEADS).student().double()
+    student = PretrainedTeacher(path, heads=HEADS).student().double()
     torch.nn.init.normal_(student.r_embedder.mlp[2].weight, std=0.3)
     x_t, t, labels = inputs
     s = torch.tensor([0.5, 0.4, 1.0, 1.0], dtype=torch.float64)
@@ -202,4 +209,4 @@ def test_config_names_it(fit, tmp_path):
     torch.manual_seed(0)
     network = DiT(8, 1, 2, 16, 1, 2, num_classes=10, **SIT)
     torch.save({"ema": network.state_dict()}, tmp_path / "sit.pt")
-    assert fit("SiTTeacher", {"path": "sit.pt", "heads": "2"}) == 0
+    assert fit("PretrainedTeacher", {"path": "sit.pt", "heads": "2"}) == 0

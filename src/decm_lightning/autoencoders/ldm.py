@@ -13,8 +13,8 @@ TRAINING = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 """Beginnings of the names that only training needs: the discriminator, and what VA-VAE's latents are aligned to."""
 FIRST_STAGE = "first_stage_model."
 """The beginning of the autoencoder's names in the checkpoint of a whole latent diffusion model."""
-PREFIX = re.compile(r"^((first_stage_model|module|_orig_mod|model|vae)\.)+")
-"""What wrappers and training scripts put before the names."""
+PREFIX = re.compile(r"^((first_stage_model|model|vae)\.)+")
+"""Beginnings that training scripts add to the names."""
 DIFFUSERS = ("encoder.down_blocks.", "encoder.layers.", "decoder.up_blocks.")
 """Beginnings of names in diffusers' own files, whose architecture is in the config next to them."""
 INSIDE_BLOCKS = (

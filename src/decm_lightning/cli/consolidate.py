@@ -14,7 +14,7 @@ from decm_lightning.networks.sharded import read_rest, read_whole
 
 
 def consolidate(
-    checkpoint: str, out: str | None = None, to: Literal["folder", "ckpt"] = "folder", allow_import: bool = False
+    checkpoint: str, out: str | None = None, to: Literal["folder", "ckpt"] = "folder", trust: bool = False
 ) -> None:
     """Make one of the shards that the processes of FSDP2 have written.
 
@@ -23,7 +23,7 @@ def consolidate(
         out: the folder or file to write; by default beside the checkpoint, its name ending in .consolidated.
         to: "folder" for the averaged weights as decm export writes them (config.json, model.safetensors); "ckpt" for
             an ordinary checkpoint, with the optimizer's state, that decm fit --ckpt_path goes on with on one device.
-        allow_import: import the module of a network class that is not of this package, which runs its code.
+        trust: import the module of a network class from outside this package, which runs its code.
     """
     folder = Path(checkpoint)
     if out == "":
@@ -37,7 +37,7 @@ def consolidate(
         raise ValueError(f"out must be another path than the checkpoint: got {out}")
     read_rest(folder)
     if to == "folder":
-        save(load(folder, allow_import=allow_import), check_target(target))
+        save(load(folder, trust=trust), check_target(target))
         print(f"wrote {target}/config.json and {target}/model.safetensors")
     else:
         _write(folder, target)

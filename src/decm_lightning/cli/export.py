@@ -14,7 +14,7 @@ def export(
     checkpoint: str,
     out: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    allow_import: bool = False,
+    trust: bool = False,
 ) -> None:
     """Write config.json and model.safetensors.
 
@@ -23,11 +23,11 @@ def export(
         out: the folder to write. An existing network is replaced when the new one is complete.
         dtype: of the weights in the file; float16 halves it, and rounds each to a part in 2,000. What reads the folder
             computes in float32 all the same.
-        allow_import: import the module of a network class that is not of this package, which runs its code.
+        trust: import the module of a network class from outside this package, which runs its code.
     """
     # Before anything is read, which may take minutes.
     folder = check_target(out)
-    save(load(checkpoint, allow_import=allow_import).to(getattr(torch, dtype)), folder)
+    save(load(checkpoint, trust=trust).to(getattr(torch, dtype)), folder)
     print(f"wrote {folder}/config.json and {folder}/model.safetensors")
 
 

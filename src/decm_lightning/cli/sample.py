@@ -32,7 +32,7 @@ def draw(
     device: str = "cpu",
     vae: str | None = None,
     latents: str | None = None,
-    allow_import: bool = False,
+    trust: bool = False,
 ) -> None:
     """Generate images and write them.
 
@@ -57,7 +57,7 @@ def draw(
         vae: what decodes latents, and encoded them: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
         latents: the folder of latents that the model was trained on; of it latents_stats.pt and cache.json are read. A
             model of captions needs none: its latents are scaled by the VAE's config.
-        allow_import: import the module of a network class that is not of this package, which runs its code.
+        trust: import the module of a network class from outside this package, which runs its code.
     """
     for name, value in (("per_class", per_class), ("scale", scale), ("per_prompt", per_prompt)):
         if value < 1:
@@ -65,7 +65,7 @@ def draw(
     check_seed(seed)
     checked(device)
     target = checked_out(out)
-    network = load(model, device, allow_import)
+    network = load(model, device, trust)
     choice = SamplerChoice.of(network, sampler, steps, s1)
     if isinstance(network.example(1)[3], Captions):
         if prompts is None or encoder is None:

@@ -225,7 +225,7 @@ def _build_around_networks(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 def _drop_weights(built: Any) -> None:
     # Of a teacher only the networks that are sharded: nobody fills another model.
-    networks = built.networks() if isinstance(built, Teacher) else [built] if isinstance(built, Network) else []
+    networks = built.sharded() if isinstance(built, Teacher) else [built] if isinstance(built, Network) else []
     for network in networks:
         network.to("meta")
 

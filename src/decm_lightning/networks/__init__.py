@@ -1,10 +1,9 @@
 """Networks u(x_t, t, s, condition): DiTs on images and latents by class or caption, an MLP on points; load and save."""
 
 from decm_lightning.networks.dit import DiT
-from decm_lightning.networks.import_public import load_lightningdit, load_public
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.pretrained import describe, load, save
 from decm_lightning.networks.text_dit import TextDiT
 
-__all__ = ["MLP", "DiT", "Network", "TextDiT", "describe", "load", "load_lightningdit", "load_public", "save"]
+__all__ = ["MLP", "DiT", "Network", "TextDiT", "describe", "load", "save"]

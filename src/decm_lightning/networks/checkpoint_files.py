@@ -16,6 +16,8 @@ from decm_lightning.files import describe_unreadable
 Weights: TypeAlias = Literal["ema", "model"]
 """The two sets of weights in a training checkpoint: averaged, and as trained."""
 
+INSIDE = ("ema", "state_dict", "model", "vae", "module")
+"""The entries of a checkpoint under which training scripts put tensors; the first one found is read."""
 WRAPPERS = ("module", "_orig_mod")
 """What DistributedDataParallel and torch.compile put into the names of the tensors they wrap."""
 SECOND = "ema_models.1.ema_model."
@@ -23,13 +25,7 @@ SECOND = "ema_models.1.ema_model."
 
 
 def read_tensors(path: Path, weights: Weights | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a file by their plain names.
-
-    Args:
-        path: a .safetensors file, or one of torch.save that holds tensors by name, alone or under `ema` or `model`, or
-            FACM's `emas`. Names may be prefixed with `module.` and `_orig_mod.`.
-        weights: which of `ema` and `model` to read; None for `ema`, and where there is none for `model`. Tensors that
-            stand alone are read whatever is asked.
+    """Return the tensors of a file by their plain names; `tensors_in` says where they may be.
 
     Raises:
         OSError: naming the file, if it is missing, a folder, or may not be read.
@@ -37,9 +33,36 @@ def read_tensors(path: Path, weights: Weights | None = None) -> dict[str, Tensor
     """
     content = read_file(path)
     try:
-        return _plainly_named(_chosen(content, weights))
+        return tensors_in(content, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def tensors_in(content: Any, weights: Weights | None = None) -> dict[str, Tensor]:
+    """Return the tensors in the content of a public checkpoint by their plain names.
+
+    Args:
+        content: tensors by name, alone or, however deep, under `ema`, `state_dict`, `model`, `vae` or `module`, or
+            FACM's `emas`. Names may contain `module.` and `_orig_mod.`, which are left out.
+        weights: which of `ema` and `model` to read; None for the first of the entries. Tensors that stand alone are
+            read whatever is requested.
+
+    Raises:
+        ValueError: if there are other things, or not the requested weights.
+    """
+    while isinstance(content, Mapping) and (parts := _parts(content)):
+        if weights is not None and weights not in parts and parts.keys() & {"ema", "model"}:
+            remedy = f"give weights={next(iter(parts))!r}"
+            raise ValueError(f"no weights {weights!r} in it, only {', '.join(parts)}: {remedy}")
+        content = parts[weights] if weights in parts else next(iter(parts.values()))
+        weights = None if weights in parts else weights
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected tensors by name: got one {type(content).__name__}")
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        found = few(others) or "nothing"
+        raise ValueError(f"expected tensors by name, alone or under {', '.join(INSIDE)}: got {found}")
+    return _plainly_named({str(name): tensor for name, tensor in content.items()})
 
 
 def read_file(path: str | Path) -> Any:
@@ -55,7 +78,7 @@ def read_file(path: str | Path) -> Any:
     try:
         if head[8:9] == b"{" or path.suffix == ".safetensors":
             return load_file(path)
-        # FACM keeps its command line's arguments beside the weights: a Namespace, which can do no harm.
+        # FACM keeps its command line's arguments next to the weights: a Namespace, which can do no harm.
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -86,21 +109,13 @@ def _reason(error: Exception) -> str:
     return first or type(error).__name__
 
 
-def _chosen(content: Any, weights: Weights | None) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"no tensors by name, but one {type(content).__name__}")
-    parts = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), Mapping)}
+def _parts(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """Return the entries that may hold tensors, the first choice first."""
+    parts = {name: content[name] for name in INSIDE if isinstance(content.get(name), Mapping)}
     if isinstance(content.get("emas"), Mapping):
         averages = {str(name): tensor for name, tensor in content["emas"].items()}
         parts = {"ema": {n.removeprefix(SECOND): v for n, v in averages.items() if n.startswith(SECOND)}} | parts
-    wanted = weights or ("ema" if "ema" in parts else "model")
-    if parts and wanted not in parts:
-        raise ValueError(f"no weights {wanted!r} in it, only {', '.join(parts)}: ask for weights={next(iter(parts))!r}")
-    tensors = parts[wanted] if parts else content
-    others = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if others or not tensors:
-        raise ValueError(f"tensors by name are expected, alone or under ema or model: got {few(others) or 'nothing'}")
-    return {str(name): tensor for name, tensor in tensors.items()}
+    return parts
 
 
 def _plainly_named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Models of diffusers from a folder or the hub: which of their files are read, and which file is at fault."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,49 @@ FAULTS = {
 }
 """What diffusers reports about the tensors that it has loaded."""
 log = logging.getLogger(__name__)
+
+
+def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | None, dict[str, Any]]:
+    """Find a model that is alone in a folder or hub repository, or one part of a pipeline, and read its config.
+
+    Args:
+        cls: any model class of diffusers.
+        path: a folder, or a name on the Hugging Face hub.
+        subfolder: where a pipeline has the model.
+        what: the model, for errors.
+
+    Returns:
+        The subfolder it is in, None for the folder itself; and its config.
+
+    Raises:
+        OSError: if there is no such folder or name.
+        ValueError: naming the file, if the config is not JSON.
+    """
+    if Path(path).is_dir():
+        for place in (None, subfolder):
+            file = Path(path, place or "", "config.json")
+            if file.is_file():
+                return place, _read_config(file, what)
+        remedy = f"give the folder of a {what} or of its pipeline"
+        raise FileNotFoundError(f"no config.json in {path} or {path}/{subfolder}: {remedy}")
+    try:
+        return None, cls.load_config(path)
+    except OSError:
+        try:
+            return subfolder, cls.load_config(path, subfolder=subfolder)
+        except OSError as error:
+            name = f"no folder {path}, and no {what} of that name on the Hugging Face hub"
+            raise FileNotFoundError(name) from error
+
+
+def _read_config(file: Path, what: str) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold the arguments of a {what}: got {type(config).__name__}")
+    return config
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:

@@ -4,7 +4,7 @@ Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and Si
 public checkpoints load as they are; `r_embedder` is FACM's name for the embedder of the end time s.
 """
 
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -47,6 +47,9 @@ class DiT(Network):
     Raises:
         ValueError: if a size is below 1 or does not divide as it must, or there is no such norm or mlp.
     """
+
+    prediction: Literal["velocity", "noise"] | None = "velocity"
+    """What the network predicts; None for one from a public file, which does not say."""
 
     def __init__(
         self,

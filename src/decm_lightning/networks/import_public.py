@@ -1,18 +1,18 @@
-"""Public checkpoints of diffusion transformers, read as a DiT of this package: LightningDiT's, FACM's and SiT's.
+"""Public checkpoints of diffusion transformers as a DiT of this package: LightningDiT's, FACM's, SiT's and DiT's.
 
-LightningDiT is of arXiv 2501.01423, FACM of 2507.03738, SiT of 2401.08740. Their names of tensors are those of `dit`.
+LightningDiT is of arXiv 2501.01423, FACM of 2507.03738, SiT of 2401.08740, DiT of 2212.09748. Their tensors are named
+as those of `dit`.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from decm_lightning.networks.checkpoint_files import Weights, few, read_tensors
+from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.layers import Rotary
 from decm_lightning.networks.weightless import is_weightless
@@ -30,39 +30,42 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads by the width of the published sizes S, B, L and XL, for networks in which nothing has the width of a head."""
 
 
-def load_public(path: str | Path, weights: Weights | None = None, heads: int | None = None) -> DiT:
-    """Return the network of a public LightningDiT or SiT, in float32 and eval mode.
+def import_public(tensors: Mapping[str, Tensor], heads: int | None = None) -> DiT:
+    """Return the network that has these tensors, in float32 and eval mode.
 
-    Their path is that of this package: t = 0 noise, t = 1 data, and the output is data minus noise. The architecture is
-    found from the names and shapes of the tensors, and every tensor must have its place. Rotary tables may be there or
-    not: a network with SwiGLU has rotary positions in any case, one with GELU if the tables are there.
+    Their path is that of this package: t = 0 noise, t = 1 data. A LightningDiT and a SiT give data minus noise, a DiT
+    gives noise. The architecture is found from the names and shapes of the tensors, and every tensor must have its
+    place. Rotary tables may be there or not: a network with SwiGLU has rotary positions in any case, one with GELU if
+    the tables are there.
 
     Args:
-        path: a .safetensors file, or one of torch.save (.pt) that holds tensors by name, alone or under `ema` or
-            `model`, or FACM's `emas`. Names may be prefixed with `module.` and `_orig_mod.`.
-        weights: which of `ema` and `model` to read; None for `ema`, and where there is none for `model`. Tensors that
-            stand alone are read whatever is asked.
+        tensors: by their plain names.
         heads: attention heads; None for what QK norm or the rotary table tells, else for those of the published sizes.
 
     Raises:
-        OSError: if there is no file at `path`, or it may not be read.
-        ValueError: if the file cannot be read, holds no such network, lacks the weights asked for, does not tell the
-            heads, or has a tensor too few, too many, of another shape, or with other rotary positions.
+        ValueError: if they are not of such a network, do not tell the heads, or one is missing, left over, of another
+            shape, or with other rotary positions.
     """
-    path = Path(path)
-    try:
-        tensors = read_tensors(path, weights)
-    except FileNotFoundError as error:
-        expected = "a .pt or .safetensors file with a LightningDiT, SiT or DiT is expected"
-        raise FileNotFoundError(f"no file at {path}: {expected}") from error
-    try:
-        return _network(tensors, heads)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-load_lightningdit = load_public
-"""The same: a LightningDiT is what most call it for."""
+    config = architecture(tensors, heads)
+    # Without memory: only the names and shapes of its tensors are needed, which are then put in their places.
+    with torch.device("meta"):
+        network = DiT(**config)
+    network.prediction = None
+    places = network.state_dict()
+    tables = _tables(config["width"] // config["heads"], network.side) if config["rotary"] else {}
+    _check_places(tensors, places, [name for name in places if name not in tables])
+    _check_tables(tensors, tables, network.side)
+    if is_weightless():
+        return network.eval()
+    state = {
+        name: tables[name]
+        if name in tables
+        # A copy of its own: the file may be changed while the network lives.
+        else tensors[name].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name in places
+    }
+    network.load_state_dict(state, assign=True)
+    return network.eval()
 
 
 def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
@@ -77,7 +80,8 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
     unfit = [n for n, dims in needed.items() if n not in tensors or tensors[n].ndim != dims or not tensors[n].numel()]
     if unfit:
         raise ValueError(
-            f"no LightningDiT or SiT: missing or of other dimensions are {few(unfit)}; it holds {few(list(tensors))}"
+            "neither a checkpoint of decm-lightning, which describes its network, nor a LightningDiT, SiT or DiT: "
+            f"missing or of other dimensions are {few(unfit)}; it holds {few(list(tensors))}"
         )
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     tokens = tensors["pos_embed"].shape[1]
@@ -103,28 +107,6 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
     }
 
 
-def _network(tensors: Mapping[str, Tensor], heads: int | None) -> DiT:
-    config = architecture(tensors, heads)
-    # Without memory: only the names and shapes of its tensors are needed, which are then put in their places.
-    with torch.device("meta"):
-        network = DiT(**config)
-    places = network.state_dict()
-    tables = _tables(config["width"] // config["heads"], network.side) if config["rotary"] else {}
-    _check_places(tensors, places, [name for name in places if name not in tables])
-    _check_tables(tensors, tables, network.side)
-    if is_weightless():
-        return network.eval()
-    state = {
-        name: tables[name]
-        if name in tables
-        # A copy of its own: the file may be changed while the network lives.
-        else tensors[name].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for name in places
-    }
-    network.load_state_dict(state, assign=True)
-    return network.eval()
-
-
 def _check_places(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], needed: Sequence[str]) -> None:
     missing = [name for name in needed if name not in tensors]
     left_over = [name for name in tensors if name not in places]
@@ -136,8 +118,7 @@ def _check_places(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], n
     if missing or left_over or unfit:
         raise ValueError(
             f"tensors missing: {_counted(missing)}; left over: {_counted(left_over)}; of another shape or type: "
-            f"{_counted(unfit)}; only a LightningDiT or SiT has a place for each: take out of the file what is no part "
-            "of it"
+            f"{_counted(unfit)}; a LightningDiT, SiT or DiT has a place for each: remove other tensors from the file"
         )
 
 

@@ -1,4 +1,4 @@
-"""A network that is trained beside its weights: they stay frozen, and LoRA and an end time are added."""
+"""A network around frozen pretrained weights: LoRA and an end time are added, and only they train."""
 
 import copy
 from abc import abstractmethod
@@ -15,10 +15,10 @@ from decm_lightning.networks.network import Network
 class LoRANetwork(Network):
     """A network around a pretrained `model` whose weights never change: what trains is added by `adapt`.
 
-    Low-rank adaptation (LoRA, arXiv 2106.09685) turns a projection W x into W x + B A x, with A of shape (rank, inputs)
-    and B of (outputs, rank), which starts at zero: at first nothing is changed. Frozen weights are held once: copies of
-    the network share them and have adapters of their own. Nor are they in its state_dict: what is saved and loaded is
-    what was added, a small part of the whole, and goes over the model that the network's config names.
+    Low-rank adaptation (LoRA, arXiv 2106.09685) turns a projection W x into W x + B A x, with A of shape (lora_rank,
+    inputs) and B of (outputs, lora_rank), which starts at zero: at first nothing is changed. Frozen weights are held
+    once: copies of the network share them and have their own adapters. Nor are they in its state_dict: only the added
+    parameters are saved and loaded, a small part of the whole, for the model that the network's config names.
 
     Args:
         model: the pretrained model, which is frozen.
@@ -38,24 +38,24 @@ class LoRANetwork(Network):
     def add_end_time(self) -> None:
         """Add an embedding of s to the model, in place, that is zero at first."""
 
-    def adapt(self, rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
+    def adapt(self, lora_rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
         """Add adapters and an end time, in float32 or wider and the only parameters that train; return the network.
 
         Args:
-            rank: of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
+            lora_rank: of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
             targets: ends of the names of the projections to adapt; None for the attention's.
 
         Raises:
             ImportError: if peft is not installed.
-            ValueError: if rank is below 1, there is no projection of one of the names, or `config["base"]` is the hash
-                of other pretrained weights.
+            ValueError: if lora_rank is below 1, there is no projection of one of the names, or `config["base"]` is the
+                hash of other pretrained weights.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise ImportError("LoRA needs peft: pip install 'decm-lightning[lora]'") from error
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1: got {rank}")
+        if lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1: got {lora_rank}")
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         targets = self.targets if targets is None else tuple(targets)
         for target in targets:
@@ -64,23 +64,23 @@ class LoRANetwork(Network):
                 raise ValueError(f"targets must end names of projections: got {target!r}, which ends none")
         if "base" in self.config:
             self.config["base"] = self._checked_base()
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), self.model)
+        inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(targets)), self.model)
         self.add_end_time()
-        self.config |= {"rank": rank, "targets": list(targets)}
+        self.config |= {"lora_rank": lora_rank, "targets": list(targets)}
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         for parameter in trained.values():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.added = frozenset(trained)
         return self
 
-    def with_end_time(self, rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
+    def with_end_time(self, lora_rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
         """Return a copy that also reads s, and at first equals this network for every s; its base is this one's.
 
         A network that has an end time already keeps it, and its adapters.
         """
         student = copy.deepcopy(self)
         if not self.added:
-            return student.adapt(rank, targets)
+            return student.adapt(lora_rank, targets)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in self.added)
         return student

@@ -1,4 +1,4 @@
-"""Networks to and from disk: a folder with config.json and model.safetensors, or a training checkpoint."""
+"""Networks to and from disk: folders with config.json and model.safetensors, training checkpoints, and public files."""
 
 import json
 import os
@@ -14,8 +14,10 @@ from safetensors.torch import save_model
 from torch import nn
 
 from decm_lightning.files import atomic
-from decm_lightning.networks.checkpoint_files import read_file
+from decm_lightning.networks.checkpoint_files import Weights, read_file, tensors_in
 from decm_lightning.networks.dit import DiT
+from decm_lightning.networks.hub import download, is_hub_name
+from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
@@ -26,36 +28,41 @@ CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 """The files of a network's folder."""
-AVERAGE = "average."
-"""Where the averaged weights are in a training checkpoint."""
+PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
+"""The prefixes of the names of the averaged weights, and of those as trained, in a training checkpoint."""
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", allow_import: bool = False) -> Network:
-    """Return a network ready to sample: in eval mode, and from a checkpoint its averaged (EMA) weights.
-
-    Args:
-        path: a folder written by `save`, or a checkpoint written while training: a .ckpt file, or a folder of shards.
-        device: where to put it.
-        allow_import: import the module of the network's class, if its description names one outside this package. That
-            runs the module's code: allow it only for files that you trust. A class that is imported already needs no
-            permission.
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    trust: bool = False,
+    weights: Weights | None = None,
+    heads: int | None = None,
+) -> Network:
+    """Return a network ready to sample: in eval mode, and from a training checkpoint its averaged (EMA) weights.
 
     Within `weightless.without_weights` no weights are read: the network is on the meta device, whatever `device` is.
 
+    Args:
+        path: a folder written by `save`; a checkpoint written by training (a .ckpt file or a folder of shards); a
+            public LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face
+            hub. A local path goes first, and only a name with one slash and no suffix is looked for on the hub.
+        device: where to put it.
+        trust: import the module of a network class from outside this package, which runs its code. A class that is
+            imported already needs no trust.
+        weights: which of the two sets in a training checkpoint to read: "ema", the averaged ones, or "model"; None for
+            "ema" if there are any. A folder or file with one set ignores it.
+        heads: attention heads of a public network; None for those that its tensors or its published size tell.
+
     Raises:
-        OSError: naming the file, if there is nothing at `path`, or it may not be read.
-        ValueError: naming `path` and the cause, if it is not a whole folder or checkpoint of this package.
+        OSError: naming the file, if there is nothing at `path`, it may not be read, or the hub does not have it.
+        ValueError: naming `path` and the cause, if it is damaged or holds no network of a known class or architecture.
     """
-    path = Path(path)
-    try:
-        # Unlike Path.exists, which takes a missing permission for a missing file in some versions of Python.
-        path.stat()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no checkpoint or folder at {path}") from error
-    if is_sharded(path):
-        network = _from_shards(path, allow_import)
+    place = _on_this_machine(path)
+    if is_sharded(place):
+        network = _from_shards(place, trust, weights)
     else:
-        network = _from_folder(path, allow_import) if path.is_dir() else _from_checkpoint(path, allow_import)
+        network = _from_folder(place, trust) if place.is_dir() else _from_file(place, trust, weights, heads)
     return (network if is_weightless() else network.to(device)).eval()
 
 
@@ -134,7 +141,7 @@ def description(checkpoint: str | Path) -> dict[str, Any]:
     """Return what `describe` gave of the network in a training checkpoint, without reading its weights.
 
     Raises:
-        ValueError: if it is no checkpoint of this package.
+        ValueError: if it is not a checkpoint of this package.
     """
     path = Path(checkpoint)
     return _description(read_rest(path) if path.is_dir() else read_file(path), path)
@@ -173,12 +180,12 @@ def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
             raise ValueError(f"{checkpoint} has weights {name} of shape {given}, not {known}: take another checkpoint")
 
 
-def build(description: dict[str, Any], allow_import: bool = False) -> Network:
+def build(description: dict[str, Any], trust: bool = False) -> Network:
     """Return a new network from what `describe` gave.
 
     Args:
         description: the class and its arguments.
-        allow_import: import the module of a class outside this package; see `load`.
+        trust: import the module of a class outside this package; see `load`.
 
     Raises:
         ValueError: if the class is unknown, or of a module that may not be imported.
@@ -187,18 +194,18 @@ def build(description: dict[str, Any], allow_import: bool = False) -> Network:
     name = arguments.pop("_class_name", None)
     if not isinstance(name, str):
         raise ValueError(f"its description names no network class (_class_name): got {name}")
-    cls = _class_of(name, allow_import)
+    cls = _class_of(name, trust)
     return on_meta(cls, **arguments) if is_weightless() else cls(**arguments)
 
 
-def _class_of(name: str, allow_import: bool) -> type[Network]:
+def _class_of(name: str, trust: bool) -> type[Network]:
     known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(Network)}  # type: ignore[type-abstract]
     if (cls := CLASSES.get(name) or known.get(name)) is not None:
         return cls
     module, _, attribute = name.rpartition(".")
-    if module and not (allow_import or module.startswith("decm_lightning.")):
+    if module and not (trust or module.startswith("decm_lightning.")):
         # A file must not choose which code runs.
-        remedy = "import that module first, or allow it (allow_import=True, --allow_import true) if you trust the file"
+        remedy = "import that module first, or give trust=True (--trust true) if you trust the file"
         raise ValueError(f"its network class {name} is not imported: {remedy}")
     try:
         found = getattr(import_module(module), attribute) if module else None
@@ -215,7 +222,7 @@ def _subclasses(cls: type[Network]) -> Iterator[type[Network]]:
         yield from _subclasses(subclass)
 
 
-def _from_folder(folder: Path, allow_import: bool) -> Network:
+def _from_folder(folder: Path, trust: bool) -> Network:
     config, weights = folder / CONFIG, folder / WEIGHTS
     for file in (config, weights):
         try:
@@ -227,35 +234,47 @@ def _from_folder(folder: Path, allow_import: bool) -> Network:
         described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
             raise ValueError(f"{CONFIG} must hold _class_name and the arguments: got {described}")
-        network = build(described, allow_import)
-    if is_weightless():
-        return network
-    tensors = read_file(weights)
-    with _naming(folder):
-        network.load_state_dict(tensors)
+        network = build(described, trust)
+    if not is_weightless():
+        tensors = read_file(weights)
+        with _naming(folder):
+            network.load_state_dict(tensors)
     return network
 
 
-def _from_checkpoint(file: Path, allow_import: bool) -> Network:
-    checkpoint = read_file(file)
-    described = _description(checkpoint, file)
+def _from_file(file: Path, trust: bool, weights: Weights | None, heads: int | None) -> Network:
+    content = read_file(file)
+    if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
+        try:
+            return import_public(tensors_in(content, weights), heads)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
     with _naming(file):
-        network = build(described, allow_import)
-        if is_weightless():
-            return network
-        weights = {k.removeprefix(AVERAGE): v for k, v in checkpoint["state_dict"].items() if k.startswith(AVERAGE)}
-        network.load_state_dict(weights)
+        network, prefix = build(content["network"], trust), PREFIXES[weights]
+        if not is_weightless():
+            state = content["state_dict"].items()
+            network.load_state_dict({n.removeprefix(prefix): v for n, v in state if n.startswith(prefix)})
     return network
 
 
-def _from_shards(folder: Path, allow_import: bool) -> Network:
+def _from_shards(folder: Path, trust: bool, weights: Weights | None) -> Network:
     described = _description(read_rest(folder), folder)
     with _naming(folder):
-        network = build(described, allow_import)
-    if is_weightless():
-        return network
-    fill({f"{AVERAGE}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
+        network = build(described, trust)
+    if not is_weightless():
+        fill({f"{PREFIXES[weights]}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
     return network
+
+
+def _on_this_machine(path: str | Path) -> Path:
+    if is_hub_name(path):
+        return download(path, "network", [CONFIG, WEIGHTS])
+    try:
+        # Unlike Path.exists, which takes a missing permission for a missing file in some versions of Python.
+        Path(path).stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no checkpoint or folder at {path}") from error
+    return Path(path)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """Within the block `load` and `load_public` build networks on the meta device and read no weights."""
-    token = _WEIGHTLESS.set(True)
+def without_weights(enabled: bool = True) -> Iterator[None]:
+    """Within the block, if enabled, `load` builds networks on the meta device and reads no weights."""
+    token = _WEIGHTLESS.set(enabled)
     try:
         yield
     finally:

@@ -5,41 +5,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from decm_lightning.networks.hub import download
+from decm_lightning.teachers.diffusers_families import FAMILIES, Family, PromptOutputs
 from decm_lightning.text.encoder import CaptionEncoder, fingerprint
 from decm_lightning.types import Captions
 
 
-class Places(NamedTuple):
-    """Where in what a pipeline's `encode_prompt` returns the parts of captions are."""
-
-    tokens: int
-    mask: int | None = None
-    pooled: int | None = None
-
-
-PLACES: dict[str, tuple[Places, Places | None]] = {
-    "StableDiffusion3": (Places(tokens=0, pooled=2), Places(tokens=1, pooled=3)),
-    "Flux": (Places(tokens=0, pooled=1), None),
-    "Sana": (Places(tokens=0, mask=1), Places(tokens=2, mask=3)),
-    "PixArt": (Places(tokens=0, mask=1), Places(tokens=2, mask=3)),
-}
-"""By the beginning of the pipeline's class: of the prompts, and of the empty prompt if it is encoded apart."""
-
-
 class DiffusersPrompts(CaptionEncoder):
-    """Prompts to captions, by the tokenizers and text encoders of a pipeline of SD3, Flux, Sana or PixArt.
+    """Encode prompts into captions by the tokenizers and text encoders of a pipeline of one of the `FAMILIES`.
 
-    They are loaded at the first call. Sana's prompts go with its pipeline's instruction for the text encoder, and the
-    empty prompt of guidance without, as there.
+    They are loaded at the first call. Sana's prompts are encoded with its pipeline's instruction for the text encoder,
+    and the empty prompt of guidance without it, as the pipeline does.
 
     Args:
         model: the folder of a pipeline, or its name on the Hugging Face hub.
-        max_tokens: the length in tokens to which prompts are filled up or cut (max_sequence_length in diffusers; SD3
-            puts 77 of CLIP before them); None for the pipeline's own.
+        max_tokens: the length in tokens to which prompts are padded or cut (max_sequence_length in diffusers; SD3 puts
+            77 tokens of CLIP before them); None for the pipeline's own.
         dtype: of the text encoders: "float32", "bfloat16" or "float16".
         device: where they work; training moves them to its own.
 
@@ -53,15 +38,15 @@ class DiffusersPrompts(CaptionEncoder):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
         self.model = model
-        self.wanted_tokens = max_tokens
+        self.requested_tokens = max_tokens
         self.dtype = dtype
         self.device = torch.device(device)
 
     @cached_property
     def max_tokens(self) -> int:  # type: ignore[override]
-        """The length to which prompts are filled up or cut: the one wanted, or the pipeline's own."""
+        """The length to which prompts are padded or cut: the requested one, or the pipeline's own."""
         own: int = inspect.signature(self._class.encode_prompt).parameters["max_sequence_length"].default
-        return self.wanted_tokens or own
+        return self.requested_tokens or own
 
     @cached_property
     def identity(self) -> str:
@@ -85,16 +70,15 @@ class DiffusersPrompts(CaptionEncoder):
 
         Raises:
             OSError: if there is no such folder or name.
-            ValueError: if it is no pipeline, or one of another family.
+            ValueError: if it is not a pipeline, or is one of an unknown family.
         """
-        own, _ = self._places
-        return self._take(self._encode(prompts, guided=False), own)
+        return _captions(self._encode(prompts, guided=False), self._family.prompt)
 
     def empty(self) -> Captions:
-        """Return the empty prompt of guidance, one row; the encoders are let go afterwards if they were not in use."""
+        """Return the empty prompt of guidance, one row; release the encoders afterwards if they were not in use."""
         in_use = "pipeline" in self.__dict__
-        _, apart = self._places
-        captions = self([""]) if apart is None else self._take(self._encode([""], guided=True), apart)
+        outputs = self._family.empty
+        captions = self([""]) if outputs is None else _captions(self._encode([""], guided=True), outputs)
         if not in_use:
             del self.pipeline
         return captions
@@ -119,10 +103,17 @@ class DiffusersPrompts(CaptionEncoder):
     def _class(self) -> Any:
         import diffusers
 
+        _ = self._family
+        return getattr(diffusers, self._index["_class_name"])
+
+    @property
+    def _family(self) -> Family:
         name = self._index["_class_name"]
-        if not name.startswith(tuple(PLACES)):
-            raise ValueError(f"{self.model} is a {name}: captions are known of {', '.join(PLACES)}")
-        return getattr(diffusers, name)
+        known = {family.pipeline: family for family in FAMILIES.values() if family.pipeline}
+        for beginning, family in known.items():
+            if name.startswith(beginning):
+                return family
+        raise ValueError(f"{self.model} is a {name}: captions are known of {', '.join(known)}")
 
     @property
     def _parts(self) -> list[str]:
@@ -132,12 +123,8 @@ class DiffusersPrompts(CaptionEncoder):
 
     @cached_property
     def _folder(self) -> Path:
-        if Path(self.model).is_dir():
-            return Path(self.model)
-        from huggingface_hub import snapshot_download
-
-        wanted = [f"{part}/*" for part in self._parts]
-        return Path(snapshot_download(self.model, allow_patterns=wanted, ignore_patterns=["*.bin", "*.fp16*"]))
+        patterns = [f"{part}/*" for part in self._parts]
+        return download(self.model, "pipeline", patterns, ignore=["*.bin", "*.fp16*"])
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -145,11 +132,6 @@ class DiffusersPrompts(CaptionEncoder):
 
         last = [part for part in self._parts if part.startswith("tokenizer")][-1]
         return getattr(transformers, self._index[last][1]).from_pretrained(self.model, subfolder=last)
-
-    @property
-    def _places(self) -> tuple[Places, Places | None]:
-        name = self._class.__name__
-        return next(places for beginning, places in PLACES.items() if name.startswith(beginning))
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:
@@ -168,11 +150,11 @@ class DiffusersPrompts(CaptionEncoder):
         with _quiet():
             return encode(**{name: value for name, value in options.items() if name in known})
 
-    @staticmethod
-    def _take(encoded: tuple[Any, ...], places: Places) -> Captions:
-        mask = None if places.mask is None else encoded[places.mask].bool()
-        pooled = None if places.pooled is None else encoded[places.pooled]
-        return Captions(encoded[places.tokens], mask, pooled)
+
+def _captions(encoded: tuple[Any, ...], outputs: PromptOutputs) -> Captions:
+    mask = None if outputs.mask is None else encoded[outputs.mask].bool()
+    pooled = None if outputs.pooled is None else encoded[outputs.pooled]
+    return Captions(encoded[outputs.tokens], mask, pooled)
 
 
 @contextmanager

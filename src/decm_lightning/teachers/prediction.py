@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 
 from decm_lightning.networks import Network
-from decm_lightning.networks.weightless import is_weightless
 from decm_lightning.path import NOISE
 
 Prediction = Literal["velocity", "noise"]
@@ -13,20 +12,6 @@ LAST_STEP = 999.0
 """The noisiest step of DDPM."""
 CLEAR = 0.8
 """A correlation beyond this, toward -1 or 1, is clear; at times outside its training any value may occur."""
-TEACHERS = {"velocity": "SiTTeacher or LightningDiTTeacher", "noise": "FacebookDiTTeacher"}
-
-
-def refuse_other_prediction(network: Network, expected: Prediction, path: str) -> None:
-    """Compare what a network predicts with what a teacher expects; one without weights passes.
-
-    Raises:
-        ValueError: naming the right teacher, if the network clearly predicts something else.
-    """
-    if is_weightless():
-        return
-    found = prediction_of(network)
-    if found not in (None, expected):
-        raise ValueError(f"{path} predicts {found}, not {expected}: load it as {TEACHERS[found]}")
 
 
 def prediction_of(network: Network) -> Prediction | None:

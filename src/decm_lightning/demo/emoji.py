@@ -105,6 +105,10 @@ class Emoji(CaptionedImages):
         self.fit_network("images", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
+    def identity(self) -> dict[str, str]:
+        """Return the identity of the text encoder."""
+        return {"encoder": self.encoder.identity}
+
     def _captions(self, found: list[Picture]) -> list[str]:
         return [caption(picture.words, variant) for picture in found for variant in range(self.variants)]
 

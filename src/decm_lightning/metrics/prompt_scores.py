@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from decm_lightning.image_writer import picture
+from decm_lightning.image_writer import to_pil
 from decm_lightning.metrics.feature_metrics import Counts, Part, Prompts
 from decm_lightning.metrics.reference import Reference
 
@@ -246,7 +246,7 @@ class _MeanScore(MeanMetric):
         with TemporaryDirectory() as folder:
             file = str(Path(folder) / "image.png")
             for image, prompt in zip(images, prompts, strict=True):
-                picture(image).save(file)
+                to_pil(image).save(file)
                 super().update(float(self.score(file, prompt)))
 
 

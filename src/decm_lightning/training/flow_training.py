@@ -211,8 +211,9 @@ class FlowTraining(L.LightningModule):
             if name in differing and (name == "teacher" or self.recipe.settings):
                 raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: the samples come from a callback."""
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Return the batch's number: a callback, such as SampleWriter, generates the samples."""
+        return batch_idx
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: the real images go to the evaluation callback."""

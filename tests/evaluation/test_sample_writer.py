@@ -88,7 +88,7 @@ def test_a_folder_is_completed_and_one_with_other_samples_is_refused(tmp_path):
     after = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(after) == len(before) + 8
     assert all(after[name] == content for name, content in before.items())
-    others = [({"spec": "teacher/euler/3"}, "teacher/euler/2"), ({"std": 0.2}, "weights_sha256")]
+    others = [({"spec": "teacher/euler/3"}, "teacher/euler/2"), ({"std": 0.2}, "weights")]
     others += [({"seed": 1}, "seed 0, not 1"), ({"labels": "uniform"}, "labels")]
     for options, named in others:
         with pytest.raises(ValueError, match=named):

@@ -122,14 +122,16 @@ def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_
         assert json.loads((tmp_path / name / "quality.json").read_text())["protocol"]["real images"] == 449
 
 
-def predicted(folder: str, devices: int, batch_size: int, samples: int = 20, sharded: bool = False) -> dict[str, bytes]:
-    """The files that `predict` writes, in float64: rounding to levels does not depend on batches."""
+def predicted(
+    folder: str, devices: int, batch_size: int, samples: int = 20, sharded: bool = False, wide: bool = True
+) -> dict[str, bytes]:
+    """The files that `predict` writes; if wide in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=FSDP2() if sharded else "auto" if devices == 1 else "ddp",
-        precision="32-true" if sharded else "64-true",
+        precision="64-true" if wide else "32-true",
         logger=False,
         callbacks=[SampleWriter(folder, samples, "student/consistency/3", batch_size, labels="uniform")],
         enable_progress_bar=False,
@@ -154,5 +156,12 @@ def test_samples_do_not_depend_on_batches_nor_processes(pair, tmp_path):
 def test_a_process_without_a_row_writes_nothing(pair, tmp_path, sharded):
     """It takes part in the passes of sharded networks, though."""
     (alone,) = (name for name in predicted(str(tmp_path / "one"), 1, 1, 1) if name.endswith("png"))
-    found = pair.run(predicted, str(tmp_path / "two"), SIZE, 1, 1, sharded)
+    found = pair.run(predicted, str(tmp_path / "two"), SIZE, 1, 1, sharded, not sharded)
     assert all(sorted(files) == sorted([alone, "settings.json"]) for files in found)
+
+
+def test_sharded_networks_have_the_settings_of_whole_ones(pair, tmp_path):
+    expected = predicted(str(tmp_path / "one"), 1, 3, wide=False)
+    for found in pair.run(predicted, str(tmp_path / "two"), SIZE, 3, 20, True, False):
+        assert found.keys() == expected.keys()
+        assert found["settings.json"] == expected["settings.json"]

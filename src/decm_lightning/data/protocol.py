@@ -63,16 +63,7 @@ class NamesRows(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """A data module as evaluation sees it, with defaults for what it does not have.
-
-    Args:
-        num_classes: labels are below it; 0 if there are no classes.
-        condition: returns the conditions of samples by (rows, seed); None if samples have labels.
-        texts: the captions of the first samples; () if there are none.
-        decode: turns samples into images in [-1, 1]; by default they are images.
-        release: moves the decoder off the accelerator.
-        identity: returns the identities of VAE and text encoder by name.
-    """
+    """The parts of a data module that evaluation uses, with defaults; without `condition` samples have labels."""
 
     num_classes: int = 0
     condition: Callable[[Sequence[int], int], Condition] | None = None

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from decm_lightning.evaluation.evaluation import progress
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
 from decm_lightning.evaluation.protocol import origin
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
-from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.even_split import split_evenly
-from decm_lightning.files import tensors_sha256
 
 
 class SampleWriter(L.Callback):
@@ -105,26 +101,13 @@ class SampleWriter(L.Callback):
 
     def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
         texts = json.dumps(list(self.generator.data.texts))
+        source = self.generator.source
         return {
             "spec": str(self.spec),
             "seed": self.seed,
             "labels": self.generator.describe_labels(),
             "captions": hashlib.sha256(texts.encode()).hexdigest(),
-            "weights_sha256": _weights_sha256(self.generator.source),
+            "weights": source.average.identity(),
+            "teacher": source.teacher.identity() if source.teacher else None,
             **origin(trainer, self.generator),
         }
-
-
-def _weights_sha256(source: SampleSource) -> str:
-    """Return one hash of the average and the teacher; of sharded networks, over the hashes of all shards."""
-    modules = [source.average, *(source.teacher.evaluated_modules() if source.teacher else [])]
-    state = {f"{i}.{name}": value for i, part in enumerate(modules) for name, value in part.state_dict().items()}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    digest = tensors_sha256(
-        {n: value.to_local() if isinstance(value, DTensor) else value for n, value in tensors.items()}
-    )
-    if not any(isinstance(value, DTensor) for value in tensors.values()):
-        return digest
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from decm_lightning.networks.diffusers_folder import from_pretrained
 from decm_lightning.networks.embedding import TimeEmbedding
 from decm_lightning.networks.lora import LoRANetwork
+from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
+from decm_lightning.text import CaptionEncoder
 from decm_lightning.types import Captions, Condition, Sample, Time
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -143,6 +145,10 @@ class DiffusersNetwork(LoRANetwork):
         embedding = self.model.get_submodule(self.time_embedding)
         embedder = self.embedder_class(embedding, width).to(next(embedding.parameters()).device)
         self.model.set_submodule(self.time_embedding, embedder)
+
+    def caption_encoder(self) -> CaptionEncoder:
+        """Return the text encoders of the model's own pipeline."""
+        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

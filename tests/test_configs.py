@@ -57,8 +57,8 @@ def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
 @pytest.mark.parametrize("name", ["teacher", "decm"])
 def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
     """On 40 of the emoji: to encode the captions of all takes a minute."""
-    chosen = emoji.pictures()[:40]
-    monkeypatch.setattr(emoji, "pictures", lambda: chosen)
+    chosen = emoji.read_emoji()[:40]
+    monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     kept = ["--data.init_args.cache", str(tmp_path / "cache")]
     assert train_a_step(ROOT / f"configs/emoji/{name}.yaml", tmp_path, monkeypatch, *kept) == 0
     assert list((tmp_path / "cache").glob("captions-*.safetensors"))

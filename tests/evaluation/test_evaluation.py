@@ -21,8 +21,8 @@ from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Table
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics import Quality
-from decm_lightning.metrics.feature_metrics import Counts, Frechet
+from decm_lightning.metrics import FeatureMetrics
+from decm_lightning.metrics.metric import Counts, Frechet
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from tests.metrics.networks import COLUMNS, Small
@@ -76,9 +76,9 @@ def test_validation_logs_the_distances_of_the_cells_own_samples(tmp_path):
 
     data = Digits()
     data.setup("validate")
-    quality = Quality(DigitsFeatures())
-    quality.real(to_uint8(data.reference.images[:300]))
-    quality.generated(SampleGenerator(module, data).generate(SamplingSpec.parse(SPECS[0]), range(40)))
+    quality = FeatureMetrics(DigitsFeatures())
+    quality.update(to_uint8(data.reference.images[:300]), real=True)
+    quality.update(SampleGenerator(module, data).generate(SamplingSpec.parse(SPECS[0]), range(40)), real=False)
     expected = quality.compute()
     assert metrics["fd/student/mix/2"] == pytest.approx(expected["fd"], rel=1e-5)
     assert metrics["kid/student/mix/2"] == pytest.approx(expected["kid"], rel=1e-5)
@@ -329,7 +329,7 @@ def test_several_networks_share_the_samples_and_not_their_columns(tmp_path):
     class Another(Small):
         name = "another"
 
-        def parts(self):
+        def metrics(self):
             return [Frechet("fd_another", "pool", 6)]
 
     written, _ = results(tmp_path, features=[DigitsFeatures(), Another()])
@@ -412,9 +412,9 @@ def test_nothing_of_an_evaluation_stays_on_a_gpu(tmp_path):
     running = trainer(tmp_path, callback, accelerator="gpu", devices=1, max_steps=4, val_check_interval=2)
     running.fit(distiller(), datamodule=Digits(reference_size=50))
     for quality in callback.qualities:
-        states = [part.metric.metric_state for part in quality.parts]
+        states = [metric.metric.metric_state for metric in quality.metrics]
         tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         tensors += [value for state in states for group in state.values() if isinstance(group, list) for value in group]
-        tensors += [part.distance.factor for part in quality.parts if isinstance(part, Frechet)]
+        tensors += [metric.distance.factor for metric in quality.metrics if isinstance(metric, Frechet)]
         tensors += quality.features.state_dict().values()
         assert {tensor.device.type for tensor in tensors} == {"cpu"}

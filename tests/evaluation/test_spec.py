@@ -76,3 +76,17 @@ def test_the_options_reach_the_sampler():
     torch.testing.assert_close(spec.function()(still, x_0, None, 2, generator=seeded()), expected)
     default = consistency(still, x_0, None, 2, generator=seeded())
     assert (default - expected).abs().max() > 0.1
+
+
+def test_a_sampler_may_be_a_path_with_options(tmp_path, monkeypatch):
+    (tmp_path / "my_samplers.py").write_text(
+        "def scaled(student, x_0, condition, steps, generator=None, factor=1.0):\n    return factor * x_0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = SamplingSpec.parse("student/my_samplers.scaled/3?factor=2.5")
+    assert str(spec) == "student/my_samplers.scaled/3?factor=2.5"
+    assert torch.equal(spec.function()(None, torch.ones(2, 1), None, 3), torch.full((2, 1), 2.5))
+    with pytest.raises(ValueError, match="speed"):
+        SamplingSpec.parse("student/my_samplers.scaled/3?speed=2")
+    with pytest.raises(ValueError, match=r"my_samplers\.missing"):
+        SamplingSpec.parse("student/my_samplers.missing/3")

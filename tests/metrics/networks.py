@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.metrics.feature_metrics import Frechet, Kernel, Manifolds, Part, Score
+from decm_lightning.metrics import FeatureNetwork
+from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet, InceptionScore, PrecisionRecall
 
 
-class Small(nn.Module):
+class Small(FeatureNetwork):
     """Fixed random mixtures of the pixels, under the names of Inception's views and with its metrics."""
 
     name = "small mixtures"
@@ -24,13 +25,13 @@ class Small(nn.Module):
         x = images.flatten(1).double() / 64
         return {"pool": x @ self.pool, "spatial": x @ self.spatial, "logits": x @ self.logits}
 
-    def parts(self) -> list[Part]:
+    def metrics(self) -> list[FeatureMetric]:
         return [
             Frechet("fid", "pool", 6, moments="pool"),
-            Frechet("sfid", "spatial", 5, moments="spatial", cheap=False),
-            Score("inception_score", "logits", 4),
-            Manifolds("pool"),
-            Kernel("kid", "pool", 6),
+            Frechet("sfid", "spatial", 5, moments="spatial", in_validation=False),
+            InceptionScore("inception_score", "logits", 4),
+            PrecisionRecall("pool"),
+            KID("kid", "pool", 6),
         ]
 
 

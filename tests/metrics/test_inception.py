@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from decm_lightning.metrics import InceptionFeatures, Quality, inception
+from decm_lightning.metrics import FeatureMetrics, InceptionFeatures, inception
 from decm_lightning.metrics.inception import resize
 from decm_lightning.metrics.inception_network import Inception
 from tests.metrics.networks import COLUMNS, seeded, uint8_images
@@ -84,8 +84,8 @@ def test_weights_are_frozen_named_and_give_all_columns(network, weights):
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
     assert network.name == f"Inception with other weights ({weights.stem[-8:]})"
-    assert Quality(network).columns == COLUMNS
-    assert Quality(network, cheap=True).columns == ["fid", "kid"]
+    assert FeatureMetrics(network).columns == COLUMNS
+    assert FeatureMetrics(network, validation=True).columns == ["fid", "kid"]
 
 
 def test_weights_are_downloaded_once_and_checked(weights, tmp_path, monkeypatch):

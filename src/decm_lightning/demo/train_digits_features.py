@@ -1,4 +1,4 @@
-"""Make the weights of `DigitsFeatures`: `python -m decm_lightning.demo.train_digits_features`, half a minute."""
+"""Train the weights of `DigitsFeatures` in half a minute: `python -m decm_lightning.demo.train_digits_features`."""
 
 import json
 
@@ -17,7 +17,7 @@ DROPOUT = 0.3
 
 
 def split(seed: int = SEED) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) for training and held out: scikit-learn's digits, split 80 / 20, stratified."""
+    """Return (images, labels) of training and of held-out digits: scikit-learn's, split 80 / 20, stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -31,12 +31,12 @@ def split(seed: int = SEED) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose largest logit is that of their label, in [0, 1]."""
+    """Return the fraction of images whose largest logit is that of their label."""
     return (network(images).argmax(1) == labels).double().mean().item()
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Return each image moved by -1, 0 or 1 pixels along each axis, the edge filled with background."""
+    """Return each image shifted by -1, 0 or 1 pixels along each axis, padded with background."""
     side = images.shape[-1]
     down, right = torch.randint(3, (2, len(images), 1, 1))
     padded = nn.functional.pad(images, (1, 1, 1, 1))[:, 0]
@@ -47,7 +47,7 @@ def shifted(images: Tensor) -> Tensor:
 def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
     """Return a classifier trained by AdamW with a cosine schedule, dropout before the head, and shifted images.
 
-    Shifts rather than pixel noise: the features must stay sensitive to the noise that a poor sampler leaves.
+    There is no pixel noise: the features must remain sensitive to the noise of a poor sampler.
     """
     torch.manual_seed(SEED)
     network = DigitsNetwork()
@@ -66,8 +66,8 @@ def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
 
 
 def main() -> None:
-    """Train on one thread, measure on the held-out digits, and write weights and record."""
-    # One thread, so that the same sums are taken in the same order.
+    """Train, measure on the held-out digits, and write weights and record."""
+    # Sums of one thread always have the same order.
     torch.set_num_threads(1)
     training, held_out = split()
     network = train(*training)
@@ -77,7 +77,7 @@ def main() -> None:
         "training_images": len(training[1]),
         "data": "scikit-learn load_digits, pixels p in 0..16 as round(p / 16 * 255)",
         "split": f"train_test_split(test_size={HELD_OUT}, stratify=labels, random_state={SEED})",
-        "weights": "those of the split: trained on its training images alone",
+        "weights": "trained on the training images of the split",
         "seed": SEED,
         "epochs": EPOCHS,
         "command": "python -m decm_lightning.demo.train_digits_features",

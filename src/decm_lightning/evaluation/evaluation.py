@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -21,18 +21,12 @@ from decm_lightning.evaluation.protocol import protocol
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
-from decm_lightning.metrics import Quality, reference
-from decm_lightning.metrics.feature_metrics import Prompts
+from decm_lightning.metrics import FeatureMetrics, reference
+from decm_lightning.metrics.features import as_feature_network
+from decm_lightning.metrics.metric import Prompts
 from decm_lightning.types import Batch
 
 COLUMNS = 10
-
-
-@runtime_checkable
-class RecommendsSamples(Protocol):
-    """A feature network that knows how many samples its metrics need, such as metrics.InceptionFeatures."""
-
-    samples: int
 
 
 @dataclass
@@ -51,14 +45,15 @@ class Evaluation(L.Callback):
     kernel distance. Testing logs `test/<column>/<spec>` for all columns, and writes quality.md, quality.json and
     samples.png into the log folder, with the protocol. The feature networks define the columns: fd and kid, or with
     metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Further networks may compare
-    samples with their captions: metrics.CaptionProbe, metrics.CLIP and others. The real images come from the
-    validation or test loader, or from `reference`, and are read once. Sample number i has the same label and the same
-    noise for every spec and in every validation, and is generated once: it serves the metrics, the number of function
-    evaluations (NFE) and samples.png. Compare distances of equal numbers of images only. Nothing is measured in the
-    sanity check before training.
+    samples with their captions: demo.CaptionProbe, metrics.CLIPScore and metrics.BLIPScore. The real images come from
+    the validation or test loader, or from `reference`, and are read once. Sample number i has the same label and the
+    same noise for every spec and in every validation, and is generated once: it serves the metrics, the number of
+    function evaluations (NFE) and samples.png. Compare distances of equal numbers of images only. Nothing is measured
+    in the sanity check before training.
 
     Args:
-        features: one feature network or several, such as metrics.DigitsFeatures or metrics.InceptionFeatures.
+        features: one feature network or several, such as demo.DigitsFeatures or metrics.InceptionFeatures; any
+            nn.Module with `num_features` (metrics.FeatureNetwork).
         specs: the samples that validation measures, at least one spec.
         test_specs: the samples that testing measures, at least one spec; None for `specs`.
         samples: samples of each spec in validation, over all processes, at least 2.
@@ -86,17 +81,18 @@ class Evaluation(L.Callback):
         reference: str | None = None,
         labels: LabelLaw = "balanced",
     ) -> None:
-        self.features = list(features) if isinstance(features, list) else [features]
+        networks = features if isinstance(features, list) else [features]
+        self.features = [as_feature_network(network) for network in networks]
         self.specs = [SamplingSpec.parse(text) for text in specs]
         self.test_specs = self.specs if test_specs is None else [SamplingSpec.parse(text) for text in test_specs]
         self.samples = samples
-        recommended = [network.samples for network in self.features if isinstance(network, RecommendsSamples)]
-        self.test_samples = max(recommended, default=samples) if test_samples is None else test_samples
+        recommended = max((network.samples for network in self.features), default=0)
+        self.test_samples = (recommended or samples) if test_samples is None else test_samples
         self.batch_size = batch_size
         self.seed = seed
         self.reference = reference
         self.labels = labels
-        self.qualities: list[Quality] = []
+        self.qualities: list[FeatureMetrics] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
         if not (self.specs and self.test_specs):
@@ -122,7 +118,7 @@ class Evaluation(L.Callback):
         self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
         self.generator.check([*self.specs, *self.test_specs])
         self.real = None if self.reference is None else reference.read(self.reference)
-        self.qualities = [Quality(network, self.seed, self.real, stage != "test") for network in self.features]
+        self.qualities = [FeatureMetrics(network, self.seed, self.real, stage != "test") for network in self.features]
         columns = [column for quality in self.qualities for column in quality.columns]
         if twice := [column for column in columns if columns.count(column) > 1]:
             raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
@@ -152,7 +148,7 @@ class Evaluation(L.Callback):
             return
         self.has_real = True
         images = self.real.images
-        if images is None or not any(quality.needs_images for quality in self.qualities):
+        if images is None or not any(quality.needs_real for quality in self.qualities):
             return
         parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
         with progress(trainer, sum(map(len, parts))) as bar:
@@ -239,7 +235,7 @@ class Evaluation(L.Callback):
 
     def _add_real(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
-            quality.real(images, prompts)
+            quality.update(images, real=True, prompts=prompts)
 
     def _measure(self, trainer: L.Trainer, specs: Sequence[SamplingSpec], samples: int) -> dict[SamplingSpec, Measured]:
         self.has_real = self.has_measured = True
@@ -253,7 +249,7 @@ class Evaluation(L.Callback):
         return measured
 
     def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: tqdm) -> Measured:
-        wants_prompts = any(quality.wants_prompts for quality in self.qualities)
+        wants_prompts = any(quality.needs_prompts for quality in self.qualities)
         cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)
         for quality in self.qualities:
             quality.reset_generated()
@@ -268,7 +264,7 @@ class Evaluation(L.Callback):
             first[rows.start : rows.stop] = images[: max(columns - rows.start, 0)]
             prompts = self.generator.prompts(rows) if wants_prompts else Prompts()
             for quality in self.qualities:
-                quality.generated(images, prompts)
+                quality.update(images, real=False, prompts=prompts)
             bar.update(len(rows))
         return Measured({k: v for quality in self.qualities for k, v in quality.compute().items()}, cost, first)
 

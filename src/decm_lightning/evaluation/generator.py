@@ -16,7 +16,7 @@ from decm_lightning.errors import NonFiniteError
 from decm_lightning.evaluation.source import SampleSource, sample_source
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import short, to_uint8
-from decm_lightning.metrics.feature_metrics import Prompts
+from decm_lightning.metrics.metric import Prompts
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Condition, Sample
 

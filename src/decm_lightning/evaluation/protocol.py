@@ -11,7 +11,7 @@ from decm_lightning.evaluation.cost import SamplingCost
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
-from decm_lightning.metrics import Quality, Reference
+from decm_lightning.metrics import FeatureMetrics, Reference
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
@@ -19,7 +19,7 @@ PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 def protocol(
     trainer: L.Trainer,
     generator: SampleGenerator,
-    qualities: Sequence[Quality],
+    qualities: Sequence[FeatureMetrics],
     reference: Reference | None,
     samples: int,
     batch_size: int,
@@ -44,8 +44,8 @@ def protocol(
         "batch size": batch_size,
     }
     for quality in qualities:
-        lines |= quality.notes()
-        lines |= {column: f"not measured: {reason}" for column, reason in quality.left_out.items()}
+        lines |= quality.describe()
+        lines |= {column: f"not measured: {reason}" for column, reason in quality.unavailable.items()}
     lines["nfe"] = "passes of a network for one sample, guidance included"
     return lines | _machine(trainer, generator.source.device)
 

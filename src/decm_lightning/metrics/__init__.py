@@ -1,18 +1,18 @@
 """Metrics of generated images, the feature networks they are measured on, and real images to compare with."""
 
 from decm_lightning.metrics.dinov2 import DINOv2Features
+from decm_lightning.metrics.feature_metrics import FeatureMetrics
+from decm_lightning.metrics.features import FeatureNetwork
 from decm_lightning.metrics.inception import InceptionFeatures
-from decm_lightning.metrics.prompt_scores import CLIP, HPS, BLIPScore, ImageReward
-from decm_lightning.metrics.quality import Quality
+from decm_lightning.metrics.prompt_scores import BLIPScore, CLIPScore
 from decm_lightning.metrics.reference import Reference
 
 __all__ = [
-    "CLIP",
-    "HPS",
     "BLIPScore",
+    "CLIPScore",
     "DINOv2Features",
-    "ImageReward",
+    "FeatureMetrics",
+    "FeatureNetwork",
     "InceptionFeatures",
-    "Quality",
     "Reference",
 ]

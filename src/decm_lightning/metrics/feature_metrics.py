@@ -1,239 +1,164 @@
-"""The metrics of a feature network, each a small part around one torchmetrics.Metric that is fed with features."""
+"""All the metrics of one feature network."""
 
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor, nn
+from torchmetrics.aggregation import SumMetric
 
-from decm_lightning.metrics.frechet import FrechetDistance, PassedOn
-from decm_lightning.metrics.precision_recall import PrecisionRecall
+from decm_lightning.metrics.features import as_feature_network
+from decm_lightning.metrics.metric import Counts, FeatureMetric, Frechet, Prompts
 from decm_lightning.metrics.reference import Reference
-from decm_lightning.types import Condition
+from decm_lightning.types import Batch
 
-KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000
-SPLITS = 10
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many images were seen, over all processes."""
-
-    real: int
-    generated: int
+log = logging.getLogger(__name__)
+NO_PROMPTS = Prompts()
 
 
-class Prompts(NamedTuple):
-    """What images show, or were drawn for.
+class FeatureMetrics:
+    """The metrics of a feature network, which sees each image once; values are over the images of all processes.
+
+    A metric that is unavailable, for example because its weights are missing, is left out with a warning. This is not
+    an nn.Module: inside a LightningModule, its network would be saved in every checkpoint.
+
+    Args:
+        features: a FeatureNetwork, or any nn.Module with `num_features`.
+        seed: seed of KID's subsets and of the splits of the Inception Score.
+        reference: the real images or their moments; None if the images will be passed to `update`.
+        validation: whether to measure only what is fast enough for every validation.
+        batch_size: images per forward pass of the network, at least 1.
 
     Attributes:
-        condition: as the network reads it, b rows.
-        texts: b captions in words; None where there are none.
+        unavailable: why a column is not measured, by column.
+
+    Raises:
+        ValueError: if the module has no num_features, or the reference has nothing for this network or moments of
+            another dimension.
     """
 
-    condition: Condition = None
-    texts: list[str] | None = None
-
-
-class Part(ABC):
-    """One metric, of one view of a feature network.
-
-    Args:
-        columns: names of its values.
-        view: the features it reads, a key of what the network returns; "features" where that is one tensor.
-        metric: gathers them, and sums over processes.
-    """
-
-    cheap = False
-    """Whether it is worth its time in every validation."""
-    wants_prompts = False
-    """Whether it compares images with what they were drawn for."""
-
-    def __init__(self, columns: tuple[str, ...], view: str, metric: Metric) -> None:
-        self.columns = columns
-        self.view = view
-        self.metric = metric
+    def __init__(
+        self,
+        features: nn.Module,
+        seed: int = 0,
+        reference: Reference | None = None,
+        validation: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        self.features = as_feature_network(features)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.unavailable: dict[str, str] = {}
+        metrics = [metric for metric in self.features.metrics() if metric.in_validation or not validation]
+        metrics = [metric for metric in metrics if self._is_available(metric)]
+        reasons = {metric: metric.use_reference(reference) if reference else "" for metric in metrics}
+        self.metrics = [metric for metric in metrics if not reasons[metric]]
+        unserved = {column: reason for metric, reason in reasons.items() if reason for column in metric.columns}
+        if not self.has_distance and unserved:
+            column, reason = next(iter(unserved.items()))
+            raise ValueError(f"no {column} on {self.name}: {reason}")
+        self.unavailable |= unserved
+        self.is_prepared = False
+        self.seen = {real: SumMetric().set_dtype(torch.float64) for real in (True, False)}
 
     @property
-    def needs_images(self) -> bool:
-        """Whether it waits for real images."""
-        return True
-
-    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
-        """Take in a batch of features, with the prompts of their images if it wants them."""
-        self.metric.update(views[self.view], real=real)
-
-    def missing(self) -> str:
-        """Get ready; return why it cannot be measured here, "" if it can."""
-        return ""
-
-    def refer(self, reference: Reference) -> str:
-        """Take what a reference knows already; return why it cannot serve this metric, "" if it can."""
-        return "" if reference.images else f"{reference.path} has no images"
-
-    def note(self, counts: Counts) -> str:
-        """Return what its values depend on, "" if nothing."""
-        return ""
-
-    @abstractmethod
-    def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return a value for each column."""
-
-
-class Frechet(Part):
-    """The Fréchet distance of a view: an FID if the network is that of the FID, and the view its last pooled layer.
-
-    Args:
-        column: its name.
-        view: the features.
-        num_features: how many.
-        moments: name of a reference's moments that belong to this view; "" if there are none.
-        cheap: whether its matrix root is worth its time in every validation.
-    """
-
-    def __init__(self, column: str, view: str, num_features: int, moments: str = "", cheap: bool = True) -> None:
-        self.distance = FrechetDistance(num_features)
-        super().__init__((column,), view, self.distance)
-        self.num_features = num_features
-        self.moments = moments
-        self.cheap = cheap
+    def name(self) -> str:
+        """The name of the feature network."""
+        return self.features.name
 
     @property
-    def needs_images(self) -> bool:
-        """Whether the real moments are not given."""
-        return self.distance.given is None
+    def columns(self) -> list[str]:
+        """The names of the values, in order."""
+        return [column for metric in self.metrics for column in metric.columns]
 
-    def refer(self, reference: Reference) -> str:
-        """Take the moments of the reference, or wait for its images.
+    @property
+    def needs_real(self) -> bool:
+        """Whether a metric needs real images, in addition to the moments of a reference."""
+        return any(metric.needs_real for metric in self.metrics)
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether a Fréchet distance is among the metrics."""
+        return any(isinstance(metric, Frechet) for metric in self.metrics)
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a metric compares generated images with their conditions."""
+        return any(metric.needs_prompts for metric in self.metrics)
+
+    def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
+        """Let the network fit itself to real training images, once, if there is anything to measure.
+
+        Args:
+            data: the data module.
+            read: turns its batches into uint8 images with their conditions.
+        """
+        if self.metrics and not self.is_prepared:
+            self.features.prepare(data, read)
+        self.is_prepared = True
+
+    def to(self, device: torch.device) -> "FeatureMetrics":
+        """Move the network and the statistics."""
+        for module in (self.features, *self.seen.values(), *(metric.metric for metric in self.metrics)):
+            module.to(device)
+        return self
+
+    @torch.no_grad()
+    def update(self, images: Tensor, real: bool, prompts: Prompts = NO_PROMPTS) -> None:
+        """Add real or generated images, uint8 (b, c, h, w), with their conditions if they are known.
 
         Raises:
-            ValueError: if the moments are of another dimension.
+            ValueError: if the images are not uint8, or a metric needs other prompts of generated images.
         """
-        known = reference.moments.get(self.moments)
-        if known is None:
-            reason = super().refer(reference)
-            return f"{reason}, and its moments are of other features" if reason and reference.moments else reason
-        if len(known.mean) != self.num_features:
-            wanted = f"{self.columns[0]} needs {self.num_features}, of the same feature network"
-            raise ValueError(f"{reference.path}: its mean has {len(known.mean)} features: {wanted}")
-        self.distance.given = known
-        return ""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, see to_uint8: got {images.dtype}")
+        self.seen[real].update(len(images))
+        if not self.metrics:
+            return
+        device = self.seen[real].device
+        outputs = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
+        # One update for all of them: every process must make the same number of updates.
+        views = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        for metric in self.metrics:
+            metric.update(views, real, prompts)
 
-    def note(self, counts: Counts) -> str:
-        """Say where the real statistics come from."""
-        return "" if self.distance.given is None else "real mean and covariance from the reference file"
+    def reset_generated(self) -> None:
+        """Forget the generated images and keep the real ones."""
+        self.seen[False].reset()
+        for metric in self.metrics:
+            metric.metric.reset()
 
-    def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return the distance, 0 for equal moments."""
-        return {self.columns[0]: self.distance.compute().item()}
+    def counts(self) -> Counts:
+        """Return the numbers of images that were added, over all processes."""
+        with self.seen[True].sync_context(), self.seen[False].sync_context():
+            return Counts(*(int(cast(Tensor, self.seen[real].sum_value)) for real in (True, False)))
 
+    def describe(self) -> dict[str, str]:
+        """Return the settings that the values depend on, by column."""
+        counts = self.counts()
+        lines = {", ".join(metric.columns): metric.describe(counts) for metric in self.metrics}
+        return {columns: line for columns, line in lines.items() if line}
 
-class Kernel(Part):
-    """The kernel distance (KID), the unbiased MMD^2 with k(x, y) = (x . y / d + 1)^3 (arXiv 1801.01401), in float64.
+    def compute(self) -> dict[str, float]:
+        """Return the value of each column; torch's global generators keep their state.
 
-    The mean over 100 subsets of min(1000, n) images, n the fewer of real and generated; not multiplied by 1,000.
-    """
+        Raises:
+            ValueError: if there are fewer than two real or two generated images.
+            NonFiniteError: if a feature was NaN or infinite.
+        """
+        counts = self.counts()
+        if counts.generated < 2 or (self.needs_real and counts.real < 2):
+            found = f"{counts.real} real, {counts.generated} generated"
+            raise ValueError(f"a distance needs at least 2 images of each kind: got {found}")
+        return {name: value for metric in self.metrics for name, value in metric.compute(counts, self.seed).items()}
 
-    cheap = True
-
-    def __init__(self, column: str, view: str, num_features: int) -> None:
-        with _unwarned():
-            self.kernel = KernelInceptionDistance(PassedOn(num_features), KID_SUBSETS, reset_real_features=False)
-        super().__init__((column,), view, self.kernel)
-
-    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
-        """Take in a batch of features."""
-        self.kernel.update(views[self.view].double(), real=real)
-
-    def note(self, counts: Counts) -> str:
-        """Say how many subsets of how many images."""
-        return f"mean over {_subsets(counts)} subsets of {_subset_size(counts)}, not times 1,000"
-
-    def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return the distance, 0 in the mean for equal laws; it may be negative."""
-        self.kernel.subset_size = _subset_size(counts)
-        self.kernel.subsets = _subsets(counts)
-        with _seeded(seed):
-            mean, _ = self.kernel.compute()
-        return {self.columns[0]: mean.item()}
-
-
-class Score(Part):
-    """The Inception Score exp(E KL(p(y|x) | p(y))) (arXiv 1606.03498), the mean over ten splits; no real images."""
-
-    def __init__(self, column: str, view: str, num_features: int) -> None:
-        with _unwarned():
-            metric = InceptionScore(PassedOn(num_features), splits=SPLITS)
-        super().__init__((column,), view, metric)
-
-    @property
-    def needs_images(self) -> bool:
-        """It needs none."""
-        return False
-
-    def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
-        """Take in a batch of logits, if generated."""
-        if not real:
-            self.metric.update(views[self.view])
-
-    def refer(self, reference: Reference) -> str:
-        """Need nothing."""
-        return ""
-
-    def note(self, counts: Counts) -> str:
-        """Say how many splits."""
-        return f"mean over {SPLITS} splits, in random order"
-
-    def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return the score, 1 at least and the number of classes at most."""
-        with _seeded(seed):
-            mean, _ = self.metric.compute()
-        return {self.columns[0]: mean.item()}
+    def _is_available(self, metric: FeatureMetric) -> bool:
+        if reason := metric.unavailable_reason():
+            self.unavailable |= dict.fromkeys(metric.columns, reason)
+            log.warning("%s is not measured: %s", ", ".join(metric.columns), reason)
+        return not reason
 
 
-class Manifolds(Part):
-    """Improved precision and recall with k = 3 (arXiv 1904.06991)."""
-
-    def __init__(self, view: str) -> None:
-        super().__init__(("precision", "recall"), view, PrecisionRecall())
-
-    def note(self, counts: Counts) -> str:
-        """Say which k, and of how many images: both values depend on it."""
-        return f"k = 3, {counts.generated} generated against {counts.real} real images"
-
-    def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return both, in [0, 1]."""
-        return dict(zip(self.columns, (value.item() for value in self.metric.compute()), strict=True))
-
-
-def _subsets(counts: Counts) -> int:
-    # Subsets that hold all images are all the same.
-    return KID_SUBSETS if max(counts.real, counts.generated) > _subset_size(counts) else 1
-
-
-def _subset_size(counts: Counts) -> int:
-    return min(KID_SUBSET_SIZE, counts.real, counts.generated)
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    # torchmetrics warns that it keeps all features, which is how these two work.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, whose state is not forked here.
-        torch.default_generator.manual_seed(seed)
-        yield
+def _views(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"features": features} if isinstance(features, Tensor) else features

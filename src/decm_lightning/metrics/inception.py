@@ -1,4 +1,4 @@
-"""The network of the FID and what is measured on it."""
+"""The Inception network of the FID and its metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -8,29 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from decm_lightning.files import file_sha256
-from decm_lightning.metrics.feature_metrics import Frechet, Kernel, Manifolds, Part, Score
+from decm_lightning.metrics.features import FeatureNetwork, as_rgb
 from decm_lightning.metrics.inception_network import CLASSES, SIDE, SPATIAL_CHANNELS, Inception
+from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet, InceptionScore, PrecisionRecall
 from decm_lightning.networks.checkpoint_files import few, read_file
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 DIGEST = "6726825d"
-"""How the SHA-256 of the file begins: its name says so."""
+"""The first digits of the SHA-256 of the file, as its name has them."""
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(FeatureNetwork):
     """The FID's network: FID, sFID, Inception Score, improved precision and recall, and KID.
 
     Columns: `fid` (arXiv 1706.08500), `sfid` (arXiv 2103.03841), `inception_score`, `precision`, `recall`, `kid`.
-    Comparable with published values if measured on 50,000 images, which is how many a test draws by default.
+    Comparable with published values if measured on 50,000 images, which a test generates by default.
 
     Args:
         weights: path of weights-inception-2015-12-05-6726825d.pth (also known as pt_inception-2015-12-05-6726825d.pth);
             None to download it once.
 
     Raises:
-        OSError: if there is no such file, it may not be read, or it cannot be downloaded.
-        ValueError: if the file cannot be read, or has other weights.
+        OSError: if the file does not exist, may not be read, or cannot be downloaded.
+        ValueError: if the file is damaged or has other weights.
     """
 
     num_features = 2048
@@ -49,40 +50,38 @@ class InceptionFeatures(nn.Module):
         """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of uint8 images (b, 1 or 3, h, w), in float32.
 
         Raises:
-            ValueError: if there are neither 1 nor 3 channels.
+            ValueError: if the number of channels is not 1 or 3.
         """
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"Inception takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
-        x = (resize(images.float().expand(-1, 3, -1, -1), SIDE) - 128) / 128
+        x = (resize(as_rgb(images, "Inception"), SIDE) - 128) / 128
         cudnn = torch.backends.cudnn
-        # In TF32, the default of convolutions, features differ in the fourth digit.
+        # TF32, the default of convolutions, changes the fourth digit.
         with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False):
             return self.network.views(x)
 
-    def parts(self) -> list[Part]:
-        """Return what is measured on it."""
+    def metrics(self) -> list[FeatureMetric]:
+        """Return the metrics in the order of the columns above."""
         spatial = SPATIAL_CHANNELS * 17 * 17
         return [
             Frechet("fid", "pool", self.num_features, moments="pool"),
-            Frechet("sfid", "spatial", spatial, moments="spatial", cheap=False),
-            Score("inception_score", "logits", CLASSES),
-            Manifolds("pool"),
-            Kernel("kid", "pool", self.num_features),
+            Frechet("sfid", "spatial", spatial, moments="spatial", in_validation=False),
+            InceptionScore("inception_score", "logits", CLASSES),
+            PrecisionRecall("pool"),
+            KID("kid", "pool", self.num_features),
         ]
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Return images (b, c, side, side), bilinear as TensorFlow 1 does it: pixel i comes from position i n / side.
+    """Return images (b, c, side, side), bilinear as in TensorFlow 1: pixel i is read at position i n / side.
 
-    Neither half a pixel is added nor anything smoothed, unlike all resizing of torch; it is part of the FID.
+    Unlike torch's interpolation it adds no half pixel and does not smooth. It is part of the FID's definition.
     """
     for dim in (3, 2):
         size = images.shape[dim]
         position = torch.arange(side, device=images.device, dtype=images.dtype) * (size / side)
         low = position.long()
-        share = (position - low).view(-1, *[1] * (3 - dim))
+        fraction = (position - low).view(-1, *[1] * (3 - dim))
         first = images.index_select(dim, low)
-        images = first + (images.index_select(dim, (low + 1).clamp(max=size - 1)) - first) * share
+        images = first + (images.index_select(dim, (low + 1).clamp(max=size - 1)) - first) * fraction
     return images
 
 
@@ -104,11 +103,11 @@ def _read(path: Path, network: nn.Module) -> dict[str, Any]:
         state = read_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no Inception weights at {path}: they are the file {FILE} of {URL}") from error
-    wanted = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
+    expected = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors by name: the FID's weights are the file {FILE} of {URL}")
     found = {name: value.shape for name, value in state.items() if "num_batches" not in name}
-    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         raise ValueError(f"{path} has other weights than the FID's Inception: {wrong[0]} and {len(wrong) - 1} more")
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} has NaN or infinite weights: {few(broken)}; download the file again")

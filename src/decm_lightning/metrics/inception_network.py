@@ -1,7 +1,6 @@
-"""The architecture of the FID's Inception, written as data, under the names of the weights of 2015-12-05."""
+"""The architecture of the FID's Inception, with the parameter names of the weights of 2015-12-05."""
 
-# torch-fidelity has this network, but needs torchvision, which asks for a torch of its own beside the pinned one; and
-# without torchvision it breaks torchmetrics' import. So the network is built here.
+# torchmetrics takes this network from torch-fidelity, which needs torchvision and has no spatial features.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
 SIDE = 299
 CLASSES = 1008
-# ADM's sFID takes so many channels of "mixed_6/conv", which are the first ones of this block.
+# ADM's sFID reads 7 channels of "mixed_6/conv", the first ones of this block.
 SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch normalization and ReLU; padded to keep the size unless told otherwise."""
+    """A convolution without bias, batch normalization and ReLU."""
 
     name: str
     channels: int
@@ -31,9 +30,9 @@ class Conv:
 
 Pool = Callable[[Tensor], Tensor]
 Step = Conv | Pool | tuple[Conv, ...]
-"""A step of a branch; several convolutions side by side are joined over the channels."""
+"""A step of a branch; parallel convolutions are concatenated."""
 
-# TensorFlow's averages leave the padding out.
+# TensorFlow's averages exclude the padding.
 AVERAGE: Pool = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 MAXIMUM: Pool = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE: Pool = partial(max_pool2d, kernel_size=3, stride=2)
@@ -49,65 +48,58 @@ STEM: tuple[Step, ...] = (
 )
 
 
+def chain(name: str, *convs: tuple[int, int | tuple[int, int]]) -> tuple[Conv, ...]:
+    """Return padded convolutions (channels, kernel) with numbered names."""
+    return tuple(Conv(f"{name}_{number}", *conv) for number, conv in enumerate(convs, start=1))
+
+
+def halving(name: str, channels: int) -> Conv:
+    """Return a 3 x 3 convolution with stride 2."""
+    return Conv(name, channels, 3, stride=2, padded=False)
+
+
 def block_a(pooled: int) -> tuple[tuple[Step, ...], ...]:
-    """Return the branches of a block at 35 x 35, with `pooled` channels in its last one."""
+    """Return the branches of a block at 35 x 35, the last with `pooled` channels."""
     return (
         (Conv("branch1x1", 64, 1),),
-        (Conv("branch5x5_1", 48, 1), Conv("branch5x5_2", 64, 5)),
-        (Conv("branch3x3dbl_1", 64, 1), Conv("branch3x3dbl_2", 96, 3), Conv("branch3x3dbl_3", 96, 3)),
+        chain("branch5x5", (48, 1), (64, 5)),
+        chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
         (AVERAGE, Conv("branch_pool", pooled, 1)),
     )
 
 
 def block_c(inner: int) -> tuple[tuple[Step, ...], ...]:
-    """Return the branches of a block at 17 x 17, with `inner` channels inside."""
-    row, column = (1, 7), (7, 1)
+    """Return the branches of a block at 17 x 17 with `inner` channels."""
     return (
         (Conv("branch1x1", 192, 1),),
-        (Conv("branch7x7_1", inner, 1), Conv("branch7x7_2", inner, row), Conv("branch7x7_3", 192, column)),
-        (
-            Conv("branch7x7dbl_1", inner, 1),
-            Conv("branch7x7dbl_2", inner, column),
-            Conv("branch7x7dbl_3", inner, row),
-            Conv("branch7x7dbl_4", inner, column),
-            Conv("branch7x7dbl_5", 192, row),
-        ),
+        chain("branch7x7", (inner, 1), (inner, (1, 7)), (192, (7, 1))),
+        chain("branch7x7dbl", (inner, 1), (inner, (7, 1)), (inner, (1, 7)), (inner, (7, 1)), (192, (1, 7))),
         (AVERAGE, Conv("branch_pool", 192, 1)),
     )
 
 
 def block_e(pool: Pool) -> tuple[tuple[Step, ...], ...]:
     """Return the branches of a block at 8 x 8."""
-    row, column = (1, 3), (3, 1)
+
+    def pair(name: str) -> tuple[Conv, ...]:
+        return Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))
+
     return (
         (Conv("branch1x1", 320, 1),),
-        (Conv("branch3x3_1", 384, 1), (Conv("branch3x3_2a", 384, row), Conv("branch3x3_2b", 384, column))),
-        (
-            Conv("branch3x3dbl_1", 448, 1),
-            Conv("branch3x3dbl_2", 384, 3),
-            (Conv("branch3x3dbl_3a", 384, row), Conv("branch3x3dbl_3b", 384, column)),
-        ),
+        (Conv("branch3x3_1", 384, 1), pair("branch3x3_2")),
+        (*chain("branch3x3dbl", (448, 1), (384, 3)), pair("branch3x3dbl_3")),
         (pool, Conv("branch_pool", 192, 1)),
     )
 
 
 REDUCTION_B: tuple[tuple[Step, ...], ...] = (
-    (Conv("branch3x3", 384, 3, stride=2, padded=False),),
-    (
-        Conv("branch3x3dbl_1", 64, 1),
-        Conv("branch3x3dbl_2", 96, 3),
-        Conv("branch3x3dbl_3", 96, 3, stride=2, padded=False),
-    ),
+    (halving("branch3x3", 384),),
+    (*chain("branch3x3dbl", (64, 1), (96, 3)), halving("branch3x3dbl_3", 96)),
     (HALVE,),
 )
 REDUCTION_D: tuple[tuple[Step, ...], ...] = (
-    (Conv("branch3x3_1", 192, 1), Conv("branch3x3_2", 320, 3, stride=2, padded=False)),
-    (
-        Conv("branch7x7x3_1", 192, 1),
-        Conv("branch7x7x3_2", 192, (1, 7)),
-        Conv("branch7x7x3_3", 192, (7, 1)),
-        Conv("branch7x7x3_4", 192, 3, stride=2, padded=False),
-    ),
+    (Conv("branch3x3_1", 192, 1), halving("branch3x3_2", 320)),
+    (*chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))), halving("branch7x7x3_4", 192)),
     (HALVE,),
 )
 BLOCKS = {
@@ -121,12 +113,12 @@ BLOCKS = {
     "Mixed_6e": block_c(192),
     "Mixed_7a": REDUCTION_D,
     "Mixed_7b": block_e(AVERAGE),
-    # The graph takes a maximum here and nowhere else: a slip of 2015 that is part of every FID.
+    # The maximum in this block only is a mistake of 2015 that is part of every FID.
     "Mixed_7c": block_e(MAXIMUM),
 }
 
 
-class NormalisedConv(nn.Module):
+class NormalizedConv(nn.Module):
     """One `Conv`."""
 
     def __init__(self, channels: int, spec: Conv) -> None:
@@ -142,7 +134,7 @@ class NormalisedConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, joined over the channels; every convolution is a child under its own name."""
+    """Parallel branches, concatenated; every convolution is a child under its own name."""
 
     def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
         super().__init__()
@@ -150,14 +142,14 @@ class Block(nn.Module):
         self.channels = sum(self._build(channels, branch) for branch in branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the joined branches."""
+        """Return the concatenated branches."""
         return torch.cat([self._follow(x, branch) for branch in self.branches], 1)
 
     def _build(self, channels: int, branch: Sequence[Step]) -> int:
         for step in branch:
             convs = (step,) if isinstance(step, Conv) else step if isinstance(step, tuple) else ()
             for conv in convs:
-                self.add_module(conv.name, NormalisedConv(channels, conv))
+                self.add_module(conv.name, NormalizedConv(channels, conv))
             channels = sum(conv.channels for conv in convs) or channels
         return channels
 
@@ -173,7 +165,7 @@ class Block(nn.Module):
 
 
 class Inception(Block):
-    """Inception-v3 (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 computes it; called, it is the stem."""
+    """Inception-v3 (arXiv 1512.00567) as in the TensorFlow graph of 2015-12-05; its forward is the stem."""
 
     def __init__(self) -> None:
         super().__init__(3, [STEM])
@@ -187,8 +179,8 @@ class Inception(Block):
     def views(self, x: Tensor) -> dict[str, Tensor]:
         """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of images (b, 3, 299, 299) in [-1, 1).
 
-        `spatial` is flattened as ADM's, rows, columns, channels; `logits` are without their bias, as in every
-        Inception Score.
+        `spatial` is flattened in ADM's order, rows, columns, channels; `logits` have no bias, as in every Inception
+        Score.
         """
         x = self(x)
         views = {}

@@ -1,4 +1,4 @@
-"""What generated images are measured against, from a file: moments of Inception features, images, or both."""
+"""Real images or moments of their Inception features, read from a file or folder."""
 
 import hashlib
 import logging
@@ -37,19 +37,17 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Return their number, above 0."""
 
-    def batches(self, shares: Sequence[range]) -> Iterator[Tensor]:
-        """Yield the images of each share, uint8 (n, c, h, w); shares go upwards and do not meet."""
+    def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
+        """Yield the images of each part, uint8 (n, c, h, w); parts are in ascending order and do not overlap.
+
+        Raises:
+            ValueError: if a file is damaged or an image has another size than the first.
+        """
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, or what is known of them.
-
-    Args:
-        path: where it was read from.
-        moments: of Inception features, by view: "pool", "spatial".
-        images: None if there are none.
-    """
+    """Real images, moments of their Inception features by view ("pool", "spatial"), or both."""
 
     path: Path
     moments: Mapping[str, Moments]
@@ -74,11 +72,11 @@ def read(path: str | Path) -> Reference:
         path: an .npz file with `mu` (2048) and `sigma` (2048, 2048) of Inception's pooled features, `mu_s` and
             `sigma_s` (2023) of its spatial ones, or images `arr_0`, uint8 (n, h, w, c), such as ADM's
             VIRTUAL_imagenet256_labeled.npz (all of these) or FACM's fid-50k-256.npz (mu and sigma); or a folder of
-            images of one size, sub-folders included.
+            images of one size, including subfolders.
 
     Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it is of another form.
+        FileNotFoundError: if the path does not exist.
+        ValueError: if the content is none of these.
     """
     path = Path(path)
     if path.is_dir():
@@ -97,7 +95,7 @@ def read(path: str | Path) -> Reference:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Name the file in what numpy and zipfile raise about a damaged one."""
+    """Name the file in the errors of numpy and zipfile."""
     try:
         yield
     except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
@@ -107,13 +105,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 class NpzImages:
-    """The images of an .npz file, read as a stream: ADM's are 2 GB.
-
-    Args:
-        path: a file with an array `arr_0`, uint8 (n, h, w, 1 or 3).
+    """The images `arr_0` of an .npz file, uint8 (n, h, w, 1 or 3), read as a stream: ADM's are 2 GB.
 
     Raises:
-        ValueError: if the array is another one.
+        ValueError: if the array has another type or shape.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,23 +120,19 @@ class NpzImages:
         """Return the number of images."""
         return self.shape[0]
 
-    def batches(self, shares: Sequence[range]) -> Iterator[Tensor]:
-        """Yield the images of each share, uint8 (n, c, h, w).
-
-        Raises:
-            ValueError: if the file is damaged.
-        """
+    def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
+        """Yield the images of each part."""
         size = int(np.prod(self.shape[1:]))
         with _named(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
             self._header(stream)
-            at = 0
-            for share in shares:
-                stream.seek((share.start - at) * size, 1)
-                content = stream.read(len(share) * size)
-                if len(content) < len(share) * size:
-                    raise ValueError(f"{self.path}: {IMAGES} ends before image {share.stop - 1}: is it a whole file?")
-                at = share.stop
-                pixels = np.frombuffer(content, np.uint8).reshape(len(share), *self.shape[1:])
+            position = 0
+            for part in parts:
+                stream.seek((part.start - position) * size, 1)
+                position = part.stop
+                content = stream.read(len(part) * size)
+                if len(content) < len(part) * size:
+                    raise ValueError(f"{self.path}: {IMAGES} ends before image {part.stop - 1}: is the file complete?")
+                pixels = np.frombuffer(content, np.uint8).reshape(len(part), *self.shape[1:])
                 yield rearrange(torch.from_numpy(pixels.copy()), "n h w c -> n c h w")
 
     def _header(self, stream: IO[bytes]) -> tuple[int, ...]:
@@ -155,13 +146,9 @@ class NpzImages:
 
 
 class FolderImages:
-    """The images of a folder and of all folders below it, in the order of their names, all of one size.
+    """The images of a folder and its subfolders in the formats of `image_reader.formats`, ordered by name.
 
-    They have three channels if any of them is colored or has a palette with colors, in which grey images have three
-    equal channels. They have one channel if all are grey. What else is in the folder is counted in one warning.
-
-    Args:
-        folder: with images of any format that `image_reader.formats` names.
+    They have one channel if all are grey, otherwise three. One warning counts the other files.
 
     Raises:
         ValueError: if there is no image, or the header of one is damaged.
@@ -169,8 +156,8 @@ class FolderImages:
 
     def __init__(self, folder: Path) -> None:
         self.files, left_out = _images(folder)
-        if getattr(rank_zero_only, "rank", 0) == 0 and left_out:
-            log.warning("left out of the reference %s: %s", folder, counted(left_out))
+        if left_out:
+            rank_zero_only(log.warning)("left out of the reference %s: %s", folder, counted(left_out))
         if not self.files:
             found = f"; it has {counted(left_out)}" if left_out else ""
             raise ValueError(f"no images in {folder}: expected .jpg, .png, ...{found}")
@@ -185,16 +172,11 @@ class FolderImages:
         """Return the number of images."""
         return len(self.files)
 
-    def batches(self, shares: Sequence[range]) -> Iterator[Tensor]:
-        """Yield the images of each share, uint8 (n, c, h, w).
-
-        Raises:
-            ValueError: if one cannot be read or is of another size than the first.
-        """
-        channels = len(self.mode)
-        for share in shares:
-            pixels = torch.empty(len(share), self.size[1], self.size[0], channels, dtype=torch.uint8)
-            for row, number in enumerate(share):
+    def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
+        """Yield the images of each part."""
+        for part in parts:
+            pixels = torch.empty(len(part), self.size[1], self.size[0], len(self.mode), dtype=torch.uint8)
+            for row, number in enumerate(part):
                 pixels[row] = self._read(self.files[number]).reshape(pixels.shape[1:])
             yield rearrange(pixels, "n h w c -> n c h w")
 
@@ -203,7 +185,7 @@ class FolderImages:
         if image.size != self.size:
             first = f"{printable(self.files[0])} {self.size[0]} x {self.size[1]}"
             sizes = f"{image.size[0]} x {image.size[1]}, and {first}"
-            raise ValueError(f"images must be of one size: {printable(file)} is {sizes}")
+            raise ValueError(f"images must have one size: {printable(file)} is {sizes}")
         return torch.from_numpy(np.array(image.convert(self.mode)))
 
 
@@ -213,25 +195,24 @@ def _images(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Path) -> Moments:
-    missing = [key for key in keys if key not in content]
-    if missing:
-        raise ValueError(f"{path} has {keys[0]} but no {missing[0]}: {EXPECTED}")
-    # numpy returns the bytes of a member that does not hold an array.
+    mu, sigma = keys
+    if sigma not in content:
+        raise ValueError(f"{path} has {mu} but no {sigma}: {EXPECTED}")
+    # numpy returns the bytes of a member that is not an array.
     arrays = [np.asarray(content[key]) for key in keys]
     if not all(array.dtype.kind in "fiu" for array in arrays):
-        raise ValueError(
-            f"{path}: {keys[0]} and {keys[1]} must be real numbers: got {arrays[0].dtype}, {arrays[1].dtype}"
-        )
+        raise ValueError(f"{path}: {mu} and {sigma} must be real numbers: got {arrays[0].dtype}, {arrays[1].dtype}")
     mean, covariance = (torch.from_numpy(np.array(array, dtype=np.float64)) for array in arrays)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        got = f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
-        raise ValueError(f"{path}: {keys[0]} must be (d,) and {keys[1]} (d, d): {got}")
+        found = f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
+        raise ValueError(f"{path}: {mu} must be (d,) and {sigma} (d, d): {found}")
+    fault = ""
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(f"{path}: {keys[0]} and {keys[1]} must be finite: make the file again")
-    if not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * float(covariance.abs().max())):
-        raise ValueError(f"{path}: {keys[1]} must be symmetric, as a covariance is: make the file again")
-    if covariance.diagonal().min() < 0:
-        raise ValueError(
-            f"{path}: the diagonal of {keys[1]} holds variances, which are at least 0: make the file again"
-        )
+        fault = f"{mu} and {sigma} must be finite"
+    elif not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * float(covariance.abs().max())):
+        fault = f"{sigma} must be symmetric"
+    elif covariance.diagonal().min() < 0:
+        fault = f"the diagonal of {sigma} has negative variances"
+    if fault:
+        raise ValueError(f"{path}: {fault}: make the file again")
     return Moments(mean, covariance)

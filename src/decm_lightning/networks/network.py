@@ -17,7 +17,7 @@ from torch.utils import _pytree
 from decm_lightning import samplers
 from decm_lightning.conditions import select
 from decm_lightning.files import atomic, tensors_sha256
-from decm_lightning.image_writer import picture, to_uint8
+from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
@@ -106,7 +106,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
             if not is_image:
                 return torch.cat(parts)
             decoded = parts if decoder is None else [decoder(part) for part in parts]
-            return [picture(image) for part in decoded for image in to_uint8(part).cpu()]
+            return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
 
     @property
     def reads_end_time(self) -> bool:

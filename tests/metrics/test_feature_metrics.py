@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.metrics import Quality
-from decm_lightning.metrics.feature_metrics import Counts
+from decm_lightning.metrics import FeatureMetrics
+from decm_lightning.metrics.metric import Counts
 from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 
 @pytest.fixture
 def few_subsets(monkeypatch):
     """Ten subsets rather than a hundred, for speed."""
-    monkeypatch.setattr("decm_lightning.metrics.feature_metrics.KID_SUBSETS", 10)
+    monkeypatch.setattr("decm_lightning.metrics.metric.KID_SUBSETS", 10)
 
 
 class Pixels(nn.Module):
@@ -36,15 +36,15 @@ def images(n: int, mean: float, std: float, generator: torch.Generator) -> Tenso
     return (mean + std * torch.randn(n, 1, 2, 2, generator=generator)).round().clamp(0, 255).to(torch.uint8)
 
 
-def quality(real: Tensor, generated: Tensor) -> Quality:
-    measured = Quality(Pixels())
-    measured.real(real)
-    measured.generated(generated)
+def quality(real: Tensor, generated: Tensor) -> FeatureMetrics:
+    measured = FeatureMetrics(Pixels())
+    measured.update(real, real=True)
+    measured.update(generated, real=False)
     return measured
 
 
-def kernel(measured: Quality) -> KernelInceptionDistance:
-    return measured.parts[1].kernel
+def kernel(measured: FeatureMetrics) -> KernelInceptionDistance:
+    return measured.metrics[1].kernel
 
 
 def cubic_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -96,10 +96,10 @@ def test_subsets_are_as_large_as_the_smaller_set(generator):
 def test_batches_add_up_and_the_network_sees_each_image_once(generator):
     real, made = images(200, 100, 10, generator), images(200, 110, 10, generator)
     whole, parts = quality(real, made), quality(real[:150], made[:70])
-    parts.real(real[150:])
-    parts.generated(made[70:])
+    parts.update(real[150:], real=True)
+    parts.update(made[70:], real=False)
     assert parts.compute() == pytest.approx(whole.compute(), rel=1e-9)
-    assert parts.features.seen == 400
+    assert parts.features.network.seen == 400
 
 
 def test_resetting_forgets_generated_images_only(generator):
@@ -108,7 +108,7 @@ def test_resetting_forgets_generated_images_only(generator):
     measured.compute()
     measured.reset_generated()
     assert measured.counts() == Counts(200, 0)
-    measured.generated(made)
+    measured.update(made, real=False)
     assert measured.compute() == quality(real, made).compute()
 
 
@@ -123,17 +123,17 @@ def test_random_subsets_repeat_and_leave_the_global_generator_alone(generator, f
 
 
 def test_too_few_images_and_floats_are_refused(generator):
-    with pytest.raises(ValueError, match="at least 2 images of each kind: got 10 real, 1 made"):
+    with pytest.raises(ValueError, match="at least 2 images of each kind: got 10 real, 1 generated"):
         quality(images(10, 0, 1, generator), images(1, 0, 1, generator)).compute()
     with pytest.raises(ValueError, match=r"must be uint8, see to_uint8: got torch\.float32"):
-        Quality(Pixels()).real(torch.zeros(2, 1, 2, 2))
+        FeatureMetrics(Pixels()).update(torch.zeros(2, 1, 2, 2), real=True)
 
 
 def test_the_score_is_the_mean_over_splits_of_the_exponential_information(generator):
     made = uint8_images(200, 8, generator, channels=1)
-    measured = Quality(Small())
-    measured.real(made[:5])
-    measured.generated(made)
+    measured = FeatureMetrics(Small())
+    measured.update(made[:5], real=True)
+    measured.update(made, real=False)
     torch.manual_seed(1)
     found = measured.compute()["inception_score"]
 
@@ -150,20 +150,20 @@ def test_all_metrics_are_of_one_pass_and_in_chunks_the_same(generator):
     seen = []
     network = Small()
     network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    measured = Quality(network, batch_size=64)
-    measured.real(real)
-    measured.generated(made)
+    measured = FeatureMetrics(network, batch_size=64)
+    measured.update(real, real=True)
+    measured.update(made, real=False)
     assert seen == [64, 26, 64, 26]
     values = measured.compute()
     assert list(values) == measured.columns == COLUMNS
 
-    whole = Quality(Small(), batch_size=90)
-    whole.real(real)
-    whole.generated(made)
+    whole = FeatureMetrics(Small(), batch_size=90)
+    whole.update(real, real=True)
+    whole.update(made, real=False)
     assert values == pytest.approx(whole.compute(), rel=1e-9)
-    views = Quality(Views(Small(), "spatial", 5))
-    views.real(real)
-    views.generated(made)
+    views = FeatureMetrics(Views(Small(), "spatial", 5))
+    views.update(real, real=True)
+    views.update(made, real=False)
     assert values["sfid"] == pytest.approx(views.compute()["fd"], rel=1e-9)
 
 

@@ -1,0 +1,132 @@
+"""What a feature network must have."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
+from decm_lightning.networks.checkpoint_files import few
+from decm_lightning.types import Batch
+
+
+@runtime_checkable
+class HasFeatures(Protocol):
+    """What any nn.Module needs to be measured on: it maps uint8 images (b, c, h, w) to features (b, num_features)."""
+
+    num_features: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features."""
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network from uint8 images (b, c, h, w) to features, and the metrics that are measured on them.
+
+    An nn.Module with `num_features` needs no more to be used in `Evaluation`. Derive from this class to set a name, a
+    number of samples, or other metrics.
+
+    Example:
+        >>> class Pixels(FeatureNetwork):
+        ...     name = "pixels"
+        ...     num_features = 64
+        ...     def forward(self, images):
+        ...         return images.flatten(1).float()
+
+    Attributes:
+        num_features: number of features.
+        name: name in tables; by default the name of the class.
+        samples: images that a test generates by default; 0 for the number of a validation.
+    """
+
+    num_features: int
+    name: str = ""
+    samples: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = self.name or type(self).__name__
+
+    def metrics(self) -> list[FeatureMetric]:
+        """Return new metrics: by default `fd`, the Fréchet distance of the features, and `kid`, the kernel distance.
+
+        A network may return a dict of several outputs, of which each metric reads one.
+        """
+        return [Frechet("fd", "features", self.num_features), KID("kid", "features", self.num_features)]
+
+    def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
+        """Fit the network to real training images before the first measurement; by default do nothing.
+
+        Args:
+            data: the data module.
+            read: turns its batches into uint8 images with their conditions.
+        """
+
+
+class _Plain(FeatureNetwork):
+    """Any other module with `num_features`."""
+
+    def __init__(self, network: HasFeatures) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = network.num_features
+        self.name = type(network).__name__
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+def as_feature_network(network: nn.Module) -> FeatureNetwork:
+    """Return a module as a feature network.
+
+    Raises:
+        ValueError: if it has no `num_features`.
+    """
+    if isinstance(network, FeatureNetwork):
+        return network
+    if not isinstance(network, HasFeatures):
+        raise ValueError(f"a feature network needs num_features, its number of features: {type(network).__name__}")
+    return _Plain(network)
+
+
+def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
+    """Return grey or RGB images (b, 1 or 3, h, w) as float RGB images of the same pixel values.
+
+    Raises:
+        ValueError: naming the network, if the shape is different.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"{name} takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
+    return images.float().expand(-1, 3, -1, -1)
+
+
+def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
+    """Return instances of classes of transformers: a model, frozen, and the processors it needs.
+
+    Args:
+        model: a folder written by save_pretrained of each class, or a name on the Hugging Face hub.
+        classes: the names of the classes, that of the model first.
+        extra: the extra of this package that installs transformers.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        OSError: if the model does not exist.
+        ValueError: if the model has not all weights of its class, which transformers would draw at random.
+    """
+    names = " and ".join(classes)
+    try:
+        transformers = import_module("transformers")
+    except ImportError as error:
+        raise ImportError(f"{names} needs transformers: pip install 'decm-lightning[{extra}]'") from error
+    kind, *processors = (getattr(transformers, name) for name in classes)
+    try:
+        network, found = kind.from_pretrained(model, output_loading_info=True)
+        loaded = [processor.from_pretrained(model) for processor in processors]
+    except (OSError, ValueError) as error:
+        remedy = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
+        raise OSError(f"no {names} at {model}: {remedy}") from error
+    if missing := sorted(set(found["missing_keys"]) & {name for name, _ in network.named_parameters()}):
+        raise ValueError(f"{model} is not a whole {classes[0]}: it lacks {few(missing)}")
+    return [network.eval().requires_grad_(False), *loaded]

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from decm_lightning.callbacks import GradientNorms, Throughput
 from decm_lightning.cli.trainer import build
 from decm_lightning.evaluation import Evaluation, SampleGrid
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.networks import save
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Curve(L.Callback):
 
 
 def measure(config: str, objective: str, seed: int, steps: int, folder: Path, compile: bool) -> dict[str, object]:
-    """Distil, keep in `folder` and test one student; return its distances by cell and its gradient norms by step."""
+    """Distil, keep in `folder` and test one student; return its distances by spec and its gradient norms by step."""
     spec = dict(OBJECTIVES[objective])
     spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
     if objective.endswith("paper"):
@@ -88,7 +88,7 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path, co
     torch.compiler.reset()
     unused = (LearningRateMonitor, ModelCheckpoint, SampleGrid, Throughput, GradientNorms)
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
-    evaluation.test_cells = [Cell.parse(f"student/{cell}") for cell in STUDENT]
+    evaluation.test_specs = [SamplingSpec.parse(f"student/{name}") for name in STUDENT]
     norms, curve = GradientNorms(every_n_steps=0), Curve()
     cli.trainer.callbacks = [c for c in cli.trainer.callbacks if not isinstance(c, unused)] + [norms, curve]
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -109,13 +109,13 @@ def teacher(config: str, folder: Path) -> dict[str, object]:
         "false",
     )
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
-    evaluation.test_cells = [Cell.parse(f"teacher/{cell}") for cell in TEACHER]
+    evaluation.test_specs = [SamplingSpec.parse(f"teacher/{name}") for name in TEACHER]
     cli.trainer.callbacks = [evaluation]
     return {"distances": test(cli)}
 
 
 def test(cli: object) -> dict[str, dict[str, float]]:
-    """Return the distances of every test cell, "sampler/steps" -> {fd, kid}."""
+    """Return the distances of every test spec, "sampler/steps" -> {fd, kid}."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     (logged,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     for name, value in logged.items():
@@ -126,7 +126,7 @@ def test(cli: object) -> dict[str, dict[str, float]]:
 
 def best(runs: list[dict], steps: int) -> tuple[str, list[float], list[float]]:
     """Return the sampler with the least mean distance at `steps`, and its fd and kid in each run."""
-    samplers = {cell.split("/")[0] for cell in runs[0]["distances"] if cell.endswith(f"/{steps}")}
+    samplers = {name.split("/")[0] for name in runs[0]["distances"] if name.endswith(f"/{steps}")}
     values = {s: [run["distances"][f"{s}/{steps}"]["fd"] for run in runs] for s in samplers}
     winner = min(values, key=lambda s: mean(values[s]))
     return winner, values[winner], [run["distances"][f"{winner}/{steps}"]["kid"] for run in runs]

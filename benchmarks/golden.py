@@ -29,7 +29,7 @@ from decm_lightning.networks import load
 from decm_lightning.teachers import PretrainedTeacher
 
 TEACHER, STUDENT, VAE = "weights/digits/teacher", "weights/digits/student", "weights/rehearsal/vae"
-CELLS = ["teacher/euler/4", "student/mix/1", "student/mix/4", "student/consistency/4", "student/euler/8"]
+SPECS = ["teacher/euler/4", "student/mix/1", "student/mix/4", "student/consistency/4", "student/euler/8"]
 PRESETS: dict[str, Callable[[], Objective]] = {
     "paper": losses.paper,
     "paper, batch divided": lambda: losses.paper(batch_fractions=(0.5, 0.25, 0.25)),
@@ -78,7 +78,7 @@ def quality(samples: int, folder: str) -> list[dict[str, Any]]:
     """Return the rows of the table of the kept student."""
     L.seed_everything(0, verbose=False)
     module = Distiller(PretrainedTeacher(TEACHER), load(STUDENT), guidance=Guidance(1.25))
-    measuring = Evaluation(DigitsFeatures(), CELLS, samples=samples)
+    measuring = Evaluation(DigitsFeatures(), SPECS, samples=samples)
     trainer(callbacks=[measuring], default_root_dir=folder).test(module, Digits(), verbose=False)
     return json.loads((Path(folder) / "quality.json").read_text())["rows"]
 

@@ -36,7 +36,7 @@ def test_latents_are_read_at_a_fair_part_of_a_memory_maps_speed(capsys):
 
 def test_golden_numbers_are_the_same_twice_and_differ_with_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(golden, "PRESETS", {"paper": golden.PRESETS["paper"]})
-    monkeypatch.setattr(golden, "CELLS", ["student/mix/1"])
+    monkeypatch.setattr(golden, "SPECS", ["student/mix/1"])
     golden.main(tmp_path / "a.json", steps=2, samples=10)
     golden.main(tmp_path / "b.json", tmp_path / "a.json", steps=2, samples=10)
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()

@@ -82,7 +82,7 @@ def test_decm_test_scores_what_an_imagenet_config_trained(files, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     np.savez("data/VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     text = (ROOT / "configs/imagenet.yaml").read_text()
-    short = {r"samples: \d+": "samples: 6", r"test_cells: \[.*\]": "test_cells: [student/mix/1]"}
+    short = {r"samples: \d+": "samples: 6", r"test_specs: \[.*\]": "test_specs: [student/mix/1]"}
     short |= {r"vae: .*": "vae: data/vae", r"every_n_train_steps: \d+": "every_n_train_steps: 1"}
     short |= {
         "compile: true": "compile: false",

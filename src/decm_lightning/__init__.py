@@ -1,22 +1,71 @@
-"""Dual-End Consistency Models on PyTorch Lightning: fast image generators from slow diffusion and flow teachers."""
+"""Dual-End Consistency Models on PyTorch Lightning: few-step generators from diffusion and flow-matching teachers.
 
-from typing import Any
+Every name is imported on first use: `import decm_lightning` loads neither torch nor Lightning, and the method (`load`,
+the presets, the samplers) never loads Lightning, which takes seconds.
+"""
 
-__all__ = ["Distiller", "TeacherTraining", "load"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decm_lightning.distiller import Distiller as Distiller
+    from decm_lightning.guidance import Guidance as Guidance
+    from decm_lightning.losses import Objective as Objective
+    from decm_lightning.losses import consistency_and_flow_matching as consistency_and_flow_matching
+    from decm_lightning.losses import consistency_only as consistency_only
+    from decm_lightning.losses import end_identity as end_identity
+    from decm_lightning.losses import facm as facm
+    from decm_lightning.losses import flow_matching_only as flow_matching_only
+    from decm_lightning.losses import lagrangian as lagrangian
+    from decm_lightning.losses import mean_flow as mean_flow
+    from decm_lightning.losses import paper as paper
+    from decm_lightning.networks import Network as Network
+    from decm_lightning.networks import load as load
+    from decm_lightning.networks import save as save
+    from decm_lightning.samplers import consistency as consistency
+    from decm_lightning.samplers import euler as euler
+    from decm_lightning.samplers import mix as mix
+    from decm_lightning.teacher_training import TeacherTraining as TeacherTraining
+    from decm_lightning.teachers import Teacher as Teacher
+    from decm_lightning.types import Batch as Batch
+    from decm_lightning.types import Captions as Captions
+
+    __version__: str
+
+_MODULES = {
+    "Batch": "types",
+    "Captions": "types",
+    "Distiller": "distiller",
+    "Guidance": "guidance",
+    "Network": "networks",
+    "Objective": "losses",
+    "Teacher": "teachers",
+    "TeacherTraining": "teacher_training",
+    "consistency": "samplers",
+    "consistency_and_flow_matching": "losses",
+    "consistency_only": "losses",
+    "end_identity": "losses",
+    "euler": "samplers",
+    "facm": "losses",
+    "flow_matching_only": "losses",
+    "lagrangian": "losses",
+    "load": "networks",
+    "mean_flow": "losses",
+    "mix": "samplers",
+    "paper": "losses",
+    "save": "networks",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: Lightning takes seconds to import, and the method itself needs none of it.
-    if name == "load":
-        from decm_lightning.networks import load
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return load
-    if name == "Distiller":
-        from decm_lightning.distiller import Distiller
+        return version("decm-lightning")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-        return Distiller
-    if name == "TeacherTraining":
-        from decm_lightning.teacher_training import TeacherTraining
 
-        return TeacherTraining
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*_MODULES, "__version__"])

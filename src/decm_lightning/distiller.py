@@ -98,7 +98,8 @@ class Distiller(FlowTraining):
             raise ValueError(f"derivative must be one of auto, {', '.join(ENGINES)}: got {derivative!r}")
         network = teacher.student() if student is None else student
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
-        self.teacher = teacher
+        self.teacher: Teacher = teacher
+        self.guidance = guidance
         self.velocity = GuidedField(teacher, teacher.null, guidance)
         self.objective = end_identity() if objective is None else objective
         self.teacher_identity = ""
@@ -126,7 +127,7 @@ class Distiller(FlowTraining):
             choice = choose(self.student, self.example, self.wanted)
             self.derivative = choice.engine
             rank_zero_info(choice.reason)
-            rank_zero_info(str(cost(self.objective, self.velocity.guidance.passes)))
+            rank_zero_info(str(cost(self.objective, self.guidance.passes)))
 
     def on_fit_start(self) -> None:
         """Check the fused kernel of the dual engine, where the run computes and in its precision."""
@@ -153,7 +154,7 @@ class Distiller(FlowTraining):
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the run apart from its data, by name; the teacher by the hash of its weights."""
-        own = {"objective": self.objective, "guidance": self.velocity.guidance, "teacher": self.teacher_identity}
+        own = {"objective": self.objective, "guidance": self.guidance, "teacher": self.teacher_identity}
         return super().settings() | own
 
     def models(self) -> dict[str, FlowMapNetwork]:

@@ -74,10 +74,17 @@ def file_sha256(path: str | Path) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors in hexadecimal digits: of their names, shapes, dtypes and bytes, sorted by name."""
+    """Return the SHA-256 of tensors in hexadecimal digits: of their names, shapes, dtypes and bytes, sorted by name.
+
+    Sharded tensors are gathered one by one, so all processes must call it and get the same digits.
+    """
+    # Imported here: it takes a second, and a file's own hash does not need it.
+    from torch.distributed.tensor import DTensor
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        values = whole.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Samples as pictures: bytes, one grid, or one file each."""
+"""Writes images: one grid, or one file each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
 LONG = 8
-"""Longer names of columns are slanted, or they would meet."""
+"""Longer headings are slanted, or they would overlap."""
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 """The first and the last bytes of every whole PNG file."""
-Pictures = UInt8[Tensor, "n c h w"]
+Images = UInt8[Tensor, "n c h w"]
 
 
 def to_uint8(x: Sample) -> Tensor:
@@ -29,20 +29,18 @@ def to_uint8(x: Sample) -> Tensor:
     """
     # The cast would make them black or white.
     if not x.isfinite().all():
-        raise NonFiniteError(
-            "images are not finite: the weights that drew them have diverged, take an earlier checkpoint"
-        )
+        raise NonFiniteError("images are not finite: the weights have diverged, use an earlier checkpoint")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images: Pictures, columns: int, scale: int, file: Path) -> None:
-    """Write all images, `columns` in a row and each enlarged `scale` times, as one PNG; its folder is made if need be.
+def save_grid(images: Images, columns: int, scale: int, file: Path) -> None:
+    """Write all images as one PNG, `columns` in a row and each enlarged `scale` times; create its folder.
 
     Raises:
         ValueError: if the images have neither 1 nor 3 channels.
     """
     grid = rearrange(images, "(row column) c h w -> c (row h) (column w)", column=columns)
-    image = picture(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
+    image = to_pil(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
     with atomic(file) as partial:
         image.save(partial, "PNG")
 
@@ -50,25 +48,25 @@ def save_grid(images: Pictures, columns: int, scale: int, file: Path) -> None:
 def save_named_grid(
     images: UInt8[Tensor, "rows columns c h w"], rows: Sequence[str], columns: Sequence[str], file: Path
 ) -> None:
-    """Write a PNG with a strip of images a row, what the row is at its left, and what the columns are above the first.
+    """Write a PNG with a strip of images in each row, the row's name at its left and headings above the first row.
 
     Args:
         images: 1 or 3 channels.
-        rows: a name each.
-        columns: names, spread over the columns evenly: none, or one for every so many columns.
-        file: the file to write; its folder is made if need be.
+        rows: the names of the rows.
+        columns: headings, spread evenly over the columns; empty for none.
+        file: the file to write; its folder is created.
 
     Raises:
         ValueError: if the images have neither 1 nor 3 channels.
     """
-    # A figure of its own, without pyplot: no window, and no backend changed under a notebook.
+    # Without pyplot: no window, and the backend of a notebook stays as it is.
     from matplotlib.figure import Figure
 
     across, width = images.shape[1], images.shape[-1]
     figure = Figure(figsize=(0.7 * across, 0.75 * len(rows)))
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, strip, name in zip(axes, images, rows, strict=True):
-        pixels = picture(rearrange(strip, "columns c h w -> c h (columns w)"))
+        pixels = to_pil(rearrange(strip, "columns c h w -> c h (columns w)"))
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation="horizontal", ha="right", va="center")
@@ -84,15 +82,15 @@ def save_named_grid(
 
 
 def short(caption: str) -> str:
-    """Return a caption's first words, up to its first comma, in at most 24 letters: room for them above a picture."""
+    """Return a caption's first words, up to its first comma, in at most 24 letters: they fit above an image."""
     return shorten(caption.partition(",")[0], 24, placeholder=" ...")
 
 
 def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
-    """Return whether a file is a PNG with its beginning and its end, and of this size (width, height) if one is given.
+    """Return whether a file is a PNG with its first and last bytes, and has this size (width, height) if one is given.
 
     Raises:
-        OSError: if there is a file that cannot be read.
+        OSError: if the file exists and cannot be read.
     """
     try:
         content = file.read_bytes()
@@ -102,13 +100,13 @@ def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
     return content.startswith(PNG) and content.endswith(PNG_END) and size in (None, found)
 
 
-def picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
     """Return one image for PIL.
 
     Raises:
         ValueError: if it has neither 1 nor 3 channels.
     """
     if len(image) not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels: got {len(image)} (latents need a decoder)")
+        raise ValueError(f"images have 1 or 3 channels: got {len(image)} (latents need a decoder)")
     pixels = rearrange(image, "c h w -> h w c").cpu().numpy()
     return Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels)

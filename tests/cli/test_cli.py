@@ -76,7 +76,7 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     config = yaml.safe_load(Path(DIGITS).read_text())
     by_name = {callback["class_path"].split(".")[-1]: callback for callback in config["trainer"]["callbacks"]}
     by_name["ModelCheckpoint"]["init_args"]["every_n_train_steps"] = 1
-    by_name["Evaluation"]["init_args"] |= {"test_cells": ["student/mix/1", "student/euler/2"], "test_samples": 20}
+    by_name["Evaluation"]["init_args"] |= {"test_specs": ["student/mix/1", "student/euler/2"], "test_samples": 20}
     Path("config.yaml").write_text(yaml.safe_dump(config))
 
     def run(command: str, *argv: str) -> tuple[int, str, str]:
@@ -120,22 +120,27 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     assert Image.open("again.png").tobytes() == Image.open("grid.png").tobytes()
 
 
-def test_predict_writes_a_picture_for_each_label(decm):
+WRITER = ["--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.folder", "samples"]
+WRITER += ["--trainer.callbacks.samples", "30"]
+
+
+def test_predict_writes_the_images_of_sample(decm):
     saving = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"dirpath": "saved", "every_n_train_steps": 2, "filename": "two"},
     }
     assert decm(*digits("fit", "--trainer.callbacks", json.dumps([saving])))[0] == 0
     predict = digits("predict", "--ckpt_path", "saved/two.ckpt")
-    writer = ["--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.folder", "drawn"]
     code, _, err = decm(*predict)
     assert code == 2
-    assert f"predict needs a SampleWriter, which says what to draw, and where to: add {' '.join(writer[:3])}" in err
-    assert decm(*predict, *writer, "--trainer.callbacks.cell", "teacher/euler/2")[0] == 0
-    files = sorted(file.name for file in Path("drawn").glob("*.png"))
-    # The first 32 digits are 0, 1, 2, ... 9, 0, 1, ...
-    assert len(files) == 32
-    assert files[:3] == ["000000_class0.png", "000001_class1.png", "000002_class2.png"]
+    assert "predict needs a SampleWriter" in err
+    assert " ".join(WRITER[:3]) in err
+    assert decm(*predict, *WRITER, "--trainer.callbacks.spec", "teacher/euler/2")[0] == 0
+    written = {file.name: file.read_bytes() for file in Path("samples").glob("*.png")}
+    assert len(written) == 30
+    sampler = ("--sampler", "euler", "--steps", "2", "--per_class", "3")
+    assert decm("sample", "saved/two.ckpt", *sampler, "--out", "again")[0] == 0
+    assert written == {file.name: file.read_bytes() for file in Path("again").glob("*.png")}
 
 
 RENOISED = ("sample", "teacher", "--sampler", "consistency", "--steps", "2", "--out")
@@ -299,7 +304,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         (digits("test"), "test needs --ckpt_path"),
         (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the samplers mix and mix_renoised"),
         (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not there"),
-        (digits("fit", "--trainer.callbacks.test_cells", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
+        (digits("fit", "--trainer.callbacks.test_specs", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
         (["sample", "teacher", "--classes", "[]"], "classes must be at least one label: got none"),
         (["sample", "diverged"], "images are not finite: the weights that drew them have diverged"),
         (["sample", "renamed"], "renamed cannot be loaded: DiT.__init__() got an unexpected keyword argument 'colour'"),
@@ -318,7 +323,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         ),
         (digits("fit", "--data.init_args.reference_size", "-5"), "reference_size must be at least 1: got -5"),
         (
-            digits("test", "--ckpt_path", "x", "--trainer.callbacks.test_cells", "[]"),
+            digits("test", "--ckpt_path", "x", "--trainer.callbacks.test_specs", "[]"),
             "cells must name at least one model",
         ),
     ],
@@ -494,8 +499,7 @@ def test_settings_of_data_and_trainer_that_differ_are_named(trained, caplog):
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("name", ["last", "best", "hpc", "nowhere.ckpt"])
 def test_a_checkpoint_that_is_not_there_is_refused(command, name, trained):
-    writer = ["--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.folder", "drawn"]
-    code, _, err = trained(command, "--ckpt_path", name, *(writer if command == "predict" else ()))
+    code, _, err = trained(command, "--ckpt_path", name, *(WRITER if command == "predict" else ()))
     assert code == 2
     assert name in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("decm: error: ")

@@ -13,15 +13,15 @@ from decm_lightning.data.pairs.captioned_images import CaptionedImages
 from decm_lightning.demo import CaptionProbe, DigitsFeatures
 from decm_lightning.demo.caption_probe import embedding
 from decm_lightning.evaluation.evaluation import Evaluation
-from decm_lightning.evaluation.generator import Drawing
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import CLIPScore, FeatureNetwork
 from decm_lightning.networks import DiT, TextDiT
 from decm_lightning.teachers import Teacher
 from decm_lightning.text import EncodedCaptions
 
-CELL = "student/mix/2"
+SPEC = "student/mix/2"
 
 
 class Means(FeatureNetwork):
@@ -57,7 +57,7 @@ def distiller(network) -> Distiller:
 
 
 def measured(folder, module, data, *features: nn.Module) -> dict:
-    callback = Evaluation(list(features), cells=[CELL], samples=30, batch_size=10)
+    callback = Evaluation(list(features), specs=[SPEC], samples=30, batch_size=10)
     trainer = L.Trainer(
         accelerator="cpu",
         callbacks=[callback],
@@ -75,19 +75,21 @@ def digits() -> DiT:
 
 
 def test_caption_accuracy_is_a_column_with_chance_and_the_share_of_real_images(tmp_path):
-    """By hand: the probe fitted to the training pairs, on the cell's own samples for the captions in order."""
+    """By hand: the probe fitted to the training pairs, on the spec's own samples for the captions in order."""
     L.seed_everything(0, verbose=False)
     data = Colours()
     module = distiller(TextDiT(8, 3, 6, patch_size=4, width=16, depth=1, heads=2))
     written = measured(tmp_path, module, data, CaptionProbe(Means()), Means())
     assert written["metric"] == "Fréchet distance on means and caption accuracy by a ridge probe of means"
 
-    drawing = Drawing(module, data)
+    generator = SampleGenerator(module, data)
     probe = CaptionProbe(Means())
-    probe.prepare(data, drawing.read)
+    probe.prepare(data, generator.read)
     held = len(data.reference)
     assert 5 < held < 30
-    images = torch.cat([drawing.draw(Cell.parse(CELL), rows) for rows in (range(8), range(8, 16), range(16, 30))])
+    images = torch.cat(
+        [generator.generate(SamplingSpec.parse(SPEC), rows) for rows in (range(8), range(8, 16), range(16, 30))]
+    )
     ranks = probe.ranks(probe(images), embedding(data.condition(range(30))))
     for k in (1, 5):
         assert written["rows"][0][f"caption_top{k}"] == pytest.approx((ranks < k).float().mean().item())
@@ -121,7 +123,7 @@ def test_prompts_in_words_are_those_of_the_conditions():
     data.setup("test")
     module = distiller(TextDiT(8, 3, 6, patch_size=4, width=16, depth=1, heads=2))
     held = len(data.reference)
-    prompts = Drawing(module, data).prompts([1, held + 1, 0])
+    prompts = SampleGenerator(module, data).prompts([1, held + 1, 0])
     assert prompts.texts == [data.texts[1], data.texts[1], data.texts[0]]
     assert torch.equal(prompts.condition.tokens, data.condition([1, 1, 0]).tokens)
-    assert len(Drawing(module, data).prompts([]).condition.tokens) == 0
+    assert len(SampleGenerator(module, data).prompts([]).condition.tokens) == 0

@@ -16,8 +16,9 @@ from decm_lightning.data import Digits
 from decm_lightning.demo import DigitsFeatures
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.evaluation.evaluation import Evaluation
-from decm_lightning.evaluation.generator import Drawing
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.spec import SamplingSpec
+from decm_lightning.evaluation.table import Table
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.metrics import FeatureMetrics
@@ -26,8 +27,8 @@ from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from tests.metrics.networks import COLUMNS, Small
 
-CELLS = ["student/mix/2", "student/consistency/2"]
-TEST_CELLS = ["student/mix/1", "teacher/euler/3"]
+SPECS = ["student/mix/2", "student/consistency/2"]
+TEST_SPECS = ["student/mix/1", "teacher/euler/3"]
 GUIDED = Guidance(scale=2.0)
 
 
@@ -38,7 +39,7 @@ def network() -> DiT:
 def distiller(guidance: Guidance = GUIDED) -> Distiller:
     L.seed_everything(0, verbose=False)
     teacher = network()
-    # Some of its layers start at zero: all cells would be alike, and all labels.
+    # Some of its layers start at zero: all specs would be alike, and all labels.
     for parameter in teacher.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -46,7 +47,7 @@ def distiller(guidance: Guidance = GUIDED) -> Distiller:
 
 
 def evaluation(**options) -> Evaluation:
-    given = {"features": DigitsFeatures(), "cells": CELLS, "test_cells": TEST_CELLS, "samples": 40}
+    given = {"features": DigitsFeatures(), "specs": SPECS, "test_specs": TEST_SPECS, "samples": 40}
     return Evaluation(**given | options)
 
 
@@ -68,31 +69,16 @@ def validated(module, folder, **options) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.startswith(("fd/", "kid/"))}
 
 
-@pytest.mark.parametrize("text", ["student/mix/2", "teacher/euler/100", "student/mix_renoised/4"])
-def test_a_cell_is_what_it_was_read_from(text):
-    assert str(Cell.parse(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "student/mix", "student/heun/2", "student/mix/0", "student/mix/two", "student/mix/-1", "/mix/1", "a/b/c/d"],
-)
-def test_bad_cells_are_refused_with_the_form_expected(text):
-    with pytest.raises(ValueError, match=r"model/sampler/steps, such as student/mix/2, .* got '.*'") as error:
-        Cell.parse(text)
-    assert repr(text) in str(error.value)
-
-
 def test_validation_logs_the_distances_of_the_cells_own_samples(tmp_path):
     module = distiller()
     metrics = validated(module, tmp_path)
-    assert set(metrics) == {f"{name}/{cell}" for name in ("fd", "kid") for cell in CELLS}
+    assert set(metrics) == {f"{name}/{spec}" for name in ("fd", "kid") for spec in SPECS}
 
     data = Digits()
     data.setup("validate")
     quality = FeatureMetrics(DigitsFeatures())
     quality.update(to_uint8(data.reference.images[:300]), real=True)
-    quality.update(Drawing(module, data).draw(Cell.parse(CELLS[0]), range(40)), real=False)
+    quality.update(SampleGenerator(module, data).generate(SamplingSpec.parse(SPECS[0]), range(40)), real=False)
     expected = quality.compute()
     assert metrics["fd/student/mix/2"] == pytest.approx(expected["fd"], rel=1e-5)
     assert metrics["kid/student/mix/2"] == pytest.approx(expected["kid"], rel=1e-5)
@@ -119,7 +105,7 @@ def test_training_is_the_same_with_and_without(tmp_path):
 
 
 def test_real_images_are_taken_in_once_and_checkpoints_can_follow_a_distance(tmp_path):
-    callback = evaluation(cells=CELLS[:1])
+    callback = evaluation(specs=SPECS[:1])
     best = ModelCheckpoint(tmp_path, monitor="fd/student/mix/2", save_top_k=1)
     running = trainer(tmp_path, callback, best, enable_checkpointing=True, max_steps=4, val_check_interval=2)
     running.fit(distiller(), datamodule=Digits(reference_size=300))
@@ -137,9 +123,9 @@ def test_testing_writes_the_table_and_the_samples(tmp_path, capsys):
     assert (written["protocol"]["real images"], written["protocol"]["generated images"]) == (300, 60)
     keys = [(row["model"], row["sampler"], row["steps"], row["nfe"]) for row in written["rows"]]
     assert keys == [("student", "mix", 1, 1.0), ("teacher", "euler", 3, 6.0)]
-    for row, cell in zip(written["rows"], TEST_CELLS, strict=True):
-        assert row["fd"] == pytest.approx(metrics[f"test/fd/{cell}"], rel=1e-6)
-        assert row["kid"] == pytest.approx(metrics[f"test/kid/{cell}"], rel=1e-6)
+    for row, spec in zip(written["rows"], TEST_SPECS, strict=True):
+        assert row["fd"] == pytest.approx(metrics[f"test/fd/{spec}"], rel=1e-6)
+        assert row["kid"] == pytest.approx(metrics[f"test/kid/{spec}"], rel=1e-6)
 
     page = (tmp_path / "quality.md").read_text()
     assert "| teacher | euler | 3 | 6 | " in page
@@ -149,6 +135,35 @@ def test_testing_writes_the_table_and_the_samples(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert page in printed
     assert str(tmp_path / "samples.png") in printed
+
+
+@pytest.mark.parametrize("labels", ["balanced", "uniform"])
+def test_each_image_is_sampled_once_and_serves_metrics_nfe_and_grid(tmp_path, monkeypatch, labels):
+    module, rows, shown = distiller(), {}, {}
+    for name, network in (("student", module.average), ("teacher", module.teacher.network)):
+        network.register_forward_pre_hook(
+            lambda part, args, name=name: rows.update({name: rows.get(name, 0) + len(args[0])})
+        )
+    monkeypatch.setattr(Table, "write", lambda table, folder, images: shown.update(table=table, images=images) or [])
+    callback = evaluation(test_samples=37, batch_size=8, labels=labels, test_specs=["student/mix/3", "teacher/euler/3"])
+    data = Digits(reference_size=50)
+    trainer(tmp_path, callback).test(module, datamodule=data, verbose=False)
+    # The teacher is guided: two passes a step.
+    assert rows == {"student": 37 * 3, "teacher": 37 * 6}
+    assert [row.nfe for row in shown["table"].rows] == [3, 6]
+    generator = SampleGenerator(module, data, labels=labels)
+    expected = generator.grid([SamplingSpec.parse("student/mix/3"), SamplingSpec.parse("teacher/euler/3")], 10)
+    assert (shown["images"].int() - expected.int()).abs().max() <= 1
+    assert shown["table"].columns == [str(label) for label in generator.condition(range(10)).tolist()]
+
+
+def test_options_of_a_spec_are_a_row_of_the_table(tmp_path):
+    specs = ["student/mix/2", "student/mix/2?s1=0.4"]
+    written, logged = results(tmp_path, test_specs=specs)
+    assert [row.get("options") for row in written["rows"]] == [None, {"s1": 0.4}]
+    assert "| student | mix?s1=0.4 | 2 | 2 | " in (tmp_path / "quality.md").read_text()
+    assert logged["test/fd/student/mix/2"] != logged["test/fd/student/mix/2?s1=0.4"]
+    assert written["protocol"]["times (t -> s)"].endswith("student/mix/2?s1=0.4: 0 -> 0.4, 0.4 -> 1")
 
 
 def test_a_teacher_in_training_is_tested_on_the_same_cells_by_default(tmp_path):
@@ -172,15 +187,15 @@ def test_missing_images_classes_and_models_are_refused(tmp_path):
         trainer(tmp_path, evaluation()).validate(distiller(), datamodule=data, verbose=False)
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
-    with pytest.raises(ValueError, match="cell tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
-        validated(distiller(), tmp_path, cells=["tutor/mix/1"])
+    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+        validated(distiller(), tmp_path, specs=["tutor/mix/1"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cells": []}, "cells and test_cells must name at least one model/sampler/steps each"),
-        ({"test_cells": []}, "cells and test_cells must name at least one model/sampler/steps each"),
+        ({"specs": []}, "specs and test_specs must name at least one model/sampler/steps each"),
+        ({"test_specs": []}, "specs and test_specs must name at least one model/sampler/steps each"),
         ({"samples": 1}, "samples must be at least 2: got 1"),
         ({"test_samples": 0}, "samples must be at least 2: got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1: got 0"),
@@ -195,7 +210,7 @@ def test_arguments_out_of_their_range_are_refused(options, message):
 
 def results(folder, data=None, **options) -> tuple[dict, dict[str, float]]:
     """What quality.json says, and what was logged."""
-    running = trainer(folder, evaluation(**{"test_cells": ["student/mix/2"]} | options))
+    running = trainer(folder, evaluation(**{"test_specs": ["student/mix/2"]} | options))
     logged = running.test(distiller(), datamodule=data or Digits(reference_size=50), verbose=False)[0]
     return json.loads((folder / "quality.json").read_text()), logged
 
@@ -270,7 +285,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         labels="uniform",
         seed=5,
         batch_size=16,
-        test_cells=["student/mix/4", "student/consistency/3", "teacher/euler/2"],
+        test_specs=["student/mix/4", "student/consistency/3", "teacher/euler/2"],
     )
     digest = hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
     packages = ("decm-lightning", "torch", "lightning", "torchmetrics")
@@ -278,7 +293,8 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
         "weights": "student: exponential moving average (decay 0.999); teacher: as loaded",
-        "sampler options": "student/mix/4: s1 = 0.7; student/consistency/3: re-noised at t = 0.7, 0.85",
+        "times (t -> s)": "student/mix/4: 0 -> 0.7, 0.7 -> 0.7, 0.8 -> 0.8, 0.9 -> 1; "
+        "student/consistency/3: 0 -> 1, 0.7 -> 1, 0.85 -> 1",
         "precision": "32-true",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),

@@ -6,11 +6,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from decm_lightning import TeacherTraining
 from decm_lightning.data import Digits
-from decm_lightning.evaluation.generator import Drawing
+from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.sample_grid import SampleGrid
 from decm_lightning.networks import DiT
 
-CELLS = ["teacher/euler/1", "teacher/euler/3"]
+SPECS = ["teacher/euler/1", "teacher/euler/3"]
 
 
 def fit(logger, folder, grids=(), **options):
@@ -35,16 +35,16 @@ def fit(logger, folder, grids=(), **options):
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_grids_are_logged_once_every_n_steps(tmp_path, accumulated):
     logger = TensorBoardLogger(tmp_path)
-    fit(logger, tmp_path, [SampleGrid(CELLS, every_n_steps=2)], accumulate_grad_batches=accumulated)
+    fit(logger, tmp_path, [SampleGrid(SPECS, every_n_steps=2)], accumulate_grad_batches=accumulated)
     events = EventAccumulator(logger.log_dir).Reload()
-    pictures = events.Images("samples")
-    assert [picture.step for picture in pictures] == [2, 4]
-    assert (pictures[0].height, pictures[0].width) == (2 * 8, 10 * 8)
+    images = events.Images("samples")
+    assert [image.step for image in images] == [2, 4]
+    assert (images[0].height, images[0].width) == (2 * 8, 10 * 8)
 
 
 def test_grids_change_nothing_in_training(tmp_path):
     plain = fit(TensorBoardLogger(tmp_path), tmp_path)
-    watched = fit(TensorBoardLogger(tmp_path), tmp_path, [SampleGrid(CELLS, every_n_steps=1, columns=3)])
+    watched = fit(TensorBoardLogger(tmp_path), tmp_path, [SampleGrid(SPECS, every_n_steps=1, columns=3)])
     assert watched.training
     assert watched.average.training == plain.average.training
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
@@ -52,12 +52,12 @@ def test_grids_change_nothing_in_training(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["none", "csv"])
-def test_nothing_is_drawn_without_tensorboard(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(Drawing, "grid", None)
-    fit(CSVLogger(tmp_path) if kind == "csv" else False, tmp_path, [SampleGrid(CELLS, every_n_steps=1)])
+def test_nothing_is_generated_without_tensorboard(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(SampleGenerator, "generate", None)
+    fit(CSVLogger(tmp_path) if kind == "csv" else False, tmp_path, [SampleGrid(SPECS, every_n_steps=1)])
 
 
 @pytest.mark.parametrize(("argument", "message"), [("every_n_steps", "every_n_steps"), ("columns", "columns")])
 def test_bad_numbers_are_refused(argument, message):
     with pytest.raises(ValueError, match=f"{message} must be at least 1: got 0"):
-        SampleGrid(CELLS, **{argument: 0})
+        SampleGrid(SPECS, **{argument: 0})

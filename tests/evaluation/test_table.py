@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 
 IMAGES = torch.zeros(1, 1, 1, 8, 8, dtype=torch.uint8)
 
 
 def table(value: float) -> Table:
-    return Table("digits", {"samples": 10}, [Row(Cell.parse("student/mix/1"), 1.0, {"fid": value})])
+    return Table("digits", {"samples": 10}, [Row(SamplingSpec.parse("student/mix/1"), 1.0, {"fid": value})])
 
 
 def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

@@ -56,7 +56,12 @@ class Plain(Digits):
 
 
 def results(
-    folder: Path, devices: int, kind: str, reference: str | None = None, batches: int | None = None
+    folder: Path,
+    devices: int,
+    kind: str,
+    reference: str | None = None,
+    batches: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, float]:
     """A test run of Lightning; the student is in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
@@ -65,7 +70,7 @@ def results(
     # An ordinary loader's images come in another order with two processes: KID is the same only if its subset is all.
     samples = 61 if kind == "plain loader" else 45
     data = Plain() if kind == "plain loader" else Digits()
-    callback = Evaluation(Small(), ["student/mix/2"], test_samples=samples, batch_size=8, reference=reference)
+    callback = Evaluation(Small(), ["student/mix/2"], test_samples=samples, batch_size=batch_size, reference=reference)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -98,6 +103,14 @@ def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind, re
     assert one["protocol"]["real images"] == real
     rows = [{name: written["rows"][0][name] for name in COLUMNS} for written in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=1e-9)
+    assert (tmp_path / "two" / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
+
+
+def test_the_first_samples_are_gathered_from_all_processes(pair, tmp_path):
+    """With batches of 2 each process has some of the ten that are shown."""
+    results(tmp_path / "one", 1, "loader", batches=2)
+    pair.run(partial(results, batches=1, batch_size=2), tmp_path / "two", SIZE, "loader")
+    assert (tmp_path / "two" / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
 
 
 def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_path):
@@ -109,42 +122,46 @@ def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_
         assert json.loads((tmp_path / name / "quality.json").read_text())["protocol"]["real images"] == 449
 
 
-def predicted(folder: str, devices: int, plain: bool, rows: int = 5, sharded: bool = False) -> list[str]:
-    """Names and labels of what `predict` writes for some digits."""
+def predicted(
+    folder: str, devices: int, batch_size: int, samples: int = 20, sharded: bool = False, wide: bool = True
+) -> dict[str, bytes]:
+    """The files that `predict` writes; if wide in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=FSDP2() if sharded else "auto" if devices == 1 else "ddp",
+        precision="64-true" if wide else "32-true",
         logger=False,
-        callbacks=[SampleWriter(folder, "student/mix/1")],
+        callbacks=[SampleWriter(folder, samples, "student/consistency/3", batch_size, labels="uniform")],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
-    data = Five() if plain else Digits(reference_size=rows)
-    trainer.predict(Distiller(Teacher(teacher)), datamodule=data, return_predictions=False)
-    return sorted(path.name for path in Path(folder).glob("*.png"))
+    torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
+    trainer.predict(Distiller(Teacher(teacher)), datamodule=Digits(), return_predictions=False)
+    trainer.strategy.barrier()
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-class Five(Digits):
-    """Five digits in an ordinary loader."""
-
-    def predict_dataloader(self):
-        rows = self.reference
-        return DataLoader(LabelledImages(rows.images[:5], rows.labels[:5]), batch_size=2, collate_fn=as_it_is)
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_two_processes_write_each_condition_once_under_its_own_number(pair, tmp_path, plain):
-    expected = predicted(str(tmp_path / "one"), 1, plain)
-    assert expected == [f"{number:06d}_class{number}.png" for number in range(5)]
-    pair.run(predicted, str(tmp_path / "two"), SIZE, plain)
-    assert sorted(path.name for path in (tmp_path / "two").glob("*.png")) == expected
+def test_samples_do_not_depend_on_batches_nor_processes(pair, tmp_path):
+    """Those that put noise back, too; all files are equal, settings.json included."""
+    expected = predicted(str(tmp_path / "seven"), 1, 7)
+    assert len(expected) == 21
+    assert predicted(str(tmp_path / "three"), 1, 3) == expected
+    assert all(found == expected for found in pair.run(predicted, str(tmp_path / "two"), SIZE, 3))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_process_without_a_row_writes_nothing(pair, tmp_path, sharded):
     """It takes part in the passes of sharded networks, though."""
-    pair.run(predicted, str(tmp_path), SIZE, False, 1, sharded)
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000000_class0.png"]
+    (alone,) = (name for name in predicted(str(tmp_path / "one"), 1, 1, 1) if name.endswith("png"))
+    found = pair.run(predicted, str(tmp_path / "two"), SIZE, 1, 1, sharded, not sharded)
+    assert all(sorted(files) == sorted([alone, "settings.json"]) for files in found)
+
+
+def test_sharded_networks_have_the_settings_of_whole_ones(pair, tmp_path):
+    expected = predicted(str(tmp_path / "one"), 1, 3, wide=False)
+    for found in pair.run(predicted, str(tmp_path / "two"), SIZE, 3, 20, True, False):
+        assert found.keys() == expected.keys()
+        assert found["settings.json"] == expected["settings.json"]

@@ -26,7 +26,7 @@ def experiment(tmp_path):
     named = {callback["class_path"].split(".")[-1]: callback for callback in content["trainer"]["callbacks"]}
     saving = {"dirpath": str(tmp_path / "kept"), "filename": "{step}", "every_n_train_steps": 2, "save_top_k": -1}
     named["ModelCheckpoint"]["init_args"] = saving
-    named["Evaluation"]["init_args"] |= {"samples": 64, "test_samples": 64, "test_cells": ["student/mix/1"]}
+    named["Evaluation"]["init_args"] |= {"samples": 64, "test_samples": 64, "test_specs": ["student/mix/1"]}
     del named["LearningRateMonitor"], named["SampleGrid"]
     content["trainer"]["callbacks"] = list(named.values())
     content["data"]["init_args"]["batch_size"] = 16

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from decm_lightning import Distiller, losses
+from decm_lightning import Distiller, losses, samplers
 from decm_lightning.callbacks import GradientNorms
 from decm_lightning.data import Digits
 from decm_lightning.guidance import Guidance
@@ -93,8 +93,9 @@ class Sampling(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         x_0 = torch.randn(4, 1, 8, 8, dtype=torch.float64)
-        pl_module.sample(x_0, torch.arange(4), "student", "mix", 2)
-        pl_module.sample(x_0, torch.arange(4), "teacher", "euler", 2)
+        for model, sampler in (("student", samplers.mix), ("teacher", samplers.euler)):
+            with torch.no_grad():
+                sampler(pl_module.models()[model], x_0, torch.arange(4), 2)
 
 
 def fit(

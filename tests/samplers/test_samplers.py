@@ -1,14 +1,14 @@
 """The samplers on the exact Gaussian: exact where they only jump, of first order where they step."""
 
-import inspect
 import math
+import sys
 
 import pytest
 import torch
 
-from decm_lightning.samplers import consistency, euler, flow_map_of, mix, mix_renoised, sampler
+from decm_lightning.samplers import consistency, euler, flow_map_of, mix, sampler
 
-SAMPLERS = [euler, consistency, mix, mix_renoised]
+SAMPLERS = [euler, consistency, mix]
 
 
 @pytest.fixture
@@ -63,9 +63,7 @@ def test_mix_is_nearer_than_euler(steps, flow, x_0, x_1):
     assert error(mix(flow, x_0, None, steps), x_1) < error(euler(flow, x_0, None, steps), x_1) / 2
 
 
-@pytest.mark.parametrize(
-    ("method", "steps"), [(consistency, 1), (mix, 1), (mix, 2), (mix_renoised, 1), (mix_renoised, 2)]
-)
+@pytest.mark.parametrize(("method", "steps"), [(consistency, 1), (mix, 1), (mix, 2)])
 def test_samplers_that_only_jump_are_exact(method, steps, flow, x_0, x_1):
     """With the exact flow map the jumps land on x_1."""
     torch.testing.assert_close(method(flow, x_0, None, steps), x_1, rtol=0, atol=1e-12)
@@ -74,27 +72,24 @@ def test_samplers_that_only_jump_are_exact(method, steps, flow, x_0, x_1):
 @pytest.mark.parametrize("s1", [0.05, 0.35, 0.7, 0.99])
 def test_two_jumps_are_exact_for_any_first_landing(s1, flow, x_0, x_1):
     """Jumps compose, wherever they meet."""
-    torch.testing.assert_close(mix(flow, x_0, None, 2, s1), x_1, rtol=0, atol=1e-12)
-    torch.testing.assert_close(mix_renoised(flow, x_0, None, 2, s1=s1), x_1, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mix(flow, x_0, None, 2, s1=s1), x_1, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [consistency, mix_renoised])
 @pytest.mark.parametrize("steps", [2, 3, 4, 6])
-def test_renoised_samples_have_the_mean_and_std_of_data(method, steps, flow, generator):
+def test_renoised_samples_have_the_mean_and_std_of_data(steps, flow, generator):
     """Noise put back at the right scale leaves the law of x_1 as it is: within five standard errors."""
     x_0 = torch.randn(100_000, 3, generator=generator, dtype=torch.float64)
-    samples = method(flow, x_0, None, steps, generator=generator)
+    samples = consistency(flow, x_0, None, steps, generator=generator)
     torch.testing.assert_close(samples.mean(0), flow.mean, rtol=0, atol=5 * flow.std / math.sqrt(1e5))
     torch.testing.assert_close(
         samples.std(0), torch.full_like(flow.mean, flow.std), rtol=0, atol=5 * flow.std / math.sqrt(2e5)
     )
 
 
-@pytest.mark.parametrize(("method", "steps"), [(consistency, 2), (mix_renoised, 3)])
-def test_renoising_draws_new_noise_from_the_generator_alone(method, steps, flow, x_0, x_1):
+def test_renoising_draws_new_noise_from_the_generator_alone(flow, x_0, x_1):
     """The same seed gives the same samples, another seed others, and none is the deterministic one."""
     first, again, other = (
-        method(flow, x_0, None, steps, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        consistency(flow, x_0, None, 2, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert error(first, other) > 0.05
@@ -113,9 +108,12 @@ def test_renoising_draws_new_noise_from_the_generator_alone(method, steps, flow,
         (mix, 2, {}, [(0, 0.75), (0.75, 1)]),
         (mix, 4, {}, [(0, 0.7), (0.7, 0.7), (0.8, 0.8), (0.9, 1)]),
         (mix, 3, {"s1": 0.5}, [(0, 0.5), (0.5, 0.5), (0.75, 1)]),
-        (mix_renoised, 1, {}, [(0, 1)]),
-        (mix_renoised, 2, {}, [(0, 0.7), (0.7, 1)]),
-        (mix_renoised, 4, {}, [(0, 0.7), (0.7, 1), (0.8, 1), (0.9, 1)]),
+        (mix, 3, {"times": [0.2, 0.6]}, [(0, 0.2), (0.2, 0.2), (0.6, 1)]),
+        (euler, 3, {"times": [0.2, 0.6]}, [(0, 0), (0.2, 0.2), (0.6, 0.6)]),
+        (euler, 4, {"shift": 3.0}, [(0, 0), (0.1, 0.1), (0.25, 0.25), (0.5, 0.5)]),
+        (consistency, 4, {"shift": 2.0}, [(0, 1), (0.7 / 1.3, 1), (2 / 3, 1), (0.9 / 1.1, 1)]),
+        (mix, 4, {"shift": 3.0, "s1": 0.5}, [(0, 0.5), (0.5, 0.5), (0.625, 0.625), (11 / 14, 1)]),
+        (mix, 2, {"shift": 3.0}, [(0, 0.75), (0.75, 1)]),
     ],
 )
 def test_samplers_ask_for_the_stated_jumps(method, steps, options, jumps, flow, x_0):
@@ -185,13 +183,63 @@ def test_samplers_refuse_fewer_than_one_step(method, steps, flow, x_0):
         method(flow, x_0, None, steps)
 
 
-@pytest.mark.parametrize("method", [mix, mix_renoised])
 @pytest.mark.parametrize("s1", [0.0, 1.0, -0.25, 1.5])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_mix_refuses_a_first_landing_outside_the_interval(method, s1, steps, flow, x_0):
+def test_mix_refuses_a_first_landing_outside_the_interval(s1, steps, flow, x_0):
     """The message holds the value, at one step too."""
     with pytest.raises(ValueError, match=f"s1 must be between 0 and 1.*got {s1}$"):
-        method(flow, x_0, None, steps, s1=s1)
+        mix(flow, x_0, None, steps, s1=s1)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
+def test_samplers_refuse_a_shift_that_is_not_above_zero(method, shift, flow, x_0):
+    """The message holds the value."""
+    with pytest.raises(ValueError, match=f"shift must be above 0: got {shift}$"):
+        method(flow, x_0, None, 4, shift=shift)
+
+
+@pytest.mark.parametrize(("method", "options"), [*((m, {"shift": 3.0}) for m in SAMPLERS), (mix, {"s1": 0.5})])
+def test_times_and_an_option_that_shapes_the_default_times_exclude_each_other(method, options, flow, x_0):
+    """The message names the option."""
+    with pytest.raises(ValueError, match=f"times or {next(iter(options))}, not both"):
+        method(flow, x_0, None, 3, times=[0.2, 0.5], **options)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_samples_have_no_graph(method, flow, generator):
+    """Even where the student's parameters and the noise require gradients and gradients are on."""
+    scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    x_0 = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.is_grad_enabled()
+    samples = method(lambda *arguments: scale * flow(*arguments), x_0, None, 3)
+    assert not samples.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def euler_times(flow, steps, **options):
+    """Return the times at which Euler asks the network, and 1."""
+    student = Recorder(flow)
+    euler(student, torch.zeros(2, 3, dtype=torch.float64), None, steps, **options)
+    return [t for t, _ in student.jumps] + [1.0]
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_shift_is_that_of_diffusers(shift, steps, flow):
+    """FlowMatchEulerDiscreteScheduler's sigmas are 1 - t, given the uniform sigmas of SD3's and Flux's pipelines."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+    expected = 1 - torch.tensor(euler_times(flow, steps, shift=shift))
+    torch.testing.assert_close(scheduler.sigmas, expected, rtol=0, atol=1e-6)
+
+
+def test_a_time_shift_of_lightningdit_is_the_inverse(flow):
+    """Its `timestep_shift: 0.3` turns t into 0.3 t / (1 + (0.3 - 1) t), where t = 0 is noise."""
+    expected = [0.3 * t / (1 + (0.3 - 1) * t) for t in torch.linspace(0, 1, 11, dtype=torch.float64).tolist()]
+    assert euler_times(flow, 10, shift=1 / 0.3) == pytest.approx(expected, abs=1e-12)
+    assert expected[5] == pytest.approx(3 / 13)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +256,11 @@ def test_mix_refuses_a_first_landing_outside_the_interval(method, s1, steps, flo
         (2, []),
     ],
 )
-def test_consistency_refuses_times_that_do_not_fit(steps, times, flow, x_0):
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_samplers_refuse_times_that_do_not_fit(method, steps, times, flow, x_0):
     """The message holds the times, and how many there must be."""
     with pytest.raises(ValueError, match=rf"times must be {steps - 1} .*got \[{', '.join(map(str, times))}\]$"):
-        consistency(flow, x_0, None, steps, times=times)
+        method(flow, x_0, None, steps, times=times)
 
 
 @pytest.mark.parametrize(
@@ -219,19 +268,82 @@ def test_consistency_refuses_times_that_do_not_fit(steps, times, flow, x_0):
     [
         ("euler", euler, {}),
         ("mix", mix, {"s1": 0.6}),
-        ("consistency", consistency, {}),
-        ("mix_renoised", mix_renoised, {}),
+        ("consistency", consistency, {"times": [0.3, 0.6, 0.9]}),
+        ("decm_lightning.samplers.euler", euler, {"shift": 2.0}),
+        (mix, mix, {"shift": 2.0}),
     ],
 )
-def test_samplers_are_found_by_name(name, method, options, flow, x_0):
-    """The named sampler is the function, with the generator and the options bound."""
-    named = sampler(name, torch.Generator().manual_seed(5), **options)
-    seeded = {"generator": torch.Generator().manual_seed(5)} if method in (consistency, mix_renoised) else {}
-    assert torch.equal(named(flow, x_0, None, 4), method(flow, x_0, None, 4, **options, **seeded))
+def test_samplers_are_found_by_name_path_or_function(name, method, options, flow, x_0):
+    """The sampler has its options bound, and takes the generator."""
+    found, expected = (
+        function(flow, x_0, None, 4, generator=torch.Generator().manual_seed(5), **own)
+        for function, own in ((sampler(name, **options), {}), (method, options))
+    )
+    assert torch.equal(found, expected)
 
 
-def test_unknown_sampler_is_refused_by_name():
-    """The message lists the samplers and holds the name."""
-    # Unwrapped, because the run-time check of the tests would refuse the name first.
-    with pytest.raises(ValueError, match="euler, mix, consistency, mix_renoised: got 'heun'"):
-        inspect.unwrap(sampler)("heun")
+OWN = """
+from decm_lightning.path import jump
+from decm_lightning.samplers.steps import at
+
+def heun(student, x, condition, steps, generator=None, *, order=2):
+    for k in range(steps):
+        t, s = at(k / steps, x), at((k + 1) / steps, x)
+        v = student(x, t, t, condition)
+        end = jump(x, v, t, s)
+        x = jump(x, (v + student(end, s, s, condition)) / 2, t, s) if order == 2 else end
+    return x
+
+class Heun:
+    def __init__(self, order=2):
+        self.order = order
+
+    def __call__(self, student, x_0, condition, steps, generator=None):
+        return heun(student, x_0, condition, steps, order=self.order)
+
+def deterministic(student, x_0, condition, steps):
+    return x_0
+
+STEPS = 3
+"""
+
+
+@pytest.fixture
+def own_sampler(tmp_path, monkeypatch):
+    """A module of samplers in the working directory, which is not on the path of imports."""
+    (tmp_path / "own_samplers.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    yield
+    sys.modules.pop("own_samplers", None)
+
+
+@pytest.mark.parametrize("name", ["own_samplers.heun", "own_samplers.Heun"])
+def test_a_sampler_of_ones_own_is_found_in_the_working_directory(name, own_sampler, flow, x_0, x_1):
+    """A function or a class; its options are bound."""
+    path = list(sys.path)
+    assert error(sampler(name)(flow, x_0, None, 16), x_1) < error(euler(flow, x_0, None, 16), x_1) / 10
+    assert torch.equal(sampler(name, order=1)(flow, x_0, None, 16), euler(flow, x_0, None, 16))
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("heun", {}, ValueError, "euler, consistency, mix.*'heun'"),
+        ("mix", {"s2": 0.5}, ValueError, "'s2'.*times, s1, shift$"),
+        ("euler", {"s1": 0.5}, ValueError, "'s1'.*times, shift$"),
+        ("own_samplers.heun", {"ordre": 1}, ValueError, "'ordre'.*order$"),
+        ("own_samplers.Heun", {"ordre": 1}, ValueError, "'ordre'.*order$"),
+        ("own_samplers.euler", {}, ValueError, "own_samplers.*'euler'"),
+        ("own_samplers.deterministic", {}, ValueError, "generator"),
+        ("own_samplers.STEPS", {}, ValueError, "got 3"),
+        ("no_samplers.heun", {}, ImportError, "no_samplers"),
+        ("decm_lightning.samplers.nothing.heun", {}, ImportError, "nothing"),
+    ],
+)
+def test_what_is_no_sampler_or_option_is_refused_in_one_line(name, options, error, message, own_sampler):
+    """The message holds the name and what there is instead."""
+    with pytest.raises(error, match=message) as caught:
+        sampler(name, **options)
+    assert "\n" not in str(caught.value)

@@ -20,8 +20,8 @@ from torch import nn
 from decm_lightning import cli
 from decm_lightning.cli.trainer import build
 from decm_lightning.data import TextImagePairs
-from decm_lightning.evaluation.generator import Drawing
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.teachers import DiffusersPrompts, DiffusersTeacher, diffusers_prompts
 from tests.autoencoders.tiny import save_kl
 from tests.teachers.pipelines import flux, pixart, sana, sd3
@@ -213,9 +213,9 @@ def test_the_config_trains_is_resumed_and_draws(decm, tmp_path, monkeypatch):
     built = build(*decm.base)
     built.datamodule.prepare_data()
     built.datamodule.setup("fit")
-    drawn = Drawing(built.model, built.datamodule).draw(Cell.parse("student/euler/2"), range(2))
-    assert drawn.shape == (2, 3, 8, 8)
-    assert drawn.dtype == torch.uint8
+    images = SampleGenerator(built.model, built.datamodule).generate(SamplingSpec.parse("student/euler/2"), range(2))
+    assert images.shape == (2, 3, 8, 8)
+    assert images.dtype == torch.uint8
 
 
 BAD = {

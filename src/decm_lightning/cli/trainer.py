@@ -15,12 +15,13 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
+from decm_lightning.evaluation import SampleWriter
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
@@ -117,7 +118,7 @@ class TrainerCLI(LightningCLI):
 
         Raises:
             ValueError: if it holds another network, not all that will be read, or is sharded and the strategy cannot
-                read that; or if predict has nothing that says what to draw.
+                read that; or if predict has no SampleWriter.
         """
         strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
         # The first process sends each of the others its shard.
@@ -129,9 +130,10 @@ class TrainerCLI(LightningCLI):
             # Such as SLURM_NTASKS without SLURM_NTASKS_PER_NODE: a setting, not a bug.
             raise ValueError(f"the trainer cannot be built: {error}") from error
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
-            writer = "--trainer.callbacks+ decm_lightning.evaluation.SampleWriter --trainer.callbacks.folder FOLDER"
-            raise ValueError(f"predict needs a SampleWriter, which says what to draw, and where to: add {writer}")
+        if self.subcommand == "predict" and not any(isinstance(c, SampleWriter) for c in callbacks):
+            writer = "--trainer.callbacks+ decm_lightning.evaluation.SampleWriter"
+            options = "--trainer.callbacks.folder FOLDER --trainer.callbacks.samples 50000"
+            raise ValueError(f"predict needs a SampleWriter, which says what to generate: add {writer} {options}")
         path = self.config[self.subcommand].ckpt_path if self.subcommand else None
         if path:
             self._check_exists(path)

@@ -104,6 +104,10 @@ class Emoji(CaptionedImages):
         self.fit_network("images", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
+    def identity(self) -> dict[str, str]:
+        """Return the identity of the text encoder."""
+        return {"encoder": self.encoder.identity}
+
     def _captions(self, items: list[NamedEmoji]) -> list[str]:
         return [caption(item.words, variant) for item in items for variant in range(self.variants)]
 

@@ -1,7 +1,9 @@
 """Evaluation: which samples to generate, the samples themselves, the metrics' protocol and table, and the callbacks."""
 
 from decm_lightning.evaluation.evaluation import Evaluation
+from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.sample_grid import SampleGrid
 from decm_lightning.evaluation.sample_writer import SampleWriter
+from decm_lightning.evaluation.spec import SamplingSpec
 
-__all__ = ["Evaluation", "SampleGrid", "SampleWriter"]
+__all__ = ["Evaluation", "SampleGenerator", "SampleGrid", "SampleWriter", "SamplingSpec"]

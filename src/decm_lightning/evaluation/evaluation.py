@@ -1,22 +1,26 @@
 """Measures samples against real images while training, and writes the table of quality when testing."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
+from jaxtyping import UInt8
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from decm_lightning.conditions import select
-from decm_lightning.evaluation.generator import Drawing, LabelLaw
+from decm_lightning.evaluation.cost import SamplingCost
+from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
 from decm_lightning.evaluation.protocol import protocol
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
-from decm_lightning.image_writer import short
 from decm_lightning.metrics import FeatureMetrics, reference
 from decm_lightning.metrics.features import as_feature_network
 from decm_lightning.metrics.metric import Prompts
@@ -25,41 +29,51 @@ from decm_lightning.types import Batch
 COLUMNS = 10
 
 
-class Evaluation(L.Callback):
-    """The quality of every cell "model/sampler/steps", measured on one or several feature networks.
+@dataclass
+class Measured:
+    """The values of a spec's samples by column, what a sample costs, and the first samples."""
 
-    Validation logs `<column>/<cell>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
-    kernel distance. Testing logs `test/<column>/<cell>` for all of them, and writes quality.md, quality.json and
-    samples.png into the log folder, with the protocol. What the columns are is said by the feature networks: fd and
-    kid, or with metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Others compare samples
-    with their captions: demo.CaptionProbe, metrics.CLIPScore and metrics.BLIPScore. Real images are those of the
-    validation or test loader, or of `reference`, taken in once. Sample number i has the same label and starts
-    from the same noise in every cell and every validation. Compare distances of equal numbers of images only. The
-    sanity check before training is left out.
+    values: dict[str, float]
+    cost: SamplingCost
+    first: UInt8[Tensor, "columns c h w"]
+
+
+class Evaluation(L.Callback):
+    """Measures the quality of every spec "model/sampler/steps" on one or several feature networks.
+
+    Validation logs `<column>/<spec>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
+    kernel distance. Testing logs `test/<column>/<spec>` for all columns, and writes quality.md, quality.json and
+    samples.png into the log folder, with the protocol. The feature networks define the columns: fd and kid, or with
+    metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Further networks may compare
+    samples with their captions: demo.CaptionProbe, metrics.CLIPScore and metrics.BLIPScore. The real images come from
+    the validation or test loader, or from `reference`, and are read once. Sample number i has the same label and the
+    same noise for every spec and in every validation, and is generated once: it serves the metrics, the number of
+    function evaluations (NFE) and samples.png. Compare distances of equal numbers of images only. Nothing is measured
+    in the sanity check before training.
 
     Args:
         features: one feature network or several, such as demo.DigitsFeatures or metrics.InceptionFeatures; any
             nn.Module with `num_features` (metrics.FeatureNetwork).
-        cells: what is measured in validation, at least one.
-        test_cells: what is measured in testing, at least one; None for `cells`.
-        samples: samples a cell in validation, over all processes, at least 2.
-        test_samples: the same in testing; None for what the feature network asks for (50,000 with Inception), or else
-            `samples`.
-        batch_size: samples drawn at once on each device, at least 1.
-        seed: seed of noise, labels, and what the metrics draw.
+        specs: the samples that validation measures, at least one spec.
+        test_specs: the samples that testing measures, at least one spec; None for `specs`.
+        samples: samples of each spec in validation, over all processes, at least 2.
+        test_samples: the same in testing; None for the number that the feature network recommends (50,000 with
+            Inception), or else `samples`.
+        batch_size: samples generated at once on each device, at least 1.
+        seed: seed of noise and labels, and of metrics that use random subsets.
         reference: an .npz file or a folder of real images (metrics.reference.read); None for the loader's images.
-        labels: "balanced": sample i has the label i mod num_classes; "uniform": drawn by the seed. A datamodule with a
-            method `condition(rows, seed)` gives the conditions itself.
+        labels: "balanced": sample i has the label i mod num_classes; "uniform": drawn from the seed. Data with a
+            method `condition(rows, seed)` choose the conditions themselves.
 
     Raises:
-        ValueError: if there is no cell, one is not of that form, or a number is too small.
+        ValueError: if there is no spec, one is invalid, or a number is too small.
     """
 
     def __init__(
         self,
         features: nn.Module | list[nn.Module],
-        cells: list[str],
-        test_cells: list[str] | None = None,
+        specs: list[str],
+        test_specs: list[str] | None = None,
         samples: int = 2000,
         test_samples: int | None = None,
         batch_size: int = 500,
@@ -69,11 +83,11 @@ class Evaluation(L.Callback):
     ) -> None:
         networks = features if isinstance(features, list) else [features]
         self.features = [as_feature_network(network) for network in networks]
-        self.cells = [Cell.parse(text) for text in cells]
-        self.test_cells = self.cells if test_cells is None else [Cell.parse(text) for text in test_cells]
+        self.specs = [SamplingSpec.parse(text) for text in specs]
+        self.test_specs = self.specs if test_specs is None else [SamplingSpec.parse(text) for text in test_specs]
         self.samples = samples
-        asked = max((network.samples for network in self.features), default=0)
-        self.test_samples = (asked or samples) if test_samples is None else test_samples
+        recommended = max((network.samples for network in self.features), default=0)
+        self.test_samples = (recommended or samples) if test_samples is None else test_samples
         self.batch_size = batch_size
         self.seed = seed
         self.reference = reference
@@ -81,9 +95,9 @@ class Evaluation(L.Callback):
         self.qualities: list[FeatureMetrics] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
-        if not (self.cells and self.test_cells):
-            raise ValueError("cells and test_cells must name at least one model/sampler/steps each: got none")
-        if labels not in ("balanced", "uniform"):
+        if not (self.specs and self.test_specs):
+            raise ValueError("specs and test_specs must name at least one model/sampler/steps each: got none")
+        if labels not in get_args(LabelLaw):
             raise ValueError(f"labels must be balanced or uniform: got {labels!r}")
         if min(self.samples, self.test_samples) < 2:
             raise ValueError(f"samples must be at least 2: got {min(self.samples, self.test_samples)}")
@@ -91,18 +105,18 @@ class Evaluation(L.Callback):
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin without real images, after a check that the cells can be drawn.
+        """Check that the specs can be generated and the reference serves the feature networks.
 
         Raises:
             FileNotFoundError: if there is no reference.
-            ValueError: if the datamodule has no conditions, the module not a cell's model, the reference does not serve
-                the feature networks, or two of those have a column of the same name.
+            ValueError: if the datamodule has no conditions, the module does not have a spec's model, the reference does
+                not serve the feature networks, or two of those have a column of the same name.
         """
         if stage == "predict":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self.drawing = Drawing(pl_module, data, self.labels, self.seed)
-        self.drawing.check([*self.cells, *self.test_cells])
+        self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
+        self.generator.check([*self.specs, *self.test_specs])
         self.real = None if self.reference is None else reference.read(self.reference)
         self.qualities = [FeatureMetrics(network, self.seed, self.real, stage != "test") for network in self.features]
         columns = [column for quality in self.qualities for column in quality.columns]
@@ -113,7 +127,7 @@ class Evaluation(L.Callback):
         self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse to end in silence where nothing was measured: Lightning skips an empty loader with all its hooks.
+        """Fail if nothing was measured: Lightning skips an empty loader and all its hooks.
 
         Raises:
             ValueError: if `validate` or `test` had no images.
@@ -123,96 +137,13 @@ class Evaluation(L.Callback):
             raise ValueError(f"nothing was measured, no real images to measure against: {cause}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to where the module computes, and take in the reference, the first time."""
-        self._start(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to where the module computes, and take in the reference."""
-        self._start(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Free the accelerator for training."""
-        self._release()
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Free the accelerator for what comes next."""
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Free the accelerator for what comes next."""
-        self._release()
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in the real images, the first time, if there is no reference."""
-        if not (self.has_real or trainer.sanity_checking):
-            self._take_in_own(trainer.val_dataloaders, batch, batch_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in the real images, if there is no reference."""
-        if not self.has_real:
-            self._take_in_own(trainer.test_dataloaders, batch, batch_idx)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is cheap of every cell.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
-        if trainer.sanity_checking:
-            return
-        for cell, values in self._measure(trainer, self.cells, self.samples).items():
-            for name, value in values.items():
-                pl_module.log(f"{name}/{cell}", value, sync_dist=True)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log all of every cell, write the table and the samples, and print the table.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
-        measured = self._measure(trainer, self.test_cells, self.test_samples)
-        for cell, values in measured.items():
-            for name, value in values.items():
-                pl_module.log(f"test/{name}/{cell}", value, sync_dist=True)
-        # What follows up to the last lines is for all processes: sharded networks and log_dir speak to each other.
-        usages = {cell: self.drawing.usage(cell) for cell in measured}
-        rows = [Row(cell, usages[cell].nfe, values) for cell, values in measured.items()]
-        # The heading begins with the distance.
-        names = " and ".join(
-            quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)
-        )
-        followed = protocol(self.drawing, self.qualities, self.real, self.test_samples, self.batch_size, usages)
-        images = self.drawing.grid(list(measured), COLUMNS)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if trainer.is_global_zero:
-            captions = [short(text) for text in self.drawing.texts(range(COLUMNS)) or ()]
-            table = Table(names, followed, rows, captions)
-            files = table.write(folder, images)
-            print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
-
-    def _start(self, trainer: L.Trainer) -> None:
+        """Move to the module's device, and read the reference the first time."""
         for quality in self.qualities:
-            quality.to(self.drawing.module.device)
+            quality.to(self.generator.source.device)
         if trainer.sanity_checking:
             return
         for quality in self.qualities:
-            quality.prepare(self.drawing.data, self.drawing.read)
+            quality.prepare(self.generator.datamodule, self.generator.read)
         if self.real is None or self.has_real:
             return
         self.has_real = True
@@ -220,52 +151,125 @@ class Evaluation(L.Callback):
         if images is None or not any(quality.needs_real for quality in self.qualities):
             return
         parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
-        with self._bar(trainer, sum(map(len, parts))) as bar:
+        with progress(trainer, sum(map(len, parts))) as bar:
             bar.set_description("reference")
             for batch in images.batches(parts):
-                self._take_in(batch, Prompts())
+                self._add_real(batch, Prompts())
                 bar.update(len(batch))
 
-    def _release(self) -> None:
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in the rows of a batch that no other process has, the first time, if there is no reference."""
+        if self.has_real or trainer.sanity_checking:
+            return
+        x_1, condition = batch[0], batch[1]
+        # There is one loader: Lightning refuses several where validation_step has no dataloader_idx.
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loader = CombinedLoader(loaders, "sequential").flattened[0]
+        sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        own = slice(count_own(sampler, batch_idx, self.rows_seen, len(x_1)))
+        self.rows_seen += len(x_1)
+        self._add_real(self.generator.images(x_1)[own], Prompts(select(condition, own)))
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the cheap columns of every spec.
+
+        Raises:
+            NonFiniteError: if a sample is NaN or infinite.
+        """
+        if trainer.sanity_checking:
+            return
+        for spec, measured in self._measure(trainer, self.specs, self.samples).items():
+            for name, value in measured.values.items():
+                pl_module.log(f"{name}/{spec}", value, sync_dist=True)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log all columns of every spec, write the table and the samples, and print the table.
+
+        Raises:
+            NonFiniteError: if a sample is NaN or infinite.
+        """
+        found = self._measure(trainer, self.test_specs, self.test_samples)
+        for spec, measured in found.items():
+            for name, value in measured.values.items():
+                pl_module.log(f"test/{name}/{spec}", value, sync_dist=True)
+        # All processes must come here: the counts of images and log_dir are collective.
+        costs = {spec: measured.cost for spec, measured in found.items()}
+        settings = protocol(
+            trainer, self.generator, self.qualities, self.real, self.test_samples, self.batch_size, costs
+        )
+        images = torch.stack([trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in found.values()])
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero:
+            # The heading begins with the distance.
+            names = [quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)]
+            rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in found.items()]
+            headings = self.generator.headings(range(images.shape[1]))
+            table = Table(" and ".join(names), settings, rows, headings)
+            files = table.write(folder, images)
+            print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move feature networks, statistics and the decoder off the accelerator."""
         for quality in self.qualities:
             quality.to(torch.device("cpu"))
         if self.qualities:
-            self.drawing.release()
+            self.generator.data.release()
 
-    def _take_in_own(self, loaders: Any, batch: Batch, batch_idx: int) -> None:
-        """Take in the rows of a batch that no other process has."""
-        x_1, condition = batch[0], batch[1]
-        # There is one loader: Lightning refuses several where validation_step has no dataloader_idx.
-        sampler = getattr(CombinedLoader(loaders, "sequential").flattened[0], "sampler", None)
-        own = slice(count_own(sampler, batch_idx, self.rows_seen, len(x_1)))
-        self.rows_seen += len(x_1)
-        self._take_in(self.drawing.pictures(x_1)[own], Prompts(select(condition, own)))
+    on_test_end = on_validation_end
 
-    def _take_in(self, images: Tensor, prompts: Prompts) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Move everything off the accelerator."""
+        self.on_validation_end(trainer, pl_module)
+
+    def _add_real(self, images: Tensor, prompts: Prompts) -> None:
         for quality in self.qualities:
             quality.update(images, real=True, prompts=prompts)
 
-    def _measure(self, trainer: L.Trainer, cells: Sequence[Cell], samples: int) -> dict[Cell, dict[str, float]]:
+    def _measure(self, trainer: L.Trainer, specs: Sequence[SamplingSpec], samples: int) -> dict[SamplingSpec, Measured]:
         self.has_real = self.has_measured = True
         parts = split_evenly(samples, self.batch_size, trainer.global_rank, trainer.world_size)
-        wanted = any(quality.needs_prompts for quality in self.qualities)
+        columns = min(self.generator.columns(COLUMNS), samples)
         measured = {}
-        with self._bar(trainer, len(cells) * sum(map(len, parts))) as bar:
-            for cell in cells:
-                bar.set_description(str(cell))
-                for quality in self.qualities:
-                    quality.reset_generated()
-                for rows in parts:
-                    # Where there are fewer samples than processes, sharded networks still need every process.
-                    images = self.drawing.draw(cell, rows or range(1))[: len(rows)]
-                    prompts = self.drawing.prompts(rows) if wanted else Prompts()
-                    for quality in self.qualities:
-                        quality.update(images, real=False, prompts=prompts)
-                    bar.update(len(rows))
-                measured[cell] = {k: value for quality in self.qualities for k, value in quality.compute().items()}
+        with progress(trainer, len(specs) * sum(map(len, parts))) as bar:
+            for spec in specs:
+                bar.set_description(str(spec))
+                measured[spec] = self._measure_one(spec, parts, columns, bar)
         return measured
 
-    def _bar(self, trainer: L.Trainer, total: int) -> tqdm:
-        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        return tqdm(total=total, unit="image", leave=False, disable=hidden)
+    def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: tqdm) -> Measured:
+        wants_prompts = any(quality.needs_prompts for quality in self.qualities)
+        cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)
+        for quality in self.qualities:
+            quality.reset_generated()
+        for rows in parts:
+            with ExitStack() as recording:
+                if rows is parts[0]:
+                    recording.enter_context(cost.record(self.generator.source))
+                images = self.generator.generate(spec, rows)
+            if rows is parts[0]:
+                # Each process has some of the first samples; the sum over processes has all.
+                first = images.new_zeros(columns, *images.shape[1:])
+            first[rows.start : rows.stop] = images[: max(columns - rows.start, 0)]
+            prompts = self.generator.prompts(rows) if wants_prompts else Prompts()
+            for quality in self.qualities:
+                quality.update(images, real=False, prompts=prompts)
+            bar.update(len(rows))
+        return Measured({k: v for quality in self.qualities for k, v in quality.compute().items()}, cost, first)
+
+
+def progress(trainer: L.Trainer, total: int) -> tqdm:
+    """Return a progress bar over images, shown by the first process if the trainer shows one."""
+    hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+    return tqdm(total=total, unit="image", leave=False, disable=hidden)

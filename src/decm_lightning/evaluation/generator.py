@@ -1,209 +1,170 @@
-"""Samples as pictures: which condition and noise sample number i has, and how latents become images."""
+"""Samples as images: which condition sample number i has, how it is generated, and how latents become images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
-import lightning as L
 import torch
+from jaxtyping import UInt8
 from lightning.fabric.utilities import move_data_to_device
-from numpy.random import SeedSequence
-from torch import Tensor, nn
+from torch import Tensor
 
+from decm_lightning import samplers
 from decm_lightning.conditions import select
+from decm_lightning.data.protocol import evaluation_data
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.evaluation.spec import Cell
-from decm_lightning.evaluation.usage import Usage
-from decm_lightning.image_writer import to_uint8
+from decm_lightning.evaluation.source import SampleSource, sample_source
+from decm_lightning.evaluation.spec import SamplingSpec
+from decm_lightning.image_writer import short, to_uint8
 from decm_lightning.metrics.metric import Prompts
-from decm_lightning.networks import Network
-from decm_lightning.samplers import SamplerName
-from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
+from decm_lightning.seeds import generator_of
+from decm_lightning.types import Batch, Condition, Sample
 
 LabelLaw = Literal["balanced", "uniform"]
-# What is drawn for a sample, apart from its noise.
-PUT_BACK, LABEL = 1, 2
+LABEL = 1
+"""The stream of sample i's label; its noise has the number i alone."""
 DECODED_AT_ONCE = 64
 
 
-class SampleSource(Protocol):
-    """What a LightningModule must have for samples to be drawn from it; `FlowTraining` has it."""
+class SampleGenerator:
+    """Generates samples of a module as images. Sample number i has the same noise and condition for every spec.
 
-    average: Network
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-
-    def models(self) -> dict[str, FlowMapNetwork]:
-        """Return what can be sampled, by name."""
-
-    def sample(
-        self,
-        x_0: Sample,
-        condition: Condition,
-        model: str,
-        sampler: SamplerName,
-        steps: int,
-        generator: torch.Generator | None,
-    ) -> Sample:
-        """Return samples from noise x_0."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Draws samples of a module as pictures; number i starts from the same noise and condition in every cell.
-
-    Noise x_0 depends on the seed and the number of the sample alone: it is the same for every cell, batch size, device
-    and number of processes; so is the condition. Noise that a sampler puts back also depends on the device and on which
-    rows go together. Neither torch's global generators nor the training mode of any module change.
+    Both depend on the seed and on i alone (`samplers.generate`), and not on the batch, the device or the number of
+    processes. Neither torch's global generators nor the training mode of any module change.
 
     Args:
         module: a `SampleSource`.
-        data: the datamodule. Its method `condition(rows, seed)` gives the conditions, if it has one; otherwise they are
-            labels below its `num_classes`. Its `texts`, if it has them, are the same conditions in words, over and over
-            again where there are more samples. Its method `decode(x)`, if it has one, turns samples into images in
-            [-1, 1]; its method `release()`, if it has one, moves the network that does so off the accelerator.
-        labels: "balanced", i mod num_classes; or "uniform", drawn by the seed.
+        datamodule: what it has of `data.protocol`: classes or conditions, captions, a decoder.
+        labels: "balanced", i mod num_classes; or "uniform", from the seed. Data with conditions have no labels.
         seed: of noise and labels.
+
+    Raises:
+        ValueError: if the module cannot be sampled.
     """
 
-    module: L.LightningModule
-    data: Any
-    labels: LabelLaw = "balanced"
-    seed: int = 0
+    def __init__(self, module: Any, datamodule: Any, labels: LabelLaw = "balanced", seed: int = 0) -> None:
+        self.source: SampleSource = sample_source(module)
+        self.datamodule = datamodule
+        self.data = evaluation_data(datamodule)
+        self.labels = labels
+        self.seed = seed
 
-    @property
-    def source(self) -> SampleSource:
-        """The module, as what it must be."""
-        return cast(SampleSource, self.module)
-
-    def release(self) -> None:
-        """Move the networks that decode samples off the accelerator, by the datamodule's `release` if it has one."""
-        release = getattr(self.data, "release", None)
-        if release is not None:
-            release()
-
-    def check(self, cells: Sequence[Cell]) -> None:
-        """Make sure that every cell can be drawn.
+    def check(self, specs: Sequence[SamplingSpec]) -> None:
+        """Make sure that every spec can be generated.
 
         Raises:
-            ValueError: if the data have no conditions, the samples are no images and cannot be decoded, or a cell's
+            ValueError: if the data have no conditions, the samples are not images and cannot be decoded, or a spec's
                 model does not exist.
         """
-        if not hasattr(self.data, "condition") and getattr(self.data, "num_classes", None) is None:
+        if self.data.condition is None and not self.data.num_classes:
             raise ValueError("samples need labels: give the trainer a datamodule with num_classes, such as data.Digits")
         shape = self.source.average.sample_shape
         if len(shape) != 3:
             raise ValueError(f"samples must be images (c, h, w): the network makes {shape}")
-        # Latents are decoded once now, rather than in vain after hours.
-        seen = shape if shape[0] in (1, 3) else tuple(self.pictures(torch.zeros(1, *shape)).shape[1:])
+        # Latents are decoded once now, rather than fail after hours.
+        seen = shape if shape[0] in (1, 3) else tuple(self.images(torch.zeros(1, *shape)).shape[1:])
         if seen[0] not in (1, 3):
             remedy = "give the trainer a datamodule with decode(x)"
             raise ValueError(f"images have 1 or 3 channels: the network makes {shape}, which needs a decoder: {remedy}")
-        for cell in cells:
-            if cell.model not in (models := self.source.models()):
-                raise ValueError(f"cell {cell}: model must be one of {', '.join(models)}: got {cell.model!r}")
+        for spec in specs:
+            if spec.model not in (models := self.source.models()):
+                raise ValueError(f"spec {spec}: model must be one of {', '.join(models)}: got {spec.model!r}")
 
     def condition(self, rows: Sequence[int]) -> Condition:
         """Return the conditions of samples number `rows`, on the module's device."""
-        if hasattr(self.data, "condition"):
-            condition = self.data.condition(rows, self.seed)
+        if self.data.condition is None:
+            condition: Condition = torch.tensor([self._label(row) for row in rows])
         else:
-            condition = torch.tensor([self._label(row) for row in rows])
+            condition = self.data.condition(rows, self.seed)
         return move_data_to_device(condition, self.source.device)
 
-    def texts(self, rows: Sequence[int]) -> list[str] | None:
-        """Return the captions of samples number `rows` in words, if the data have any."""
-        texts = getattr(self.data, "texts", None)
-        return None if texts is None else [texts[row % len(texts)] for row in rows]
-
     def prompts(self, rows: Sequence[int]) -> Prompts:
-        """Return what samples number `rows` are drawn for, perhaps none."""
-        return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), self.texts(rows))
+        """Return the conditions of samples number `rows`, perhaps of none, and their captions if the data have any."""
+        return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), self.captions(rows))
 
-    def samples(self, cell: Cell, rows: Sequence[int]) -> Sample:
-        """Return samples number `rows` of a cell, as the network makes them.
+    def captions(self, rows: Sequence[int]) -> list[str] | None:
+        """Return the captions of samples number `rows`, None if the data have no captions."""
+        texts = self.data.texts
+        return [texts[row % len(texts)] for row in rows] if texts else None
+
+    def headings(self, rows: Sequence[int]) -> list[str]:
+        """Return the captions of samples number `rows`, shortened, or their labels; none for other conditions."""
+        if (captions := self.captions(rows)) is not None:
+            return [short(caption) for caption in captions]
+        return [] if self.data.condition else [str(self._label(row)) for row in rows]
+
+    def samples(self, spec: SamplingSpec, rows: Sequence[int]) -> Sample:
+        """Return samples number `rows`, as the network makes them.
 
         Raises:
             NonFiniteError: if one is NaN or infinite.
         """
-        shape = self.source.average.sample_shape
-        # Drawn row by row on the CPU: one generator for all would tie a sample's noise to its batch.
-        x_0 = torch.stack([torch.randn(shape, generator=_generator("cpu", self.seed, row)) for row in rows])
-        with _evaluating(self.module):
-            x = self.source.sample(
-                x_0.to(self.source.device, self.source.dtype),
+        source = self.source
+        with _evaluating(source):
+            x = samplers.generate(
+                source.models()[spec.model],
+                spec.function(),
                 self.condition(rows),
-                model=cell.model,
-                sampler=cell.sampler,
-                steps=cell.steps,
-                generator=_generator(self.source.device, self.seed, rows[0], PUT_BACK),
+                spec.steps,
+                shape=source.average.sample_shape,
+                rows=rows,
+                seed=self.seed,
+                device=source.device,
+                dtype=source.dtype,
             )
         if not x.isfinite().all():
-            raise NonFiniteError(f"samples of {cell} are not finite: the weights of {cell.model!r} have diverged")
+            raise NonFiniteError(f"samples of {spec} are not finite: the weights of {spec.model!r} have diverged")
         return x
 
-    def pictures(self, x: Sample) -> Tensor:
-        """Return samples, or data of a loader, as uint8 images (b, c, h, w)."""
-        return pictures(x, self.data)
+    def generate(self, spec: SamplingSpec, rows: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
+        """Return samples number `rows` as images.
 
-    def read(self, batch: Batch) -> Batch:
-        """Return a batch of the data as uint8 images and their conditions, where the module computes."""
-        batch = self.data.on_after_batch_transfer(move_data_to_device(batch, self.source.device), 0)
-        return Batch(self.pictures(batch.x_1), batch.condition)
-
-    def draw(self, cell: Cell, rows: Sequence[int]) -> Tensor:
-        """Return samples number `rows` of a cell as uint8 images (len(rows), c, h, w).
+        For no rows it generates sample 0 and returns no image: a sharded network needs all processes in every pass.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
         """
-        return self.pictures(self.samples(cell, rows))
+        return self.images(self.samples(spec, rows or range(1)))[: len(rows)]
 
-    def grid(self, cells: Sequence[Cell], columns: int) -> Tensor:
-        """Return uint8 images (cells, columns, c, h, w): one row a cell, and the first classes or conditions across."""
-        balanced = replace(self, labels="balanced")
-        if not hasattr(self.data, "condition"):
-            columns = min(columns, self.data.num_classes)
-        return torch.stack([balanced.draw(cell, range(columns)) for cell in cells])
+    @torch.no_grad()
+    def images(self, x: Sample) -> UInt8[Tensor, "n c h w"]:
+        """Return samples, or data of a loader, as images; they are decoded 64 at a time."""
+        return torch.cat([to_uint8(self.data.decode(part)) for part in x.split(DECODED_AT_ONCE)])
 
-    def usage(self, cell: Cell) -> Usage:
-        """Return the network evaluations of a sample, counted on two: a guided step can cost two."""
-        usage = Usage(2)
-        with usage.record(self.source.average, getattr(self.module, "teacher", None)):
-            self.samples(cell, range(2))
-        return usage
+    def read(self, batch: Batch) -> Batch:
+        """Return a batch of the data as uint8 images and their conditions, where the module computes."""
+        batch = self.datamodule.on_after_batch_transfer(move_data_to_device(batch, self.source.device), 0)
+        return Batch(self.images(batch.x_1), batch.condition)
+
+    def columns(self, columns: int) -> int:
+        """Return the number of columns of a grid: at most one for each class."""
+        return columns if self.data.condition else min(columns, self.data.num_classes)
+
+    def grid(self, specs: Sequence[SamplingSpec], columns: int) -> UInt8[Tensor, "specs n c h w"]:
+        """Return the first samples of each spec, one for each class if there are at most `columns` classes."""
+        return torch.stack([self.generate(spec, range(self.columns(columns))) for spec in specs])
+
+    def describe_labels(self) -> str:
+        """Return which condition sample i has."""
+        if self.data.condition:
+            return "sample i has the i-th condition of the data"
+        if self.labels == "balanced":
+            return f"sample i has the label i mod {self.data.num_classes}"
+        return f"uniform over {self.data.num_classes} classes, by the seed"
 
     def _label(self, row: int) -> int:
-        classes = int(self.data.num_classes)
+        classes = self.data.num_classes
         if self.labels == "balanced":
             return row % classes
-        return int(torch.randint(classes, (), generator=_generator("cpu", self.seed, row, LABEL)))
-
-
-@torch.no_grad()
-def pictures(x: Sample, data: Any) -> Tensor:
-    """Return x as uint8 images (b, c, h, w), through the datamodule's `decode` if it has one, some at a time."""
-    decode = getattr(data, "decode", None)
-    return to_uint8(x) if decode is None else torch.cat([to_uint8(decode(part)) for part in x.split(DECODED_AT_ONCE)])
+        return int(torch.randint(classes, (), generator=generator_of(self.seed, row, LABEL)))
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+def _evaluating(source: SampleSource) -> Iterator[None]:
+    training = [part for part in source.modules() if part.training]
+    source.eval()
     try:
         yield
     finally:
         for part in training:
             part.training = True
-
-
-def _generator(device: str | torch.device, *entropy: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(int(SeedSequence(entropy).generate_state(1)[0]))

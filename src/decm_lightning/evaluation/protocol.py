@@ -3,33 +3,34 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
 
+import lightning as L
 import torch
 
-from decm_lightning.evaluation.generator import Drawing
-from decm_lightning.evaluation.spec import Cell
-from decm_lightning.evaluation.usage import Usage
+from decm_lightning.evaluation.cost import SamplingCost
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.source import SampleSource
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.metrics import FeatureMetrics, Reference
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
 
 def protocol(
-    drawing: Drawing,
+    trainer: L.Trainer,
+    generator: SampleGenerator,
     qualities: Sequence[FeatureMetrics],
     reference: Reference | None,
     samples: int,
     batch_size: int,
-    usages: Mapping[Cell, Usage],
+    costs: Mapping[SamplingSpec, SamplingCost],
 ) -> dict[str, str | int]:
     """Return what was done, for people and for the file; for all processes, since they count together."""
     counts = qualities[0].counts()
-    lines: dict[str, str | int] = {"checkpoint": str(drawing.module.trainer.ckpt_path or "none: weights in memory")}
-    lines["weights"] = _weights(drawing.module, usages)
-    lines |= origin(drawing.module, drawing.data)
-    options = {str(cell): usage.options(cell) for cell, usage in usages.items()}
-    lines["sampler options"] = "; ".join(f"{cell}: {text}" for cell, text in options.items() if text) or "none"
+    lines: dict[str, str | int] = {"checkpoint": str(trainer.ckpt_path or "none: weights in memory")}
+    lines["weights"] = _weights(generator.source, costs)
+    lines |= origin(trainer, generator)
+    lines["times (t -> s)"] = "; ".join(f"{spec}: {c.steps}" for spec, c in costs.items() if c.steps) or "none"
     lines["feature network"] = ", ".join(quality.name for quality in qualities)
     lines["reference"] = "images of the loader" if reference is None else str(reference.path)
     if reference is not None:
@@ -37,60 +38,47 @@ def protocol(
     lines |= {
         "real images": counts.real or "none: mean and covariance only",
         "generated images": samples,
-        "labels": _labels(drawing),
+        "labels": generator.describe_labels(),
         "pixels": "round(127.5 (x + 1)) clamped to 0..255",
-        "seed": drawing.seed,
+        "seed": generator.seed,
         "batch size": batch_size,
     }
     for quality in qualities:
         lines |= quality.describe()
         lines |= {column: f"not measured: {reason}" for column, reason in quality.unavailable.items()}
     lines["nfe"] = "passes of a network for one sample, guidance included"
-    return lines | _machine(drawing.module)
+    return lines | _machine(trainer, generator.source.device)
 
 
-def origin(module: Any, data: Any) -> dict[str, str]:
-    """Return what made the samples of a given sampler, apart from weights, noise, conditions and machine."""
-    vae = {"VAE": _vae(data)} if getattr(data, "vae", None) else {}
-    return vae | {"guidance": _guidance(module), "precision": str(module.trainer.precision)}
+def origin(trainer: L.Trainer, generator: SampleGenerator) -> dict[str, str]:
+    """Return what made the samples of a spec, apart from weights, noise, conditions and machine."""
+    return {
+        **generator.data.identity(),
+        "guidance": _guidance(generator.source),
+        "precision": str(trainer.precision),
+    }
 
 
-def _vae(data: Any) -> str:
-    # By content if it is loaded: the same path may hold another VAE later.
-    coder = getattr(data, "decoder", None) or getattr(data, "coder", None)
-    return str(data.vae if coder is None else coder.autoencoder.identity)
-
-
-def _weights(module: Any, usages: Mapping[Cell, Usage]) -> str:
+def _weights(source: SampleSource, costs: Mapping[SamplingSpec, SamplingCost]) -> str:
     # Only the average is sampled, never the network in training; a teacher of a distillation is as it was loaded.
-    averaged = {cell.model: bool(usage.times) for cell, usage in usages.items()}
-    averaging = getattr(module, "averaging", None)
-    average = f"exponential moving average (decay {averaging.decay:g})" if averaging else "average"
+    averaged = {spec.model: bool(cost.times) for spec, cost in costs.items()}
+    average = f"exponential moving average (decay {source.ema_decay:g})"
     return "; ".join(f"{model}: {average if is_average else 'as loaded'}" for model, is_average in averaged.items())
 
 
-def _machine(module: Any) -> dict[str, str | int]:
-    device = module.device
+def _machine(trainer: L.Trainer, device: torch.device) -> dict[str, str | int]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     return {
         "device": f"{device.type} ({name})",
-        "processes": module.trainer.world_size,
+        "processes": trainer.world_size,
         "versions": f"{versions}, Python {platform.python_version()}",
     }
 
 
-def _labels(drawing: Drawing) -> str:
-    if hasattr(drawing.data, "condition"):
-        return "sample i has the i-th condition of the data"
-    if drawing.labels == "balanced":
-        return f"sample i has the label i mod {drawing.data.num_classes}"
-    return f"uniform over {drawing.data.num_classes} classes, by the seed"
-
-
-def _guidance(module: Any) -> str:
-    guidance = getattr(getattr(module, "velocity", module), "guidance", None)
-    if guidance is None or guidance.scale == 1:
+def _guidance(source: SampleSource) -> str:
+    guidance = source.guidance
+    if guidance.scale == 1:
         return "none"
     limit = "no limit" if guidance.limit is None else f"limit {guidance.limit:g}"
     first, last = guidance.interval

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.files import atomic
-from decm_lightning.image_writer import has_whole_png, picture
+from decm_lightning.image_writer import has_whole_png, to_pil
 
 SETTINGS = "settings.json"
 SAMPLE = re.compile(r"\d{6,}(_class\d+)?\.png")
@@ -114,7 +114,7 @@ class SampleFolder:
             OSError: naming the file, if it cannot be written.
         """
         with atomic(self.folder / name) as partial:
-            picture(image).save(partial, "PNG")
+            to_pil(image).save(partial, "PNG")
 
     def _is_own(self, image: Path) -> bool:
         return bool(SAMPLE.fullmatch(str(image))) if self.names is None else image.as_posix() in self._known

@@ -6,28 +6,27 @@ import lightning as L
 from einops import rearrange
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from decm_lightning.evaluation.generator import Drawing
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.spec import SamplingSpec
 
 
 class SampleGrid(L.Callback):
-    """Logs a grid of samples to TensorBoard as `samples`: a row for each cell in order, a column for each class.
+    """Logs a grid of samples to TensorBoard as `samples`: a row for each spec, a column for each class or condition.
 
-    Where the datamodule gives the conditions (`condition(rows, seed)`), the first of them are across. The noise is
-    fixed, so that one can watch a sample become better. Without a TensorBoard logger nothing is drawn.
+    The noise is fixed, so that one can watch a sample become better. Without a TensorBoard logger it does nothing.
 
     Args:
-        cells: the rows, each "model/sampler/steps", such as "student/mix/2".
+        specs: the rows, each "model/sampler/steps", such as "student/mix/2".
         every_n_steps: optimizer steps from one grid to the next, at least 1.
-        columns: at most so many classes or conditions, at least 1.
+        columns: the largest number of classes or conditions, at least 1.
         seed: seed of the noise.
 
     Raises:
-        ValueError: if a cell is not of that form or a number is too small.
+        ValueError: if a spec is invalid or a number is too small.
     """
 
-    def __init__(self, cells: list[str], every_n_steps: int = 1000, columns: int = 10, seed: int = 0) -> None:
-        self.cells = [Cell.parse(text) for text in cells]
+    def __init__(self, specs: list[str], every_n_steps: int = 1000, columns: int = 10, seed: int = 0) -> None:
+        self.specs = [SamplingSpec.parse(text) for text in specs]
         self.every_n_steps = every_n_steps
         self.columns = columns
         self.seed = seed
@@ -37,23 +36,23 @@ class SampleGrid(L.Callback):
                 raise ValueError(f"{name} must be at least 1: got {value}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the cells can be drawn.
+        """Check that the specs can be generated.
 
         Raises:
-            ValueError: if the datamodule has no conditions, or the module not a cell's model.
+            ValueError: if the datamodule has no conditions, or the module does not have a spec's model.
         """
         if stage == "fit":
-            self.drawing = Drawing(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
-            self.drawing.check(self.cells)
+            self.generator = SampleGenerator(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
+            self.generator.check(self.specs)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count optimizer steps from where the run stands."""
+        """Count optimizer steps from the start of this run."""
         self.last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a grid if it is due, once a step even where a step takes several batches.
+        """Log a grid every n steps, once a step even where a step takes several batches.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
@@ -65,9 +64,9 @@ class SampleGrid(L.Callback):
             return
         self.last_step = step
         try:
-            images = self.drawing.grid(self.cells, self.columns)
+            images = self.generator.grid(self.specs, self.columns)
         finally:
-            self.drawing.release()
-        picture = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
+            self.generator.data.release()
+        grid = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
         for logger in loggers:
-            logger.experiment.add_image("samples", picture, step)
+            logger.experiment.add_image("samples", grid, step)

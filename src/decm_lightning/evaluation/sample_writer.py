@@ -1,157 +1,113 @@
-"""Writes the samples of `decm predict`."""
+"""Writes samples into a folder in `decm predict`."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
-from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.data import Subset
+from torch import Tensor
 
-from decm_lightning.evaluation.generator import pictures
+from decm_lightning.evaluation.evaluation import progress
+from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
 from decm_lightning.evaluation.protocol import origin
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
-from decm_lightning.evaluation.spec import Cell
-from decm_lightning.even_split import EvenBatches
-from decm_lightning.files import tensors_sha256
-from decm_lightning.teachers import Teacher
-from decm_lightning.types import Batch
-
-DIGITS = 16
-"""The length of a hash of labels or captions in settings.json."""
+from decm_lightning.evaluation.spec import SamplingSpec
+from decm_lightning.even_split import split_evenly
 
 
-class SampleWriter(BasePredictionWriter):
-    """Writes one PNG for each label or other condition of the prediction loader, numbered by its row.
+class SampleWriter(L.Callback):
+    """Writes samples number 0 to `samples` - 1 as one PNG each, on all devices: those of `Evaluation` with this seed.
 
-    Every row is written once for any number of processes. The folder gets a settings.json; it is refused if it has
-    samples of other settings, weights, labels or captions, or of another device, batch size or number of processes,
-    which determine the noise of a row.
+    The folder gets a settings.json. It is refused if it has samples of other settings, weights, labels or captions.
+    The datamodule's predict_dataloader must have a batch, or Lightning skips predict; its content is not used.
 
     Args:
         folder: where to write; created if it is missing.
-        cell: the samples, "model/sampler/steps", such as "student/mix/2".
+        samples: number of samples over all processes, at least 1.
+        spec: the samples, "model/sampler/steps", such as "student/mix/2".
+        batch_size: samples generated at once on each device, at least 1.
+        seed: seed of noise and labels.
+        labels: "balanced" or "uniform", as in `Evaluation`.
 
     Raises:
-        ValueError: if the cell is not of that form.
+        ValueError: if the spec is invalid or a number is too small.
     """
 
-    def __init__(self, folder: str, cell: str = "student/mix/1") -> None:
-        super().__init__("batch")
+    def __init__(
+        self,
+        folder: str,
+        samples: int,
+        spec: str = "student/mix/1",
+        batch_size: int = 500,
+        seed: int = 0,
+        labels: LabelLaw = "balanced",
+    ) -> None:
         self.folder = Path(folder)
-        self.cell = Cell.parse(cell)
-        self.written = 0
+        self.samples = samples
+        self.spec = SamplingSpec.parse(spec)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.labels = labels
+        for name, value in (("samples", samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1: got {value}")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the samples can be generated.
+
+        Raises:
+            ValueError: if the datamodule has no conditions, or the module does not have the spec's model.
+        """
+        if stage == "predict":
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
+            self.generator.check([self.spec])
+            self.has_written = False
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell the module what to sample, and prepare the folder.
+        """Generate and write this process's samples.
 
         Raises:
             ValueError: if the folder has samples of other settings.
-        """
-        super().on_predict_start(trainer, pl_module)
-        pl_module.draws = self.cell  # type: ignore[assignment]
-        self.written = 0
-        self.samples = SampleFolder(self.folder, self._settings(trainer, pl_module))
-        self.samples.begin()
-
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Write one batch.
-
-        Raises:
-            ValueError: if the rows have no numbers: several processes, and a loader without a sampler.
             NonFiniteError: if a sample is NaN or infinite.
         """
-        drawn = Batch(*prediction)
-        numbers = batch_indices or self._numbers(trainer, len(drawn.x_1), batch_idx)
-        labels: list[int] | list[None] = [None] * len(numbers)
-        if isinstance(drawn.condition, Tensor) and drawn.condition.ndim == 1:
-            labels = drawn.condition.tolist()
-        images = pictures(drawn.x_1, trainer.datamodule)  # type: ignore[attr-defined]
-        # The rows that only fill up a batch come last, and have no number.
-        for number, label, image in zip(numbers, labels, images, strict=False):
-            self.samples.write(sample_name(number, label), image)
-        self.written += len(numbers)
+        folder = SampleFolder(self.folder, self._settings(trainer))
+        folder.begin()
+        parts = split_evenly(self.samples, self.batch_size, trainer.global_rank, trainer.world_size)
+        with progress(trainer, sum(map(len, parts))) as bar:
+            for rows in parts:
+                images = self.generator.generate(self.spec, rows)
+                condition = self.generator.prompts(rows).condition
+                labels = (
+                    condition.tolist() if isinstance(condition, Tensor) and condition.ndim == 1 else [None] * len(rows)
+                )
+                for row, label, image in zip(rows, labels, images, strict=True):
+                    folder.write(sample_name(row, label), image)
+                bar.update(len(rows))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the module as it was."""
-        pl_module.draws = None  # type: ignore[assignment]
+        self.has_written = True
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        pl_module.draws = None  # type: ignore[assignment]
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Fail if nothing was written: Lightning skips an empty loader and all its hooks.
 
-    def _numbers(self, trainer: L.Trainer, rows: int, batch_idx: int) -> Sequence[int]:
-        sampler = getattr(self._loader(trainer), "sampler", None)
-        if isinstance(sampler, EvenBatches):
-            return sampler.batches[batch_idx]
-        if trainer.world_size > 1:
-            remedy = "give predict_dataloader a data set with rows (not an IterableDataset), or predict on one device"
-            raise ValueError(f"the samples of {trainer.world_size} processes cannot be numbered: {remedy}")
-        return range(self.written, self.written + rows)
+        Raises:
+            ValueError: if the datamodule's predict_dataloader is empty.
+        """
+        if stage == "predict" and not self.has_written:
+            raise ValueError(
+                f"no samples were written to {self.folder}: predict_dataloader must have a batch: got none"
+            )
 
-    def _loader(self, trainer: L.Trainer) -> Any:
-        # There is at most one: Lightning refuses several where predict_step has no dataloader_idx.
-        return next(iter(CombinedLoader(trainer.predict_dataloaders, "sequential").flattened), None)
-
-    def _settings(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
+        texts = json.dumps(list(self.generator.data.texts))
+        source = self.generator.source
         return {
-            "cell": str(self.cell),
-            "seed": pl_module.seed,
-            "processes": trainer.world_size,
-            "device": pl_module.device.type,
-            "weights_sha256": _weights_sha256(pl_module),
-            **origin(pl_module, trainer.datamodule),  # type: ignore[attr-defined]
-            **_rows(trainer.datamodule, self._loader(trainer)),  # type: ignore[attr-defined]
+            "spec": str(self.spec),
+            "seed": self.seed,
+            "labels": self.generator.describe_labels(),
+            "captions": hashlib.sha256(texts.encode()).hexdigest(),
+            "weights": source.average.identity(),
+            "teacher": source.teacher.identity() if source.teacher else None,
+            **origin(trainer, self.generator),
         }
-
-
-def _rows(data: Any, loader: Any) -> dict[str, Any]:
-    """Return the identity of a loader's labels or captions, as far as it is known without reading the rows."""
-    rows = getattr(loader, "dataset", None)
-    whole = rows.dataset if isinstance(rows, Subset) else rows
-    labels, texts = getattr(whole, "labels", None), getattr(data, "texts", None)
-    # Lightning gives a loader for predictions a batch sampler, and then it has no batch size.
-    batches = getattr(loader, "batch_sampler", None)
-    size = getattr(loader if batches is None else batches, "batch_size", None)
-    found = {"data": type(data).__name__, "batch_size": size}
-    if isinstance(labels, Tensor):
-        chosen = labels[torch.as_tensor(rows.indices)] if isinstance(rows, Subset) else labels
-        found["labels"] = tensors_sha256({"labels": chosen})[:DIGITS]
-    if texts:
-        found["captions"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:DIGITS]
-    encoder = getattr(getattr(data, "encoder", None), "identity", None)
-    return found | ({"encoder": encoder} if encoder else {})
-
-
-def _weights_sha256(module: Any) -> str:
-    """Return one hash of the average and the teacher; of sharded networks, over the hashes of all shards."""
-    teacher: Teacher | None = getattr(module, "teacher", None)
-    modules = [module.average, *(teacher.evaluated_modules() if teacher else [])]
-    tensors = {f"{number}.{name}": value for number, part in enumerate(modules) for name, value in _state(part)}
-    local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
-    digest = tensors_sha256(local)
-    if not any(isinstance(value, DTensor) for value in tensors.values()):
-        return digest
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]

@@ -1,40 +1,107 @@
-"""Cells of the table of quality, each a (model, sampler, steps)."""
+"""Which samples to generate, written "model/sampler/steps?option=value"."""
 
-from dataclasses import dataclass
-from typing import cast, get_args
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from decm_lightning.samplers import SamplerName
+import torch
+import yaml
 
-SAMPLERS = get_args(SamplerName)
+from decm_lightning import samplers
+from decm_lightning.types import Sample
+
+FORM = "model/sampler/steps, such as student/mix/2 or student/mix/2?s1=0.6"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One way of drawing samples, written "model/sampler/steps".
+class SamplingSpec:
+    """One way of generating samples, written "model/sampler/steps", and "?name=value&name=value" if it has options.
+
+    Values are YAML scalars or lists of them, as in "student/consistency/3?times=[0.2,0.6]".
 
     Args:
         model: a name that the module's `models()` has, such as "student" or "teacher".
-        sampler: "euler", "consistency" or "mix".
+        sampler: a name or a class path that `samplers.sampler` takes, such as "mix" or "my_module.heun".
         steps: steps of the sampler, at least 1.
+        options: the sampler's options by name.
+
+    Raises:
+        ValueError: if there is no such sampler or option, the sampler refuses a value, or steps is below 1.
     """
 
     model: str
-    sampler: SamplerName
+    sampler: str
     steps: int
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"spec {str(self)!r}: {error}") from error
 
     @classmethod
-    def parse(cls, text: str) -> "Cell":
+    def parse(cls, text: str) -> "SamplingSpec":
         """Read what `str` writes.
 
         Raises:
-            ValueError: if the text is of another form.
+            ValueError: if the text has another form, or as the class does.
         """
-        model, sampler, steps = parts if len(parts := text.split("/")) == 3 else ("", "", "")
-        if not model or sampler not in SAMPLERS or not steps.isdecimal() or int(steps) < 1:
-            form = "model/sampler/steps, such as student/mix/2"
-            limits = f"with sampler one of {', '.join(SAMPLERS)} and steps at least 1"
-            raise ValueError(f"a cell must be {form}, {limits}: got {text!r}")
-        return cls(model, cast(SamplerName, sampler), int(steps))
+        head, _, query = text.partition("?")
+        model, sampler, steps = parts if len(parts := head.split("/")) == 3 else ("", "", "")
+        if not (model and sampler and steps.isdecimal()):
+            raise ValueError(f"a spec must be {FORM}: got {text!r}")
+        options: dict[str, Any] = {}
+        for option in query.split("&") if query else []:
+            name, equals, value = option.partition("=")
+            if not (name.isidentifier() and equals) or name in options:
+                raise ValueError(f"the options of a spec must be name=value, each name once, joined by &: got {text!r}")
+            options[name] = _read(value, text)
+        return cls(model, sampler, int(steps), options)
+
+    @property
+    def query(self) -> str:
+        """The options as they are written, "" if there are none."""
+        return "".join(f"{'&' if i else '?'}{name}={_write(self.options[name])}" for i, name in enumerate(self.options))
+
+    def function(self) -> Callable[..., Sample]:
+        """Return the sampler with its options."""
+        return samplers.sampler(self.sampler, **self.options)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.model}/{self.sampler}/{self.steps}"
+        return f"{self.model}/{self.sampler}/{self.steps}{self.query}"
+
+    def _check(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1: got {self.steps}")
+        function = self.function()
+        # Options are tried now rather than after hours. A sampler from outside may need a real student.
+        if self.options and "." not in self.sampler:
+            generators = [torch.Generator()]
+            function(lambda x_t, t, s, condition: x_t, torch.zeros(1, 1), None, self.steps, generator=generators)
+
+
+def _read(value: str, text: str) -> Any:
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value {value!r} in {text!r} is not YAML") from error
+    if not isinstance(found, str | int | float | bool | list | None):
+        raise ValueError(f"the value {value!r} in {text!r} is neither a scalar nor a list")
+    return [_number(item) for item in found] if isinstance(found, list) else _number(found)
+
+
+def _number(value: Any) -> Any:
+    """Return a string such as 1e-3 as the number that it is: YAML 1.1 reads it as one only with a point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _write(value: Any) -> str:
+    """Return a value as `_read` reads it."""
+    if isinstance(value, str) and _read(value, value) == value:
+        return value
+    return json.dumps(list(value) if isinstance(value, tuple) else value, separators=(",", ":"))

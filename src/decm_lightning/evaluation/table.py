@@ -7,35 +7,35 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell and how far its samples are from real images.
+    """One spec and how far its samples are from real images.
 
     Args:
-        cell: model, sampler and steps.
+        spec: model, sampler, steps and options.
         nfe: network evaluations per sample (NFE); None if not known.
-        values: what was measured, by column; the same columns in every row.
+        values: the measured values, by column; the same columns in every row.
     """
 
-    cell: Cell
+    spec: SamplingSpec
     nfe: float | None
     values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured, and how.
+    """The measured values and the settings of the measurement.
 
     Args:
         features: name of the feature network or networks.
-        protocol: every setting that the figures depend on, by name.
-        rows: the cells.
-        columns: what stands above the samples that are shown; none for nothing.
+        protocol: every setting that the values depend on, by name.
+        rows: one for each spec.
+        columns: headings above the samples; empty for none.
     """
 
     features: str
@@ -55,18 +55,19 @@ class Table:
             f"|---|---|---:|{'---:|' * (1 + len(columns))}",
         ]
         for row in self.rows:
-            cell, cost = row.cell, "-" if row.nfe is None else f"{row.nfe:g}"
+            spec, nfe = row.spec, "-" if row.nfe is None else f"{row.nfe:g}"
             values = " | ".join(f"{value:.{3 if name == 'kid' else 4}g}" for name, value in row.values.items())
-            lines.append(f"| {cell.model} | {cell.sampler} | {cell.steps} | {cost} | {values} |")
+            lines.append(f"| {spec.model} | {spec.sampler}{spec.query} | {spec.steps} | {nfe} | {values} |")
         return "\n".join(lines) + "\n"
 
     def json(self) -> str:
-        """Return {"metric", "protocol", "rows"} as JSON, with figures in full."""
+        """Return {"metric", "protocol", "rows"} as JSON, with values in full; a row has "options" if its spec does."""
         rows = [
             {
-                "model": row.cell.model,
-                "sampler": row.cell.sampler,
-                "steps": row.cell.steps,
+                "model": row.spec.model,
+                "sampler": row.spec.sampler,
+                "steps": row.spec.steps,
+                **({"options": dict(row.spec.options)} if row.spec.options else {}),
                 "nfe": row.nfe,
                 **row.values,
             }
@@ -76,16 +77,16 @@ class Table:
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, folder: Path, images: Tensor) -> list[Path]:
-        """Write the three files into `folder`, made if need be, and return where they are.
+        """Write the three files and return their paths.
 
         Args:
-            folder: where to.
-            images: uint8 (rows, columns, c, h, w), the samples to show of each row.
+            folder: created if it is missing.
+            images: uint8 (rows, columns, c, h, w), the first samples of each row.
         """
         files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
-        # Both or neither: a table that says one thing and a JSON that says another is worse than none.
+        # Both or neither: a table and a JSON file that disagree are worse than none.
         with atomic(files[0]) as markdown, atomic(files[1]) as content:
             markdown.write_text(self.markdown(), encoding="utf-8")
             content.write_text(self.json(), encoding="utf-8")
-        save_named_grid(images, [str(row.cell) for row in self.rows], self.columns, files[2])
+        save_named_grid(images, [str(row.spec) for row in self.rows], self.columns, files[2])
         return files

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from decm_lightning.image_writer import picture
+from decm_lightning.image_writer import to_pil
 from decm_lightning.metrics.features import FeatureNetwork, from_pretrained
 from decm_lightning.metrics.metric import Counts, FeatureMetric, Prompts
 
@@ -61,7 +61,7 @@ class PromptScorer(FeatureNetwork):
         """Return the score of each image, grey or RGB, against its prompt, which is cut to the model's length."""
         inputs = self.processor(
             text=list(texts),
-            images=[picture(image.expand(3, -1, -1).cpu()) for image in images],
+            images=[to_pil(image.expand(3, -1, -1).cpu()) for image in images],
             return_tensors="pt",
             padding=True,
             truncation=True,

@@ -85,6 +85,11 @@ class LoRANetwork(Network):
             parameter.requires_grad_(name in self.added)
         return student
 
+    @property
+    def reads_end_time(self) -> bool:
+        """Whether the end time was added."""
+        return bool(self.added)
+
     def identity(self) -> str:
         """Return the first 16 digits of the SHA-256 of all weights, those of the pretrained model included."""
         return tensors_sha256(self.state_dict() | _base(self))[:16]

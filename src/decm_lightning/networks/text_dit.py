@@ -33,6 +33,8 @@ class TextDiT(Network):
         mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
         features: those of a `PixelSkipHead` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
         end_time: embed the end time s; without it s is ignored.
+        text_encoder: name of the text encoder that it is trained with, such as "minilm" (see `text.named_encoder`);
+            `generate` uses it by default.
 
     Raises:
         ValueError: if a size is below 1 or does not divide as it must.
@@ -50,6 +52,7 @@ class TextDiT(Network):
         mlp_ratio: float = 4.0,
         features: int = 0,
         end_time: bool = False,
+        text_encoder: str | None = None,
     ) -> None:
         super().__init__()
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
@@ -64,6 +67,7 @@ class TextDiT(Network):
             "mlp_ratio": mlp_ratio,
             "features": features,
             "end_time": end_time,
+            "text_encoder": text_encoder,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.num_classes = 0

@@ -1,19 +1,19 @@
-"""CM: jump to data, put noise back, jump again, along the data edge of the triangle."""
+"""Consistency: step to data, put noise back, step again, on the data edge of the triangle."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 
 from decm_lightning.path import DATA, NOISE, interpolate
-from decm_lightning.samplers.steps import at, check_steps, flow_map_step
+from decm_lightning.samplers.steps import at, check_shift, check_steps, check_times, flow_map_step, shifted
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 """The source of noise for a batch: one for all rows, or one for each row, whose noise then depends on nothing else."""
 
 
+@torch.no_grad()
 def consistency(
     student: FlowMapNetwork,
     x_0: Sample,
@@ -21,26 +21,35 @@ def consistency(
     steps: int,
     generator: Generators | None = None,
     times: Sequence[float] | None = None,
+    *,
+    shift: float = 1.0,
 ) -> Sample:
-    """Return samples by x_hat <- f(x_t, t, 1), x_t' <- (1 - t') noise + t' x_hat, for each t' in `times`.
+    """Return samples by multistep consistency sampling (arXiv 2303.01469, Algorithm 1) on the straight path.
 
-    Put noise back late: the default times are evenly spread over [0.7, 1), that is 0.7 + 0.3 (k - 1) / (steps - 1)
-    for k = 1 .. steps - 1. A uniform grid over [0, 1] gets worse with more steps.
+        x_hat = f(x_t, t, 1),  x_t' = (1 - t') noise + t' x_hat,  t = 0 first, then each t' in `times`
+
+    The default times put noise back late: 0.7 + 0.3 (k - 1) / (steps - 1) for k = 1 .. steps - 1. A uniform grid over
+    [0, 1] gets worse with more steps.
 
     Args:
         student: the network u(x_t, t, s).
         x_0: noise, (b, *d).
-        condition: class labels, (b,), or None.
+        condition: class labels or captions, one for each row, or None.
         steps: network evaluations, at least 1.
         generator: the source of the noise that is put back, one or one for each row; None for torch's own.
-        times: the steps - 1 times to which noise is put back, increasing within (0, 1).
+        times: the steps - 1 times to which noise is put back, increasing within (0, 1); None for the default times,
+            bent by `shift`.
+        shift: above 0; 1 leaves the default times as they are, see `steps.shifted`.
 
     Raises:
-        ValueError: if steps is below 1, or `times` is of another length, not increasing or outside (0, 1).
+        ValueError: if steps, times or shift is out of its range, or times and shift are both given.
     """
     check_steps(steps)
-    times = [0.7 + 0.3 * k / (steps - 1) for k in range(steps - 1)] if times is None else list(times)
-    check_times(times, steps)
+    check_shift(shift)
+    if times is None:
+        times = [shifted(0.7 + 0.3 * k / (steps - 1), shift) for k in range(steps - 1)]
+    else:
+        times = check_times(times, steps, shift=shift == 1)
     x_hat = flow_map_step(student, x_0, NOISE, DATA, condition)
     for time in times:
         x_hat = flow_map_step(student, renoise(x_hat, time, generator), time, DATA, condition)
@@ -56,10 +65,3 @@ def renoise(x_hat: Sample, time: float, generator: Generators | None) -> Sample:
         noise = torch.randn(x_hat.shape, generator=generator, dtype=x_hat.dtype, device=x_hat.device)
     noise = noise.to(x_hat.device)
     return interpolate(noise, x_hat, at(time, x_hat))
-
-
-def check_times(times: Sequence[float], steps: int) -> None:
-    """Refuse times that do not fit `steps`, or do not increase within (0, 1)."""
-    bounds = [NOISE, *times, DATA]
-    if len(times) != steps - 1 or any(b <= a for a, b in pairwise(bounds)):
-        raise ValueError(f"times must be {steps - 1} increasing values between 0 and 1: got {list(times)}")

@@ -1,17 +1,35 @@
 """Sample number i of a seed: the one rule by which every command and callback generates it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from decm_lightning.samplers.consistency import Generators
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A function from noise to samples, such as `samplers.mix`; its further arguments are options with defaults."""
+
+    def __call__(
+        self,
+        student: FlowMapNetwork,
+        x_0: Sample,
+        condition: Condition,
+        /,
+        steps: int,
+        generator: Generators | None = None,
+    ) -> Sample:
+        """Return samples, shaped like x_0, by `steps` evaluations of the student; new noise is from `generator`."""
 
 
 @torch.no_grad()
 def generate(
     student: FlowMapNetwork,
-    sampler: Callable[..., Sample],
+    sampler: Sampler,
     condition: Condition,
     steps: int,
     *,
@@ -28,8 +46,7 @@ def generate(
 
     Args:
         student: the network u(x_t, t, s).
-        sampler: such as `samplers.mix`; called as sampler(student, x_0, condition, steps), with `generator` too if it
-            takes one: a generator for each row.
+        sampler: such as `samplers.mix`; its `generator` is a list of one generator for each row.
         condition: one row for each sample, on `device`; or None.
         steps: network evaluations per sample, at least 1.
         shape: the shape of one sample.

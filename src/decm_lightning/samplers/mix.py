@@ -1,49 +1,69 @@
 """Mix: each part of a trajectory on the edge of the triangle where the student was trained for it."""
 
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 
-from decm_lightning.path import DATA, NOISE, jump
+from decm_lightning.path import DATA, NOISE
 from decm_lightning.samplers.consistency import Generators
-from decm_lightning.samplers.steps import at, check_s1, check_steps, flow_map_step
+from decm_lightning.samplers.steps import (
+    check_shift,
+    check_steps,
+    check_times,
+    euler_steps,
+    flow_map_step,
+    shifted,
+)
 from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 
+@torch.no_grad()
 def mix(
     student: FlowMapNetwork,
     x_0: Sample,
     condition: Condition,
     steps: int,
     generator: Generators | None = None,
+    times: Sequence[float] | None = None,
+    *,
     s1: float | None = None,
+    shift: float = 1.0,
 ) -> Sample:
-    """Return samples by one jump 0 -> s1, Euler from there, and one last jump to data. No new noise.
+    """Return samples by DE-CM's Mix (arXiv 2602.10764, which names it without a definition; this one is ours).
 
-    The first jump is on the noise edge. [s1, 1] is cut into steps - 1 equal parts: Euler on the diagonal over all but
-    the last, then a jump to data on the data edge. One step is the jump 0 -> 1. Ending by Euler instead is far worse.
+        x_s1 = f(x_0, 0, s1)                        one step on the noise edge
+        x_t' = x_t + (t' - t) u(x_t, t, t)          steps - 2 Euler steps from s1 on, on the diagonal
+        x_1 = f(x_t, t, 1)                          one step on the data edge
+
+    No noise is added. One step is f(x_0, 0, 1). The default times divide [s1, 1] into steps - 1 equal parts. An Euler
+    step at the end would be far worse.
 
     Args:
         student: the network u(x_t, t, s).
         x_0: noise, (b, *d).
-        condition: class labels, (b,), or None.
+        condition: class labels or captions, one for each row, or None.
         steps: network evaluations, at least 1.
-        s1: end time of the first jump, in (0, 1); None for 0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on.
+        generator: not used, since no noise is added.
+        times: the steps - 1 times between two steps, s1 first, increasing within (0, 1); None for the default times.
+        s1: end time of the first step, in (0, 1); None for 0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on.
+        shift: above 0; bends the default times after s1, see `steps.shifted`.
 
     Raises:
-        ValueError: if steps is below 1 or s1 is not in (0, 1).
+        ValueError: if steps, times, s1 or shift is out of its range, or times is given with s1 or shift.
     """
     check_steps(steps)
-    s1 = _default_s1(steps) if s1 is None else s1
-    check_s1(s1)
-    if steps == 1:
+    check_shift(shift)
+    if s1 is not None and not 0 < s1 < 1:
+        raise ValueError(f"s1 must be between 0 and 1, both excluded: got {s1}")
+    if times is None:
+        first = shifted(_default_s1(steps) if s1 is None else s1, 1 / shift)
+        times = [shifted(t, shift) for t in torch.linspace(first, DATA, steps, dtype=torch.float64).tolist()[:-1]]
+    else:
+        times = check_times(times, steps, s1=s1 is None, shift=shift == 1)
+    if not times:
         return flow_map_step(student, x_0, NOISE, DATA, condition)
-    grid = torch.linspace(s1, DATA, steps, dtype=torch.float64).tolist()
-    x_t = flow_map_step(student, x_0, NOISE, s1, condition)
-    for start, end in pairwise(grid[:-1]):
-        t = at(start, x_t)
-        x_t = jump(x_t, student(x_t, t, t, condition), t, at(end, x_t))
-    return flow_map_step(student, x_t, grid[-2], DATA, condition)
+    x_t = flow_map_step(student, x_0, NOISE, times[0], condition)
+    return flow_map_step(student, euler_steps(student, x_t, times, condition), times[-1], DATA, condition)
 
 
 def _default_s1(steps: int) -> float:

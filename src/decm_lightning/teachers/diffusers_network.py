@@ -12,7 +12,9 @@ from torch.utils import _pytree
 from decm_lightning.networks.diffusers_folder import find_config, from_pretrained
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.teachers.diffusers_families import FAMILIES, TimeInput, Times
+from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.noise_prediction import NoisePrediction
+from decm_lightning.text import CaptionEncoder
 from decm_lightning.types import Captions, Condition, Sample, Time
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -119,6 +121,10 @@ class DiffusersNetwork(LoRANetwork):
         for module in list(self.model.modules()):
             if isinstance(module, TimeInput):
                 module.add_end_time()
+
+    def caption_encoder(self) -> CaptionEncoder:
+        """Return the text encoders of the model's own pipeline."""
+        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

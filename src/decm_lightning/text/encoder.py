@@ -166,6 +166,24 @@ class MiniLM(TextEncoder):
         return Path(get_model_path())
 
 
+def named_encoder(name: str, device: str | torch.device = "cpu") -> CaptionEncoder:
+    """Return the text encoder of a name.
+
+    Args:
+        name: "minilm", the folder of a diffusers pipeline, or a folder or name on the Hugging Face hub for
+            `TextEncoder`.
+        device: where a pipeline's encoders compute.
+    """
+    if name.lower() == "minilm":
+        return MiniLM()
+    if (Path(name) / "model_index.json").is_file():
+        # Imported here, with what only such teachers need.
+        from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
+
+        return DiffusersPrompts(name, device=device)
+    return TextEncoder(name)
+
+
 def fingerprint(title: str, files: Iterable[Path]) -> str:
     """Return a hash of a title and of the names and contents of files, in their order."""
     digest = hashlib.sha256(title.encode())

@@ -1,26 +1,19 @@
 """Stops a training run that cannot succeed, with one line that says why: data, schedule, losses, gradients."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from decm_lightning.data.protocol import HasClasses, NamesRows
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.gradients import total_norm
 from decm_lightning.types import Batch
 
 NAMED = 3
 """At most this many rows are named; the rest are counted."""
-
-
-@runtime_checkable
-class NamesRows(Protocol):
-    """A data module that knows where its rows come from, such as `data.images.ResumableData`."""
-
-    def place(self, batch_idx: int, row: int) -> str:
-        """Return where a row of this epoch's training batch number `batch_idx` comes from."""
 
 
 class TrainingChecks(L.Callback):
@@ -37,7 +30,8 @@ class TrainingChecks(L.Callback):
             ValueError: naming both numbers.
         """
         known = pl_module.network.num_classes
-        given = getattr(trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        given = data.num_classes if isinstance(data, HasClasses) else 0
         if known and given > known:
             raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
 

@@ -14,14 +14,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from numpy.random import SeedSequence
 from torch import Tensor
 
-from decm_lightning import samplers
 from decm_lightning.gradients import clip_by_norm
+from decm_lightning.guidance import Guidance
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
-from decm_lightning.samplers import SamplerName
+from decm_lightning.teachers import Teacher
 from decm_lightning.training.averaging import EMA, average_of, in_float32
 from decm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from decm_lightning.training.checks import TrainingChecks
@@ -29,7 +29,7 @@ from decm_lightning.training.last_step import LastStep
 from decm_lightning.training.recipe import Recipe
 from decm_lightning.training.resuming import differences, normalize_progress, settings_of, start_first_epoch
 from decm_lightning.training.sharding import shard
-from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample
+from decm_lightning.types import FlowMapNetwork
 
 log = logging.getLogger(__name__)
 NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
@@ -57,9 +57,15 @@ class FlowTraining(L.LightningModule):
         gradient_norm: this step's norm of all gradients before clipping, on the device.
         phase: announces a part of the step, "teacher" or "derivative"; a callback that times them sets its own.
 
+        teacher: the frozen teacher of a distillation, else None.
+        guidance: how the teacher, or the network that will become one, is guided.
+
     Raises:
         ValueError: if ema_decay is outside its range.
     """
+
+    teacher: Teacher | None = None
+    guidance: Guidance
 
     def __init__(
         self,
@@ -80,7 +86,6 @@ class FlowTraining(L.LightningModule):
         self.checks = TrainingChecks()
         self.seed = torch.initial_seed()
         self.saved_settings: dict[str, Any] | None = None
-        self.draws: Any = None
         self.terms: dict[str, LossTerm] = {}
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.gradient_norm = torch.zeros(())
@@ -88,6 +93,11 @@ class FlowTraining(L.LightningModule):
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return what can be sampled, by name."""
         raise NotImplementedError
+
+    @property
+    def ema_decay(self) -> float:
+        """The decay of the average."""
+        return self.averaging.decay
 
     def compiled(self) -> list[Network]:
         """Return the networks that a training step runs, to be compiled."""
@@ -143,26 +153,6 @@ class FlowTraining(L.LightningModule):
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
-
-    @torch.no_grad()
-    def sample(
-        self,
-        x_0: Sample,
-        condition: Condition,
-        model: str = "student",
-        sampler: SamplerName = "mix",
-        steps: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Sample:
-        """Return samples of one of `models()` from noise x_0.
-
-        Raises:
-            ValueError: if there is no such model or sampler, or steps is below 1.
-        """
-        models = self.models()
-        if model not in models:
-            raise ValueError(f"model must be one of {', '.join(models)}: got {model!r}")
-        return samplers.sampler(sampler)(models[model], x_0, condition, steps, generator=generator)
 
     def origin(self) -> str:
         """Return where the first number of this step that is not finite arose, "" if it is not known."""
@@ -221,18 +211,9 @@ class FlowTraining(L.LightningModule):
             if name in differing and (name == "teacher" or self.recipe.settings):
                 raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Return samples for the batch's labels; the `SampleWriter` callback says of which model and how.
-
-        Raises:
-            ValueError: if there is no such callback.
-        """
-        if self.draws is None:
-            raise ValueError("predict needs the callback decm_lightning.evaluation.SampleWriter")
-        generator = self.generator(batch_idx)
-        x_0 = torch.randn(len(batch.x_1), *self.average.sample_shape, generator=generator, device=self.device)
-        drawn = self.sample(x_0, batch.condition, self.draws.model, self.draws.sampler, self.draws.steps, generator)
-        return Batch(drawn, batch.condition)
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Return the batch's number: a callback, such as SampleWriter, generates the samples."""
+        return batch_idx
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: the real images go to the evaluation callback."""

@@ -101,7 +101,7 @@ def test_a_vae_of_other_channels_is_refused(folder, tmp_path):
 def test_reference_latents_are_spread_over_all_shards(size, expected, folder):
     latents = data(folder, vae=str(folder / "vae"), reference_size=size)
     latents.setup("test")
-    for loader in (latents.val_dataloader(), latents.test_dataloader(), latents.predict_dataloader()):
+    for loader in (latents.val_dataloader(), latents.test_dataloader()):
         (batch,) = loader
         assert torch.equal(batch.x_1, latents.train.__getitems__(expected).x_1)
         assert batch.condition.tolist() == [number % 10 for number in expected]

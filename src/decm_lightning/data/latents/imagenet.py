@@ -120,7 +120,7 @@ class ImageNetLatents(ResumableData):
     The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
     Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
     validate-data` looks at every row. Only with their VAE, which decodes them into pictures, are there loaders for
-    validation, test and prediction.
+    validation and test.
 
     Args:
         folder: where the files are.
@@ -131,8 +131,8 @@ class ImageNetLatents(ResumableData):
         latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
         flip: mirror half of the images, others in each epoch.
         vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
-        reference_size: at most so many latents in the loaders for validation, test and prediction, spread over all
-            shards, so that the classes mix; None for all.
+        reference_size: the largest number of latents in the loaders for validation and test, spread over all shards,
+            so that the classes mix; None for all.
 
     Raises:
         ValueError: if batch_size or reference_size is below 1.
@@ -192,6 +192,10 @@ class ImageNetLatents(ResumableData):
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
         return self.decoder(x)
 
+    def identity(self) -> dict[str, str]:
+        """Return the identity of the VAE, if it is loaded."""
+        return {} if self.decoder is None else {"VAE": self.decoder.autoencoder.identity}
+
     def release(self) -> None:
         """Move the VAE off the accelerator: only evaluation uses it."""
         if self.decoder is not None:
@@ -208,8 +212,4 @@ class ImageNetLatents(ResumableData):
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference latents in order; no loader without a VAE."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents, of which `decm predict` reads the labels; no loader without a VAE."""
         return self.val_dataloader()

@@ -166,10 +166,6 @@ class CaptionedImages(ResumableData):
         """Return the held-out pairs, in order."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the held-out pairs, of which `decm predict` reads the captions."""
-        return self.val_dataloader()
-
     def _held_out(self) -> Pairs:
         if not len(self.reference):
             count = len(self.train)

@@ -131,6 +131,11 @@ class TextImagePairs(CaptionedImages):
         """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""
         return x if self.coder is None else self.coder.decode(x)
 
+    def identity(self) -> dict[str, str]:
+        """Return the identities of the text encoder and of the VAE, if there is one."""
+        vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
+        return vae | {"encoder": self.encoder.identity}
+
     def release(self) -> None:
         """Move the VAE off the accelerator, unless training uses it too."""
         if self.coder is not None and self.latents == "cached":

@@ -1,4 +1,4 @@
-"""What one sample costs and which times its sampler uses, both recorded while samples are generated."""
+"""What one sample costs and at which times its networks are evaluated, both recorded while samples are generated."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.teachers import Teacher
+
+SHOWN = 8
+"""At most this many steps are listed."""
 
 
 @dataclass
-class Usage:
+class SamplingCost:
     """The network evaluations of some samples.
 
     Args:
@@ -33,8 +36,14 @@ class Usage:
         """Network evaluations of one sample; None if none was seen."""
         return self.rows / self.samples if self.rows else None
 
+    @property
+    def steps(self) -> str:
+        """The times of the averaged network's evaluations, such as "0 -> 0.75, 0.75 -> 1"; "" if there were none."""
+        shown = [f"{t:.4g} -> {s:.4g}" for t, s in self.times[:SHOWN]]
+        return ", ".join([*shown, "..."] if len(self.times) > SHOWN else shown)
+
     @contextmanager
-    def record(self, average: nn.Module, teacher: Teacher | None) -> Iterator[None]:
+    def record(self, source: SampleSource) -> Iterator[None]:
         """Record all evaluations within the block."""
 
         def on_average(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -45,9 +54,10 @@ class Usage:
         def on_teacher(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.rows += len(next(chain(args, kwargs.values())))
 
+        teacher = source.teacher
         modules = [] if teacher is None else teacher.evaluated_modules()
         with ExitStack() as hooks:
-            hooks.callback(average.register_forward_pre_hook(on_average, with_kwargs=True).remove)
+            hooks.callback(source.average.register_forward_pre_hook(on_average, with_kwargs=True).remove)
             for module in modules:
                 hooks.callback(module.register_forward_pre_hook(on_teacher, with_kwargs=True).remove)
             if teacher is not None and not modules:
@@ -68,18 +78,3 @@ class Usage:
         finally:
             # Until here it hides the class's method.
             del teacher.velocity
-
-    def options(self, cell: Cell) -> str:
-        """Return the options of the cell's sampler, "" if it has none: the end time of its first step, re-noise times.
-
-        The consistency sampler re-noises before every step from the second, the re-noised mix from the third.
-        """
-        if cell.sampler == "euler" or len(self.times) < 2:
-            return ""
-        starts = [f"{t:.4g}" for t, _ in self.times]
-        s1 = f"s1 = {self.times[0][1]:.4g}"
-        if cell.sampler == "mix":
-            return s1
-        first = 1 if cell.sampler == "consistency" else 2
-        renoised = f"re-noised at t = {', '.join(starts[first:])}" if starts[first:] else ""
-        return renoised if cell.sampler == "consistency" else ", ".join(filter(None, (s1, renoised)))

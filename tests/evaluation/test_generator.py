@@ -6,23 +6,24 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from decm_lightning import Distiller
+from decm_lightning import Distiller, samplers
 from decm_lightning.data import Digits
-from decm_lightning.evaluation.generator import Drawing, pictures
-from decm_lightning.evaluation.spec import Cell
+from decm_lightning.evaluation.cost import SamplingCost
+from decm_lightning.evaluation.generator import SampleGenerator
+from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.even_split import split_evenly
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import DiffusersTeacher, Teacher
 
-MIX = Cell("student", "mix", 2)
+MIX = SamplingSpec("student", "mix", 2)
 
 
 def distiller(guidance: Guidance = Guidance(2.0), channels: int = 1) -> Distiller:  # noqa: B008 - frozen
     L.seed_everything(0, verbose=False)
     teacher = DiT(8, channels, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
-    # Some of its layers start at zero: all cells would be alike, and all labels.
+    # Some of its layers start at zero: all specs would be alike, and all labels.
     for parameter in teacher.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -48,11 +49,18 @@ class Prompted(L.LightningDataModule):
         return torch.tensor([(7 * row + seed) % 10 for row in rows])
 
 
+def cost_of(generator: SampleGenerator, spec: SamplingSpec, samples: int = 2) -> SamplingCost:
+    cost = SamplingCost(samples)
+    with cost.record(generator.source):
+        generator.generate(spec, range(samples))
+    return cost
+
+
 def test_evaluations_are_counted_in_and_out_of_the_guidance_interval():
-    cell = Cell("teacher", "euler", 4)
+    spec = SamplingSpec("teacher", "euler", 4)
 
     def count(guidance: Guidance) -> float:
-        return Drawing(distiller(guidance), Digits()).usage(cell).nfe
+        return cost_of(SampleGenerator(distiller(guidance), Digits()), spec).nfe
 
     assert count(Guidance()) == 4
     assert count(Guidance(scale=2.0)) == 8
@@ -109,56 +117,79 @@ def test_evaluations_are_counted_for_every_kind_of_teacher(teacher, each):
     for guidance, expected in ((Guidance(), 4), (Guidance(2.0), 8), (Guidance(2.0, interval=(0.2, 0.6)), 6)):
         given = teacher()
         module = Distiller(given, student, guidance=guidance)
-        drawing = Drawing(module, Digits())
+        generator = SampleGenerator(module, Digits())
         networks = [module.average, *given.evaluated_modules()]
         before = [dict(part._forward_pre_hooks) for part in networks]
-        assert drawing.usage(Cell("teacher", "euler", 4)).nfe == expected * each
-        assert drawing.usage(Cell("student", "mix", 3)).nfe == 3
+        assert cost_of(generator, SamplingSpec("teacher", "euler", 4)).nfe == expected * each
+        assert cost_of(generator, SamplingSpec("student", "mix", 3)).nfe == 3
         # Nothing that counts is left on the networks or the teacher.
         assert [dict(part._forward_pre_hooks) for part in networks] == before
         assert "velocity" not in vars(given)
 
 
 @pytest.mark.parametrize(
-    ("cell", "options"),
+    ("spec", "steps"),
     [
-        (Cell("teacher", "euler", 4), ""),
-        (Cell("student", "mix", 1), ""),
-        (Cell("student", "mix", 2), "s1 = 0.75"),
-        (Cell("student", "mix", 8), "s1 = 0.5"),
-        (Cell("student", "consistency", 1), ""),
-        (Cell("student", "consistency", 4), "re-noised at t = 0.7, 0.8, 0.9"),
-        (Cell("student", "mix_renoised", 2), "s1 = 0.7"),
-        (Cell("student", "mix_renoised", 4), "s1 = 0.7, re-noised at t = 0.8, 0.9"),
+        (SamplingSpec("teacher", "euler", 4), ""),
+        (SamplingSpec("student", "mix", 2), "0 -> 0.75, 0.75 -> 1"),
+        (SamplingSpec("student", "mix", 2, {"s1": 0.6}), "0 -> 0.6, 0.6 -> 1"),
+        (SamplingSpec("student", "consistency", 3), "0 -> 1, 0.7 -> 1, 0.85 -> 1"),
     ],
 )
-def test_sampler_options_are_those_that_were_used(cell, options):
-    assert Drawing(distiller(), Digits()).usage(cell).options(cell) == options
+def test_times_are_those_that_were_used(spec, steps):
+    assert cost_of(SampleGenerator(distiller(), Digits()), spec).steps == steps
+
+
+def test_a_long_list_of_times_is_cut():
+    steps = cost_of(SampleGenerator(distiller(), Digits()), SamplingSpec("student", "euler", 50)).steps
+    assert steps.count("->") == 8
+    assert steps.endswith("0.14 -> 0.14, ...")
 
 
 def test_samples_do_not_depend_on_their_company_nor_change_modes():
     module = distiller()
-    drawing = Drawing(module, Digits(), seed=3)
+    generator = SampleGenerator(module, Digits(), seed=3)
     module.train()
     module.average.final_layer.eval()
     modes = [part.training for part in module.modules()]
     before = torch.get_rng_state()
-    together = drawing.draw(MIX, range(6))
-    apart = torch.cat([drawing.draw(MIX, rows) for rows in ([0], [1, 2, 3], [4, 5])])
+    together = generator.generate(MIX, range(6))
+    apart = torch.cat([generator.generate(MIX, rows) for rows in (range(1), range(1, 4), range(4, 6))])
     # One level of 255 is left to the order in which a matrix product is summed.
     assert (together.int() - apart.int()).abs().max() <= 1
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in module.modules()] == modes
 
 
+def test_noise_that_is_put_back_does_not_depend_on_the_batch():
+    # In float64 rounding does not depend on the batch either.
+    generator = SampleGenerator(distiller().double(), Digits(), labels="uniform", seed=3)
+    spec = SamplingSpec("student", "consistency", 4)
+    samples = [
+        torch.cat([generator.samples(spec, range(i, min(i + size, 20))) for i in range(0, 20, size)]) for size in (3, 7)
+    ]
+    torch.testing.assert_close(samples[0], samples[1], rtol=1e-10, atol=1e-12)
+    assert (samples[0] - SampleGenerator(generator.source, Digits(), seed=4).samples(spec, range(20))).abs().max() > 0.1
+
+
+def test_the_samples_are_those_of_the_rule():
+    """Row i has noise generator_of(seed, i), as in `samplers.generate`, which every command uses."""
+    module = distiller()
+    found = SampleGenerator(module, Digits(), seed=3).samples(MIX, range(5, 9))
+    expected = samplers.generate(
+        module.average, samplers.mix, torch.arange(5, 9), 2, shape=(1, 8, 8), rows=range(5, 9), seed=3
+    )
+    assert torch.equal(found, expected)
+
+
 def test_balanced_labels_count_up_and_uniform_ones_follow_from_the_seed():
     module, data = distiller(), Digits()
-    assert Drawing(module, data).condition(range(8, 23)).tolist() == [*range(8, 10), *range(10), *range(3)]
-    uniform = Drawing(module, data, labels="uniform", seed=4)
+    assert SampleGenerator(module, data).condition(range(8, 23)).tolist() == [*range(8, 10), *range(10), *range(3)]
+    uniform = SampleGenerator(module, data, labels="uniform", seed=4)
     labels = uniform.condition(range(3000))
     parts = [uniform.condition(rows) for rows in (range(0, 7), range(7, 1000), range(1000, 3000))]
     assert torch.equal(torch.cat(parts), labels)
-    assert not torch.equal(Drawing(module, data, labels="uniform", seed=5).condition(range(3000)), labels)
+    assert not torch.equal(SampleGenerator(module, data, labels="uniform", seed=5).condition(range(3000)), labels)
     counts = labels.bincount(minlength=10)
     # Five standard deviations of a binomial of 3,000 trials at 1/10; and not all equal, as balanced ones are.
     assert (counts - 300).abs().max() < 5 * 16.4
@@ -166,48 +197,73 @@ def test_balanced_labels_count_up_and_uniform_ones_follow_from_the_seed():
 
 
 def test_uniform_labels_are_the_conditions_that_the_network_gets():
-    drawing = Drawing(distiller(), Digits(), labels="uniform")
-    row = next(row for row in range(20) if drawing.condition([row]).item() != row % 10)
-    balanced = Drawing(drawing.module, drawing.data)
-    assert not torch.equal(drawing.samples(MIX, [row]), balanced.samples(MIX, [row]))
-    same = next(row for row in range(200) if drawing.condition([row]).item() == row % 10)
-    assert torch.equal(drawing.samples(MIX, [same]), balanced.samples(MIX, [same]))
+    module = distiller()
+    generator = SampleGenerator(module, Digits(), labels="uniform")
+    row = next(row for row in range(20) if generator.condition([row]).item() != row % 10)
+    balanced = SampleGenerator(module, Digits())
+    assert not torch.equal(generator.samples(MIX, [row]), balanced.samples(MIX, [row]))
+    same = next(row for row in range(200) if generator.condition([row]).item() == row % 10)
+    assert torch.equal(generator.samples(MIX, [same]), balanced.samples(MIX, [same]))
+    assert generator.headings(range(12)) == [str(label) for label in generator.condition(range(12)).tolist()]
 
 
 def test_a_datamodule_may_give_the_conditions():
-    drawing = Drawing(distiller(), Prompted(), seed=2)
-    drawing.check([MIX])
-    assert drawing.condition([0, 3]).tolist() == [2, 3]
-    assert drawing.grid([MIX], 12).shape == (1, 12, 1, 8, 8)
+    generator = SampleGenerator(distiller(), Prompted(), seed=2)
+    generator.check([MIX])
+    assert generator.condition([0, 3]).tolist() == [2, 3]
+    assert generator.grid([MIX], 12).shape == (1, 12, 1, 8, 8)
 
 
-def test_a_grid_has_a_row_a_cell_and_a_column_a_class():
-    drawing = Drawing(distiller(), Digits(), labels="uniform")
-    cells = [MIX, Cell("teacher", "euler", 2)]
-    assert drawing.grid(cells, 4).shape == (2, 4, 1, 8, 8)
-    grid = drawing.grid(cells, 20)
+def test_a_grid_has_a_row_a_spec_and_a_column_a_class():
+    generator = SampleGenerator(distiller(), Digits())
+    specs = [MIX, SamplingSpec("teacher", "euler", 2)]
+    assert generator.grid(specs, 4).shape == (2, 4, 1, 8, 8)
+    grid = generator.grid(specs, 20)
     assert grid.shape == (2, 10, 1, 8, 8)
-    # The classes in their order, whatever the labels are measured with.
-    assert torch.equal(grid[1], Drawing(drawing.module, drawing.data).draw(cells[1], range(10)))
+    assert torch.equal(grid[1], generator.generate(specs[1], range(10)))
 
 
 def test_latents_are_decoded_some_at_a_time(generator):
     data = Decoded()
+    of_data = SampleGenerator(distiller(channels=4), data)
     x = torch.randn(150, 4, 8, 8, generator=generator)
-    assert torch.equal(pictures(x, data), to_uint8(-x[:, :1]))
+    assert torch.equal(of_data.images(x), to_uint8(-x[:, :1]))
     assert data.sizes == [64, 64, 22]
-    drawing = Drawing(distiller(channels=4), data)
-    drawing.check([MIX])
-    assert torch.equal(drawing.draw(MIX, range(3)), to_uint8(-drawing.samples(MIX, range(3))[:, :1]))
+    of_data.check([MIX])
+    assert torch.equal(of_data.generate(MIX, range(3)), to_uint8(-of_data.samples(MIX, range(3))[:, :1]))
+
+
+def test_a_plain_datamodule_with_classes_is_enough():
+    class Plain(L.LightningDataModule):
+        num_classes = 3
+
+    generator = SampleGenerator(distiller(), Plain())
+    generator.check([MIX])
+    assert generator.condition(range(4)).tolist() == [0, 1, 2, 0]
+    assert generator.generate(MIX, range(4)).shape == (4, 1, 8, 8)
+    assert generator.captions(range(4)) is None
+    assert generator.data.identity() == {}
+    generator.data.release()
+
+
+def test_no_rows_take_a_pass_and_give_no_image():
+    generator = SampleGenerator(distiller(), Digits())
+    cost = SamplingCost(1)
+    with cost.record(generator.source):
+        assert generator.generate(MIX, range(0)).shape == (0, 1, 8, 8)
+    assert cost.rows == 2
+    assert len(generator.prompts(range(0)).condition) == 0
 
 
 def test_what_cannot_be_shown_is_refused():
     with pytest.raises(ValueError, match=r"the network makes \(4, 8, 8\), which needs a decoder: give the trainer a"):
-        Drawing(distiller(channels=4), Prompted()).check([])
+        SampleGenerator(distiller(channels=4), Prompted()).check([])
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
-        Drawing(distiller(), None).check([])
-    with pytest.raises(ValueError, match="cell tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
-        Drawing(distiller(), Digits()).check([Cell("tutor", "mix", 1)])
+        SampleGenerator(distiller(), None).check([])
+    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+        SampleGenerator(distiller(), Digits()).check([SamplingSpec("tutor", "mix", 1)])
+    with pytest.raises(ValueError, match=r"a module with models\(\).*: got LightningModule"):
+        SampleGenerator(L.LightningModule(), Digits())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

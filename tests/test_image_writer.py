@@ -1,4 +1,4 @@
-"""Grids with names, looked at as the PNG that was written."""
+"""Grids with names, checked in the PNG that was written."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COLOURS = torch.tensor([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 0]]
 
 
 def found(file):
-    """Return the patches of colour in a picture: {colour: (row, column) of its middle}."""
+    """Return the patches of colour in an image: {colour: (row, column) of its middle}."""
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
     places = {}
     for colour in COLOURS.flatten(0, 1).tolist():
@@ -22,7 +22,7 @@ def found(file):
 
 
 @pytest.mark.parametrize("columns", [(), ("1 step", "4 steps"), ("a long name of a column", "another")])
-def test_images_stand_in_their_rows_and_columns_beside_their_names(columns, tmp_path):
+def test_images_are_in_their_rows_and_columns_next_to_their_names(columns, tmp_path):
     images = COLOURS.to(torch.uint8)[..., None, None].expand(-1, -1, -1, 16, 16)
     file = tmp_path / "new" / "grid.png"
     save_named_grid(images, ["one", "two", "three"], columns, file)
@@ -39,16 +39,16 @@ def test_images_stand_in_their_rows_and_columns_beside_their_names(columns, tmp_
     assert (pixels[: max(top, 1)] < 100).any() == bool(columns)
 
 
-def test_latents_are_no_pictures(tmp_path):
-    with pytest.raises(ValueError, match="pictures have 1 or 3 channels: got 4"):
+def test_latents_are_not_images(tmp_path):
+    with pytest.raises(ValueError, match="images have 1 or 3 channels: got 4"):
         save_named_grid(torch.zeros(1, 1, 4, 8, 8, dtype=torch.uint8), ["row"], (), tmp_path / "grid.png")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_no_black_picture(value):
+def test_images_that_are_not_finite_are_refused(value):
     x = torch.zeros(2, 1, 8, 8)
     x[1, 0, 3, 3] = value
-    with pytest.raises(NonFiniteError, match="images are not finite: the weights that drew them have diverged"):
+    with pytest.raises(NonFiniteError, match="images are not finite: the weights have diverged"):
         to_uint8(x)
 
 
@@ -56,5 +56,5 @@ def test_what_is_not_finite_is_no_black_picture(value):
     ("caption", "expected"),
     [("red heart, love, like", "red heart"), ("a very long caption about many things", "a very long caption ...")],
 )
-def test_a_caption_is_cut_to_what_fits_above_a_picture(caption, expected):
+def test_a_caption_is_cut_to_what_fits_above_an_image(caption, expected):
     assert short(caption) == expected

@@ -1,0 +1,85 @@
+"""What evaluation and training need from a data module. Every part is optional: a plain LightningDataModule works."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+from decm_lightning.types import Condition, Sample
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """Data whose labels are below `num_classes`; 0 for data without classes."""
+
+    num_classes: int
+
+
+@runtime_checkable
+class HasConditions(Protocol):
+    """Data that choose what samples are conditioned on, such as captions."""
+
+    def condition(self, rows: Sequence[int], seed: int) -> Condition:
+        """Return the conditions of samples number `rows`."""
+
+
+@runtime_checkable
+class HasTexts(Protocol):
+    """Data with captions: sample i has the caption i mod len(texts)."""
+
+    texts: Sequence[str]
+
+
+@runtime_checkable
+class DecodesSamples(Protocol):
+    """Data of latents, or of anything else that is not an image."""
+
+    def decode(self, x: Sample) -> Sample:
+        """Return images in [-1, 1]."""
+
+
+@runtime_checkable
+class ReleasesDecoder(Protocol):
+    """Data whose decoder only evaluation uses."""
+
+    def release(self) -> None:
+        """Move the decoder off the accelerator."""
+
+
+@runtime_checkable
+class HasIdentity(Protocol):
+    """Data that use pretrained networks, such as a VAE and a text encoder."""
+
+    def identity(self) -> dict[str, str]:
+        """Return these networks' identities by name."""
+
+
+@runtime_checkable
+class NamesRows(Protocol):
+    """Data that know where their rows come from."""
+
+    def place(self, batch_idx: int, row: int) -> str:
+        """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The parts of a data module that evaluation uses, with defaults; without `condition` samples have labels."""
+
+    num_classes: int = 0
+    condition: Callable[[Sequence[int], int], Condition] | None = None
+    texts: Sequence[str] = ()
+    decode: Callable[[Sample], Sample] = lambda x: x
+    release: Callable[[], None] = lambda: None
+    identity: Callable[[], dict[str, str]] = dict
+
+
+PARTS = (HasClasses, HasConditions, HasTexts, DecodesSamples, ReleasesDecoder, HasIdentity)
+"""The Protocol of each field of `EvaluationData`, in order."""
+
+
+def evaluation_data(datamodule: object) -> EvaluationData:
+    """Return a data module, or None, as evaluation sees it; call it after `setup`, which may add parts."""
+    parts = zip(fields(EvaluationData), PARTS, strict=True)
+    return EvaluationData(
+        **{part.name: getattr(datamodule, part.name) for part, has in parts if isinstance(datamodule, has)}
+    )

@@ -135,5 +135,5 @@ for line, (name, images) in zip(axes, rows.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The same classes can be named in a config by their path, in a module next to it:
-# `edge: my_module.Halfway`, `times: my_module.Late`.
+# From a module, the same classes are named in a config by their path: `edge: my_module.Halfway`,
+# `times: my_module.Late`.

@@ -1,9 +1,9 @@
 """python -m benchmarks.ablation --data digits --steps 1500 --seeds [0]: what each loss is for, as in docs/results.md.
 
-Distils the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
-presets), by the data set's own config and at equal rows a step; measures every student by the config's protocol; and
-writes the table (runs/ablation) and the curves of the gradient norm (docs). What a run found is kept in docs/ablation,
-and its student in runs/ablation: started again, also on another machine, the study goes on where it stopped.
+Distills the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
+presets), by the data set's own config and with equal rows a step. Measures every student by the config's protocol, and
+writes the table (runs/ablation) and the curves of the gradient norm (docs). Results are stored in docs/ablation and
+students in runs/ablation: the same command resumes an interrupted study, also on another machine.
 """
 
 import json
@@ -28,10 +28,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "consistency only": {"class_path": "consistency_only"},
     "flow matching + consistency": {
         "class_path": "consistency_and_flow_matching",
-        "init_args": {"shares": [0.67, 0.33]},
+        "init_args": {"batch_fractions": [0.67, 0.33]},
     },
-    "all three, paper": {"class_path": "paper", "init_args": {"shares": [0.5, 0.25, 0.25]}},
-    "all three, recommended": {"class_path": "end_identity", "init_args": {"shares": [0.5, 0.25, 0.25]}},
+    "all three, paper": {"class_path": "paper", "init_args": {"batch_fractions": [0.5, 0.25, 0.25]}},
+    "all three, end identity": {"class_path": "end_identity", "init_args": {"batch_fractions": [0.5, 0.25, 0.25]}},
 }
 STUDENT = [
     "mix/1",

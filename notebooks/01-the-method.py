@@ -348,14 +348,13 @@ plt.show()
 # - **Euler**: $n$ equal short steps along the diagonal, as with the teacher.
 # - **CM** (consistency): jump to data, put fresh noise back to a later time, jump again.
 # - **Mix**: one jump $0 \to s_1$ on the noise edge, Euler on the diagonal, one last jump to data. No new noise.
-# - **Mix, re-noised**: jump $0 \to s_1$, jump to data, then noise put back to later and later times.
 #
-# With one step the last three are the same jump $0 \to 1$. Two of the four put in fresh noise, so a point has no fixed
-# goal any more; we compare whole clouds instead, by the sliced Wasserstein distance to exact samples. Smaller is
-# better, and the floor is what two clouds of exact samples have between them.
+# With one step the last two are the same jump $0 \to 1$. CM adds fresh noise, so a point has no fixed end point any
+# more. We therefore compare whole clouds, by the sliced Wasserstein distance to exact samples. Smaller is better, and
+# the floor is the distance between two clouds of exact samples.
 
 # %%
-NAMES = {"euler": "Euler", "consistency": "CM", "mix": "Mix", "mix_renoised": "Mix, re-noised"}
+NAMES = {"euler": "Euler", "consistency": "CM", "mix": "Mix"}
 COUNTS = (1, 2, 4, 8)
 
 angles = torch.arange(32) * (torch.pi / 32)
@@ -371,7 +370,7 @@ reference = flow.sample(POINTS, generator).x_1
 floor = distance(flow.sample(POINTS, generator).x_1, reference)
 noise = torch.randn(POINTS, 2, generator=generator)
 student = students["all three"]
-samples = {(name, n): sampler(name, generator)(student, noise, None, steps=n) for name in NAMES for n in COUNTS}
+samples = {(name, n): sampler(name)(student, noise, None, n, generator=generator) for name in NAMES for n in COUNTS}
 distances = {key: distance(cloud, reference) for key, cloud in samples.items()}
 
 print(f"{'steps':16}" + "".join(f"{n:6}" for n in COUNTS))
@@ -379,7 +378,7 @@ for name, title in NAMES.items():
     print(f"{title:16}" + "".join(f"{distances[name, n]:6.0f}" for n in COUNTS))
 print(f"floor: {floor:.0f} between two clouds of {POINTS:,} exact samples")
 
-figure, axes = plt.subplots(4, 5, figsize=(11, 9), layout="constrained")
+figure, axes = plt.subplots(3, 5, figsize=(11, 6.8), layout="constrained")
 for line, (name, title) in zip(axes, NAMES.items(), strict=True):
     for axis, n in zip(line, COUNTS, strict=False):
         axis.scatter(*samples[name, n][:SHOWN].T, s=1, color=COLOURS["all three"])
@@ -390,10 +389,10 @@ for line, (name, title) in zip(axes, NAMES.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Euler at few steps stays near the centre and needs many more steps than eight. The other three are close to the ring
+# Euler at few steps stays near the centre and needs many more steps than eight. The other two are close to the ring
 # after one step: most points lie on lines between neighbouring components, a few inside. A second step empties the
-# inside. From there CM and re-noised Mix gain a little more, while Mix, which makes no new noise and trusts the
-# diagonal, does not. Read differences of about 10 as noise: they move by that much with the length of the training.
+# inside. From there CM gains a little more, while Mix, which adds no noise and trusts the diagonal, does not. Read
+# differences of about 10 as noise: they move by that much with the length of the training.
 # All remain well above the floor, and since the teacher is exact, that gap belongs to this small student.
 #
 # ## 6. Guidance, and how to go on
@@ -450,4 +449,5 @@ print(f"the loaded {type(again).__name__} gives the same samples: {same}")
 # - `decm fit --config configs/digits/decm.yaml` distils a teacher of small images with the same `Distiller`; the YAML
 #   names the same classes as this notebook, and any key can be overridden (`--trainer.max_steps 100`).
 # - `decm test`, `decm sample` and `decm export` measure a checkpoint, draw from it, and write it as a folder.
-# - `decm_lightning.load(...)` brings a checkpoint or folder back into Python, for the samplers of section 5.
+# - `decm_lightning.load(...)` loads a checkpoint or folder into Python; `.generate(...)` returns its images.
+# - [The second notebook](02-your-own-method.ipynb) trains a method of your own: its edge, weights and time law.

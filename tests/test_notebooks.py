@@ -38,6 +38,15 @@ def test_its_two_forms_have_the_same_cells(path):
     ], f"{path.name} and its .py differ: run jupytext --sync {path}"
 
 
+def test_a_method_of_ones_own_takes_25_lines():
+    """All code but the first cell, which quiets the notebook, and the figures; imports count."""
+    cells = [cell.source for cell in jupytext.read(FOLDER / "02-your-own-method.py").cells if cell.cell_type == "code"]
+    method = [source for source in cells[1:] if "plt." not in source]
+    lines = [line for source in method for line in source.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(method) == 2
+    assert len(lines) <= 25
+
+
 @named(NOTEBOOKS)
 def test_it_is_small_and_was_run_without_an_error(path):
     assert path.stat().st_size < 1_000_000

@@ -1,4 +1,4 @@
-"""What can be done to a condition whatever its kind: labels, captions, or none."""
+"""Operations on conditions of every kind: labels, captions, or None."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -9,12 +9,12 @@ from torch.utils import _pytree
 
 from decm_lightning.types import Captions
 
-# No shapes here: the conditions that go in and come out have different numbers of rows.
+# Without shapes: arguments and result have different numbers of rows.
 Condition: TypeAlias = Tensor | Captions | None
 
 
 def select(condition: Condition, rows: Tensor | slice) -> Condition:
-    """Return the condition of some of the rows; None stays None."""
+    """Return the condition of some rows; None stays None."""
     return _pytree.tree_map_only(Tensor, lambda part: part[rows], condition)
 
 
@@ -22,16 +22,16 @@ def join(conditions: Sequence[Condition]) -> Condition:
     """Concatenate conditions along the batch; None (unconditional) stays None.
 
     Raises:
-        ValueError: if some are None, or lack a part, and others do not.
+        ValueError: if only some of them are None, or lack a mask or pooled vectors.
     """
     return _merge(torch.cat, *conditions)
 
 
 def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
-    """Return the first condition in the rows (b,) that are true, and the second in the others.
+    """Return the first condition where rows, (b,), is true, and the second elsewhere.
 
     Raises:
-        ValueError: if one of the two is None, or lacks a part, and the other does not.
+        ValueError: if only one of the two is None, or lacks a mask or pooled vectors.
     """
 
     def merge(parts: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with velocity normalization and an interval: a VelocityField around a VelocityField."""
+"""Classifier-free guidance with velocity normalization and a guidance interval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from decm_lightning.types import Condition, Sample, Time, VelocityField
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, how far and when a velocity is guided (classifier-free guidance, arXiv 2207.12598).
+    """The scale, limit and interval of classifier-free guidance (arXiv 2207.12598).
 
         v = v_cond + (scale - 1) min(1, limit / rms(dv)) dv,  dv = v_cond - v_null
 
-    on all channels, for t in the interval; elsewhere v = v_cond. The limit is the paper's eta, on the root mean square
-    over all elements of a sample rather than the norm, so that its value does not grow with the resolution.
+    on all channels, for t in the interval; outside of it v = v_cond. The limit is the paper's eta, applied to the root
+    mean square over all elements of a sample instead of the norm, so that it does not grow with the resolution.
 
     Args:
-        scale: guidance weight, at least 0; 1 is no guidance, and the null pass is then left out.
+        scale: guidance weight, at least 0; 1 is no guidance and needs no null pass.
         limit: bound on rms(dv), above 0; None for no bound.
-        interval: the times (first, last), 0 <= first <= last <= 1, at which guidance is on (arXiv 2404.07724).
+        interval: the first and last guided time, 0 <= first <= last <= 1 (arXiv 2404.07724).
 
     Raises:
         ValueError: if a value is out of its range.
@@ -44,24 +44,25 @@ class Guidance:
 
     @property
     def passes(self) -> float:
-        """Passes of the field for one guided velocity, on average over uniform times."""
+        """Evaluations of the field for one guided velocity, averaged over uniform times."""
         first, last = self.interval
         return 1.0 if self.scale == 1 else 1.0 + last - first
 
 
 ROUNDED_UP = 8
-"""Null rows come in multiples of this: few different batches for compilers and CUDA graphs."""
+"""The number of null rows is a multiple of this, so that compilers and CUDA graphs see few batch sizes."""
 
 
 class GuidedField:
-    """The guided velocity. One call of the field serves conditional and null rows, the latter only in the interval.
+    """The guided velocity, itself a velocity field.
 
-    The times decide on the device that they are on which rows are guided: a network on a GPU is not waited for if they
-    are on the CPU, as in training. The velocity has the dtype of x_t whatever the field returns.
+    One call of the field evaluates the conditional rows and, for times in the interval, the null rows. Which rows are
+    guided is computed on the device of the times: with times on the CPU, as in training, a GPU is not waited for. The
+    velocity has the dtype of x_t, whatever the field returns.
 
     Args:
         field: the velocity to guide.
-        null: turns a condition into "no condition" of the same length.
+        null: returns the null condition for each row of a condition.
         guidance: scale, limit and interval.
     """
 
@@ -71,7 +72,7 @@ class GuidedField:
         self.guidance = guidance
 
     def __call__(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the guided v, (b, *d); t may be on the CPU whatever the device of x_t."""
+        """Return the guided v, (b, *d); t may be on the CPU for any device of x_t."""
         guided = condition is not None and self.guidance.scale != 1
         rows, inside = self._guided_rows(t) if guided else (t[:0], t[:0])
         t = t.to(x_t.device, non_blocking=True)
@@ -86,10 +87,10 @@ class GuidedField:
         return v_cond.index_add(0, rows, torch.where(inside, correction, 0))
 
     def _guided_rows(self, t: Time) -> tuple[Tensor, Tensor]:
-        """Return the rows in the interval, filled up with others to a multiple of 8, and which of them are in it."""
+        """Return the rows in the interval, padded with other rows to a multiple of 8, and which of them are in it."""
         first, last = self.guidance.interval
         inside = (t >= first) & (t <= last)
-        # All of [0, 1] is decided without a look at the times, which may be on a GPU.
+        # With all of [0, 1] the times need not be read, which may be on a GPU.
         count = len(t) if (first, last) == (0, 1) else int(inside.sum())
         padded = min(len(t), -(-count // ROUNDED_UP) * ROUNDED_UP)
         rows = inside.logical_not().to(torch.uint8).argsort(stable=True)[:padded]
@@ -100,5 +101,5 @@ class GuidedField:
         if self.guidance.limit is None:
             return factor * dv
         rms = expand(dv.flatten(1).square().mean(1).sqrt(), dv)
-        # An rms of 0 gives limit / 0 = inf, which the clamp takes to 1.
+        # An rms of 0 gives limit / 0 = inf, which is clamped to 1.
         return factor * (self.guidance.limit / rms).clamp(max=1) * dv

@@ -1,6 +1,6 @@
-"""The words that every other module speaks: tensor shapes, a batch, and the two kinds of field.
+"""The types that all modules share: tensor shapes, conditions, a batch, and the two kinds of network.
 
-Shapes are jaxtyping annotations. They cost nothing in use; the test suite checks them at run time.
+Shapes are jaxtyping annotations. The test suite checks them at run time; outside of it they cost nothing.
 """
 
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -9,19 +9,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Sample: TypeAlias = Float[Tensor, "b *d"]
-"""Anything a flow moves: points (b, d), images or latents (b, c, h, w)."""
+"""Samples of a flow: points (b, d), images or latents (b, c, h, w)."""
 
 Time: TypeAlias = Float[Tensor, " b"]
-"""One time per row, in [0, 1]: 0 is noise, 1 is data."""
+"""One time for each row, in [0, 1]: 0 is noise, 1 is data."""
 
 
 class Captions(NamedTuple):
-    """Captions as a text encoder gives them.
+    """Encoded captions, as a text encoder returns them.
 
     Attributes:
         tokens: one vector for each token, (b, n, d).
-        mask: true where there is a token, (b, n); None where there is one everywhere.
-        pooled: one vector for each caption, (b, p); None if the network reads none.
+        mask: true for tokens and false for padding, (b, n); None if nothing is padded.
+        pooled: one vector for each caption, (b, p); None if the network does not read it.
     """
 
     tokens: Float[Tensor, "b n d"]
@@ -30,14 +30,14 @@ class Captions(NamedTuple):
 
 
 Labels: TypeAlias = Int[Tensor, " b"] | None
-"""Class labels, one per row; None for an unconditional flow."""
+"""Class labels, one for each row; None for an unconditional flow."""
 
 Condition: TypeAlias = Labels | Captions
-"""What a flow is conditioned on: labels or captions, one per row, or None."""
+"""The condition of a flow: labels or captions, one for each row, or None."""
 
 
 class Batch(NamedTuple):
-    """What a data loader yields: samples at t = 1 and what they are conditioned on."""
+    """A batch of a data loader: data x_1 (samples at t = 1) and their condition."""
 
     x_1: Sample
     condition: Condition
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class VelocityField(Protocol):
-    """An instantaneous velocity v(x_t, t), such as a teacher, guided or not."""
+    """An instantaneous velocity v(x_t, t), such as a teacher with or without guidance."""
 
     def __call__(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
         """Return v, shaped like x_t."""
@@ -53,7 +53,7 @@ class VelocityField(Protocol):
 
 @runtime_checkable
 class FlowMapNetwork(Protocol):
-    """A mean velocity u(x_t, t, s) over the jump from t to s, such as a student."""
+    """A mean velocity u(x_t, t, s) over the step from t to s, such as a student."""
 
     def __call__(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return u, shaped like x_t."""

@@ -105,6 +105,8 @@ def test_points_are_returned_as_a_tensor():
     assert points.dtype == torch.float64
     with pytest.raises(ValueError, match=r"no condition.*3"):
         MLP(2).generate(3)
+    with pytest.raises(ValueError, match="at least one"):
+        MLP(2).generate(rows=[])
 
 
 def test_a_network_that_ignores_the_end_time_is_sampled_by_50_euler_steps():

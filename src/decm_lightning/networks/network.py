@@ -128,14 +128,16 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         # Adapters are wider than the frozen weights around them, and a model with adapters casts its own input.
         dtype = reduce(torch.promote_types, (parameter.dtype for parameter in self.parameters()))
         device = next(self.parameters()).device
-        kind = {"shape": self.sample_shape, "device": device, "dtype": dtype}
-        return samplers.generate(self, method, condition, steps, rows=rows, seed=seed, **kind)
+        return samplers.generate(
+            self, method, condition, steps, shape=self.sample_shape, rows=rows, seed=seed, device=device, dtype=dtype
+        )
 
     def _conditions(
         self, requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
     ) -> tuple[Condition, Sequence[int]]:
         """Return a condition with a row for each sample, on the network's device, and the numbers of the samples."""
         device = next(self.parameters()).device
+        found: Condition
         if isinstance(self.example(1)[3], Captions):
             found = self._captions(requested, encoder)
         elif encoder is not None or isinstance(requested, str | Captions):
@@ -143,10 +145,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         elif not self.num_classes:
             if requested is not None:
                 raise ValueError(f"{type(self).__name__} has no condition: got {requested!r}")
-            return None, range(1) if rows is None else rows
+            found = None
         else:
             found = self._labels(requested, rows)
-        count = len(found.tokens if isinstance(found, Captions) else found)
+        count = 1 if found is None else len(_pytree.tree_leaves(found)[0])
         rows = range(count) if rows is None else rows
         if count == 1 < len(rows):
             found = select(found, torch.zeros(len(rows), dtype=torch.long))
@@ -154,22 +156,20 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
             raise ValueError(f"rows must be as many as conditions, at least one: got {len(rows)} and {count}")
         return _pytree.tree_map_only(Tensor, lambda part: part.to(device), found), rows
 
-    def _captions(self, requested: Requested, encoder: CaptionEncoder | str | None) -> Captions:
+    def _captions(self, requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
         if isinstance(requested, Captions):
             return requested
         texts = [requested] if isinstance(requested, str) else requested
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"{type(self).__name__} reads captions: give a text, or a list of texts: got {requested!r}"
-            )
+            raise ValueError(f"{type(self).__name__} reads captions: give a text or a list of texts: got {requested!r}")
         if encoder is None:
             encoder = self.caption_encoder()
         elif isinstance(encoder, str):
             encoder = named_encoder(encoder, next(self.parameters()).device)
-        different = list(dict.fromkeys(texts))
+        different = list(dict.fromkeys(map(str, texts)))
         encoder.measured(different)
-        captions = encoder([str(text) for text in different])
-        return select(captions, torch.tensor([different.index(text) for text in texts], device=captions.tokens.device))
+        captions = encoder(different)
+        return select(captions, torch.tensor([different.index(str(text)) for text in texts]))
 
     def _labels(self, requested: Requested, rows: Sequence[int] | None) -> Tensor:
         if requested is None:

@@ -80,10 +80,11 @@ def _read(file: str) -> dict[str, Any] | None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark, start = error.problem_mark or error.context_mark, error.context_mark
         # The end of a file may be reported as a line of its own.
         place = f"{file}:{min(mark.line, text.count(chr(10))) + 1}" if mark else file
-        raise ValueError(f"{place}: not YAML: {error.problem or error.context}") from error
+        where = f" ({error.context}, which begins in line {start.line + 1})" if error.context and start else ""
+        raise ValueError(f"{place}: not YAML: {error.problem}{where}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

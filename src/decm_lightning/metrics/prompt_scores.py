@@ -5,7 +5,7 @@ test begins; without the library or the weights the column is left out, with the
 
 The libraries of ImageReward, BLIP and HPS bring torchvision and old versions of other packages along (hpsv2 wants
 protobuf below 4): they are no extra of this package, and their adapters have not been run with real weights. Where they
-do not go together, `decm sample --prompts` writes the images for them.
+do not go together, `decm sample-prompts` writes the images for them.
 """
 
 from abc import abstractmethod

@@ -1,4 +1,4 @@
-"""decm encode --pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
+"""decm encode-pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
 
 import errno
 import logging

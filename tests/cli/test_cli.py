@@ -397,7 +397,7 @@ def test_an_operation_without_a_tangent_is_named_in_one_line(monkeypatch, capsys
     def refused(*_):
         raise NoTangentError("torch.sort: no rule for this operation")
 
-    monkeypatch.setattr("decm_lightning.cli.sample.load", refused)
+    monkeypatch.setattr("decm_lightning.cli.sampling.load", refused)
     monkeypatch.setattr(sys, "argv", ["decm", "sample", "."])
     assert cli.main() == 2
     assert capsys.readouterr().err == "decm: error: torch.sort: no rule for this operation\n"
@@ -407,7 +407,7 @@ def test_a_bug_is_no_bad_input_and_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("decm_lightning.cli.sample.load", broken)
+    monkeypatch.setattr("decm_lightning.cli.sampling.load", broken)
     monkeypatch.setattr(sys, "argv", ["decm", "sample", "."])
     with pytest.raises(AssertionError, match="a bug"):
         cli.main()

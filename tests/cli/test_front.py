@@ -116,6 +116,7 @@ def test_what_is_missing_is_named_before_anything_is_imported(argv, named, place
         ["--config", "gone_teacher.yaml", "--model.init_args.teacher.class_path", "my.Teacher"],
         ["--config", "gone_teacher.yaml", "--model", "my.Model"],
         ["--config", "config.yaml", f"--{TEACHER}", "user/name"],
+        ["--config", "gone_teacher.yaml", "--print_config"],
         ["--config", "config.yaml", "--ckpt_path", "last"],
         ["--config", "config.yaml", "--ckpt_path", "s3://bucket/last.ckpt"],
         ["--config", "config.yaml", "--trainer.callbacks.folder", "new"],

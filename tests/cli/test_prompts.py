@@ -250,7 +250,7 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
     [
         (["sample", "student"], "student reads captions: use decm sample-prompts student"),
         ([*DRAW[:4]], "arguments are required: encoder"),
-        (["sample-prompts", "classes", *DRAW[2:]], "classes does not read captions: use decm sample classes"),
+        (["sample-prompts", "classes", *DRAW[2:]], "classes reads classes: use decm sample classes"),
         (
             [*DRAW, "--out", "prompts.jsonl"],
             "out must be a folder or a .png file that can be written: got prompts.jsonl",

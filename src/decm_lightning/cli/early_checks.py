@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 Reads: TypeAlias = Mapping[str, str]
 """The name of an argument, and what it names."""
-FLAGS = ("-h", "--help")
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors")
 # Lightning finds these itself.
 CHECKPOINTS = ("best", "last", "hpc")
@@ -41,6 +40,8 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
             _set(tree, name.split("."), value)
         elif unnamed:
             tree[unnamed.pop(0)] = value
+    if any(map(_only_prints, argv)):
+        return configs
     for name, what in reads.items():
         if isinstance(path := tree.get(name), str) and _is_missing(path):
             raise FileNotFoundError(f"no {what} at {path}")
@@ -51,11 +52,15 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
     return configs
 
 
+def _only_prints(argument: str) -> bool:
+    return argument in ("-h", "--help") or argument.startswith("--print_config")
+
+
 def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the name and the value of each option, and "" and the value of each positional argument."""
     rest = iter(argv)
     for argument in rest:
-        if argument in FLAGS or argument.startswith("--print_config"):
+        if _only_prints(argument):
             continue
         name, given, value = argument.partition("=")
         if argument.startswith("-"):

@@ -94,7 +94,7 @@ def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Coll
     lists = [re.findall(r"'([^']+)'", words) for words in re.findall(r"Literal\[(.*?)\]", message)]
     lists += [words.split(", ") for words in re.findall(f"(?:one of|expected) {SEVERAL}", message)]
     for value in re.findall(r"(?:Given value|Got value|got):? '?([^'\n]+)'?", message):
-        yield from ((part, known) for part in re.split(r"[/?&=]", value) for known in lists)
+        yield from ((part, known) for part in re.split(r"[/?&=]", value) if not part.isdecimal() for known in lists)
 
 
 def _parameters(path: str, group: str) -> list[str]:
@@ -111,10 +111,11 @@ def _parameters(path: str, group: str) -> list[str]:
 
 
 def _modules(package: str) -> list[str]:
-    names = pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", None) if package else None)
-    return [f"{package}.{module.name}".lstrip(".") for module in names]
+    # Not all packages: a missing optional one must not be answered by its neighbor in the alphabet.
+    path = getattr(sys.modules.get(package), "__path__", ())
+    return [f"{package}.{found.name}" for found in pkgutil.iter_modules(path)] if package else ["decm_lightning"]
 
 
 def _public(module: object) -> Collection[str]:
-    ours = getattr(module, "__name__", "").partition(".")[0] in ("decm_lightning", "lightning")
+    ours = str(getattr(module, "__name__", "")).partition(".")[0] in ("decm_lightning", "lightning")
     return getattr(module, "__all__", ()) if ours else ()

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from decm_lightning.cli.sampling import image_generator, progress, reads_captions
-from decm_lightning.cli.targets import check_device, check_out, is_grid
+from decm_lightning.cli.sampling import image_generator, load_model, progress
+from decm_lightning.cli.targets import is_grid
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.image_writer import save_grid
-from decm_lightning.networks import Network, load
+from decm_lightning.networks import Network
 from decm_lightning.samplers import SamplerName
-from decm_lightning.seeds import check_seed
 
 BATCH = 256
 
@@ -50,32 +49,25 @@ def sample(
     for name, value in (("per_class", per_class), ("scale", scale)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1: got {value}")
-    check_seed(seed)
-    check_device(device)
-    target = check_out(out)
-    network = load(model, device, trust)
-    if reads_captions(network):
-        raise ValueError(f"{model} reads captions: use decm sample-prompts {model} --prompts FILE --encoder ENCODER")
+    network, target = load_model(model, False, out, seed, device, trust)
     generator = image_generator(network, sampler, steps, s1, seed, vae, latents)
-    labels = [label for label in _classes(classes, network) for _ in range(per_class)]
+    chosen = _classes(classes, network)
+    labels = [label for label in chosen for _ in range(per_class)]
     rows = [number % per_class * network.num_classes + label for number, label in enumerate(labels)]
-    batches = [range(first, min(first + BATCH, len(labels))) for first in range(0, len(labels), BATCH)]
+    batches = [slice(first, first + BATCH) for first in range(0, len(labels), BATCH)]
 
     def images(batch: int) -> Tensor:
-        part = slice(batches[batch].start, batches[batch].stop)
-        return generator.images(torch.tensor(labels[part], device=generator.device), rows[part])
+        return generator.images(torch.tensor(labels[batches[batch]], device=generator.device), rows[batches[batch]])
 
     if is_grid(target):
         with progress(range(len(batches))) as bar:
-            generated = [images(batch) for batch in bar]
-        save_grid(torch.cat(generated), per_class, scale, target)
+            save_grid(torch.cat([images(batch) for batch in bar]), per_class, scale, target)
         print(f"wrote {len(labels)} images to {target} ({generator})")
         return
     names = [sample_name(row, label) for row, label in zip(rows, labels, strict=True)]
-    settings = generator.settings(classes=_classes(classes, network), per_class=per_class)
-    folder = SampleFolder(target, settings, names)
+    folder = SampleFolder(target, generator.settings(classes=chosen, per_class=per_class), names)
     folder.check()
-    written = generator.fill(folder, [[names[number] for number in batch] for batch in batches], images)
+    written = generator.fill(folder, [names[batch] for batch in batches], images)
     print(f"wrote {written} images to {target} ({generator}); {len(names) - written} of {len(names)} existed")
 
 

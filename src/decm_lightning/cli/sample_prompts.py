@@ -10,15 +10,13 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from decm_lightning.cli.prompts import Prompt, read_prompts
-from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, progress, reads_captions
-from decm_lightning.cli.targets import check_device, check_out, is_grid
+from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model, progress
+from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid, short
-from decm_lightning.networks import load
 from decm_lightning.samplers import SamplerName
-from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
 
 METADATA = "metadata.jsonl"
@@ -67,19 +65,14 @@ def sample_prompts(
     several = steps if isinstance(steps, list) else [steps]
     if not several:
         raise ValueError("steps must be at least one number: got none")
-    check_seed(seed)
-    check_device(device)
-    target = check_out(out)
-    if len(several) > 1 and not is_grid(target):
+    if len(several) > 1 and not is_grid(Path(out)):
         raise ValueError(f"several numbers of steps are for a grid, in one .png file: got {steps} for {out}")
     read = read_prompts(Path(prompts))
-    network = load(model, device, trust)
-    if not reads_captions(network):
-        raise ValueError(f"{model} does not read captions: use decm sample {model}")
+    network, target = load_model(model, True, out, seed, device, trust)
     generator = image_generator(network, sampler, several[0], s1, seed, vae, latents)
     outputs = PromptOutputs(generator, read, _text_encoder(encoder, device), per_prompt)
     if is_grid(target):
-        columns = [replace(generator, steps=number or generator.steps) for number in several]
+        columns = [replace(generator, steps=generator.steps if number is None else number) for number in several]
         outputs.write_grid(target, columns)
         print(f"wrote images of {len(read)} prompts to {target} ({'; '.join(map(str, columns))})")
     else:

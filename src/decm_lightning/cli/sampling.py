@@ -3,18 +3,21 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from decm_lightning.cli.targets import check_device, check_out
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.networks import Network
+from decm_lightning.networks import Network, load
 from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.samplers import SamplerName, generate, sampler
+from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, Sample
 
 TEACHER_STEPS = 50
@@ -108,6 +111,23 @@ class ImageGenerator:
         """Return such as "mix, 1 step, s1 0.6"."""
         named = f"{self.sampler}, {in_steps(self.steps)}"
         return named if self.s1 is None else f"{named}, s1 {self.s1:g}"
+
+
+def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
+    """Return a network that reads captions, or one of classes, and the path to write to; check the rest before.
+
+    Raises:
+        OSError: if there is no such network.
+        ValueError: if a setting is out of range, `out` cannot be written, or the network reads something else.
+    """
+    check_seed(seed)
+    check_device(device)
+    target = check_out(out)
+    network = load(model, device, trust)
+    if reads_captions(network) != captions:
+        reads, command = ("classes", "sample") if captions else ("captions", "sample-prompts")
+        raise ValueError(f"{model} reads {reads}: use decm {command} {model}")
+    return network, target
 
 
 def image_generator(

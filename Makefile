@@ -49,7 +49,7 @@ TEXT_STUDENT := weights/emoji/student
 TEXT_DEMO := runs/demo-text
 
 demo-text: env ## draw emoji for captions at 1, 2, 4, 8 and 50 steps with the kept student (a minute)
-	$(BIN)/decm sample $(TEXT_STUDENT) --prompts configs/emoji/captions.txt --encoder minilm \
+	$(BIN)/decm sample-prompts $(TEXT_STUDENT) --prompts configs/emoji/captions.txt --encoder minilm \
 		--steps '[1, 2, 4, 8, 50]' --per_prompt 2 --out $(TEXT_DEMO)/captions.png
 	@echo
 	@echo "captions by numbers of steps:     $(TEXT_DEMO)/captions.png"

@@ -1,5 +1,5 @@
-"""The one error that is neither bad input nor a bug."""
+"""The error that is neither bad input nor a bug."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, gradient or image that is NaN or infinite: training has stopped before the weights took it in."""
+    """Raised when a loss, gradient or image is NaN or infinite, before the weights are updated."""

@@ -8,14 +8,14 @@ import lightning as L
 
 
 def end_at_sigterm(trainer: L.Trainer) -> Callable[[int, Any], NoReturn]:
-    """Let SIGTERM end the process, and those it has started; in a `setup` hook, before Lightning handles signals.
+    """Let SIGTERM end the process and those it has started; for a `setup` hook, before Lightning handles signals.
 
-    Lightning itself only takes note of it: it ends a fit after the next batch, with exit code 0, and nothing else.
+    On its own Lightning ends a fit after the next batch, with exit code 0, and no other method.
 
     Returns:
         the handler, which raises SystemExit with 128 + the signal's number.
     """
-    # Processes that are spawned get it with the trainer.
+    # Spawned processes receive it with the trainer.
     end = partial(_end, trainer)
     trainer._signal_connector._sigterm_notifier_fn = end  # type: ignore[assignment,method-assign]
     return end

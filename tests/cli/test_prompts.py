@@ -1,4 +1,4 @@
-"""decm sample --prompts: images in GenEval's layout, resumed where they stopped, and what is wrong with a file."""
+"""decm sample-prompts: images in GenEval's layout, resumed where they stopped, and what is wrong with a file."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ LINES = [
     '{"tag": "counting",  "prompt": "zwei K\u00fche \u2028 \u725b"}',
 ]
 NAMES = ("00000", "00001", "00002")
-DRAW = ("sample", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
+DRAW = ("sample-prompts", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
 
 
 def text_dit(seed: int) -> TextDiT:
@@ -116,7 +116,7 @@ def test_images_are_the_students_for_the_encoded_prompt(decm):
 
 def test_a_grid_shows_the_same_images_at_each_number_of_steps(decm, monkeypatch):
     seen = []
-    monkeypatch.setattr("decm_lightning.cli.prompts.save_named_grid", lambda *given: seen.append(given))
+    monkeypatch.setattr("decm_lightning.cli.sample_prompts.save_named_grid", lambda *given: seen.append(given))
     assert decm(*DRAW, "--out", "grid.png", "--steps", "[1, 3]")[0] == 0
     ((images, rows, columns, file),) = seen
     assert (rows[:2], columns, file) == (
@@ -143,7 +143,7 @@ def test_what_is_there_is_not_drawn_again(decm, tmp_path):
     (tmp_path / "parts/00002/samples/0000.png").unlink()
     code, out, _ = decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
     assert code == 0
-    assert "wrote images of 2 prompts to parts (consistency, 2 steps); 1 of 3 were there" in out
+    assert "wrote images of 2 prompts to parts (consistency, 2 steps); 1 of 3 existed" in out
     assert kept.read_bytes() == red
     kept.unlink()
     assert "images of 1 prompts" in decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")[1]
@@ -158,9 +158,9 @@ def test_a_prompt_is_there_only_if_all_of_it_is_whole(decm, tmp_path, name, dama
     expected = scored(tmp_path / "drawn")
     file = tmp_path / "drawn/00000" / name
     file.write_bytes(damage if name.endswith("jsonl") else file.read_bytes()[: 100 - len(damage)])
-    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3 were there" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
     assert scored(tmp_path / "drawn") == expected
-    assert "images of 0 prompts to drawn (mix, 1 step); 3 of 3 were there" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 0 prompts to drawn (mix, 1 step); 3 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
 
 
 def test_an_image_of_another_size_or_a_foreign_one_is_not_taken(decm, tmp_path):
@@ -183,7 +183,8 @@ def test_prompts_that_are_cut_are_counted(decm, caplog, monkeypatch):
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63)])
 def test_a_seed_out_of_range_is_refused_before_anything(decm, seed):
-    code, _, err = decm("sample", "nowhere", *DRAW[2:], "--out", "drawn", "--seed", seed)
+    Path("empty").mkdir()
+    code, _, err = decm("sample-prompts", "empty", *DRAW[2:], "--out", "drawn", "--seed", seed)
     assert code == 2
     assert err.endswith(f"decm: error: seed must be from 0 to 2**63 - 1: got {seed}\n")
 
@@ -230,7 +231,7 @@ def test_plain_text_has_one_prompt_a_line(tmp_path):
         ("p.jsonl", '{"text": "a"}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
         ("p.jsonl", '["a"]\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
         ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
-        ("p.txt", b"caf\xe9\n", "p.txt is no text in UTF-8"),
+        ("p.txt", b"caf\xe9\n", "p.txt is not text in UTF-8"),
         ("missing.txt", None, "no file of prompts at missing.txt"),
     ],
 )
@@ -247,21 +248,20 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["student"], "student reads captions: give --prompts FILE and --encoder, what it was trained with"),
-        ([*DRAW[1:], "--classes", "[3]"], "student reads captions, not classes: leave out --classes [3]"),
-        (["student", "--prompts", "prompts.jsonl"], "give --prompts FILE and --encoder"),
-        (["classes", "--prompts", "prompts.jsonl"], "classes reads classes, not captions: give --classes"),
+        (["sample", "student"], "student reads captions: use decm sample-prompts student"),
+        ([*DRAW[:4]], "arguments are required: encoder"),
+        (["sample-prompts", "classes", *DRAW[2:]], "classes reads classes: use decm sample classes"),
         (
-            [*DRAW[1:], "--out", "prompts.jsonl"],
+            [*DRAW, "--out", "prompts.jsonl"],
             "out must be a folder or a .png file that can be written: got prompts.jsonl",
         ),
-        (["diverged", *DRAW[2:], "--out", "a.png"], "images are not finite: the weights that drew them have diverged"),
-        ([*DRAW[1:], "--out", "a", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file"),
-        (["classes", "--steps", "[1, 2]"], "several numbers of steps are for prompts in one .png file: give one"),
-        ([*DRAW[1:], "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
-        ([*DRAW[1:], "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
-        ([*DRAW[1:], "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
-        ([*DRAW[1:], "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),
+        (["sample-prompts", "diverged", *DRAW[2:], "--out", "a.png"], "images are not finite"),
+        ([*DRAW, "--out", "a", "--steps", "[1, 2]"], "several numbers of steps are for a grid, in one .png file"),
+        (["sample", "classes", "--steps", "[1, 2]"], "steps: Expected a <class 'int'>"),
+        ([*DRAW, "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
+        ([*DRAW, "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
+        ([*DRAW, "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
+        ([*DRAW, "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),
     ],
 )
 def test_bad_input_is_one_line(decm, argv, message):
@@ -269,7 +269,7 @@ def test_bad_input_is_one_line(decm, argv, message):
     network = text_dit(0)
     torch.nn.init.constant_(network.final_layer.linear.bias, float("nan"))
     save(network, "diverged")
-    code, _, err = decm("sample", *argv)
+    code, _, err = decm(*argv)
     assert code == 2
     assert message in err
     assert not Path("a").exists()
@@ -279,10 +279,10 @@ def test_latents_of_captions_are_decoded_by_the_vaes_own_scaling(decm):
     torch.manual_seed(0)
     save(TextDiT(4, 2, 8, patch_size=2, width=16, depth=1, heads=2), "latent")
     vae = str(save_kl(Path("vae")))
-    argv = ["sample", "latent", *DRAW[2:], "--out", "drawn"]
+    argv = ["sample-prompts", "latent", *DRAW[2:], "--out", "drawn"]
     code, _, err = decm(*argv)
     assert code == 2
-    assert "the model makes 2 channels, latents: give --vae, what encoded them" in err
+    assert "the model makes 2 channels, latents: give --vae, the VAE that encoded them" in err
     seen = []
     plain = LatentCoder.decode
     with pytest.MonkeyPatch.context() as patch:

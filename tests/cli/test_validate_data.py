@@ -92,7 +92,7 @@ def test_a_sound_folder_is_described(decm):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "no folder nowhere: expected one of safetensors shards"),
+        (["nowhere"], "no folder at nowhere"),
         (["."], "no *.safetensors file in .: expected shards"),
         (["latents", "--num_classes", "9"], "shard000.safetensors: row 9 of labels is 9: expected from 0 to 8"),
         (["latents", "--num_classes", "12"], "cache.json says that num_classes is 10: got 12"),

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from decm_lightning import Distiller, load, losses
 from decm_lightning.cli.consolidate import consolidate
+from decm_lightning.cli.export import export
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
@@ -150,22 +151,22 @@ def test_a_run_goes_on_from_shards(processes, two, pair, single):
 def test_a_consolidated_checkpoint_goes_on_without_shards(two, tmp_path):
     """On one process by Lightning's ordinary strategy."""
     _, checkpoint = two
-    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"), "ckpt")
+    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
     assert_same([fit(1, False, "", str(tmp_path / "whole.ckpt"))], BREAK)
 
 
 def test_a_consolidated_checkpoint_goes_on_in_shards(two, pair, tmp_path):
     """Two processes divide it among themselves again."""
     _, checkpoint = two
-    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"), "ckpt")
+    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
     assert_same(pair.run(fit, SIZE, True, "", str(tmp_path / "whole.ckpt")), BREAK)
 
 
 def test_averaged_weights_are_read_from_shards_file_and_folder(two, tmp_path):
     """`load` gives the average of the tenth step from each, in float32."""
     _, checkpoint = two
-    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"), "ckpt")
-    consolidate(str(checkpoint), str(tmp_path / "folder"))
+    consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
+    export(str(checkpoint), str(tmp_path / "folder"))
     kept = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
     expected = {name.removeprefix("average."): v.float() for name, v in kept.items() if name.startswith("average.")}
     networks = [load(path) for path in (checkpoint, tmp_path / "whole.ckpt", tmp_path / "folder")]

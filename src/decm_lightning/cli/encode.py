@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -42,7 +41,7 @@ def encode(
     The same command resumes an interrupted run, with any number of devices. It encodes replaced images again. An image
     that was added or removed changes its own shard only. The result is bit-identical on the same kind of
     device with the same batch_size and number of threads, else equal up to rounding.
-    For text-image pairs see decm encode --pairs SOURCE --help.
+    For text-image pairs use decm encode-pairs.
 
     Args:
         images: a folder of class folders, a folder of webdataset tars, one tar, or a pattern such as "train-*.tar".
@@ -50,7 +49,7 @@ def encode(
         out: the folder to write.
         size: images are cropped to size x size pixels.
         batch_size: images encoded at once on each device, each plain and mirrored, at least 1.
-        shard_size: images in a file, at least 1; a killed run loses at most that many on each device.
+        shard_size: images in a file, at least 1; a killed run loses at most one file on each device.
         num_classes: labels must be below it; by default the number of class folders, or the largest label plus 1.
         on_error: raise if an image or label is broken, or skip to leave it out and count it.
         posterior: sample (mean + std noise, as LightningDiT) or mode (the mean) of what the VAE encodes.
@@ -81,11 +80,6 @@ def encode(
             print(_result(data.plan, provenance.num_images, skipped, out))
     finally:
         manifest.unlock()
-
-
-def run(argv: Sequence[str]) -> None:
-    """Parse and encode."""
-    auto_cli(encode, args=list(argv), prog="decm encode", exit_on_error=False, as_positional=False)
 
 
 def _wait_for_all(trainer: L.Trainer) -> None:

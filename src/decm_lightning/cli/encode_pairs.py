@@ -1,11 +1,8 @@
-"""decm encode --pairs: prepare the data of a training on text-image pairs."""
+"""decm encode-pairs: prepare the data of a training on text-image pairs."""
 
-from collections.abc import Sequence
 from typing import Literal
 
-from jsonargparse import auto_cli
-
-from decm_lightning.cli.device import checked
+from decm_lightning.cli.targets import check_device
 from decm_lightning.data import TextImagePairs
 from decm_lightning.text import CaptionEncoder
 
@@ -24,8 +21,8 @@ def encode_pairs(
 ) -> None:
     """Read and check text-image pairs, encode their captions and, with a VAE, their images, and store the result.
 
-    A run whose data are TextImagePairs of the same source, size, encoder and VAE, and whose cache is `out`, then starts
-    at once. The same command resumes a run that was interrupted while it encoded images.
+    Training on TextImagePairs of the same source, size, encoder and VAE, with `out` as their cache, then starts at
+    once. The same command resumes an interrupted run.
 
     Args:
         pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a
@@ -33,9 +30,9 @@ def encode_pairs(
         size: images are cropped to size x size pixels.
         encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with --encoder.path
             and the like for its settings; MiniLM by default.
-        out: the folder to keep pixels, latents and tokens in.
-        captions: cached, or on_the_fly to leave them to training.
-        vae: for latents, a folder, a name on the Hugging Face hub, or a file, as for --images; none for pixels.
+        out: the folder for pixels, latents and tokens.
+        captions: cached, or on_the_fly to encode them during training.
+        vae: for latents, a folder, a name on the Hugging Face hub, or a file, as in decm encode; none for pixels.
         caption_column: the caption's name in JSON files and tables, which comes before a .txt file; caption, text or
             prompt by default.
         max_characters: longer captions are errors, at least 1.
@@ -43,21 +40,9 @@ def encode_pairs(
         device: where to encode, such as cpu or cuda:1; by default the first accelerator if there is one.
     """
     data = TextImagePairs(
-        pairs,
-        size,
-        encoder,
-        out,
-        captions,
-        vae,
-        caption_column=caption_column,
-        max_characters=max_characters,
-        on_error=on_error,
-    )
-    count = data.prepare(device and checked(device))
-    kept = [f"latents of {vae}" if vae else "pixels", *(["captions"] if captions == "cached" else [])]
-    print(f"{count} pairs: {' and '.join(kept)} are in {out}")
-
-
-def run(argv: Sequence[str]) -> None:
-    """Parse and encode."""
-    auto_cli(encode_pairs, args=list(argv), prog="decm encode", exit_on_error=False, as_positional=False)
+        pairs, size, encoder, out, captions, vae,
+        caption_column=caption_column, max_characters=max_characters, on_error=on_error,
+    )  # fmt: skip
+    count = data.prepare(device and check_device(device))
+    stored = [f"latents of {vae}" if vae else "pixels", *(["captions"] if captions == "cached" else [])]
+    print(f"{count} pairs: {' and '.join(stored)} are in {out}")

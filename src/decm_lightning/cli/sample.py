@@ -1,32 +1,26 @@
-"""decm sample: images from a checkpoint or folder, as one grid or one file each."""
+"""decm sample: images of classes from a checkpoint or folder, as one grid or one file each."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import torch
+from torch import Tensor
 
-from jsonargparse import auto_cli
-
-from decm_lightning.cli.classes import ClassSamples
-from decm_lightning.cli.device import checked
-from decm_lightning.cli.out import checked_out
-from decm_lightning.cli.prompts import PromptSamples, read_prompts, text_encoder
-from decm_lightning.cli.sampling import Decoder, SamplerChoice
-from decm_lightning.networks import Network, load
+from decm_lightning.cli.sampling import image_generator, load_model, progress
+from decm_lightning.cli.targets import is_grid
+from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
+from decm_lightning.image_writer import save_grid
+from decm_lightning.networks import Network
 from decm_lightning.samplers import SamplerName
-from decm_lightning.seeds import check_seed
-from decm_lightning.types import Captions
+
+BATCH = 256
 
 
-def draw(
+def sample(
     model: str,
     out: str = "samples.png",
     sampler: SamplerName | None = None,
-    steps: int | list[int] | None = None,
+    steps: int | None = None,
     s1: float | None = None,
     classes: list[int] | None = None,
     per_class: int = 8,
-    prompts: str | None = None,
-    encoder: str | None = None,
-    per_prompt: int = 4,
     seed: int = 0,
     scale: int = 4,
     device: str = "cpu",
@@ -34,93 +28,60 @@ def draw(
     latents: str | None = None,
     trust: bool = False,
 ) -> None:
-    """Generate images and write them.
+    """Generate images of classes and write them.
 
     Args:
         model: a .ckpt file, or a folder with config.json and model.safetensors.
-        out: a .png file for one grid, a row for each class or prompt; or a folder for one PNG each. A folder holds the
-            images of one set of settings: started again, the same command writes those that are missing, and another
-            is refused. That of prompts is laid out as GenEval's scorer reads it.
+        out: a .png file for one grid with a row for each class; or a folder for one PNG each. A folder holds the images
+            of one set of settings: the same command resumes it, and other settings are refused.
         sampler: euler, consistency or mix; by default mix, and euler for a teacher.
-        steps: network evaluations per image, at least 1; several numbers, such as [1, 4], for a grid of prompts, which
-            then shows them side by side. By default 1, and 50 for euler.
-        s1: the end time of mix's first step, in (0, 1); its own choice by default.
+        steps: network evaluations per image, at least 1; by default 1, and 50 for euler.
+        s1: the end time of mix's first step, in (0, 1); by default mix chooses it.
         classes: labels to sample, at least one; all of them by default.
         per_class: images of each class, at least 1.
-        prompts: for a model of captions, a file with one prompt a line; or, named .jsonl, one {"prompt": "..."} a line.
-        encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
-            or the folder of a pipeline of diffusers.
-        per_prompt: images of each prompt, at least 1.
-        seed: from 0 to 2**63 - 1; each image depends on it and on the image's number alone.
+        seed: from 0 to 2**63 - 1. The k-th image of class c is number k * num_classes + c of the seed, as in decm test.
         scale: how many times larger a grid shows its images, at least 1.
         device: where to compute, such as cpu or cuda.
-        vae: what decodes latents, and encoded them: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
-        latents: the folder of latents that the model was trained on; of it latents_stats.pt and cache.json are read. A
-            model of captions needs none: its latents are scaled by the VAE's config.
+        vae: the VAE that encoded the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        latents: the folder of latents that the model was trained on, for its latents_stats.pt and cache.json.
         trust: import the module of a network class from outside this package, which runs its code.
     """
-    for name, value in (("per_class", per_class), ("scale", scale), ("per_prompt", per_prompt)):
+    for name, value in (("per_class", per_class), ("scale", scale)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1: got {value}")
-    check_seed(seed)
-    checked(device)
-    target = checked_out(out)
-    network = load(model, device, trust)
-    choice = SamplerChoice.of(network, sampler, steps, s1)
-    if isinstance(network.example(1)[3], Captions):
-        if prompts is None or encoder is None:
-            raise ValueError(f"{model} reads captions: give --prompts FILE and --encoder, what it was trained with")
-        if classes is not None:
-            raise ValueError(f"{model} reads captions, not classes: leave out --classes {classes}")
-        found, decoder = read_prompts(Path(prompts)), Decoder.of(network, vae, latents)
-        _of_prompts(
-            PromptSamples(network, decoder, choice, found, text_encoder(encoder, device), per_prompt, seed, device),
-            target,
-        )
+    network, target = load_model(model, False, out, seed, device, trust)
+    generator = image_generator(network, sampler, steps, s1, seed, vae, latents)
+    chosen = _classes(classes, network)
+    labels = [label for label in chosen for _ in range(per_class)]
+    rows = [number % per_class * network.num_classes + label for number, label in enumerate(labels)]
+    batches = [slice(first, first + BATCH) for first in range(0, len(labels), BATCH)]
+
+    def images(batch: int) -> Tensor:
+        return generator.images(torch.tensor(labels[batches[batch]], device=generator.device), rows[batches[batch]])
+
+    if is_grid(target):
+        with progress(range(len(batches))) as bar:
+            save_grid(torch.cat([images(batch) for batch in bar]), per_class, scale, target)
+        print(f"wrote {len(labels)} images to {target} ({generator})")
         return
-    if prompts is not None or encoder is not None:
-        raise ValueError(f"{model} reads classes, not captions: give --classes, and neither --prompts nor --encoder")
-    decoder = Decoder.of(network, vae, latents)
-    labels = _classes(classes, network)
-    _of_classes(ClassSamples(network, decoder, choice, labels, per_class, seed, device), scale, target)
+    names = [sample_name(row, label) for row, label in zip(rows, labels, strict=True)]
+    folder = SampleFolder(target, generator.settings(classes=chosen, per_class=per_class), names)
+    folder.check()
+    written = generator.fill(folder, [names[batch] for batch in batches], images)
+    print(f"wrote {written} images to {target} ({generator}); {len(names) - written} of {len(names)} existed")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse and generate."""
-    auto_cli(draw, args=list(argv), prog="decm sample", exit_on_error=False)
+def _classes(requested: list[int] | None, network: Network) -> list[int]:
+    """Return the classes to sample.
 
-
-def _of_classes(samples: ClassSamples, scale: int, target: Path) -> None:
-    total = len(samples.labels)
-    if _is_grid(target):
-        samples.write_grid(scale, target)
-        print(f"wrote {total} images to {target} ({samples.choice})")
-    else:
-        written = samples.write_folder(target)
-        print(f"wrote {written} images to {target} ({samples.choice}); {total - written} of {total} were there")
-
-
-def _of_prompts(samples: PromptSamples, target: Path) -> None:
-    total = len(samples.prompts)
-    if _is_grid(target):
-        samples.write_grid(target)
-        print(f"wrote images of {total} prompts to {target} ({samples.choice})")
-    else:
-        written = samples.write_folder(target)
-        print(
-            f"wrote images of {written} prompts to {target} ({samples.choice}); {total - written} of {total} were there"
-        )
-
-
-def _is_grid(target: Path) -> bool:
-    return target.suffix.lower() == ".png"
-
-
-def _classes(classes: list[int] | None, network: Network) -> list[int]:
+    Raises:
+        ValueError: if the network has no classes, or not one of those that are requested.
+    """
     known = list(range(network.num_classes))
     if not known:
         raise ValueError("the model has no classes, and does not read captions: decm sample cannot use it")
-    requested = known if classes is None else classes
+    if requested is None:
+        return known
     if not requested:
         raise ValueError("classes must be at least one label: got none")
     for label in requested:

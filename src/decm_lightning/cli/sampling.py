@@ -1,26 +1,180 @@
-"""How `decm sample` makes images: the sampler that fits the network, and the decoder of its latents."""
+"""What `decm sample` and `decm sample-prompts` share: a network with its sampler and decoder, folders that resume."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from decm_lightning.cli.targets import check_device, check_out
+from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
-from decm_lightning.networks import Network
+from decm_lightning.networks import Network, load
 from decm_lightning.networks.lora import LoRANetwork
-from decm_lightning.samplers import SamplerName
-from decm_lightning.samplers import generate as generate_samples
-from decm_lightning.samplers import sampler as make_sampler
+from decm_lightning.samplers import SamplerName, generate, sampler
+from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, Sample
 
 TEACHER_STEPS = 50
 DIGITS = 16
 """The length of a hash in settings.json."""
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageGenerator:
+    """Generates images. Image i of a seed is the same in every batch and on every device, up to rounding.
+
+    Args:
+        network: the network, where it computes.
+        decoder: turns its samples into images.
+        sampler: the sampler.
+        steps: network evaluations per image.
+        s1: the end time of mix's first step, in (0, 1); None for its default.
+        seed: of all noise.
+    """
+
+    network: Network
+    decoder: "Decoder"
+    sampler: SamplerName
+    steps: int
+    s1: float | None
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.network.parameters()).device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the images."""
+        height, width = self.network.sample_shape[1:]
+        return width * self.decoder.factor, height * self.decoder.factor
+
+    @torch.no_grad()
+    def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:
+        """Return images number `rows`, uint8 (b, c, h, w) on the CPU; `condition` has a row for each."""
+        method = sampler(self.sampler, **({} if self.s1 is None else {"s1": self.s1}))
+        samples = generate(
+            self.network, method, condition, self.steps,
+            shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
+        )  # fmt: skip
+        return to_uint8(self.decoder.decode(samples)).cpu()
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Return all that the images depend on, as JSON."""
+        # Including the weights that a network shares with a pretrained model.
+        tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        own = {"weights": tensors_sha256(tensors)[:DIGITS], "sampler": self.sampler, "steps": self.steps, "s1": self.s1}
+        return {**own, **more, "seed": self.seed, "vae": self.decoder.identity}
+
+    def fill(
+        self,
+        folder: SampleFolder,
+        groups: Sequence[Sequence[str]],
+        images: Callable[[int], Tensor],
+        finish: Callable[[int], None] = lambda group: None,
+        unfinished: Collection[int] = (),
+    ) -> int:
+        """Write the images that are missing in a folder.
+
+        Args:
+            folder: the folder, already checked.
+            groups: the names of images that are always generated together, to be the same to the last bit.
+            images: returns the images of a group.
+            finish: called when a group has been written.
+            unfinished: groups to generate even if all of their images exist.
+
+        Returns:
+            the number of images that were missing.
+        """
+        missing = {name for names in groups for name in folder.missing(names, self.size)}
+        todo = [group for group, names in enumerate(groups) if group in unfinished or missing.intersection(names)]
+        with progress(todo) as bar:
+            for group in bar:
+                generated = images(group)
+                if group == todo[0]:
+                    folder.begin()
+                for name, image in zip(groups[group], generated, strict=True):
+                    if name in missing:
+                        folder.write(name, image)
+                finish(group)
+        return len(missing)
+
+    def __str__(self) -> str:
+        """Return such as "mix, 1 step, s1 0.6"."""
+        named = f"{self.sampler}, {in_steps(self.steps)}"
+        return named if self.s1 is None else f"{named}, s1 {self.s1:g}"
+
+
+def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
+    """Return a network that reads captions, or one of classes, and the path to write to; check the rest before.
+
+    Raises:
+        OSError: if there is no such network.
+        ValueError: if a setting is out of range, `out` cannot be written, or the network reads something else.
+    """
+    check_seed(seed)
+    check_device(device)
+    target = check_out(out)
+    network = load(model, device, trust)
+    if reads_captions(network) != captions:
+        reads, command = ("classes", "sample") if captions else ("captions", "sample-prompts")
+        raise ValueError(f"{model} reads {reads}: use decm {command} {model}")
+    return network, target
+
+
+def image_generator(
+    network: Network,
+    name: SamplerName | None,
+    steps: int | None,
+    s1: float | None,
+    seed: int,
+    vae: str | None,
+    latents: str | None,
+) -> ImageGenerator:
+    """Return the generator of a network's images, with the requested sampler or the one that fits the network.
+
+    That is mix with 1 step for a student; and Euler with 50 steps for a network that does not read the end time, such
+    as a teacher, whose large steps lead to the mean of each class.
+
+    Raises:
+        OSError: if there is no such VAE, or no statistics of latents.
+        ValueError: if s1 is given for another sampler than mix, or the samples are not images or latents of this VAE.
+    """
+    student = _reads_end_time(network)
+    name = name or ("mix" if student else "euler")
+    if s1 is not None and name != "mix":
+        raise ValueError(f"s1 is for the sampler mix: got it with {name}")
+    if not student and name != "euler":
+        log.warning(
+            "the model does not read the end time of a step, as teachers do: %s blurs its samples; use "
+            "--sampler euler --steps %d", name, TEACHER_STEPS,
+        )  # fmt: skip
+    if steps is None:
+        steps = TEACHER_STEPS if name == "euler" else 1
+    return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, s1, seed)
+
+
+def progress(groups: Sequence[int]) -> tqdm:
+    """Return a progress bar on a terminal; as a context, because an error must not follow it on the same line."""
+    return tqdm(groups, "sampling", leave=False, disable=None)
+
+
+def in_steps(steps: int) -> str:
+    """Return such as "2 steps"."""
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def reads_captions(network: Network) -> bool:
+    """Return whether a network's condition is captions, rather than classes."""
+    return isinstance(network.example(1)[3], Captions)
 
 
 @dataclass(frozen=True)
@@ -47,148 +201,43 @@ class Decoder:
         """
         if len(network.sample_shape) != 3:
             raise ValueError(f"the model makes samples of shape {network.sample_shape}, not images (c, h, w)")
-        channels, reads_captions = network.sample_shape[0], isinstance(network.example(1)[3], Captions)
-        if vae and not latents and reads_captions:
-            decoder = _by_config(vae)
-        elif vae and latents:
-            decoder = _by_statistics(vae, latents)
-        elif vae or latents:
+        channels, by_config = network.sample_shape[0], reads_captions(network)
+        if vae and (latents or by_config):
+            decoder, found = _by_statistics(vae, latents) if latents else _by_config(vae)
+            if found != channels:
+                raise ValueError(f"the model makes {channels} channels: latents of {vae} have {found}")
+            return decoder
+        if vae or latents:
             raise ValueError("give --vae and --latents together: the VAE, and the latents with their statistics")
-        elif channels not in (1, 3):
-            needed = "--vae, what encoded them," if reads_captions else "--vae and --latents"
-            raise ValueError(f"the model makes {channels} channels, latents: give {needed} to see images")
-        else:
-            return cls(lambda samples: samples)
-        own, decoded = decoder
-        if own.latent_channels != channels:
-            raise ValueError(f"the model makes {channels} channels: latents of {vae} have {own.latent_channels}")
-        return decoded
-
-    def size(self, network: Network) -> tuple[int, int]:
-        """Return (width, height) of the images."""
-        height, width = network.sample_shape[1:]
-        return width * self.factor, height * self.factor
+        if channels not in (1, 3):
+            needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
+            raise ValueError(f"the model makes {channels} channels, latents: give {needed} to decode images")
+        return cls(lambda samples: samples)
 
 
-@dataclass(frozen=True)
-class SamplerChoice:
-    """A sampler and its number of steps.
-
-    Args:
-        name: the sampler.
-        steps: network evaluations per image; several for a grid of prompts.
-        s1: the end time of mix's first step, in (0, 1); None for its own choice.
-    """
-
-    name: SamplerName
-    steps: int | list[int]
-    s1: float | None
-
-    @classmethod
-    def of(
-        cls, network: Network, name: SamplerName | None, steps: int | list[int] | None, s1: float | None
-    ) -> "SamplerChoice":
-        """Return the sampler that was requested, or the one that fits the network.
-
-        That is mix with 1 step for a student; and Euler with 50 steps for a network that does not read the end time,
-        such as a teacher, whose large steps lead to the mean of each class.
-
-        Raises:
-            ValueError: if s1 is given for a sampler without it.
-        """
-        student = reads_end_time(network)
-        name = name or ("mix" if student else "euler")
-        if s1 is not None and name != "mix":
-            raise ValueError(f"s1 is for the sampler mix: got it with {name}")
-        if not student and name != "euler":
-            log.warning(
-                "the model does not read the end time of a step, as teachers do: %s blurs its samples; use "
-                "--sampler euler --steps %d",
-                name,
-                TEACHER_STEPS,
-            )
-        if steps is None:
-            steps = TEACHER_STEPS if name == "euler" else 1
-        return cls(name, steps, s1)
-
-    @property
-    def one(self) -> int:
-        """The number of steps.
-
-        Raises:
-            ValueError: if there are several.
-        """
-        if not isinstance(self.steps, int):
-            raise ValueError(f"several numbers of steps are for prompts in one .png file: give one, not {self.steps}")
-        return self.steps
-
-    def settings(self) -> dict[str, Any]:
-        """Return what images depend on, as JSON."""
-        return {"sampler": self.name, "steps": self.one, "s1": self.s1}
-
-    def __str__(self) -> str:
-        """Return such as "mix, 1 step, s1 0.6"."""
-        steps = self.steps if isinstance(self.steps, list) else [self.steps]
-        named = f"{self.name}, {', '.join(map(str, steps))} step{'s' * (steps != [1])}"
-        return named if self.s1 is None else f"{named}, s1 {self.s1:g}"
-
-
-@torch.no_grad()
-def generate(
-    network: Network,
-    decoder: Decoder,
-    choice: SamplerChoice,
-    condition: Condition,
-    steps: int,
-    seed: int,
-    rows: Sequence[int],
-) -> Tensor:
-    """Return samples as uint8 images (b, c, h, w) on the CPU.
-
-    Args:
-        network: the network, where `condition` is.
-        decoder: turns its samples into images.
-        choice: the sampler.
-        condition: one row for each sample.
-        steps: network evaluations per image.
-        seed: of all noise.
-        rows: the numbers of the samples.
-    """
-    options = {} if choice.s1 is None else {"s1": choice.s1}
-    device = next(network.parameters()).device
-    sampler = make_sampler(choice.name, **options)
-    samples = generate_samples(
-        network, sampler, condition, steps, shape=network.sample_shape, rows=rows, seed=seed, device=device
-    )
-    return to_uint8(decoder.decode(samples)).cpu()
-
-
-def reads_end_time(network: Network) -> bool:
+def _reads_end_time(network: Network) -> bool:
     """Return whether a network is a flow map u(x_t, t, s), rather than a velocity for every s."""
     if isinstance(network, LoRANetwork):
         return bool(network.added)
     return bool(network.config.get("end_time", True))
 
 
-def weights_sha256(network: Network) -> str:
-    """Return the hash of all weights, including those that the network shares with a pretrained model."""
-    return tensors_sha256(dict(network.named_parameters()) | dict(network.named_buffers()))[:DIGITS]
-
-
-def _by_config(vae: str) -> tuple[Any, Decoder]:
-    # Imported here: the data modules import Lightning, which takes seconds.
+# The data modules are imported here, because they import Lightning, which takes seconds.
+def _by_config(vae: str) -> tuple[Decoder, int]:
     from decm_lightning.autoencoders import load_autoencoder
     from decm_lightning.data.latents.latent_coder import LatentCoder
 
     coder = LatentCoder(load_autoencoder(vae))
     own = coder.autoencoder
-    return own, Decoder(coder.decode, own.downsampling, f"{own.identity} shift {coder.shift:g} scale {coder.scale:g}")
+    identity = f"{own.identity} shift {coder.shift:g} scale {coder.scale:g}"
+    return Decoder(coder.decode, own.downsampling, identity), own.latent_channels
 
 
-def _by_statistics(vae: str, latents: str) -> tuple[Any, Decoder]:
+def _by_statistics(vae: str, latents: str) -> tuple[Decoder, int]:
     from decm_lightning.data.latents.decoding import LatentDecoder
 
     decoder = LatentDecoder.read(vae, latents)
     own, scaling = decoder.autoencoder, decoder.scaling
     moments = tensors_sha256({"mean": scaling.mean, "std": scaling.std})[:DIGITS]
-    return own, Decoder(decoder, own.downsampling, f"{own.identity} moments {moments} times {scaling.multiplier:g}")
+    identity = f"{own.identity} moments {moments} times {scaling.multiplier:g}"
+    return Decoder(decoder, own.downsampling, identity), own.latent_channels

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import yaml
@@ -20,7 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from decm_lightning import distiller, teacher_training  # noqa: F401 - known by name to the parser
+from decm_lightning import distiller, teacher_training  # noqa: F401 - the parser finds their classes by name
+from decm_lightning.cli.parsing import Parser
 from decm_lightning.evaluation import SampleWriter
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
@@ -43,9 +43,8 @@ WITHOUT_EFFECT = (
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
 )
-"""Settings that leave the weights of a run as they are."""
-COMMANDS = ("fit", "validate", "test", "predict")
-# Warnings of libraries about each other, in which a user's own would be lost.
+"""Settings that do not change the weights of a run."""
+# Warnings of libraries about each other, which would hide a user's own.
 NOISE = (
     "LightningCLI's args parameter",
     "'set_vital' is deprecated",
@@ -53,11 +52,20 @@ NOISE = (
     "The number of training batches .* is smaller than the logging interval",
     "The '.*_dataloader' does not have many workers",
     ".*does not have many workers which may be a bottleneck",
-    # Batches of rows that the loader's own sampler knows.
+    # The loader's own sampler has batches of rows.
     "Couldn't infer the batch indices",
-    # Latents without their VAE, on purpose: they only train.
+    # Latents without their VAE are allowed: they only train.
     "Total length of `list` across ranks is zero",
 )
+
+
+class TrainerParser(Parser, LightningArgumentParser):
+    """Lightning's parser, with this package's errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise an ArgumentError."""
+        where = ": give them in --config FILE" if "arguments are required" in message else ""
+        super().error(message + where, ex)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -68,7 +76,7 @@ class ConfigSaver(SaveConfigCallback):
         checkpoint["config"] = self._dumped()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Name the settings of data and trainer that differ from the checkpoint's; the module names its own."""
+        """Log the settings of data and trainer that differ from the checkpoint's; the module logs its own."""
         if trainer.state.fn != "fit" or "config" not in checkpoint:
             return
         saved, own = (
@@ -84,45 +92,68 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class TrainerCLI(LightningCLI):
-    """Lightning's CLI, in which the config alone says what is built."""
+    """Lightning's CLI for one method of the trainer. The config alone says what is built.
+
+    Lightning's subcommands would build a parser for each of the four methods.
+
+    Args:
+        argv: the config and its overrides.
+        command: "fit", "validate", "test" or "predict"; None to build everything and run nothing.
+
+    Raises:
+        ValueError: if the config asks for what cannot be, such as a checkpoint of another network.
+    """
+
+    def __init__(self, argv: Sequence[str], command: str | None = None) -> None:
+        self.command = command
+        self.options: list[str] = []
+        # Its own usage line, because the parser's would list hundreds of options; the front shortens errors.
+        usage = {"prog": f"decm {command}", "usage": f"decm {command} --config FILE [options]"} if command else {}
+        super().__init__(
+            FlowTraining,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=ConfigSaver,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=TrainerParser,
+            parser_kwargs=usage,
+            args=list(argv),
+            run=False,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Keep the weights of networks that will be sharded in the first process of each machine alone."""
+        """Add the command's own options; keep the weights of sharded networks in each machine's first process alone."""
+        if self.command is not None:
+            skip = set(self.subcommands()[self.command])
+            self.options = parser.add_method_arguments(L.Trainer, self.command, skip=skip)
         parser.add_instantiator(_build_network, Network)
         parser.add_instantiator(_build_around_networks, Teacher)
         parser.add_instantiator(_build_around_networks, FlowTraining)
 
     def _set_seed(self) -> None:
-        seed = self._get(self.config, "seed_everything")
+        seed = self.config["seed_everything"]
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything must be from 0 to 2**32 - 1: got {seed}")
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to measure a network that nobody trained, and to train for no step.
-
-        Raises:
-            ValueError: if validate, test or predict has no checkpoint, or fit no steps.
-        """
-        command = self.subcommand
+        """Refuse to measure an untrained network, and to train for no steps."""
         for limit in ("max_steps", "max_epochs"):
-            if command == "fit" and self.config[command].trainer[limit] == 0:
+            if self.command == "fit" and self.config.trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
-        if command in ("validate", "test", "predict") and not self.config[command].ckpt_path:
-            raise ValueError(f"{command} needs --ckpt_path: without a checkpoint the student is untrained")
-        if command is not None:
-            _spell_out(self.config[command])
+        if self.command in ("validate", "test", "predict") and not self.config.ckpt_path:
+            raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
+        if self.command is not None:
+            _spell_out(self.config)
 
     def instantiate_classes(self) -> None:
-        """Build everything, and refuse a checkpoint that does not suit it before any process has begun to read it.
-
-        Raises:
-            ValueError: if it holds another network, not all that will be read, or is sharded and the strategy cannot
-                read that; or if predict has no SampleWriter.
-        """
-        strategy = self.config[self.subcommand].trainer.strategy if self.subcommand else None
+        """Build everything, and refuse a checkpoint that does not fit before any process begins to read it."""
         # The first process sends each of the others its shard.
-        is_filled = bool(getattr(rank_zero_only, "rank", 0)) and _shards(strategy)
+        is_filled = bool(self.command and getattr(rank_zero_only, "rank", 0)) and _shards(self.config.trainer.strategy)
         try:
             with without_weights() if is_filled else nullcontext():
                 super().instantiate_classes()
@@ -130,78 +161,70 @@ class TrainerCLI(LightningCLI):
             # Such as SLURM_NTASKS without SLURM_NTASKS_PER_NODE: a setting, not a bug.
             raise ValueError(f"the trainer cannot be built: {error}") from error
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.subcommand == "predict" and not any(isinstance(c, SampleWriter) for c in callbacks):
+        if self.command == "predict" and not any(isinstance(c, SampleWriter) for c in callbacks):
             writer = "--trainer.callbacks+ decm_lightning.evaluation.SampleWriter"
             options = "--trainer.callbacks.folder FOLDER --trainer.callbacks.samples 50000"
             raise ValueError(f"predict needs a SampleWriter, which says what to generate: add {writer} {options}")
-        path = self.config[self.subcommand].ckpt_path if self.subcommand else None
-        if path:
-            self._check_exists(path)
+        if self.command and (path := self.config.ckpt_path):
+            self._check_found(path)
             self.model.check_checkpoint(path, self.trainer.strategy)
             if Path(path).is_file():
-                refuse_partial(Path(path), self.model, self.subcommand == "fit")
+                refuse_partial(Path(path), self.model, self.command == "fit")
 
-    def _check_exists(self, path: str) -> None:
-        """Refuse a checkpoint that is not there: Lightning continues without one if it is called "last"."""
-        if "://" in path or path.startswith("registry:"):
-            return
+    def _check_found(self, path: str) -> None:
+        """Refuse a checkpoint that Lightning would not find: it continues without one if it is called "last"."""
         if path == "best":
             raise ValueError("--ckpt_path best is known only to the process that trained: give the checkpoint's path")
-        if path == "hpc":
-            if self.trainer._checkpoint_connector._hpc_resume_path is None:
-                raise ValueError(f"--ckpt_path hpc: there is no hpc_ckpt_N.ckpt in {self.trainer.default_root_dir}")
-        elif path == "last":
+        if path == "hpc" and self.trainer._checkpoint_connector._hpc_resume_path is None:
+            raise ValueError(f"--ckpt_path hpc: there is no hpc_ckpt_N.ckpt in {self.trainer.default_root_dir}")
+        if path == "last":
             found = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
             if not any(callback._find_last_checkpoints(self.trainer) for callback in found):
                 raise ValueError(f"--ckpt_path last: {_newest(self.trainer)}")
-        elif not Path(path).exists():
-            raise FileNotFoundError(f"no checkpoint at {path}")
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            ValueError: if validate or test measured nothing.
+        """
         # From now on there may be other processes, which would prepare data for hours after this one has ended.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
+        options = {name: self.config_init[name] for name in self.options}
         try:
-            super()._run_subcommand(subcommand)
+            getattr(self.trainer, str(self.command))(self.model, datamodule=self.datamodule, **options)
         except Exception as error:
-            # An error in the middle of a run is one line on the terminal; where it came from must not be lost.
+            # An error in the middle of a run is one line on the terminal; its traceback must not be lost.
             if any(frame.name == "_run_stage" for frame in traceback.extract_tb(error.__traceback__)):
-                # A disk that is full must not hide why.
+                # A full disk must not hide the error.
                 with suppress(OSError):
                     error.add_note(f"traceback in {_write_traceback(self.trainer)}")
             raise
-
-    def after_validate(self) -> None:
-        """Refuse to end in silence.
-
-        Raises:
-            ValueError: if nothing was measured.
-        """
-        if not self.trainer.callback_metrics:
+        if self.command in ("validate", "test") and not self.trainer.callback_metrics:
             callback = "a callback that logs, such as decm_lightning.evaluation.Evaluation"
-            raise ValueError(f"nothing was measured: {self.subcommand} needs {callback}")
-
-    after_test = after_validate
-
-    def _parse_ckpt_path(self) -> None:
-        # Lightning would let hyperparameters in the checkpoint override the command line, silently.
-        pass
+            raise ValueError(f"nothing was measured: {self.command} needs {callback}")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run one of the trainer's commands; argv[0] is its name.
-
-    Raises:
-        ValueError: among others, if a config is no YAML of keys and values.
-    """
-    _check_configs(argv)
-    # A usage line of its own, or the parser's would list hundreds of options; errors are shortened by the front.
-    usage = {name: {"usage": f"decm {name} --config FILE [options]", "exit_on_error": False} for name in COMMANDS}
-    _cli(argv, parser_kwargs={"prog": "decm", "exit_on_error": False} | usage)
+def run(command: str, argv: Sequence[str]) -> None:
+    """Run one of the trainer's methods on what a config and its overrides describe."""
+    _prepare(argv, command).run()
 
 
 def build(*argv: str) -> TrainerCLI:
-    """Return what a config and its overrides name, without running it: `.trainer`, `.model` and `.datamodule`."""
-    return _cli(argv, parser_kwargs={"exit_on_error": False}, run=False)
+    """Return what a config and its overrides describe, without running it: `.trainer`, `.model` and `.datamodule`."""
+    return _prepare(argv)
+
+
+def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
+    # An objective may come from a function that returns one, such as losses.end_identity.
+    set_parsing_settings(subclasses_enabled=[Objective])
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
+    package = logging.getLogger("decm_lightning")
+    if getattr(rank_zero_only, "rank", 0) == 0 and not package.handlers:
+        package.setLevel(logging.INFO)
+        package.addHandler(logging.StreamHandler())
+    return TrainerCLI(argv, command)
 
 
 def _shards(strategy: Any) -> bool:
@@ -226,7 +249,7 @@ def _build_around_networks(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _drop_weights(built: Any) -> None:
-    # Of a teacher only the networks that are sharded: nobody fills another model.
+    # Of a teacher only the networks that are sharded: no other process sends the weights of other models.
     networks = built.sharded() if isinstance(built, Teacher) else [built] if isinstance(built, Network) else []
     for network in networks:
         network.to("meta")
@@ -258,43 +281,3 @@ def _spell_out(config: Namespace) -> None:
         defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
         name = f"{end_identity.__module__}.{end_identity.__qualname__}"
         arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))
-
-
-def _check_configs(argv: Sequence[str]) -> None:
-    # The parser's own messages do not name the file.
-    files = [after for flag, after in pairwise(argv) if flag in ("-c", "--config")]
-    files += [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
-    for file in map(Path, files):
-        if not file.is_file():
-            continue
-        try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(config, dict):
-            found = "nothing" if config is None else type(config).__name__
-            raise ValueError(f"{file} must hold keys such as trainer, model and data: got {found}")
-
-
-def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
-    # An objective may come from a function that returns one, such as losses.end_identity.
-    set_parsing_settings(subclasses_enabled=[Objective])
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", noise)
-    log = logging.getLogger("decm_lightning")
-    if getattr(rank_zero_only, "rank", 0) == 0 and not log.handlers:
-        log.setLevel(logging.INFO)
-        log.addHandler(logging.StreamHandler())
-    return TrainerCLI(
-        FlowTraining,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        save_config_callback=ConfigSaver,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        args=list(argv),
-        **options,
-    )

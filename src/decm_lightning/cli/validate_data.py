@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import load_autoencoder
@@ -49,11 +48,6 @@ def validate_data(
         print(f"{name:<8} {value}")
     _print_channels(check)
     faults.check(folder)
-
-
-def run(argv: Sequence[str]) -> None:
-    """Parse and validate."""
-    auto_cli(validate_data, args=list(argv), prog="decm validate-data", exit_on_error=False)
 
 
 def _table(check: FolderCheck) -> dict[str, object]:

@@ -255,7 +255,7 @@ class FlowTraining(L.LightningModule):
         if (Path(path) / "config.json").is_file():
             raise ValueError(f"{path} is an exported folder without the state of a run: {FROM_FOLDER}")
         if is_sharded(Path(path)) and not isinstance(strategy, ModelParallelStrategy):
-            remedy = f"decm consolidate {path} --to ckpt makes one file of it"
+            remedy = f"decm consolidate {path} makes one file of it"
             raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
         refuse_another(description(path), self.network, path)
 

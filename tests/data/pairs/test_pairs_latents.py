@@ -1,4 +1,4 @@
-"""decm encode --pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
+"""decm encode-pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
 
 import errno
 import logging
@@ -48,12 +48,13 @@ def pixels(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decm(pixels, monkeypatch, capsys):
-    """A function that runs decm encode --pairs: (code, out, err)."""
+    """A function that runs decm encode-pairs: (code, out, err)."""
 
     def run(*argv):
-        base = ["--pairs", "pairs", "--size", str(SIZE), "--out", "cache", "--device", "cpu"]
+        source, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("pairs", argv)
+        base = [source, "--size", str(SIZE), "--out", "cache", "--device", "cpu"]
         base += ["--encoder", "decm_lightning.text.TextEncoder", "--encoder.path", "encoder"]
-        monkeypatch.setattr(sys, "argv", ["decm", "encode", *base, *argv])
+        monkeypatch.setattr(sys, "argv", ["decm", "encode-pairs", *base, *argv])
         code = cli.main()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -188,11 +189,11 @@ def test_latents_beyond_half_precision_are_refused_by_the_name_of_their_image(de
 
 
 BAD = {
-    "no source": (["--pairs", "nowhere"], "no file or folder nowhere"),
+    "no source": (["nowhere"], "no folder or file at nowhere"),
     "size": (["--vae", "vae", "--size", "15"], "size must be a multiple of the VAE's 2 pixels a latent: got 15"),
     "no VAE": (["--vae", "not/there/at/all"], "no folder not/there/at/all, and no VAE of that name"),
     "encoder": (["--encoder", "Nothing"], "encoder"),
-    "device": (["--device", "nothing"], "device 'nothing' is not there"),
+    "device": (["--device", "nothing"], "device 'nothing' is not available"),
     "no size": (["--size", "0"], "size and max_characters must be at least 1: got 0 and 2000"),
 }
 

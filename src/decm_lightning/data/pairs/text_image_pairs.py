@@ -30,7 +30,7 @@ class TextImagePairs(CaptionedImages):
     square about their center, resized and composited on white where they are transparent, once, into `cache`. So all
     errors are found before training starts: an image that cannot be read, a caption that is empty or too long, a pair
     with one half missing, a damaged row group, a tar cut short. With a VAE, a batch holds latents,
-    (z - shift_factor) scaling_factor. The content of `cache` can be prepared ahead of training: `decm encode --pairs`.
+    (z - shift_factor) scaling_factor. The content of `cache` can be prepared ahead of training: `decm encode-pairs`.
 
     Args:
         source: a file, a folder, or a pattern such as "train-*.tar".

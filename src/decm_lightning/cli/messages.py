@@ -1,0 +1,121 @@
+"""Errors as one line: what was wrong, without the layers of the parser, and what may have been meant."""
+
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
+
+# By name: none of them can be raised before its module is imported, which takes seconds.
+OURS = {"ArgumentError", "ValueError", "OSError", "ImportError", "NonFiniteError", "NoTangentError"}
+OURS |= {"MisconfigurationException", "SafetensorError", "CheckpointException"}
+# Lines of the parser's messages that say what it tried, not what is wrong.
+LAYERS = (
+    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given|"
+    r"Subclass types expect|a class path \(str\)|a dict with"
+)
+SEVERAL = r"((?:[\w.-]+, )+[\w.-]+)"
+"""Words in a list."""
+
+
+def is_for_the_user(error: BaseException) -> bool:
+    """Return whether an error is about the input or the machine, rather than a bug."""
+    return any(cls.__name__ in OURS for cls in type(error).__mro__)
+
+
+def describe(error: BaseException) -> str:
+    """Return an error and its notes on one line."""
+    if type(error).__name__ == "CheckpointException":
+        from decm_lightning.networks.sharded import cause
+
+        what = f"a sharded checkpoint cannot be read or written: {cause(error)}"
+    elif isinstance(error, OSError) and error.filename is not None:
+        what = f"{error.filename}: {error.strerror}"
+    else:
+        what = essence(str(error))
+    options = [option for each in _chain(error) for option in getattr(each, "options", ())]
+    meant = next((found for pair in _unknown(str(error), options) if (found := did_you_mean(*pair))), ())
+    return "; ".join([what, *meant, *getattr(error, "__notes__", ())])
+
+
+def essence(message: str) -> str:
+    """Return the parser's message on one line: the key and what is wrong with it, without the layers around it."""
+    lines = [re.sub(r"^\s*- ", "", line).strip() for line in message.splitlines()]
+    keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
+    faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
+    faults = [fault for fault in faults if fault]
+    # They stand next to what is wrong with the arguments of a class that is valid.
+    for general in ("Not a valid subclass", "Expected a <class"):
+        faults = [fault for fault in faults if not fault.startswith(general)] or faults
+    what = "; ".join(dict.fromkeys(faults))
+    # If several types would do, the given value has its own line. A whole config would hide the rest.
+    given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
+    given = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in given]
+    what += "".join(f". Got value: {value}" for value in given[:1])
+    return f"{'.'.join(keys)}: {what}" if keys else what
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Return a question with the known word that is closest to a wrong one; nothing if none is close."""
+    known = list(known)
+    return () if wrong in known else tuple(f"did you mean {word}?" for word in get_close_matches(wrong, known, 1))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Collection[str]]]:
+    """Yield the words of an error that may be misspelled, and the words that would have been right in their place.
+
+    Args:
+        message: the error.
+        options: the options of the command, such as --steps.
+    """
+    for arguments in re.findall(r"unrecognized arguments: (.*)", message):
+        for argument in arguments.split():
+            yield argument.partition("=")[0], options
+    classes = re.findall(r"class_path '([\w.]+)'", message) or [""]
+    for group, name in re.findall(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", message):
+        yield name, _parameters(classes[-1], group)
+    for name in re.findall(r"does not accept option '([\w.]+)'", message):
+        yield name, [option.lstrip("-") for option in options]
+    for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        yield f"{module}.{name}", [f"{module}.{known}" for known in dir(sys.modules.get(module))]
+    for name in re.findall(r"No module named '([\w.]+)'", message):
+        yield name, _modules(name.rpartition(".")[0])
+    for name in re.findall(r"Expected a dot import path string: (\w+)", message):
+        yield name, [known for module in list(sys.modules.values()) for known in _public(module)]
+    lists = [re.findall(r"'([^']+)'", words) for words in re.findall(r"Literal\[(.*?)\]", message)]
+    lists += [words.split(", ") for words in re.findall(f"(?:one of|expected) {SEVERAL}", message)]
+    for value in re.findall(r"(?:Given value|Got value|got):? '?([^'\n]+)'?", message):
+        yield from ((part, known) for part in re.split(r"[/?&=]", value) if not part.isdecimal() for known in lists)
+
+
+def _parameters(path: str, group: str) -> list[str]:
+    """Return the parameters of a class, or of the class of one of its parameters."""
+    module, _, name = path.rpartition(".")
+    try:
+        target: Any = getattr(import_module(module), name)
+        if group:
+            hint = get_type_hints(target.__init__)[group]
+            target = next((part for part in get_args(hint) if inspect.isclass(part)), hint)
+        return list(inspect.signature(target).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError, KeyError, NameError):
+        return []
+
+
+def _modules(package: str) -> list[str]:
+    # Not all packages: a missing optional one must not be answered by its neighbor in the alphabet.
+    path = getattr(sys.modules.get(package), "__path__", ())
+    return [f"{package}.{found.name}" for found in pkgutil.iter_modules(path)] if package else ["decm_lightning"]
+
+
+def _public(module: object) -> Collection[str]:
+    ours = str(getattr(module, "__name__", "")).partition(".")[0] in ("decm_lightning", "lightning")
+    return getattr(module, "__all__", ()) if ours else ()

@@ -1,0 +1,47 @@
+"""The arguments of a function as the options of a command."""
+
+from argparse import ArgumentError
+from collections.abc import Callable, Collection, Sequence
+from inspect import signature
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+
+class Parser(ArgumentParser):
+    """A parser that takes no abbreviations, also for the arguments of classes, and whose errors know its options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # jsonargparse makes the parser of a class's arguments with the defaults of this class.
+        super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False} | kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise an ArgumentError with `options`, the names of all options."""
+        try:
+            super().error(message, ex)
+        except ArgumentError as error:
+            error.options = [name for name in self._option_string_actions if not name.endswith("+")]  # type: ignore
+            raise
+
+
+def call(function: Callable[..., None], program: str, positional: Collection[str], argv: Sequence[str]) -> None:
+    """Call a function with the arguments of a command line.
+
+    Args:
+        function: its signature gives names, types and defaults, its docstring the help.
+        program: the name of the command.
+        positional: arguments that are given without their name.
+        argv: the arguments.
+
+    Raises:
+        ArgumentError: if they do not fit.
+    """
+    parser = Parser(prog=program)
+    parser.add_argument("--config", action=ActionConfigFile, help="a file with these options")
+    named = set(signature(function).parameters) - set(positional)
+    options: dict[str, Any] = {"as_group": False, "sub_configs": True}
+    parser.add_function_arguments(function, as_positional=True, skip={*named}, **options)
+    parser.add_function_arguments(function, skip={*positional}, **options)
+    config = parser.instantiate(parser.parse_args(list(argv)))
+    config.pop("config")
+    function(**config)

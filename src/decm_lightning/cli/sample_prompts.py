@@ -1,0 +1,173 @@
+"""decm sample-prompts: images of a file of prompts, as one grid or in the layout that GenEval's scorer reads."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from decm_lightning.cli.prompts import Prompt, read_prompts
+from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model, progress
+from decm_lightning.cli.targets import is_grid
+from decm_lightning.conditions import select
+from decm_lightning.evaluation.sample_folder import SampleFolder
+from decm_lightning.files import atomic
+from decm_lightning.image_writer import save_named_grid, short
+from decm_lightning.samplers import SamplerName
+from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
+
+METADATA = "metadata.jsonl"
+BATCH = 64
+
+
+def sample_prompts(
+    model: str,
+    prompts: str,
+    encoder: str,
+    out: str = "samples.png",
+    sampler: SamplerName | None = None,
+    steps: int | list[int] | None = None,
+    s1: float | None = None,
+    per_prompt: int = 4,
+    seed: int = 0,
+    device: str = "cpu",
+    vae: str | None = None,
+    latents: str | None = None,
+    trust: bool = False,
+) -> None:
+    """Generate images of prompts and write them.
+
+    Args:
+        model: a .ckpt file, or a folder with config.json and model.safetensors.
+        prompts: a file with one prompt a line; or, named .jsonl, one {"prompt": "..."} a line.
+        encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
+            or the folder of a pipeline of diffusers.
+        out: a .png file for one grid with a row for each prompt; or a folder for one PNG each, in the layout that
+            GenEval's scorer reads. A folder holds the images of one set of settings: the same command resumes it, and
+            other settings are refused.
+        sampler: euler, consistency or mix; by default mix, and euler for a teacher.
+        steps: network evaluations per image, at least 1; for a grid also several numbers, such as [1, 4], which it
+            shows side by side. By default 1, and 50 for euler.
+        s1: the end time of mix's first step, in (0, 1); by default mix chooses it.
+        per_prompt: images of each prompt, at least 1.
+        seed: from 0 to 2**63 - 1. The k-th image of prompt i of P is number k * P + i of the seed, as in decm test.
+        device: where to compute, such as cpu or cuda.
+        vae: the VAE that encoded the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        latents: the folder of latents that the model was trained on, if they are scaled by its latents_stats.pt rather
+            than by the VAE's config.
+        trust: import the module of a network class from outside this package, which runs its code.
+    """
+    if per_prompt < 1:
+        raise ValueError(f"per_prompt must be at least 1: got {per_prompt}")
+    several = steps if isinstance(steps, list) else [steps]
+    if not several:
+        raise ValueError("steps must be at least one number: got none")
+    if len(several) > 1 and not is_grid(Path(out)):
+        raise ValueError(f"several numbers of steps are for a grid, in one .png file: got {steps} for {out}")
+    read = read_prompts(Path(prompts))
+    network, target = load_model(model, True, out, seed, device, trust)
+    generator = image_generator(network, sampler, several[0], s1, seed, vae, latents)
+    outputs = PromptOutputs(generator, read, _text_encoder(encoder, device), per_prompt)
+    if is_grid(target):
+        columns = [replace(generator, steps=generator.steps if number is None else number) for number in several]
+        outputs.write_grid(target, columns)
+        print(f"wrote images of {len(read)} prompts to {target} ({'; '.join(map(str, columns))})")
+    else:
+        written = outputs.write_folder(target)
+        existed = f"{len(read) - written} of {len(read)} existed"
+        print(f"wrote images of {written} prompts to {target} ({generator}); {existed}")
+
+
+@dataclass(frozen=True)
+class PromptOutputs:
+    """The images of prompts. The k-th of prompt i is image number k * len(prompts) + i, as in `decm test`.
+
+    Args:
+        generator: of a network that reads captions.
+        prompts: all prompts of the file.
+        encoder: the text encoder that it was trained with.
+        count: images of each prompt.
+    """
+
+    generator: ImageGenerator
+    prompts: Sequence[Prompt]
+    encoder: CaptionEncoder
+    count: int
+
+    def images(self, number: int, generator: ImageGenerator) -> Tensor:
+        """Return the images of prompt `number`, uint8 (count, c, h, w)."""
+        captions = self.encoder([self.prompts[number].text])
+        captions = _pytree.tree_map_only(Tensor, lambda part: part.to(generator.device), captions)
+        parts = []
+        for first in range(0, self.count, BATCH):
+            rows = [k * len(self.prompts) + number for k in range(first, min(first + BATCH, self.count))]
+            condition = select(captions, torch.zeros(len(rows), dtype=torch.long, device=generator.device))
+            parts.append(generator.images(condition, rows))
+        return torch.cat(parts)
+
+    def write_grid(self, file: Path, generators: Sequence[ImageGenerator]) -> None:
+        """Write one PNG: a row for each prompt, and generators, from the same noise, side by side."""
+        numbers = range(len(self.prompts))
+        self._measure(numbers)
+        with progress(numbers) as bar:
+            rows = [torch.cat([self.images(number, generator) for generator in generators]) for number in bar]
+        names = [short(prompt.text) for prompt in self.prompts]
+        save_named_grid(torch.stack(rows), names, [in_steps(generator.steps) for generator in generators], file)
+
+    def write_folder(self, place: Path) -> int:
+        """Write what is missing in a folder, and return the number of prompts that were not complete.
+
+        Prompt number i, from 0, has `place`/0000i/samples/0000.png and so on, and its own line in
+        `place`/0000i/metadata.jsonl. It is complete if its line is the same and its images are whole.
+
+        Raises:
+            ValueError: if the folder holds samples of other settings, or other images.
+        """
+        numbers = range(len(self.prompts))
+        names = [[f"{number:05d}/samples/{k:04d}.png" for k in range(self.count)] for number in numbers]
+        folder = SampleFolder(place, self._settings(), [name for of_prompt in names for name in of_prompt])
+        folder.check()
+        todo = [n for n in numbers if not self._has_line(place, n) or folder.missing(names[n], self.generator.size)]
+        self._measure(todo)
+
+        def write_line(number: int) -> None:
+            with atomic(_metadata(place, number)) as partial:
+                partial.write_text(self.prompts[number].line + "\n", encoding="utf-8")
+
+        self.generator.fill(folder, names, lambda n: self.images(n, self.generator), write_line, todo)
+        return len(todo)
+
+    def _settings(self) -> dict[str, object]:
+        lines = "\n".join(prompt.line for prompt in self.prompts)
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:DIGITS]
+        return self.generator.settings(per_prompt=self.count, prompts=digest, encoder=self.encoder.identity)
+
+    def _measure(self, numbers: Sequence[int]) -> None:
+        """Log how many prompts are cut, if any."""
+        if numbers:
+            self.encoder.measured([self.prompts[number].text for number in numbers])
+
+    def _has_line(self, place: Path, number: int) -> bool:
+        try:
+            return _metadata(place, number).read_bytes() == (self.prompts[number].line + "\n").encode()
+        except FileNotFoundError:
+            return False
+
+
+def _metadata(place: Path, number: int) -> Path:
+    return place / f"{number:05d}" / METADATA
+
+
+def _text_encoder(name: str, device: str) -> CaptionEncoder:
+    """Return the text encoder that `--encoder` names; a pipeline's encoders work on `device`."""
+    if name.lower() == "minilm":
+        return MiniLM()
+    if (Path(name) / "model_index.json").is_file():
+        # Imported here, with what only such teachers need.
+        from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
+
+        return DiffusersPrompts(name, device=device)
+    return TextEncoder(name)

@@ -332,7 +332,7 @@ def test_faults_of_a_csv_are_named_by_line_and_file(source, encoder, tmp_path):
     for expected in (
         "line 11, nowhere.png: its image cannot be read",
         "line 12, 0.png: its caption is empty",
-        "line 13: names no",
+        "line 13: has no image",
     ):
         assert expected in str(raised.value)
     with pytest.warns(UserWarning, match="left out"):

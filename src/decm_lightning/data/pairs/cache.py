@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
-from decm_lightning.data.pairs.lists import stamp_of
-from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair
+from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair, stamp_of
 from decm_lightning.data.pairs.sources import find_pairs
 from decm_lightning.files import PARTIAL, atomic
 from decm_lightning.image_reader import pixels_of

@@ -1,18 +1,21 @@
-"""Text-image pairs of parquet and Arrow files of the Hugging Face datasets library."""
+"""Text-image pairs of parquet and Arrow tables, as Hugging Face's `datasets` writes them.
+
+`datasets` itself ends a file at its first damaged row group, record batch or letter that is not UTF-8, reads a cut
+stream as a whole one, and names no row: so tables are read here.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decm_lightning.data.pairs.lists import read_image
 from decm_lightning.data.pairs.pair import (
-    CAPTION_COLUMNS,
     FILE_COLUMNS,
     DataError,
     Pair,
-    caption_of,
+    caption_columns,
     listed,
     missing_column,
+    pair_of,
 )
 from decm_lightning.files import describe_unreadable
 
@@ -124,7 +127,7 @@ def _of_stream(reader: Any, opened: Any) -> Iterator[Any]:
 
 def _columns(file: Path, schema: Any, column: str | None, count: int | None) -> list[str] | DataError:
     """Return the columns that are read, or what is wrong with the table as a whole."""
-    captions = [name for name in (CAPTION_COLUMNS if column is None else (column,)) if name in schema.names]
+    captions = [name for name in caption_columns(column) if name in schema.names]
     images = [name for name in FILE_COLUMNS if name in schema.names]
     for name in {*captions, *images}:
         if schema.names.count(name) > 1:
@@ -132,8 +135,7 @@ def _columns(file: Path, schema: Any, column: str | None, count: int | None) -> 
     if not images:
         return DataError(str(file), f"has no column image (its columns are {listed(schema.names)})", count)
     if not captions:
-        error = missing_column(str(file), schema.names, column)
-        return DataError(error.place, error.what, count, error.columns)
+        return missing_column(str(file), schema.names, column, count)
     return list(dict.fromkeys([*images, *captions]))
 
 
@@ -156,33 +158,9 @@ def _rows(file: Path, first: int, batch: Any, column: str | None) -> Iterator[Pa
         try:
             found = {name: array[row].as_py() for name, array in values.items()}
             found |= {name: found[name].decode() for name in text if found[name] is not None}
-            yield _pair(file, place, first + row, found, column)
+            yield pair_of(place, found, file.parent, column, f"{file.stem}/{first + row}")
         except UnicodeDecodeError:
             yield DataError(place, "is not UTF-8")
-
-
-def _pair(file: Path, place: str, row: int, values: dict[str, Any], column: str | None) -> Pair | DataError:
-    caption = caption_of(place, values, column)
-    if isinstance(caption, DataError):
-        return caption
-    images = [_content_and_path(values.get(name)) for name in FILE_COLUMNS]
-    name = f"{file.stem}/{row}"
-    # Next to its bytes, an image may have the name of the file that they came from.
-    contents = [content for content, _ in images if content is not None]
-    if contents:
-        return Pair(place, name, contents[0], caption)
-    if path := next((path for _, path in images if path), ""):
-        read = read_image(f"{place}, {path:.200}", file.parent / path)
-        return read if isinstance(read, DataError) else Pair(place, name, read[0], caption, read[1])
-    return DataError(place, "has no image (expected bytes or the name of a file)")
-
-
-def _content_and_path(image: Any) -> tuple[bytes | None, str]:
-    path: Any = image
-    if isinstance(image, dict):
-        path, image = image.get("path"), image.get("bytes")
-        path = path.decode() if isinstance(path, bytes) else path
-    return image if isinstance(image, bytes) else None, path if isinstance(path, str) else ""
 
 
 def _is_text(kind: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import unicodedata
@@ -55,7 +54,9 @@ class PreparedPairs:
     folder: Path
 
 
-def prepare(source: Path, cache: Path, size: int, column: str | None, max_characters: int) -> PreparedPairs:
+def prepare(
+    source: Path, cache: Path, size: int, column: str | None, max_characters: int, split: str | None = None
+) -> PreparedPairs:
     """Return a source's pairs: read, checked, cropped and stored in `cache` on the first call.
 
     They are reused as long as the names, sizes and times of the source's files are the same, and those of all image
@@ -64,25 +65,24 @@ def prepare(source: Path, cache: Path, size: int, column: str | None, max_charac
     removed.
 
     Args:
-        source: a file, a folder or a pattern, see `pairs_sources`.
+        source: a file, a folder, a pattern or a name, see `find_pairs`.
         cache: a folder, created if it is missing.
         size: images are cropped to a square about their center and resized to this number of pixels.
         column: the name of the caption in JSON files and tables; None for caption, text or prompt.
         max_characters: longer captions are errors.
+        split: for `datasets`, see `find_pairs`.
 
     Raises:
         FileNotFoundError: if there is no such source.
         ValueError: if the source as a whole cannot be read, or what is stored is damaged.
     """
-    found = find_pairs(source)
-    stamps = [(os.path.realpath(path), astuple(stamp_of(path))) for path in found.files + found.images]
-    settings = json.dumps([VERSION, stamps, size, column, max_characters])
+    found = find_pairs(source, split)
+    settings = json.dumps([VERSION, found.identity, size, column, max_characters])
     folder = cache / f"pairs-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
 
     def make() -> None:
         remove_abandoned(cache, "pairs-*")
-        pairs = chain.from_iterable(found.reader(file, column) for file in found.files)
-        _write(folder, pairs, size, max_characters)
+        _write(folder, found.rows(column), size, max_characters)
 
     make_once(folder, make, lambda: folder.is_dir() and _is_current(folder))
     return _load(folder, size, found.unread)

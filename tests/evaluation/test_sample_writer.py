@@ -6,7 +6,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from decm_lightning import TeacherTraining
 from decm_lightning.data import Digits
-from decm_lightning.data.images.in_memory import LabelledImages, as_it_is
+from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.resumable import as_it_is
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.evaluation.sample_writer import SampleWriter
 from decm_lightning.networks import DiT, TextDiT

@@ -17,7 +17,7 @@ NAMED = 3
 
 @runtime_checkable
 class NamesRows(Protocol):
-    """A data module that knows where its rows come from, such as `data.images.ResumableData`."""
+    """A data module that knows where its rows come from, such as `data.resumable.ResumableData`."""
 
     def place(self, batch_idx: int, row: int) -> str:
         """Return where a row of this epoch's training batch number `batch_idx` comes from."""

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from decm_lightning.data import Digits, ImageNetLatents
-from decm_lightning.data.latents.imagenet import Latents, MirroringSampler
+from decm_lightning.data.latents.imagenet import Latents
 from decm_lightning.data.latents.scaling import Moments, Scaling, finite_rows
+from decm_lightning.data.resumable import EpochSampler
 from tests.data.latents.test_shards import write_shards
 from tests.test_files import LFS
 
@@ -68,7 +69,7 @@ def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
     def mirrored(seed=0, epoch=0, world=1, count=10_000):
         whole = torch.zeros(count, dtype=torch.bool)
         for rank in range(world):
-            sampler = MirroringSampler(range(count), num_replicas=world, rank=rank, seed=seed)
+            sampler = EpochSampler(range(count), 2, num_replicas=world, rank=rank, seed=seed)
             sampler.set_epoch(epoch)
             items = torch.tensor(list(sampler))
             whole[items % count] = items >= count
@@ -89,7 +90,7 @@ def test_processes_share_the_images_between_them(processes, tmp_path):
     train = module(tmp_path).train
     parts = []
     for rank in range(processes):
-        sampler = MirroringSampler(train, num_replicas=processes, rank=rank, seed=3)
+        sampler = EpochSampler(train, 2, num_replicas=processes, rank=rank, seed=3)
         parts.append({item % 10 for item in sampler})
     assert [len(part) for part in parts] == [10 // processes] * processes
     assert set.union(*parts) == set(range(10))

@@ -1,26 +1,25 @@
 """Images as latents of a VAE, in LightningDiT's format: normalized, mirrored at random, and checked before training."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from decm_lightning.data.images.in_memory import EpochSampler, ResumableData, Rows
 from decm_lightning.data.latents.decoding import LatentDecoder
 from decm_lightning.data.latents.scaling import STATISTICS, Moments, Scaling, finite_rows
 from decm_lightning.data.latents.shard_files import describe_skipped
 from decm_lightning.data.latents.shards import BLOCK, RECORD, Provenance, Shards
+from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.types import Batch, Sample
 
 SAMPLE = 1000
 
 
-class Latents(Rows):
+class Latents(BatchDataset):
     """Scaled latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
 
     Args:
@@ -100,20 +99,6 @@ class Latents(Rows):
         return moments
 
 
-class MirroringSampler(EpochSampler):
-    """EpochSampler that mirrors half of the images: of N, it gives item N + i for image i mirrored.
-
-    Whether it does follows from the seed, the epoch and i alone, whatever the number of processes and workers.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        count = len(self.dataset)  # type: ignore[arg-type]
-        mirrored = torch.randint(2, (count,), generator=generator, dtype=torch.uint8).numpy()
-        return (row + count * int(mirrored[row]) for row in super().__iter__())
-
-
 class ImageNetLatents(ResumableData):
     """Latents with labels from LightningDiT's shards, (c, h, w) of mean 0 and standard deviation 1; all of them train.
 
@@ -152,18 +137,14 @@ class ImageNetLatents(ResumableData):
         vae: str | None = None,
         reference_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        if reference_size is not None and reference_size < 1:
-            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
+        super().__init__(batch_size, reference_size, num_workers)
         self.folder = folder
         self.num_classes = num_classes
         self.latent_norm = latent_norm
         self.latent_multiplier = latent_multiplier
         self.vae = vae
-        self.reference_size = reference_size
         self.decoder: LatentDecoder | None = None
-        if flip:
-            self.sampler = MirroringSampler
+        self.variants = 2 if flip else 1
 
     def setup(self, stage: str) -> None:
         """Open the folder and check a sample of it.
@@ -175,10 +156,7 @@ class ImageNetLatents(ResumableData):
         """
         self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
         self.train.measure(self.train.sample())
-        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
-        wanted = getattr(network, "sample_shape", self.train.shards.shape)
-        if tuple(wanted) != self.train.shards.shape:
-            raise ValueError(f"latents of {self.folder} are {self.train.shards.shape}: the network makes {wanted}")
+        self.check_network(f"latents of {self.folder}", self.train.shards.shape)
         if self.vae is not None and self.decoder is None:
             self.decoder = LatentDecoder.read(self.vae, self.folder, self.train.scaling)
 
@@ -205,11 +183,3 @@ class ImageNetLatents(ResumableData):
         size = min(self.reference_size or count, count)
         rows = Subset(self.train, [number * count // size for number in range(size)])
         return self.evenly(rows)
-
-    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents in order; no loader without a VAE."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents, of which `decm predict` reads the labels; no loader without a VAE."""
-        return self.val_dataloader()

@@ -25,8 +25,8 @@ LISTS = (".csv", ".tsv", ".jsonl")
 COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".jsonl.gz", ".parquet.gz")
 """Suffixes of files that may hold pairs, but that cannot be read."""
 
-Rows = Iterator[Pair | DataError]
-KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], Rows]]] = {
+PairRows = Iterator[Pair | DataError]
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], PairRows]]] = {
     "tars": (TARS, read_tar),
     "tables": (TABLES, read_table),
     "lists": (LISTS, read_list),
@@ -44,7 +44,7 @@ class PairSource:
     """
 
     identity: list[Any]
-    rows: Callable[[str | None], Rows]
+    rows: Callable[[str | None], PairRows]
     unread: Counter[str]
 
 
@@ -108,7 +108,9 @@ def _candidates(source: Path, suffixes: Sequence[str]) -> tuple[list[Path], Coun
     else:
         paths, others = [source] if source.exists() else sorted(map(Path, glob.glob(str(source)))), Counter()
         if not paths:
-            expected = "give tars, parquet or Arrow files, a folder of them, or a list (.csv, .jsonl), or the split of a name on the hub"
+            expected = (
+                "give tars, parquet or Arrow files, a folder of them, a list (.csv, .jsonl) or a split of the hub"
+            )
             raise FileNotFoundError(f"no file or folder {source}: {expected}")
     once: dict[str, Path] = {}
     for path in paths:

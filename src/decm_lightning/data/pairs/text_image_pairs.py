@@ -46,8 +46,8 @@ class TextImagePairs(CaptionedImages):
         latents: with a VAE, "cached", encoded once and kept in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
             "on_the_fly", on the device of the network when they are needed.
         batch_size: pairs per training batch on each device, at least 1.
-        held_out: share of pairs kept from training by a hash of their names, in [0, 1).
-        reference_size: at most so many reference images; None for all that are held out.
+        held_out: fraction of pairs that is not trained on, chosen by a hash of their names, in [0, 1).
+        reference_size: at most this number of reference images; None for all that are held out.
         caption_column: the caption's name in JSON files and tables, which comes before a .txt file; None for caption,
             text or prompt.
         max_characters: longer captions are errors, at least 1.
@@ -150,10 +150,10 @@ class TextImagePairs(CaptionedImages):
 
     def _load(self, stage: str, device: torch.device) -> PreparedPairs:
         if self.vae is None:
-            self.fit_network("images", (3, self.size, self.size))
+            self.check_network("the pairs are images", (3, self.size, self.size))
         else:
             self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
-            self.fit_network(f"latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
+            self.check_network(f"the pairs are latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
         prepared = self._prepared(stage)
         captions: EncodedCaptions | UnencodedCaptions
         if self.captions == "cached":

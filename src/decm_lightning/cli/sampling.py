@@ -181,14 +181,11 @@ def _by_config(vae: str) -> tuple[Any, Decoder]:
     from decm_lightning.data.latents.latent_coder import LatentCoder
 
     coder = LatentCoder(load_autoencoder(vae))
-    own = coder.autoencoder
-    return own, Decoder(coder.decode, own.downsampling, f"{own.identity} shift {coder.shift:g} scale {coder.scale:g}")
+    return coder.autoencoder, Decoder(coder.decode, coder.autoencoder.downsampling, coder.identity)
 
 
 def _by_statistics(vae: str, latents: str) -> tuple[Any, Decoder]:
-    from decm_lightning.data.latents.decoding import LatentDecoder
+    from decm_lightning.data.latents.latent_coder import LatentCoder
 
-    decoder = LatentDecoder.read(vae, latents)
-    own, scaling = decoder.autoencoder, decoder.scaling
-    moments = tensors_sha256({"mean": scaling.mean, "std": scaling.std})[:DIGITS]
-    return own, Decoder(decoder, own.downsampling, f"{own.identity} moments {moments} times {scaling.multiplier:g}")
+    coder = LatentCoder.read(vae, latents)
+    return coder.autoencoder, Decoder(coder.decode, coder.autoencoder.downsampling, coder.identity)

@@ -70,7 +70,7 @@ def _table(check: FolderCheck) -> dict[str, object]:
         mean, std = check.moments.overall()
         means, stds = check.moments.mean, check.moments.std()
         furthest, oddest = int(means.abs().argmax()), int((stds - 1).abs().argmax())
-        unit = "unscaled" if check.scaling is None else "after scaling"
+        unit = "unscaled" if check.normalization is None else "after scaling"
         table["mean"] = f"{mean:.4f} {unit}, furthest from 0 in channel {furthest}: {means[furthest]:.4f}"
         table["std"] = f"{std:.4f} {unit}, furthest from 1 in channel {oddest}: {stds[oddest]:.4f}"
         lowest, highest = int(check.minimum.argmin()), int(check.maximum.argmax())

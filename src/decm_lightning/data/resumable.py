@@ -174,12 +174,12 @@ class ResumableData(L.LightningDataModule):
         """Refuse data whose samples have another shape than those of the network.
 
         Raises:
-            ValueError: naming the data by `what`, and both shapes.
+            ValueError: beginning with `what`, and naming both shapes.
         """
         network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
         made = tuple(getattr(network, "sample_shape", shape))
         if made != shape:
-            raise ValueError(f"{what} are {shape}: the network makes {made}")
+            raise ValueError(f"{what} {shape}: the network makes {made}")
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the loader of the reference, in order."""

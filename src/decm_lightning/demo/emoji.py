@@ -102,7 +102,7 @@ class Emoji(CaptionedImages):
         images = torch.stack([pixels_of(picture.file, self.size) for picture in found])
         encoded = encode(captions, self.encoder, self.cache, self.device)
         names = [picture.base for picture in found]
-        self.check_network("emoji", (3, self.size, self.size))
+        self.check_network("emoji are", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
     def _captions(self, found: list[Picture]) -> list[str]:

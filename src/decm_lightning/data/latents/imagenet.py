@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from decm_lightning.data.latents.decoding import LatentDecoder
-from decm_lightning.data.latents.scaling import STATISTICS, Moments, Scaling, finite_rows
-from decm_lightning.data.latents.shard_files import describe_skipped
-from decm_lightning.data.latents.shards import BLOCK, RECORD, Provenance, Shards
+from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.data.latents.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
+from decm_lightning.data.latents.provenance import RECORD, Provenance
+from decm_lightning.data.latents.shards import BLOCK, Shards, describe_skipped
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.types import Batch, Sample
 
@@ -20,7 +20,7 @@ SAMPLE = 1000
 
 
 class Latents(BatchDataset):
-    """Scaled latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
+    """Normalized latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
 
     Args:
         folder: safetensors shards and latents_stats.pt, with cache.json if it is known where they come from.
@@ -42,7 +42,7 @@ class Latents(BatchDataset):
         self.shards = Shards(folder, num_classes)
         if self.shards.skipped:
             rank_zero_warn(f"{describe_skipped(self.shards.skipped)} in {folder}")
-        self.scaling = Scaling.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
+        self.normalization = LatentNormalization.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
                 f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes what is "
@@ -65,7 +65,7 @@ class Latents(BatchDataset):
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
-        return Batch(self.scaling.scale_(self.shards.read(items)), labels)
+        return Batch(self.normalization.normalize_(self.shards.read(items)), labels)
 
     def place(self, item: int) -> str:
         """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
@@ -82,7 +82,7 @@ class Latents(BatchDataset):
         ]
 
     def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
-        """Return the moments of the scaled items, after a look at every number.
+        """Return the moments of the normalized items, after a look at every number.
 
         Raises:
             ValueError: naming the file and row of a latent that is not finite, or if mean and standard deviation are
@@ -94,8 +94,8 @@ class Latents(BatchDataset):
             finite = finite_rows(x)
             if not finite.all():
                 raise ValueError(f"{self.place(items[int(finite.long().argmin())])} is NaN or infinite")
-            moments.add(self.scaling(x))
-        self.scaling.check(moments, self.shards.folder)
+            moments.add(self.normalization.normalize(x))
+        self.normalization.check(moments, self.shards.folder)
         return moments
 
 
@@ -104,7 +104,7 @@ class ImageNetLatents(ResumableData):
 
     The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
     Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
-    validate-data` looks at every row. Only with their VAE, which decodes them into pictures, are there loaders for
+    validate-data` looks at every row. Only with their VAE, which decodes them into images, are there loaders for
     validation, test and prediction.
 
     Args:
@@ -143,7 +143,7 @@ class ImageNetLatents(ResumableData):
         self.latent_norm = latent_norm
         self.latent_multiplier = latent_multiplier
         self.vae = vae
-        self.decoder: LatentDecoder | None = None
+        self.coder: LatentCoder | None = None
         self.variants = 2 if flip else 1
 
     def setup(self, stage: str) -> None:
@@ -156,27 +156,27 @@ class ImageNetLatents(ResumableData):
         """
         self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
         self.train.measure(self.train.sample())
-        self.check_network(f"latents of {self.folder}", self.train.shards.shape)
-        if self.vae is not None and self.decoder is None:
-            self.decoder = LatentDecoder.read(self.vae, self.folder, self.train.scaling)
+        self.check_network(f"latents of {self.folder} are", self.train.shards.shape)
+        if self.vae is not None and self.coder is None:
+            self.coder = LatentCoder.read(self.vae, self.folder, self.train.normalization)
 
     def decode(self, x: Sample) -> Sample:
-        """Return the images in [-1, 1] of scaled latents.
+        """Return the images in [-1, 1] of normalized latents.
 
         Raises:
             ValueError: if no VAE was given.
         """
-        if self.decoder is None:
+        if self.coder is None:
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
-        return self.decoder(x)
+        return self.coder.decode(x)
 
     def release(self) -> None:
         """Move the VAE off the accelerator: only evaluation uses it."""
-        if self.decoder is not None:
-            self.decoder.autoencoder.to("cpu")
+        if self.coder is not None:
+            self.coder.autoencoder.to("cpu")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
+        """Return the reference latents in order, normalized as those of training; no loader without a VAE."""
         if self.vae is None:
             return []
         count = len(self.train)

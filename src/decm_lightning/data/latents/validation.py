@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
-from decm_lightning.data.latents.decoding import LatentDecoder
-from decm_lightning.data.latents.scaling import Moments, Scaling, finite_rows
-from decm_lightning.data.latents.shard_files import KEYS
-from decm_lightning.data.latents.shards import Provenance, Shards
+from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
+from decm_lightning.data.latents.provenance import Provenance
+from decm_lightning.data.latents.shards import KEYS, Shards
 
 NAMED = 10
 """At most this number of non-finite rows are named; all are counted."""
@@ -57,9 +57,9 @@ class Faults:
 class FolderCheck:
     """A folder of latents, opened as far as its faults allow, and what its rows are like.
 
-    `shards` lacks the files that cannot be used; `provenance` and `scaling` are None if they are missing or cannot be
-    used. `read` fills the rest: `moments` of the scaled latents (unscaled without scaling), `minimum` and `maximum` of
-    each channel (c,), over finite rows, of which `example` is the first (1, c, h, w).
+    `shards` lacks the files that cannot be used; `provenance` and `normalization` are None if they are missing or
+    cannot be used. `read` fills the rest: `moments`, `minimum` and `maximum` of each channel (c,) of the latents,
+    normalized if they can be, over finite rows, of which `example` is the first (1, c, h, w).
 
     Args:
         folder: the folder.
@@ -78,7 +78,7 @@ class FolderCheck:
     ) -> None:
         self.faults = faults
         self.provenance: Provenance | None = None
-        self.scaling: Scaling | None = None
+        self.normalization: LatentNormalization | None = None
         with faults.collect("record"):
             self.provenance = Provenance.read(folder)
         if num_classes is None and self.provenance is not None:
@@ -86,7 +86,7 @@ class FolderCheck:
         self.shards = Shards(folder, num_classes, faults.add)
         channels = self.shards.shape[0]
         with faults.collect("statistics file"):
-            self.scaling = Scaling.read(folder, channels, latent_norm, latent_multiplier)
+            self.normalization = LatentNormalization.read(folder, channels, latent_norm, latent_multiplier)
         if self.provenance is not None:
             scaling = {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier}
             for fault in self.provenance.faults(self.shards, scaling):
@@ -120,19 +120,19 @@ class FolderCheck:
         if len(bad) > NAMED:
             self.faults.counts["non-finite row"] = len(bad)
             self._count_by_file(bad)
-        if self.scaling is not None and self.moments.count:
+        if self.normalization is not None and self.moments.count:
             with self.faults.collect("statistic"):
-                self.scaling.check(self.moments, self.shards.folder)
+                self.normalization.check(self.moments, self.shards.folder)
 
     def check_vae(self, name: str, autoencoder: Autoencoder) -> str:
         """Compare a VAE with cache.json and the latents, decode one latent, and describe the result."""
         if self.provenance is not None:
             with self.faults.collect("VAE"):
                 self.provenance.check_vae(self.shards.folder, name, autoencoder.identity)
-        if self.scaling is None or self.example is None:
+        if self.normalization is None or self.example is None:
             return "not tried: there is no latent to decode"
         try:
-            image = LatentDecoder(autoencoder, self.scaling)(self.example)[0]
+            image = LatentCoder(autoencoder, self.normalization).decode(self.example)[0]
         except ValueError as error:
             self.faults.add("VAE", error)
             return "not possible"
@@ -143,7 +143,7 @@ class FolderCheck:
     def _take_in(self, x: Float[Tensor, "b c h w"]) -> None:
         if not len(x):
             return
-        x = x if self.scaling is None else self.scaling.scale_(x)
+        x = x if self.normalization is None else self.normalization.normalize_(x)
         self.example = x[:1].clone() if self.example is None else self.example
         self.moments.add(x)
         self.minimum = torch.minimum(self.minimum, x.amin((0, 2, 3)))

@@ -39,8 +39,7 @@ def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.de
         OSError: naming the file, if the disk is full.
         ValueError: if the file is damaged.
     """
-    made = f"{coder.autoencoder.identity} {coder.shift} {coder.scale}"
-    file = prepared.folder / f"latents-{hashlib.sha256(made.encode()).hexdigest()[:16]}.bin"
+    file = prepared.folder / f"latents-{hashlib.sha256(coder.identity.encode()).hexdigest()[:16]}.bin"
     shape = torch.Size((len(prepared.images), *coder.autoencoder.latent_shape(prepared.images.shape[-1])))
 
     def make() -> None:

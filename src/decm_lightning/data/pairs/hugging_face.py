@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decm_lightning.data.pairs.pair import DataError, Pair, pair_of
+import datasets
+
+from decm_lightning.data.pairs.pair import DataError, Pair, first_line, pair_of
 
 IMAGE, TEXT, JSON, KEY = "image", "txt", "json", "__key__"
 
@@ -18,19 +20,14 @@ class DataSet:
 
     Raises:
         FileNotFoundError: if there is no such data set, or the hub cannot be reached.
-        ImportError: if `datasets` is not installed.
         ValueError: if it has no such split.
     """
 
     def __init__(self, name: str, split: str) -> None:
         try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"{name} needs datasets: pip install datasets") from error
-        try:
             self._builder = datasets.load_dataset_builder(name)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise FileNotFoundError(f"no data set {name}: {_first_line(error)}") from error
+            raise FileNotFoundError(f"no data set {name}: {first_line(error)}") from error
         self.name = name
         self.split = split
 
@@ -53,11 +50,9 @@ class DataSet:
         except Exception as error:
             place = f"{self.name} {self.split}: row {row + 1}"
             remedy = "local files are read around what is damaged if split is not given"
-            raise ValueError(f"{place} cannot be read ({_first_line(error)}): {remedy}") from error
+            raise ValueError(f"{place} cannot be read ({first_line(error)}): {remedy}") from error
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        import datasets
-
         rows = self._builder.as_streaming_dataset(self.split)
         features = rows.features or {}
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -70,7 +65,3 @@ class DataSet:
                 values["text"] = values.pop(TEXT)
             # As in our own reader of tars, a .txt file comes first.
             yield (values[JSON] | values if isinstance(values.get(JSON), dict) else values)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -192,3 +192,8 @@ def caption_columns(column: str | None) -> tuple[str, ...]:
 
 def _expected(column: str | None) -> str:
     return " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's first line, or its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

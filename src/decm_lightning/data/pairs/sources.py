@@ -7,15 +7,14 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from decm_lightning.data.pairs.hugging_face import DataSet
 from decm_lightning.data.pairs.lists import read_list
 from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair, stamp_of
-from decm_lightning.data.pairs.tables import read_table
 from decm_lightning.data.pairs.tars import TARS, read_tar
 from decm_lightning.image_listing import counted, list_files
 from decm_lightning.image_listing import kind as kind_of
@@ -26,9 +25,26 @@ COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".json
 """Suffixes of files that may hold pairs, but that cannot be read."""
 
 PairRows = Iterator[Pair | DataError]
+
+
+@contextmanager
+def _needs(package: str) -> Iterator[None]:
+    # The readers are imported when they are used: their packages are optional, and take a second.
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"these pairs need {package}: pip install {package}") from error
+
+
+def _read_table(file: Path, column: str | None) -> PairRows:
+    with _needs("pyarrow"):
+        from decm_lightning.data.pairs.tables import read_table
+    return read_table(file, column)
+
+
 KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], PairRows]]] = {
     "tars": (TARS, read_tar),
-    "tables": (TABLES, read_table),
+    "tables": (TABLES, _read_table),
     "lists": (LISTS, read_list),
 }
 
@@ -58,9 +74,12 @@ def find_pairs(source: Path, split: str | None = None) -> PairSource:
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no pairs in it.
+        ImportError: if `datasets` or pyarrow is not installed, and the source needs it.
         ValueError: if there are files of several kinds, or several lists; if there is no such split.
     """
     if split is not None:
+        with _needs("datasets"):
+            from decm_lightning.data.pairs.hugging_face import DataSet
         data_set = DataSet(str(source), split)
         return PairSource(data_set.identity(), data_set.pairs, Counter())
     readable = tuple(suffix for suffixes, _ in KINDS.values() for suffix in suffixes)

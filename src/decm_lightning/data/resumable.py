@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from numpy.random import SeedSequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from decm_lightning.even_split import EvenBatches
+from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Sample
 
 EVALUATED_AT_ONCE = 256
@@ -61,9 +61,7 @@ class EpochSampler(DistributedSampler[int]):
         if self.variants == 1:
             return rows
         count = len(self.dataset)  # type: ignore[arg-type]
-        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        chosen = torch.randint(self.variants, (count,), generator=generator).numpy()
+        chosen = torch.randint(self.variants, (count,), generator=generator_of(self.seed, self.epoch)).numpy()
         return (row + count * int(chosen[row]) for row in rows)
 
 

@@ -1,6 +1,5 @@
 """A folder of latents while it is encoded: the settings, which shards are up to date, and how it is finished."""
 
-import hashlib
 import io
 import json
 from bisect import bisect_left
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from decm_lightning.data.latents.normalization import STATISTICS, Moments
 from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
-from decm_lightning.files import PARTIAL, atomic, file_sha256
+from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed
 
 REQUEST = "request.json"
@@ -104,7 +103,7 @@ class ShardRecord:
 
     def write(self, file: Path) -> None:
         """Write the record."""
-        _write_json(file, asdict(self))
+        write_json(file, asdict(self))
 
 
 class Manifest:
@@ -168,7 +167,7 @@ class Manifest:
             Shard(
                 f"latents_rank00_shard{number:0{digits}d}.safetensors",
                 part,
-                _sha256(identities[part.start : part.stop]),
+                text_sha256("\n".join(identities[part.start : part.stop])),
             )
             for number, part in enumerate(ranges)
             if part
@@ -176,7 +175,7 @@ class Manifest:
 
     def begin(self) -> None:
         """Write the settings and the first images of the shards that were planned last."""
-        _write_json(self._records / REQUEST, asdict(self.settings) | {STARTS: self._starts})
+        write_json(self._records / REQUEST, asdict(self.settings) | {STARTS: self._starts})
         # Until all shards are written, the folder is not complete.
         (self.folder / RECORD).unlink(missing_ok=True)
 
@@ -233,7 +232,7 @@ class Manifest:
         for record in known.values():
             if record.num_images:
                 moments.merge(Moments.from_json(record.moments))
-        skipped = {name: fault for record in known.values() for name, fault in record.skipped.items()}
+        skipped = {name: what for record in known.values() for name, what in record.skipped.items()}
         if not moments.count:
             raise ValueError(f"none of the {len(skipped)} images can be read")
         return self._write_provenance(shape, moments, known, shards), skipped
@@ -247,7 +246,7 @@ class Manifest:
             file.write_bytes(content.getvalue())
         checksums = {name: record.checksum for name, record in known.items() if record.checksum}
         checksums[STATISTICS] = file_sha256(self.folder / STATISTICS)
-        images = _sha256([shard.images_sha256 for shard in shards])
+        images = text_sha256("\n".join(shard.images_sha256 for shard in shards))
         count, settings = sum(record.num_images for record in known.values()), self.settings
         encoding = asdict(settings) | {"images_sha256": images}
         provenance = Provenance(settings.vae, SCALING, list(shape), count, settings.num_classes, checksums, encoding)
@@ -294,16 +293,6 @@ class Manifest:
                 was = f"{self.folder} was begun with {name} {found[name]}"
                 raise ValueError(f"{was}: got {value}; give the same, or another --out")
         return starts
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file of JSON, whole or not at all."""
-    with atomic(file) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _ranges(starts: Sequence[int], count: int) -> list[range]:

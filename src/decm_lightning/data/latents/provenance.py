@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decm_lightning.data.latents.shards import Shards
-from decm_lightning.files import atomic, describe_unreadable, file_sha256
+from decm_lightning.files import describe_unreadable, file_sha256, write_json
 
 RECORD = "cache.json"
 MANIFEST = "manifest"
@@ -70,8 +70,7 @@ class Provenance:
 
     def write(self, folder: str | Path) -> None:
         """Write the record into a folder."""
-        with atomic(Path(folder) / RECORD) as partial:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(Path(folder) / RECORD, asdict(self))
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
         """Refuse shards or a scaling that are not those of the record.
@@ -79,10 +78,10 @@ class Provenance:
         Raises:
             ValueError: naming the first thing that differs, or is missing.
         """
-        if faults := self.faults(shards, scaling):
-            raise ValueError(faults[0])
+        if found := self.differences(shards, scaling):
+            raise ValueError(found[0])
 
-    def faults(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
+    def differences(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
         """Describe everything that differs from the record, or is missing."""
         found = {
             "shape": list(shards.shape),

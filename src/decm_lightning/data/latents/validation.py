@@ -89,8 +89,8 @@ class FolderCheck:
             self.normalization = LatentNormalization.read(folder, channels, latent_norm, latent_multiplier)
         if self.provenance is not None:
             scaling = {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier}
-            for fault in self.provenance.faults(self.shards, scaling):
-                faults.add("record", fault)
+            for difference in self.provenance.differences(self.shards, scaling):
+                faults.add("record", difference)
         self.moments = Moments(channels)
         self.minimum, self.maximum = torch.full((2, channels), torch.inf).mul(torch.tensor([[1.0], [-1.0]]))
         self.example: Float[Tensor, "1 c h w"] | None = None

@@ -226,7 +226,9 @@ class Encoding(L.LightningModule):
             NonFiniteError: if a latent is NaN or infinite.
         """
         if batch.errors and self.on_error == "raise":
-            what = "replace it, or leave it out by --on_error skip, and start again: finished shards are kept"
+            what = (
+                "replace it, or leave it out by --on_error skip, and start again: finished shards are not encoded again"
+            )
             raise ValueError(f"{broken(batch.errors)}; {what}")
         size = batch.pixels.shape[-1]
         if not batch.names:

@@ -45,8 +45,8 @@ class Latents(BatchDataset):
         self.normalization = LatentNormalization.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
-                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes what is "
-                "drawn, it looks wrong whatever the loss"
+                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes "
+                "samples, they look wrong whatever the loss"
             )
             return
         self.provenance.check(self.shards, {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier})
@@ -116,8 +116,8 @@ class ImageNetLatents(ResumableData):
         latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
         flip: mirror half of the images, others in each epoch.
         vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
-        reference_size: at most so many latents in the loaders for validation, test and prediction, spread over all
-            shards, so that the classes mix; None for all.
+        reference_size: at most this number of latents in the loaders for validation, test and prediction, spread over
+            all shards, so that the classes mix; None for all.
 
     Raises:
         ValueError: if batch_size or reference_size is below 1.

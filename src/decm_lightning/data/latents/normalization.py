@@ -189,7 +189,7 @@ class Moments:
         self._merge(len(x), mean, variance + mean.square())
 
     def merge(self, other: "Moments") -> None:
-        """Take in the blocks of another."""
+        """Take in the blocks of other moments."""
         self._merge(other.count, other.mean, other.square)
 
     def std(self) -> Float[Tensor, " c"]:
@@ -211,7 +211,7 @@ class Moments:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Moments":
-        """Return the moments that `as_json` was asked for."""
+        """Return the moments whose `as_json` is `content`."""
         moments = cls(len(content["mean"]))
         moments.count = content["count"]
         moments.mean, moments.square = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "square"))
@@ -219,6 +219,6 @@ class Moments:
 
     def _merge(self, count: int, mean: Tensor, square: Tensor) -> None:
         self.count += count
-        share = count / self.count
-        self.mean += share * (mean - self.mean)
-        self.square += share * (square - self.square)
+        fraction = count / self.count
+        self.mean += fraction * (mean - self.mean)
+        self.square += fraction * (square - self.square)

@@ -34,7 +34,7 @@ class Shards:
     Args:
         folder: where the files are; hidden and unfinished ones are skipped, and counted in `skipped`.
         num_classes: labels must be below it; None for one more than the largest label.
-        report: receives the kind of each fault and the fault, which is raised without it. Files that cannot be used are
+        report: receives the kind of each error and the error, which is raised without it. Files that cannot be used are
             then left out; one with wrong labels is not.
 
     Raises:
@@ -122,7 +122,7 @@ class Shards:
 
     def _map(self, number: int) -> np.ndarray:
         """Return latents (even numbers) or latents_flip (odd) of a file, mapped into memory."""
-        # Mapped when it is first read, and kept: mapping costs more than ten times a row.
+        # Mapped once, when it is first read: mapping costs more than ten times a row.
         if number not in self.mapped:
             tensor = open_file(self.files[number // 2]).get_tensor((LATENTS, MIRRORED)[number % 2])
             # numpy has no bfloat16, whose bits are the upper half of a float32's.

@@ -1,4 +1,4 @@
-"""Images with captions: what all data of pairs share."""
+"""Images with captions, some of which are held out: the base of all data of pairs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -42,11 +42,11 @@ class Pairs(BatchDataset):
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
-        given = torch.as_tensor(items)
-        rows = self.rows[given % len(self)]
+        index = torch.as_tensor(items)
+        rows = self.rows[index % len(self)]
         stored = self.images[rows]
         x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
-        return Batch(x_1, self.captions.read(self._captions(given)))
+        return Batch(x_1, self.captions.read(self._captions(index)))
 
     def condition(self, items: Sequence[int]) -> Condition:
         """Return the captions of the given items, or their numbers."""
@@ -141,7 +141,7 @@ class CaptionedImages(ResumableData):
         return self.reference
 
 
-def is_held_out(names: Sequence[str], share: float) -> Bool[Tensor, " n"]:
-    """Return which names are held out: by a hash, the same ones whatever stands beside them."""
+def is_held_out(names: Sequence[str], fraction: float) -> Bool[Tensor, " n"]:
+    """Return which names are held out: by a hash of each name alone."""
     hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    return torch.tensor([value < share for value in hashes], dtype=torch.bool)
+    return torch.tensor([value < fraction for value in hashes], dtype=torch.bool)

@@ -49,7 +49,7 @@ class DataSet:
         # Each format fails in its own way.
         except Exception as error:
             place = f"{self.name} {self.split}: row {row + 1}"
-            remedy = "local files are read around what is damaged if split is not given"
+            remedy = "without split, local files are read past damaged rows"
             raise ValueError(f"{place} cannot be read ({first_line(error)}): {remedy}") from error
 
     def _rows(self) -> Iterator[dict[str, Any]]:

@@ -118,12 +118,13 @@ def image_of(values: Mapping[str, Any]) -> tuple[bytes | None, str]:
     """Return the bytes of a row's image, None if there are none, and the name of its file, "" without one."""
     content, path = None, ""
     for name in FILE_COLUMNS:
-        image = given = values.get(name)
-        if isinstance(given, dict):
-            image, given = given.get("bytes"), given.get("path")
-            given = given.decode() if isinstance(given, bytes) else given
+        image: Any = values.get(name)
+        named = image
+        if isinstance(image, dict):
+            image, named = image.get("bytes"), image.get("path")
+            named = named.decode() if isinstance(named, bytes) else named
         content = image if content is None and isinstance(image, bytes) else content
-        path = path or (given.strip() if isinstance(given, str) else "")
+        path = path or (named.strip() if isinstance(named, str) else "")
     return content, path
 
 

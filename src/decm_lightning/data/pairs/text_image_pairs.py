@@ -43,7 +43,7 @@ class TextImagePairs(CaptionedImages):
         captions: "cached", encoded once, or "on_the_fly", on the device of the network when they are needed: those of
             SD3, 2.7 MB each, for 100,000 pairs or more.
         vae: for latents, the VAE as `load_autoencoder` takes it, such as the folder of a pipeline; None for pixels.
-        latents: with a VAE, "cached", encoded once and kept in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
+        latents: with a VAE, "cached", encoded once and stored in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
             "on_the_fly", on the device of the network when they are needed.
         batch_size: pairs per training batch on each device, at least 1.
         held_out: fraction of pairs that is not trained on, chosen by a hash of their names, in [0, 1).

@@ -2,6 +2,7 @@
 
 import os
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -12,7 +13,6 @@ from tests.data.pairs.pair_files import levels, pairs_tar, png, write_images, wr
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
@@ -81,8 +81,6 @@ def test_the_caption_of_json_in_a_tar_is_that_of_the_requested_column(source):
 
 
 def test_what_save_to_disk_writes_is_read(source):
-    import datasets
-
     datasets.Dataset.from_dict({"image": [png(3)], "prompt": ["a"]}).save_to_disk(str(source / "saved"))
     found = read(source / "saved", "train")
     assert (levels(found), found.captions) == ([3], ["a"])

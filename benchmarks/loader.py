@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
 from decm_lightning.data.latents.imagenet import Latents
-from decm_lightning.data.latents.shard_files import KEYS
+from decm_lightning.data.latents.shards import KEYS
 
 
 def write(folder: Path, shards: int, rows: int, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Files that are whole or absent, the content of files and tensors by its hash, and why a file cannot be read.
 
-Every file of this package is written through `atomic`, and every identity is one of the two hashes below.
+Every file of this package is written through `atomic`, and every identity is one of the three hashes below.
 """
 
 import errno
@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -65,6 +66,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise OSError(cause, os.strerror(cause), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a file of JSON, whole or not at all.
+
+    Raises:
+        OSError: as `atomic`.
+    """
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:

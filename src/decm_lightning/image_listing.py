@@ -90,11 +90,11 @@ def _identity(folder: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def broken(faults: Mapping[str, str]) -> str:
+def broken(errors: Mapping[str, str]) -> str:
     """Return on one line how many images are broken, and what is wrong with the first of them, by their names."""
-    named = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:NAMED])
-    more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    return f"{len(faults)} broken image{'s' if len(faults) > 1 else ''}: {named}{more}"
+    named = "; ".join(f"{name} {error}" for name, error in list(errors.items())[:NAMED])
+    more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
+    return f"{len(errors)} broken image{'s' if len(errors) > 1 else ''}: {named}{more}"
 
 
 def printable(name: str | Path) -> str:

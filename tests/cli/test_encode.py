@@ -94,8 +94,8 @@ def test_shards_hold_what_the_vae_says_of_both_flips(posterior, decm):
             torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=0)
     assert latents.provenance.vae.startswith("AutoencoderKL ")
     std, mean = torch.std_mean(latents.shards.read(range(60)), (0, 2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(latents.scaling.mean, mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close(latents.scaling.std, std, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.normalization.mean, mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.normalization.std, std, atol=1e-5, rtol=0)
 
 
 def test_every_tool_reads_what_it_writes(decm):

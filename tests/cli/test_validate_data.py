@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning import cli
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.shards import Provenance
+from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.files import file_sha256
 from tests.autoencoders.tiny import save_kl
 from tests.data.latents.test_shards import change, write_shards
@@ -120,7 +120,7 @@ def test_a_wrong_request_gives_one_clear_line_and_exit_code_2(argv, message, dec
         (lambda folder: (folder / "latents_stats.pt").unlink(), "no file latents/latents_stats.pt"),
         (
             lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-8]),
-            "1 fault in latents (1 shard), the first: latents/latents_rank00_shard001.safetensors: cut short at",
+            "1 error in latents (1 shard), the first: latents/latents_rank00_shard001.safetensors: cut short at",
         ),
         (record_shards, f"{SHARD} is not the one that cache.json names"),
     ],
@@ -130,7 +130,7 @@ def test_a_spoilt_folder_gives_one_clear_line_and_exit_code_2(spoil, message, de
     refused(decm, ["validate-data", "latents"], message)
 
 
-def test_all_faults_are_printed_and_counted(decm):
+def test_all_errors_are_printed_and_counted(decm):
     """A shard that changed and has rows that are not finite, one that is cut short, labels and the record."""
     folder = Path("latents")
     record_shards(folder)
@@ -154,7 +154,7 @@ def test_all_faults_are_printed_and_counted(decm):
     ):
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 7
-    assert "7 faults in latents (2 shards, 1 label file, 1 shape, 1 checksum, 2 non-finite rows), the first" in err
+    assert "7 errors in latents (2 shards, 1 label file, 1 shape, 1 checksum, 2 non-finite rows), the first" in err
 
 
 def test_of_many_rows_that_are_not_finite_ten_are_named_and_all_counted(decm):
@@ -169,7 +169,7 @@ def test_of_many_rows_that_are_not_finite_ten_are_named_and_all_counted(decm):
     assert out.count(" is NaN or infinite") == 10
     assert f"{SHARD}: 15 rows of latents are NaN or infinite" in out
     assert f"{SHARD}: 1 rows of latents_flip are NaN or infinite" in out
-    assert "16 faults in latents (16 non-finite rows), the first: " in err
+    assert "16 errors in latents (16 non-finite rows), the first: " in err
 
 
 def test_the_worst_channels_are_named(decm):
@@ -198,7 +198,7 @@ def test_the_worst_channels_are_named(decm):
     assert code == 2
 
 
-def test_strings_for_numbers_in_the_record_are_one_fault(decm):
+def test_strings_for_numbers_in_the_record_are_one_error(decm):
     file = Path("latents/cache.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_classes": "10"}))
     refused(decm, ["validate-data", "latents"], 'cache.json: num_classes must be an integer above 0: got "10"')
@@ -210,7 +210,7 @@ def test_nothing_usable_is_said(decm):
     code, out, err = decm("validate-data", "latents")
     assert code == 2
     assert out.count("empty (0 bytes)") == 2
-    assert "2 faults in latents (2 shards), the first: " in err
+    assert "2 errors in latents (2 shards), the first: " in err
 
 
 def test_the_vae_is_compared_and_tried(decm):

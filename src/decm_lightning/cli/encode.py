@@ -15,8 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.data.latents.encoding import Encoding, EncodingData, Plan, Posterior, ShardWriter
-from decm_lightning.data.latents.encoding_records import EncodingSettings
-from decm_lightning.data.latents.manifest import Manifest
+from decm_lightning.data.latents.manifest import EncodingSettings, Manifest
 from decm_lightning.image_listing import broken, counted, printable
 
 

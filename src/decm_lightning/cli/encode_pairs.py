@@ -18,6 +18,7 @@ def encode_pairs(
     max_characters: int = 2000,
     on_error: Literal["raise", "skip"] = "raise",
     device: str | None = None,
+    split: str | None = None,
 ) -> None:
     """Read and check text-image pairs, encode their captions and, with a VAE, their images, and store the result.
 
@@ -26,7 +27,7 @@ def encode_pairs(
 
     Args:
         pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a
-            pattern such as "train-*.tar".
+            pattern such as "train-*.tar"; with split also user/name on the Hugging Face hub.
         size: images are cropped to size x size pixels.
         encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with --encoder.path
             and the like for its settings; MiniLM by default.
@@ -38,10 +39,11 @@ def encode_pairs(
         max_characters: longer captions are errors, at least 1.
         on_error: raise if a pair is bad, or skip to count the bad ones and use the others.
         device: where to encode, such as cpu or cuda:1; by default the first accelerator if there is one.
+        split: for a name on the Hugging Face hub, or a folder that its `datasets` reads: train, test, ...
     """
     data = TextImagePairs(
         pairs, size, encoder, out, captions, vae,
-        caption_column=caption_column, max_characters=max_characters, on_error=on_error,
+        caption_column=caption_column, max_characters=max_characters, on_error=on_error, split=split,
     )  # fmt: skip
     count = data.prepare(device and check_device(device))
     stored = [f"latents of {vae}" if vae else "pixels", *(["captions"] if captions == "cached" else [])]

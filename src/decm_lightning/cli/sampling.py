@@ -203,7 +203,7 @@ class Decoder:
             raise ValueError(f"the model makes samples of shape {network.sample_shape}, not images (c, h, w)")
         channels, by_config = network.sample_shape[0], reads_captions(network)
         if vae and (latents or by_config):
-            decoder, found = _by_statistics(vae, latents) if latents else _by_config(vae)
+            decoder, found = _decoder(vae, latents)
             if found != channels:
                 raise ValueError(f"the model makes {channels} channels: latents of {vae} have {found}")
             return decoder
@@ -222,22 +222,12 @@ def _reads_end_time(network: Network) -> bool:
     return bool(network.config.get("end_time", True))
 
 
-# The data modules are imported here, because they import Lightning, which takes seconds.
-def _by_config(vae: str) -> tuple[Decoder, int]:
+def _decoder(vae: str, latents: str | None) -> tuple[Decoder, int]:
+    """Return the decoder of a VAE's latents, normalized by a folder's statistics or its config, and their channels."""
+    # The data modules import Lightning, which takes seconds.
     from decm_lightning.autoencoders import load_autoencoder
     from decm_lightning.data.latents.latent_coder import LatentCoder
 
-    coder = LatentCoder(load_autoencoder(vae))
+    coder = LatentCoder.read(vae, latents) if latents else LatentCoder(load_autoencoder(vae))
     own = coder.autoencoder
-    identity = f"{own.identity} shift {coder.shift:g} scale {coder.scale:g}"
-    return Decoder(coder.decode, own.downsampling, identity), own.latent_channels
-
-
-def _by_statistics(vae: str, latents: str) -> tuple[Decoder, int]:
-    from decm_lightning.data.latents.decoding import LatentDecoder
-
-    decoder = LatentDecoder.read(vae, latents)
-    own, scaling = decoder.autoencoder, decoder.scaling
-    moments = tensors_sha256({"mean": scaling.mean, "std": scaling.std})[:DIGITS]
-    identity = f"{own.identity} moments {moments} times {scaling.multiplier:g}"
-    return Decoder(decoder, own.downsampling, identity), own.latent_channels
+    return Decoder(coder.decode, own.downsampling, coder.identity), own.latent_channels

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.validation import Faults, FolderCheck
+from decm_lightning.data.latents.validation import ErrorReport, FolderCheck
 
 
 def validate_data(
@@ -29,16 +29,16 @@ def validate_data(
         vae: the VAE that must have encoded the images: a folder, a name on the Hugging Face hub, or a file.
     """
     autoencoder = None if vae is None else load_autoencoder(vae)
-    faults = Faults(tqdm.write)
+    errors = ErrorReport(tqdm.write)
     try:
-        check = FolderCheck(folder, num_classes, latent_norm, latent_multiplier, faults)
+        check = FolderCheck(folder, num_classes, latent_norm, latent_multiplier, errors)
     except ValueError:
-        faults.check(folder)
+        errors.check(folder)
         raise
     expected = (channels, size, size)
     if any(number not in (None, found) for number, found in zip(expected, check.shards.shape, strict=True)):
         text = _times(["any" if number is None else number for number in expected])
-        faults.add("shape", f"latents of {folder} are {_times(check.shards.shape)}: expected {text}")
+        errors.add("shape", f"latents of {folder} are {_times(check.shards.shape)}: expected {text}")
     check.check_checksums()
     check.read()
     table = _table(check)
@@ -47,7 +47,7 @@ def validate_data(
     for name, value in table.items():
         print(f"{name:<8} {value}")
     _print_channels(check)
-    faults.check(folder)
+    errors.check(folder)
 
 
 def _table(check: FolderCheck) -> dict[str, object]:
@@ -64,7 +64,7 @@ def _table(check: FolderCheck) -> dict[str, object]:
         mean, std = check.moments.overall()
         means, stds = check.moments.mean, check.moments.std()
         furthest, oddest = int(means.abs().argmax()), int((stds - 1).abs().argmax())
-        unit = "unscaled" if check.scaling is None else "after scaling"
+        unit = "unscaled" if check.normalization is None else "after scaling"
         table["mean"] = f"{mean:.4f} {unit}, furthest from 0 in channel {furthest}: {means[furthest]:.4f}"
         table["std"] = f"{std:.4f} {unit}, furthest from 1 in channel {oddest}: {stds[oddest]:.4f}"
         lowest, highest = int(check.minimum.argmin()), int(check.maximum.argmax())

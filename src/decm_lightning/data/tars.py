@@ -1,94 +1,95 @@
-"""Webdataset tars by the positions of their members, and what is damaged between and after these."""
+"""The one reader of webdataset tars: their members in order, and what is damaged between and after them.
 
-import json
+Hugging Face's `datasets` silently ends a tar at a damaged header or where two were joined, and refuses a folder for one
+half pair, second member of a name, second image format or text that is not UTF-8: so tars are read here.
+"""
+
+import lzma
 import tarfile
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from decm_lightning.files import describe_unreadable
-from decm_lightning.image_listing import is_hidden, printable
-from decm_lightning.image_reader import suffixes
+from decm_lightning.image_listing import printable
 
-LABELS = (".cls", ".json", ".txt")
-JSON_KEYS = ("label", "cls")
 RECORD = 512
 CHUNK = 1 << 20
-LARGEST = 2**63 - 1
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-Fault = Callable[[str, str], None]
-"""Takes the kind of a fault and a message that names where it is; raises the message or counts the kind."""
+DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
-class TarMember(NamedTuple):
-    """An image in a tar: its name, class, first byte and number of bytes."""
+@dataclass(frozen=True)
+class TarMember:
+    """A member of a tar.
+
+    Attributes:
+        name: its path in the tar.
+        is_file: whether it is a plain file, not a link, device or sparse file.
+        offset: its first byte, in the unpacked tar.
+        length: its number of bytes.
+        content: its bytes, if they were requested.
+    """
 
     name: str
-    label: int
+    is_file: bool
     offset: int
     length: int
+    content: bytes = b""
+
+    @property
+    def key(self) -> str:
+        """The path up to the first dot of the last name: webdataset's key, which all members of a sample share."""
+        folder, slash, last = self.name.rpartition("/")
+        return f"{folder}{slash}{last.partition('.')[0]}"
+
+    @property
+    def suffix(self) -> str:
+        """What follows the key, in lower case with its dot; "" if nothing does."""
+        return self.name.removeprefix(self.key).lower()
 
 
-class _Members(NamedTuple):
-    images: dict[str, tarfile.TarInfo]
-    labels: dict[str, tarfile.TarInfo]
+def read_members(file: Path, is_requested: Callable[[str], bool]) -> Iterator[TarMember | str]:
+    """Yield the members of a plain or compressed tar, except folders, and a line for each damaged place.
 
-
-def tar_members(tar: Path, fault: Fault, left_out: Counter[str]) -> list[TarMember]:
-    """Return the images of a plain tar in its order, with the labels next to them.
-
-    As in webdataset, files that have the same path up to the first dot of their name belong together. A damaged place
-    costs the members in it, and tars that were joined are read to the end.
+    A damaged header costs its own member: reading resumes at the next one. Tars that were joined are read to the end.
+    A tar that is cut short ends with a line that says so.
 
     Args:
-        tar: the file.
-        fault: called if the tar is damaged or cut short, if an image has no label or a label no image, and if a label
-            is not a number. If it returns, what it was called for is left out.
-        left_out: members that are neither images nor labels are added to it, by kind.
-
-    Raises:
-        ValueError: if the file is not a tar or a compressed one.
+        file: the tar.
+        is_requested: whether the content of members with this suffix is read.
     """
-    _refuse_compressed(tar)
-    members = _Members({}, {})
+    end, last = 0, ""
     try:
         # ignore_zeros skips damaged headers, which would otherwise end the archive.
-        with tarfile.open(tar, "r:", ignore_zeros=True) as content:
-            for what in _sort(content, members, left_out):
-                fault("damaged places in tars", f"{tar} {what}")
-            for key in sorted(members.images.keys() ^ members.labels.keys()):
-                alone, lacks = (
-                    (members.images[key], "label") if key in members.images else (members.labels[key], "image")
-                )
-                fault(f"no {lacks}", f"{tar}: {printable(alone.name)} has no {lacks} next to it")
-            found = []
-            for key in members.images.keys() & members.labels.keys():
-                try:
-                    label = _label(content, members.labels[key])
-                except (ValueError, tarfile.ReadError) as error:
-                    fault("no class number", f"{tar}: {error}")
-                    continue
-                image = members.images[key]
-                found.append(TarMember(printable(image.name), label, image.offset_data, image.size))
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{tar} is not a whole, plain tar: {describe_unreadable(tar, text=True) or error}") from error
-    return sorted(found, key=lambda member: member.offset)
+        with tarfile.open(file, "r:*", ignore_zeros=True) as tar:
+            for info in tar:
+                if lost := _lost_bytes(tar, end, info.offset):
+                    yield f"is damaged ({lost} bytes before {printable(info.name)} are lost)"
+                if not info.isdir():
+                    yield _member(tar, info, is_requested)
+                end, last = tar.offset, printable(info.name)
+            if what := _end_error(tar, end, last):
+                yield what
+    except DAMAGE as error:
+        after = f"after {last}: {error}" if last else describe_unreadable(file, text=True) or str(error)
+        yield f"is cut short or not a tar ({after})".replace("\n", " ")
 
 
-def lost_bytes(tar: tarfile.TarFile, start: int, stop: int) -> int:
+def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, is_requested: Callable[[str], bool]) -> TarMember:
+    is_file = info.isfile() and not info.issparse()
+    member = TarMember(info.name, is_file, info.offset_data, info.size)
+    content = tar.extractfile(info) if is_file and is_requested(member.suffix) else None
+    return replace(member, content=content.read()) if content else member
+
+
+def _lost_bytes(tar: tarfile.TarFile, start: int, stop: int) -> int:
     """Return the number of bytes between two places, 0 if they are zeros, as between tars that were joined."""
     return stop - start if stop > start and any(map(any, _chunks(tar, start, stop))) else 0
 
 
-def end_fault(tar: tarfile.TarFile, end: int, last: str) -> str:
-    """Return what is wrong after the last member, "" if nothing is: zeros mark the end of a tar, and nothing follows.
-
-    Args:
-        tar: whose members have been read.
-        end: the byte after the last member.
-        last: the name of the last member; "" without one.
-    """
+def _end_error(tar: tarfile.TarFile, end: int, last: str) -> str:
+    """Return what is wrong after the last member, "" if nothing is: zeros mark the end of a tar."""
     length, mark, damaged = 0, b"", False
     for chunk in _chunks(tar, end):
         mark = mark or chunk[:RECORD]
@@ -109,78 +110,3 @@ def _chunks(tar: tarfile.TarFile, start: int, stop: int | None = None) -> Iterat
     while chunk := tar.fileobj.read(CHUNK if stop is None else min(CHUNK, stop - start)):
         yield chunk
         start += len(chunk)
-
-
-def _refuse_compressed(tar: Path) -> None:
-    with tar.open("rb") as content:
-        start = content.read(8)
-    for mark, name in COMPRESSED.items():
-        if start.startswith(mark):
-            raise ValueError(f"{tar} is compressed ({name}): images are read in any order, so unpack it to a plain tar")
-
-
-def _sort(content: tarfile.TarFile, members: _Members, left_out: Counter[str]) -> Iterator[str]:
-    """Tell images from labels, and yield what is wrong with the tar."""
-    end, last = 0, ""
-    try:
-        for member in content:
-            if lost := lost_bytes(content, end, member.offset):
-                yield f"is damaged ({lost} bytes before {printable(member.name)} are lost)"
-            _take(member, members, left_out)
-            end, last = content.offset, printable(member.name)
-    except tarfile.ReadError as error:
-        yield f"is cut short after {last}: {error}"
-        return
-    if what := end_fault(content, end, last):
-        yield what
-
-
-def _take(member: tarfile.TarInfo, members: _Members, left_out: Counter[str]) -> None:
-    key, suffix = _split(member.name)
-    if member.isdir():
-        return
-    # Tools without pax support unpack its headers as files.
-    if any(map(_is_hidden, member.name.split("/"))):
-        left_out["hidden"] += 1
-    elif suffix not in suffixes() and suffix not in LABELS:
-        left_out[suffix or "no suffix"] += 1
-    elif not member.isfile() or member.issparse():
-        left_out["links and sparse files"] += 1
-    elif suffix in LABELS:
-        if key not in members.labels or _rank(member) <= _rank(members.labels[key]):
-            members.labels[key] = member
-    else:
-        # As when a tar is unpacked, a later member takes the place of an earlier one.
-        if key in members.images:
-            left_out["images of a name that comes again"] += 1
-        members.images[key] = member
-
-
-def _is_hidden(part: str) -> bool:
-    return part not in (".", "..") and (is_hidden(part) or part.startswith("PaxHeader"))
-
-
-def _split(name: str) -> tuple[str, str]:
-    folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    return f"{folder}{slash}{stem}", f"{dot}{suffix}".lower()
-
-
-def _rank(member: tarfile.TarInfo) -> int:
-    return LABELS.index(_split(member.name)[1])
-
-
-def _label(content: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    file = content.extractfile(member)
-    text = file.read().decode("utf-8-sig", errors="replace").strip() if file else ""
-    found: object = text
-    try:
-        if member.name.lower().endswith(".json"):
-            entries = json.loads(text)
-            found = next(entries[key] for key in JSON_KEYS if key in entries)
-        if abs(label := int(str(found))) > LARGEST:  # int alone would cut off what follows a point
-            raise ValueError("beyond 64 bits")
-        return label
-    except (ValueError, TypeError, StopIteration, RecursionError) as error:
-        message = f"{printable(member.name)} does not hold a class number: got {str(found)[:40]!r}"
-        raise ValueError(message) from error

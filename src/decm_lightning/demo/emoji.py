@@ -101,7 +101,7 @@ class Emoji(CaptionedImages):
         images = torch.stack([pixels_of(item.file, self.size) for item in items])
         encoded = encode(captions, self.encoder, self.cache, self.device)
         names = [item.base for item in items]
-        self.fit_network("images", (3, self.size, self.size))
+        self.check_network("emoji are", (3, self.size, self.size))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
     def identity(self) -> dict[str, str]:

@@ -262,12 +262,12 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda whole: whole[: len(whole) // 2], "is not a whole, plain tar|is cut short"),
+        (lambda whole: whole[: len(whole) // 2], "is cut short"),
         (
             lambda whole: whole[: -(-len(whole.rstrip(b"\0")) // 512) * 512],
             r"x.tar is cut short: it does not end as a tar \(after train/008.json\)",
         ),
-        (lambda whole: b"", r"x.tar is not a whole, plain tar: empty \(0 bytes\)"),
+        (lambda whole: b"", r"x.tar is .*empty \(0 bytes\)"),
         (lambda whole: b"x" * 100 + whole, r"x.tar is not a tar \(no member can be read\)"),
     ],
 )

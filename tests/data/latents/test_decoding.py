@@ -69,7 +69,7 @@ def test_the_vae_is_released_to_the_cpu(folder):
     latents.release()
     latents.setup("fit")
     moved = []
-    latents.decoder.autoencoder.to = moved.append
+    latents.coder.autoencoder.to = moved.append
     latents.release()
     assert moved == ["cpu"]
 

@@ -5,13 +5,14 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.latent_coder import CHUNK, LatentCoder
+from decm_lightning.data.latents import latent_coder
+from decm_lightning.data.latents.latent_coder import LatentCoder
 from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
 
 
 @pytest.fixture
 def images():
-    return torch.rand(CHUNK + 3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def save_with(folder, **numbers):
@@ -23,8 +24,9 @@ def save_with(folder, **numbers):
 
 
 @pytest.mark.parametrize("shift", [0.0609, None])
-def test_latents_are_normalised_as_the_pipelines_do(shift, images, tmp_path):
+def test_latents_are_normalized_as_the_pipelines_do(shift, images, tmp_path, monkeypatch):
     """And their images are those of the pipelines' last lines; chunks change nothing."""
+    monkeypatch.setattr(latent_coder, "PIXELS_AT_ONCE", 4 * 16 * 16)
     model = save_with(tmp_path / "vae", scaling_factor=1.5305, shift_factor=shift)
     coder = LatentCoder(load_autoencoder(tmp_path))
     with torch.no_grad():
@@ -33,7 +35,7 @@ def test_latents_are_normalised_as_the_pipelines_do(shift, images, tmp_path):
     x = coder.encode(images)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(coder.decode(x), pictures, rtol=0, atol=1e-5)
-    assert x.shape == (CHUNK + 3, 2, 8, 8)
+    assert x.shape == (7, 2, 8, 8)
     assert coder.encode(images.bfloat16()).dtype == torch.bfloat16
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from decm_lightning.data import Digits, ImageNetLatents
-from decm_lightning.data.latents.imagenet import Latents, MirroringSampler
-from decm_lightning.data.latents.scaling import Moments, Scaling, finite_rows
+from decm_lightning.data.latents.imagenet import Latents
+from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
+from decm_lightning.data.resumable import EpochSampler
 from tests.data.latents.test_shards import write_shards
 from tests.test_files import LFS
 
@@ -68,7 +69,7 @@ def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
     def mirrored(seed=0, epoch=0, world=1, count=10_000):
         whole = torch.zeros(count, dtype=torch.bool)
         for rank in range(world):
-            sampler = MirroringSampler(range(count), num_replicas=world, rank=rank, seed=seed)
+            sampler = EpochSampler(range(count), 2, num_replicas=world, rank=rank, seed=seed)
             sampler.set_epoch(epoch)
             items = torch.tensor(list(sampler))
             whole[items % count] = items >= count
@@ -89,7 +90,7 @@ def test_processes_share_the_images_between_them(processes, tmp_path):
     train = module(tmp_path).train
     parts = []
     for rank in range(processes):
-        sampler = MirroringSampler(train, num_replicas=processes, rank=rank, seed=3)
+        sampler = EpochSampler(train, 2, num_replicas=processes, rank=rank, seed=3)
         parts.append({item % 10 for item in sampler})
     assert [len(part) for part in parts] == [10 // processes] * processes
     assert set.union(*parts) == set(range(10))
@@ -99,7 +100,7 @@ def test_mirroring_can_be_left_out(tmp_path):
     latents, _ = write_shards(tmp_path)
     train = module(tmp_path, batch_size=10, flip=False)
     (batch,) = train.train_dataloader()
-    assert torch.equal(batch.x_1, train.train.scaling(latents[batch.condition]))
+    assert torch.equal(batch.x_1, train.train.normalization.normalize(latents[batch.condition]))
 
 
 def test_workers_change_nothing_and_an_epoch_has_every_image_once(tmp_path):
@@ -172,7 +173,7 @@ def test_moments_are_those_of_all_values_together(count, tmp_path):
     train = module(tmp_path, batch_size=1).train
     for blocks in (train.sample(), train.shards.blocks()):
         moments = train.measure(blocks)
-        both = train.scaling(torch.cat([latents, mirrored])).double()
+        both = train.normalization.normalize(torch.cat([latents, mirrored])).double()
         torch.testing.assert_close(moments.mean, both.mean((0, 2, 3)), atol=1e-6, rtol=0)
         std, mean = torch.std_mean(both, correction=0)
         assert moments.overall() == pytest.approx((mean.item(), std.item()), abs=1e-6)
@@ -269,7 +270,7 @@ def test_statistics_may_be_in_float64_and_next_to_others(tmp_path):
     write_shards(tmp_path, record=False)
     stats = torch.load(tmp_path / "latents_stats.pt")
     torch.save({name: x.double() for name, x in stats.items()} | {"count": 10}, tmp_path / "latents_stats.pt")
-    assert torch.equal(Scaling.read(tmp_path, 2, True, 1.0).std, stats["std"])
+    assert torch.equal(LatentNormalization.read(tmp_path, 2, True, 1.0).std, stats["std"])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def test_statistics_saved_on_a_gpu_are_read_where_the_latents_are(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(stats, tmp_path / "latents_stats.pt")
-    scaling = Scaling.read(tmp_path, 2, True, 1.0)
+    scaling = LatentNormalization.read(tmp_path, 2, True, 1.0)
     assert torch.equal(scaling.mean, stats["mean"])
     assert scaling.std.device.type == "cpu"
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from decm_lightning.data.latents.encoding_records import EncodingSettings, Shard
 from decm_lightning.data.latents.imagenet import Latents
-from decm_lightning.data.latents.manifest import Manifest
-from decm_lightning.data.latents.scaling import Moments
-from decm_lightning.data.latents.shards import Provenance
+from decm_lightning.data.latents.manifest import EncodingSettings, Manifest, Shard
+from decm_lightning.data.latents.normalization import Moments
+from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.files import file_sha256
 
 SHAPE = (2, 4, 4)
@@ -97,8 +96,8 @@ def test_a_finished_folder_is_read_as_latents(tmp_path):
     assert latents.shards.labels.tolist() == list(range(10))
     both = torch.cat([latents.shards.read(range(20))]).double()
     std, mean = torch.std_mean(both, (0, 2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(latents.scaling.mean, mean.float(), atol=1e-7, rtol=0)
-    torch.testing.assert_close(latents.scaling.std, std.float(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(latents.normalization.mean, mean.float(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(latents.normalization.std, std.float(), atol=1e-7, rtol=0)
     provenance = Provenance.read(tmp_path)
     assert provenance.checksums == {
         f.name: file_sha256(f) for f in [*latents.shards.files, tmp_path / "latents_stats.pt"]
@@ -166,8 +165,8 @@ def test_the_statistics_are_of_the_images_that_are_left(tmp_path):
     encode(tmp_path / "a", NAMES[8:])
     both = Latents(tmp_path / "a", 100)
     std, mean = torch.std_mean(both.shards.read(range(4)), (0, 2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(both.scaling.mean, mean, atol=1e-6, rtol=0)
-    torch.testing.assert_close(both.scaling.std, std, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both.normalization.mean, mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both.normalization.std, std, atol=1e-6, rtol=0)
 
 
 def test_a_shard_with_left_out_images_is_up_to_date_if_they_may_be(tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decm_lightning.data.latents.scaling import Scaling
-from decm_lightning.data.latents.shard_files import KEYS
-from decm_lightning.data.latents.shards import Provenance, Shards
+from decm_lightning.data.latents.normalization import LatentNormalization
+from decm_lightning.data.latents.provenance import Provenance
+from decm_lightning.data.latents.shards import KEYS, Shards
 from decm_lightning.files import file_sha256
 from tests.test_files import LFS
 from tests.unprivileged import open_folder, unprivileged
@@ -282,8 +282,8 @@ def test_entries_of_a_later_version_are_left_alone(tmp_path):
     record.check(Shards(tmp_path, 10), {"latent_norm": True, "latent_multiplier": 1.0})
 
 
-def read_scaling(folder):
-    return Scaling.read(folder, 2, True, 1.0)
+def read_normalization(folder):
+    return LatentNormalization.read(folder, 2, True, 1.0)
 
 
 @pytest.mark.parametrize("name", ["latents_rank00_shard001.safetensors", "cache.json", "latents_stats.pt", "."])
@@ -294,7 +294,7 @@ def test_a_missing_permission_is_said(name):
         for file in folder.iterdir():
             file.chmod(0o644)
         (folder / name).chmod(0)
-        read = {"cache.json": Provenance.read, "latents_stats.pt": read_scaling}.get(name, Shards)
+        read = {"cache.json": Provenance.read, "latents_stats.pt": read_normalization}.get(name, Shards)
         with unprivileged(), pytest.raises((ValueError, OSError), match=r"(?i)permission denied") as caught:
             read(folder)
         (folder / name).chmod(0o755)

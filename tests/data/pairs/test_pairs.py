@@ -17,8 +17,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from decm_lightning import TeacherTraining
 from decm_lightning.data.pairs import cache as pairs_cache
 from decm_lightning.data.pairs.cache import prepare
-from decm_lightning.data.pairs.captioned_images import Pairs, VariantSampler, is_held_out
+from decm_lightning.data.pairs.captioned_images import Pairs, is_held_out
 from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
+from decm_lightning.data.resumable import EpochSampler
 from decm_lightning.image_reader import pixels_of
 from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
@@ -332,7 +333,7 @@ def test_faults_of_a_csv_are_named_by_line_and_file(source, encoder, tmp_path):
     for expected in (
         "line 11, nowhere.png: its image cannot be read",
         "line 12, 0.png: its caption is empty",
-        "line 13: names no",
+        "line 13: has no image",
     ):
         assert expected in str(raised.value)
     with pytest.warns(UserWarning, match="left out"):
@@ -475,7 +476,7 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
     captions = EncodedCaptions(torch.arange(200.0)[:, None].half(), torch.arange(1, 201), torch.arange(200))
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     pairs = Pairs(images, captions, torch.arange(10, count), variants)
-    sampler = VariantSampler(pairs, num_replicas=1, rank=0, seed=3)
+    sampler = EpochSampler(pairs, variants, num_replicas=1, rank=0, seed=3)
     chosen = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -487,8 +488,8 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
         chosen.append(variant[image_row.argsort()])
     assert not torch.equal(chosen[0], chosen[1])
     assert torch.equal(chosen[0], chosen[2])
-    parts = [item for rank in range(2) for item in VariantSampler(pairs, num_replicas=2, rank=rank, seed=3)]
-    assert sorted(parts) == sorted(VariantSampler(pairs, num_replicas=1, rank=0, seed=3))
+    parts = [item for rank in range(2) for item in EpochSampler(pairs, variants, num_replicas=2, rank=rank, seed=3)]
+    assert sorted(parts) == sorted(EpochSampler(pairs, variants, num_replicas=1, rank=0, seed=3))
 
 
 def test_a_teacher_trains_on_pairs_and_is_refused_images_of_another_size(source, encoder, tmp_path):

@@ -30,7 +30,7 @@ DAMAGE = {
     "no names": lambda folder: (folder / "pairs.json").write_text('{"captions": []}'),
     "a name too few": lambda folder: spoil(folder / "pairs.json", names=["a"]),
     "captions of another type": lambda folder: spoil(folder / "pairs.json", captions=[None] * 5),
-    "another list of errors": lambda folder: spoil(folder / "pairs.json", faults=[{"x": 1}]),
+    "another list of errors": lambda folder: spoil(folder / "pairs.json", errors=[{"x": 1}]),
     "no stamps": lambda folder: (folder / "stamps.json").unlink(),
     "other stamps": lambda folder: (folder / "stamps.json").write_text('{"a": 1}'),
     "no pixels": lambda folder: (folder / "pixels.bin").unlink(),

@@ -1,11 +1,13 @@
 """What a source of pairs is made of: folders with links, hidden files, several kinds of files, patterns."""
 
 import json
+import sys
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from decm_lightning.data.pairs.cache import prepare
 from decm_lightning.data.pairs.sources import find_pairs
 from tests.data.pairs.pair_files import levels, pairs_tar, png, read, write_images
 
@@ -103,3 +105,15 @@ def test_two_lists_are_refused_by_name(source):
     with pytest.raises(ValueError, match=r"has 2 lists of images \(.*a.csv, .*b.jsonl .*: give the one to read"):
         find_pairs(source)
     assert levels(read(source / "a.csv")) == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "package"), [("a.parquet", None, "pyarrow"), ("a.parquet", "train", "datasets")]
+)
+def test_a_package_that_is_missing_is_named(name, split, package, source, monkeypatch):
+    parquet.write_table(pa.table({"image": [png(7)], "text": ["x"]}), source / name)
+    for module in ("decm_lightning.data.pairs.tables", "decm_lightning.data.pairs.hugging_face"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        prepare(source, source.parent / "cache", 4, None, 2000, split)

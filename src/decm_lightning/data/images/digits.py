@@ -10,7 +10,7 @@ class Digits(InMemoryImages):
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most so many reference images; None for all 1,797.
+        reference_size: at most this number of reference images; None for all 1,797.
         num_workers: loading processes; 0 is fastest here.
     """
 

@@ -27,7 +27,7 @@ class IDXImages(InMemoryImages):
     Args:
         folder: where the four files are, each plain or with .gz.
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most so many reference images; None for all.
+        reference_size: at most this number of reference images; None for all.
         num_workers: loading processes; 0 is fastest for images in memory.
     """
 

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from decm_lightning.data.tars import tar_members
+from decm_lightning.data.images.class_tars import class_images
 from decm_lightning.image_listing import Listing, counted, is_hidden, list_files, printable
 from decm_lightning.image_reader import Location, read_image, suffixes
 
@@ -150,16 +150,16 @@ class ImageFiles:
         limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
         for name, tar in sorted(tars.items()):
             self._tar_times[str(tar)] = _size_and_time(str(tar))
-            for member in tar_members(tar, self._fault, self.left_out):
+            for member in class_images(tar, self._report, self.left_out):
                 if member.label < 0 or (num_classes is not None and member.label >= num_classes):
                     message = f"{tar}: the label of {member.name} is {member.label}: expected {limit}"
-                    self._fault(f"label not {limit}", message)
+                    self._report(f"label not {limit}", message)
                     continue
                 place = Location(str(tar), member.offset, member.length)
                 files.append(ImageFile(f"{name}: {member.name}", member.label, place, name))
         return files
 
-    def _fault(self, kind: str, message: str) -> None:
+    def _report(self, kind: str, message: str) -> None:
         if self.on_error == "raise":
             raise ValueError(message)
         self.left_out[kind] += 1

@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
 from decm_lightning.data.images.image_files import ImageFiles, OnError
-from decm_lightning.data.latents.encoding_records import Shard
-from decm_lightning.data.latents.manifest import Manifest
-from decm_lightning.data.latents.scaling import Moments
+from decm_lightning.data.latents.manifest import Manifest, Shard
+from decm_lightning.data.latents.normalization import Moments
 from decm_lightning.data.latents.shards import KEYS
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.image_listing import broken
@@ -36,7 +35,7 @@ class ShardBatch(NamedTuple):
         names: of the images that could be read, b of them.
         pixels: (b, 3, h, w).
         labels: (b,).
-        faults: what is wrong with the other images, by name.
+        errors: what is wrong with the other images, by name.
     """
 
     shard: int
@@ -44,7 +43,7 @@ class ShardBatch(NamedTuple):
     names: list[str]
     pixels: UInt8[Tensor, "b 3 h w"]
     labels: Int[Tensor, " b"]
-    faults: dict[str, str]
+    errors: dict[str, str]
 
 
 class Encoded(NamedTuple):
@@ -82,18 +81,18 @@ class ShardBatches(Dataset[ShardBatch]):
     def __getitem__(self, index: int) -> ShardBatch:
         """Return a batch."""
         shard, numbers, is_last = self.batches[index]
-        names, pixels, labels, faults = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)], [], {}
+        names, pixels, labels, errors = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)], [], {}
         for number in numbers:
             image = self.images.files[number]
             # An error raised in a loading process would reach the user under two tracebacks.
             try:
                 pixels.append(self.images.read(number, self.size)[None])
             except ValueError as error:
-                faults[image.name] = str(error).removeprefix(f"{image.name} ")
+                errors[image.name] = str(error).removeprefix(f"{image.name} ")
                 continue
             names.append(image.name)
             labels.append(image.label)
-        return ShardBatch(shard, is_last, names, torch.cat(pixels), torch.tensor(labels, dtype=torch.long), faults)
+        return ShardBatch(shard, is_last, names, torch.cat(pixels), torch.tensor(labels, dtype=torch.long), errors)
 
 
 @dataclass
@@ -187,13 +186,13 @@ class EncodingData(L.LightningDataModule):
     def _check_headers(self, numbers: Sequence[int]) -> None:
         places = [self.images.files[number].place for number in numbers]
         found = tqdm(read_modes(places), "looking at the headers", len(places), unit="image")
-        faults = {
+        errors = {
             self.images.files[number].name: str(error)
             for number, error in zip(numbers, found, strict=True)
             if isinstance(error, ValueError)
         }
-        if faults and self.on_error == "raise":
-            raise ValueError(f"{broken(faults)}: replace or delete, or leave out by --on_error skip")
+        if errors and self.on_error == "raise":
+            raise ValueError(f"{broken(errors)}: replace or delete, or leave out by --on_error skip")
 
 
 class Encoding(L.LightningModule):
@@ -226,9 +225,11 @@ class Encoding(L.LightningModule):
             ValueError: if an image is broken and on_error is "raise".
             NonFiniteError: if a latent is NaN or infinite.
         """
-        if batch.faults and self.on_error == "raise":
-            what = "replace it, or leave it out by --on_error skip, and start again: finished shards are kept"
-            raise ValueError(f"{broken(batch.faults)}; {what}")
+        if batch.errors and self.on_error == "raise":
+            what = (
+                "replace it, or leave it out by --on_error skip, and start again: finished shards are not encoded again"
+            )
+            raise ValueError(f"{broken(batch.errors)}; {what}")
         size = batch.pixels.shape[-1]
         if not batch.names:
             nothing = torch.empty(0, *self.autoencoder.latent_shape(size))
@@ -277,7 +278,7 @@ class ShardWriter(L.Callback):
     ) -> None:
         """Keep the batch, and write the shard if it is complete."""
         self.parts.append((outputs.latents.cpu(), outputs.mirrored.cpu(), batch.labels.cpu()))
-        self.skipped |= batch.faults
+        self.skipped |= batch.errors
         if not batch.is_last:
             return
         columns = zip(KEYS, zip(*self.parts, strict=True), strict=True)

@@ -1,27 +1,26 @@
 """Images as latents of a VAE, in LightningDiT's format: normalized, mirrored at random, and checked before training."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from decm_lightning.data.images.in_memory import EpochSampler, ResumableData, Rows
-from decm_lightning.data.latents.decoding import LatentDecoder
-from decm_lightning.data.latents.scaling import STATISTICS, Moments, Scaling, finite_rows
-from decm_lightning.data.latents.shard_files import describe_skipped
-from decm_lightning.data.latents.shards import BLOCK, RECORD, Provenance, Shards
+from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.data.latents.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
+from decm_lightning.data.latents.provenance import RECORD, Provenance
+from decm_lightning.data.latents.shards import BLOCK, Shards, describe_skipped
+from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.types import Batch, Sample
 
 SAMPLE = 1000
 
 
-class Latents(Rows):
-    """Scaled latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
+class Latents(BatchDataset):
+    """Normalized latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
 
     Args:
         folder: safetensors shards and latents_stats.pt, with cache.json if it is known where they come from.
@@ -43,11 +42,11 @@ class Latents(Rows):
         self.shards = Shards(folder, num_classes)
         if self.shards.skipped:
             rank_zero_warn(f"{describe_skipped(self.shards.skipped)} in {folder}")
-        self.scaling = Scaling.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
+        self.normalization = LatentNormalization.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
-                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes what is "
-                "drawn, it looks wrong whatever the loss"
+                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes "
+                "samples, they look wrong whatever the loss"
             )
             return
         self.provenance.check(self.shards, {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier})
@@ -66,7 +65,7 @@ class Latents(Rows):
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
-        return Batch(self.scaling.scale_(self.shards.read(items)), labels)
+        return Batch(self.normalization.normalize_(self.shards.read(items)), labels)
 
     def place(self, item: int) -> str:
         """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
@@ -83,7 +82,7 @@ class Latents(Rows):
         ]
 
     def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
-        """Return the moments of the scaled items, after a look at every number.
+        """Return the moments of the normalized items, after a look at every number.
 
         Raises:
             ValueError: naming the file and row of a latent that is not finite, or if mean and standard deviation are
@@ -95,23 +94,9 @@ class Latents(Rows):
             finite = finite_rows(x)
             if not finite.all():
                 raise ValueError(f"{self.place(items[int(finite.long().argmin())])} is NaN or infinite")
-            moments.add(self.scaling(x))
-        self.scaling.check(moments, self.shards.folder)
+            moments.add(self.normalization.normalize(x))
+        self.normalization.check(moments, self.shards.folder)
         return moments
-
-
-class MirroringSampler(EpochSampler):
-    """EpochSampler that mirrors half of the images: of N, it gives item N + i for image i mirrored.
-
-    Whether it does follows from the seed, the epoch and i alone, whatever the number of processes and workers.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        count = len(self.dataset)  # type: ignore[arg-type]
-        mirrored = torch.randint(2, (count,), generator=generator, dtype=torch.uint8).numpy()
-        return (row + count * int(mirrored[row]) for row in super().__iter__())
 
 
 class ImageNetLatents(ResumableData):
@@ -119,7 +104,7 @@ class ImageNetLatents(ResumableData):
 
     The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
     Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
-    validate-data` looks at every row. Only with their VAE, which decodes them into pictures, are there loaders for
+    validate-data` looks at every row. Only with their VAE, which decodes them into images, are there loaders for
     validation and test.
 
     Args:
@@ -131,8 +116,8 @@ class ImageNetLatents(ResumableData):
         latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
         flip: mirror half of the images, others in each epoch.
         vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
-        reference_size: the largest number of latents in the loaders for validation and test, spread over all shards,
-            so that the classes mix; None for all.
+        reference_size: at most this number of latents in the loaders for validation and test, spread over all shards
+            to mix the classes; None for all.
 
     Raises:
         ValueError: if batch_size or reference_size is below 1.
@@ -152,18 +137,14 @@ class ImageNetLatents(ResumableData):
         vae: str | None = None,
         reference_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        if reference_size is not None and reference_size < 1:
-            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
+        super().__init__(batch_size, reference_size, num_workers)
         self.folder = folder
         self.num_classes = num_classes
         self.latent_norm = latent_norm
         self.latent_multiplier = latent_multiplier
         self.vae = vae
-        self.reference_size = reference_size
-        self.decoder: LatentDecoder | None = None
-        if flip:
-            self.sampler = MirroringSampler
+        self.coder: LatentCoder | None = None
+        self.variants = 2 if flip else 1
 
     def setup(self, stage: str) -> None:
         """Open the folder and check a sample of it.
@@ -175,41 +156,34 @@ class ImageNetLatents(ResumableData):
         """
         self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
         self.train.measure(self.train.sample())
-        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
-        wanted = getattr(network, "sample_shape", self.train.shards.shape)
-        if tuple(wanted) != self.train.shards.shape:
-            raise ValueError(f"latents of {self.folder} are {self.train.shards.shape}: the network makes {wanted}")
-        if self.vae is not None and self.decoder is None:
-            self.decoder = LatentDecoder.read(self.vae, self.folder, self.train.scaling)
+        self.check_network(f"latents of {self.folder} are", self.train.shards.shape)
+        if self.vae is not None and self.coder is None:
+            self.coder = LatentCoder.read(self.vae, self.folder, self.train.normalization)
 
     def decode(self, x: Sample) -> Sample:
-        """Return the images in [-1, 1] of scaled latents.
+        """Return the images in [-1, 1] of normalized latents.
 
         Raises:
             ValueError: if no VAE was given.
         """
-        if self.decoder is None:
+        if self.coder is None:
             raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
-        return self.decoder(x)
+        return self.coder.decode(x)
 
     def identity(self) -> dict[str, str]:
         """Return the identity of the VAE, if it is loaded."""
-        return {} if self.decoder is None else {"VAE": self.decoder.autoencoder.identity}
+        return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
 
     def release(self) -> None:
         """Move the VAE off the accelerator: only evaluation uses it."""
-        if self.decoder is not None:
-            self.decoder.autoencoder.to("cpu")
+        if self.coder is not None:
+            self.coder.autoencoder.to("cpu")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents in order, as scaled as those of training; no loader without a VAE."""
+        """Return the reference latents in order, normalized as those of training; no loader without a VAE."""
         if self.vae is None:
             return []
         count = len(self.train)
         size = min(self.reference_size or count, count)
         rows = Subset(self.train, [number * count // size for number in range(size)])
         return self.evenly(rows)
-
-    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents in order; no loader without a VAE."""
-        return self.val_dataloader()

@@ -1,24 +1,24 @@
 """A folder of latents while it is encoded: the settings, which shards are up to date, and how it is finished."""
 
-import hashlib
 import io
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decm_lightning.data.latents.encoding_records import EncodingSettings, Shard, ShardRecord, write_json
-from decm_lightning.data.latents.scaling import STATISTICS, Moments
-from decm_lightning.data.latents.shards import MANIFEST, RECORD, Provenance
-from decm_lightning.files import PARTIAL, atomic, file_sha256
+from decm_lightning.data.latents.normalization import STATISTICS, Moments
+from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
+from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
+from decm_lightning.seeds import check_seed
 
 REQUEST = "request.json"
 STARTS = "shard_starts"
@@ -26,6 +26,84 @@ LOCK = "encode.lock"
 SHARDS = "latents_rank00_shard*.safetensors"
 SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
 Order = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """All settings that determine the latents of an image. A folder can only be resumed with the same settings.
+
+    Args:
+        vae: identity of the VAE.
+        size: height and width of the images in pixels.
+        posterior: "sample" or "mode".
+        seed: of the samples of the posterior, in [0, 2^63).
+        num_classes: labels are below it.
+        shard_size: images in each new shard but the last, at least 1.
+
+    Raises:
+        ValueError: if seed or shard_size is out of range.
+    """
+
+    vae: str
+    size: int
+    posterior: str
+    seed: int
+    num_classes: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1: got {self.shard_size}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of one file.
+
+    Attributes:
+        name: of the file.
+        images: the range of the images in their order, which is not empty.
+        images_sha256: SHA-256 of the names, labels, sizes and times of the images.
+    """
+
+    name: str
+    images: range
+    images_sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a shard that is written.
+
+    Attributes:
+        checksum: SHA-256 of the file; "" if no image of the shard could be read, in which case there is no file.
+        images_sha256: as in `Shard`, at the time of encoding.
+        num_images: rows of the file.
+        moments: of its latents, as Moments.as_json gives them.
+        skipped: what was wrong with each image that was left out, by name.
+    """
+
+    checksum: str
+    images_sha256: str
+    num_images: int
+    moments: dict[str, Any]
+    skipped: dict[str, str]
+
+    @classmethod
+    def read(cls, file: Path) -> "ShardRecord | None":
+        """Return the record in a file, None if the file is missing or damaged."""
+        try:
+            record = cls(**json.loads(file.read_text(encoding="utf-8")))
+            Moments.from_json(record.moments)
+            texts = (record.checksum, record.images_sha256, *record.skipped.values())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            return None
+        return record if all(isinstance(text, str) for text in texts) and isinstance(record.num_images, int) else None
+
+    def write(self, file: Path) -> None:
+        """Write the record."""
+        write_json(file, asdict(self))
 
 
 class Manifest:
@@ -89,7 +167,7 @@ class Manifest:
             Shard(
                 f"latents_rank00_shard{number:0{digits}d}.safetensors",
                 part,
-                _sha256(identities[part.start : part.stop]),
+                text_sha256("\n".join(identities[part.start : part.stop])),
             )
             for number, part in enumerate(ranges)
             if part
@@ -154,7 +232,7 @@ class Manifest:
         for record in known.values():
             if record.num_images:
                 moments.merge(Moments.from_json(record.moments))
-        skipped = {name: fault for record in known.values() for name, fault in record.skipped.items()}
+        skipped = {name: what for record in known.values() for name, what in record.skipped.items()}
         if not moments.count:
             raise ValueError(f"none of the {len(skipped)} images can be read")
         return self._write_provenance(shape, moments, known, shards), skipped
@@ -168,7 +246,7 @@ class Manifest:
             file.write_bytes(content.getvalue())
         checksums = {name: record.checksum for name, record in known.items() if record.checksum}
         checksums[STATISTICS] = file_sha256(self.folder / STATISTICS)
-        images = _sha256([shard.images_sha256 for shard in shards])
+        images = text_sha256("\n".join(shard.images_sha256 for shard in shards))
         count, settings = sum(record.num_images for record in known.values()), self.settings
         encoding = asdict(settings) | {"images_sha256": images}
         provenance = Provenance(settings.vae, SCALING, list(shape), count, settings.num_classes, checksums, encoding)
@@ -215,10 +293,6 @@ class Manifest:
                 was = f"{self.folder} was begun with {name} {found[name]}"
                 raise ValueError(f"{was}: got {value}; give the same, or another --out")
         return starts
-
-
-def _sha256(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _ranges(starts: Sequence[int], count: int) -> list[range]:

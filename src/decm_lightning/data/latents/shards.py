@@ -1,11 +1,8 @@
-"""Folders of latents in LightningDiT's format: safetensors shards read row by row, and the record of their origin."""
+"""Folders of latents in LightningDiT's format: safetensors shards, checked by their headers and read row by row."""
 
-import json
-import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,23 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from decm_lightning.data.latents.shard_files import (
-    KEYS,
-    LATENTS,
-    MIRRORED,
-    check_labels,
-    find_files,
-    open_file,
-    read_head,
-)
-from decm_lightning.files import atomic, describe_unreadable, file_sha256
+from decm_lightning.files import describe_unreadable
 
+LATENTS, MIRRORED, LABELS = KEYS = ("latents", "latents_flip", "labels")
+FLOATS = ("F16", "BF16", "F32", "F64")
+INTEGERS = ("U8", "I8", "I16", "I32", "I64")
+ENDING = ".safetensors"
+UNFINISHED = (".partial", ".part", ".tmp", ".incomplete", ".crdownload")
+"""What writers and downloads append to the name of a file until it is complete."""
 BFLOAT16 = np.uint16
 BLOCK = 64
-RECORD = "cache.json"
-MANIFEST = "manifest"
 
 
 class Shards:
@@ -41,7 +34,7 @@ class Shards:
     Args:
         folder: where the files are; hidden and unfinished ones are skipped, and counted in `skipped`.
         num_classes: labels must be below it; None for one more than the largest label.
-        report: receives the kind of each fault and the fault, which is raised without it. Files that cannot be used are
+        report: receives the kind of each error and the error, which is raised without it. Files that cannot be used are
             then left out; one with wrong labels is not.
 
     Raises:
@@ -129,7 +122,7 @@ class Shards:
 
     def _map(self, number: int) -> np.ndarray:
         """Return latents (even numbers) or latents_flip (odd) of a file, mapped into memory."""
-        # Mapped when it is first read, and kept: mapping costs more than ten times a row.
+        # Mapped once, when it is first read: mapping costs more than ten times a row.
         if number not in self.mapped:
             tensor = open_file(self.files[number // 2]).get_tensor((LATENTS, MIRRORED)[number % 2])
             # numpy has no bfloat16, whose bits are the upper half of a float32's.
@@ -141,152 +134,84 @@ def _raise(kind: str, error: ValueError) -> None:
     raise error
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a folder of latents comes from: what its encoder writes next to the shards as cache.json.
+def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Return the shards of a folder, sorted by name, and how many files with similar names were skipped, by kind.
 
-    Args:
-        vae: name or hash of the VAE that encoded the images, and must decode samples.
-        scaling: the `latent_norm` and `latent_multiplier` that training uses.
-        shape: [c, h, w] of a latent.
-        num_images: rows of all shards together.
-        num_classes: labels are below it.
-        checksums: SHA-256 by file name: of latents_stats.pt, and, optionally, of shards.
-        encoding: what else decides the latents: size of the images, their names, posterior and seed.
+    Raises:
+        FileNotFoundError: if the folder does not exist, or has no shard.
+        PermissionError: if it cannot be listed.
     """
-
-    vae: str
-    scaling: dict[str, bool | float]
-    shape: list[int]
-    num_images: int
-    num_classes: int
-    checksums: dict[str, str]
-    encoding: dict[str, str | int] | None = None
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Provenance | None":
-        """Return a folder's record, None if it has none. Entries that it does not know are left alone.
-
-        Raises:
-            ValueError: naming the file and the entries, if it cannot be read, is not JSON, lacks entries or has some of
-                another type, or is still to come.
-        """
-        file = Path(folder) / RECORD
-        if not os.path.lexists(file):
-            if (file.parent / MANIFEST).is_dir():
-                raise ValueError(f"the latents in {folder} are not complete: run decm encode again to resume")
-            return None
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: {describe_unreadable(file, text=True) or f'not JSON: {error}'}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} must hold an object with {', '.join(ENTRIES)}: got {_short(content)}")
-        if missing := [name for name in ENTRIES if name not in content and name != "encoding"]:
-            raise ValueError(f"{file} lacks {', '.join(missing)}")
-        wrong = [
-            f"{name} must be {expected}: got {_short(content[name])}"
-            for name, (fits, expected) in ENTRIES.items()
-            if not fits(content.get(name))
-        ]
-        if wrong:
-            raise ValueError(f"{file}: {'; '.join(wrong)}")
-        known: dict[str, Any] = {name: content.get(name) for name in ENTRIES}
-        return cls(**known)
-
-    def write(self, folder: str | Path) -> None:
-        """Write the record into a folder."""
-        with atomic(Path(folder) / RECORD) as partial:
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
-        """Refuse shards or a scaling that are not those of the record.
-
-        Raises:
-            ValueError: naming the first thing that differs, or is missing.
-        """
-        if faults := self.faults(shards, scaling):
-            raise ValueError(faults[0])
-
-    def faults(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
-        """Describe everything that differs from the record, or is missing."""
-        found = {
-            "shape": list(shards.shape),
-            "num_images": len(shards),
-            "num_classes": shards.num_classes,
-            "scaling": scaling,
-        }
-        recorded = {name: getattr(self, name) for name in found}
-        recorded["scaling"] = {name: self.scaling[name] for name in scaling}
-        if shards.left_out:
-            del found["num_images"]
-        file = shards.folder / RECORD
-        differing = [name for name in found if found[name] != recorded[name]]
-        missing = [shards.folder / name for name in self.checksums if not (shards.folder / name).is_file()]
-        return [
-            *(f"{file} says that {name} is {recorded[name]}: got {found[name]}" for name in differing),
-            *(f"no file {path}, which {RECORD} names" for path in missing),
-        ]
-
-    def check_file(self, file: Path) -> None:
-        """Refuse a file that has changed since the record was written; one that the record does not name passes.
-
-        Raises:
-            ValueError: naming the file.
-        """
-        recorded = self.checksums.get(file.name)
-        if recorded is not None and recorded != (found := file_sha256(file)):
-            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {found}")
-
-    def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
-        """Refuse a VAE that did not encode the images.
-
-        Args:
-            folder: of the latents.
-            vae: the name that the user knows it by.
-            identity: its `Autoencoder.identity`.
-
-        Raises:
-            ValueError: naming both.
-        """
-        if self.vae != identity:
-            raise ValueError(
-                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents: {vae} is {identity}, which would "
-                "decode them wrongly"
-            )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected one of safetensors shards with {', '.join(KEYS)}")
+    # Path.glob returns nothing for a folder that it may not read.
+    names = sorted(os.listdir(folder))
+    shards = [name for name in names if name.endswith(ENDING) and not name.startswith(".")]
+    hidden = sum(name.startswith(".") and ENDING in name for name in names)
+    unfinished = sum(
+        not name.startswith(".") and name.endswith(tuple(ENDING + end for end in UNFINISHED)) for name in names
+    )
+    skipped = {kind: count for kind, count in (("hidden", hidden), ("unfinished", unfinished)) if count}
+    if not shards:
+        others = f" ({describe_skipped(skipped)})" if skipped else ""
+        raise FileNotFoundError(f"no *{ENDING} file in {folder}{others}: expected shards with {', '.join(KEYS)}")
+    return [folder / name for name in shards], skipped
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def describe_skipped(skipped: dict[str, int]) -> str:
+    """Describe how many files of each kind were skipped."""
+    return "skipped " + " and ".join(
+        f"{count} {kind} {'file' if count == 1 else 'files'}" for kind, count in skipped.items()
+    )
 
 
-def _is_scaling(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("latent_norm"), bool):
-        return False
-    multiplier = value.get("latent_multiplier")
-    return isinstance(multiplier, int | float) and not isinstance(multiplier, bool) and 0 < multiplier < math.inf
+def open_file(file: Path) -> Any:
+    """Return an open safetensors file, whose tensors are mapped into memory, not loaded.
+
+    Raises:
+        ValueError: naming the file and why it cannot be read.
+    """
+    # Opening a pipe would wait for its writer.
+    if not file.is_file():
+        raise ValueError(f"{file}: {describe_unreadable(file)}")
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {describe_unreadable(file) or error}") from error
 
 
-def _is_checksums(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
+    """Return the shape (c, h, w) of a latent and all labels of a file, after checks of everything its header says.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read, is empty, lacks a key, or has a shape or type that does not
+            fit.
+    """
+    content = open_file(file)
+    missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is not a dictionary
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: a shard has {', '.join(KEYS)}")
+    slices = {key: content.get_slice(key) for key in KEYS}
+    for key, types in ((LATENTS, FLOATS), (MIRRORED, FLOATS), (LABELS, INTEGERS)):
+        if slices[key].get_dtype() not in types:
+            raise ValueError(f"{file}: {key} are {slices[key].get_dtype()}: expected one of {', '.join(types)}")
+    shape, mirrored, labels = (tuple(slices[key].get_shape()) for key in KEYS)
+    if len(shape) != 4 or 0 in shape[1:] or mirrored != shape or labels != shape[:1]:
+        found = f"latents {shape}, latents_flip {mirrored}, labels {labels}"
+        raise ValueError(f"{file}: {found} do not fit each other: expected (n, c, h, w) twice and (n,)")
+    if shape[0] == 0:
+        raise ValueError(f"{file} is empty: a shard needs at least one row")
+    return shape[1:], content.get_tensor(LABELS).long()
 
 
-ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "vae": (lambda value: isinstance(value, str), "a string"),
-    "scaling": (_is_scaling, "latent_norm (true or false) and latent_multiplier (a number above 0)"),
-    "shape": (
-        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_count, value)),
-        "[channels, height, width], integers above 0",
-    ),
-    "num_images": (_is_count, "an integer above 0"),
-    "num_classes": (_is_count, "an integer above 0"),
-    "checksums": (_is_checksums, "SHA-256 by file name"),
-    "encoding": (lambda value: value is None or isinstance(value, dict), "an object or null"),
-}
-"""The entries of cache.json: whether a value fits, and what is expected."""
+def check_labels(file: Path, labels: Int[Tensor, " n"], num_classes: int | None) -> None:
+    """Refuse labels outside of [0, num_classes).
 
-
-def _short(value: object) -> str:
-    """Return a value as JSON, at most 60 characters of it."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    Raises:
+        ValueError: naming the file, the first such row, and how many more there are.
+    """
+    bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        row, others = int(bad.nonzero()[0]), int(bad.sum()) - 1
+        limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+        more = f" ({others} more rows like it)" if others else ""
+        raise ValueError(f"{file}: row {row} of labels is {labels[row]}: expected {limit}{more}")

@@ -1,8 +1,6 @@
 """Pairs that are read and checked once: pixels in one file on the disk, captions and errors next to it."""
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import unicodedata
@@ -11,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -19,10 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
-from decm_lightning.data.pairs.lists import stamp_of
-from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair
+from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair, stamp_of
 from decm_lightning.data.pairs.sources import find_pairs
-from decm_lightning.files import PARTIAL, atomic
+from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
 from decm_lightning.image_reader import pixels_of
 
 # Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
@@ -56,7 +53,9 @@ class PreparedPairs:
     folder: Path
 
 
-def prepare(source: Path, cache: Path, size: int, column: str | None, max_characters: int) -> PreparedPairs:
+def prepare(
+    source: Path, cache: Path, size: int, column: str | None, max_characters: int, split: str | None = None
+) -> PreparedPairs:
     """Return a source's pairs: read, checked, cropped and stored in `cache` on the first call.
 
     They are reused as long as the names, sizes and times of the source's files are the same, and those of all image
@@ -65,25 +64,24 @@ def prepare(source: Path, cache: Path, size: int, column: str | None, max_charac
     removed.
 
     Args:
-        source: a file, a folder or a pattern, see `pairs_sources`.
+        source: a file, a folder, a pattern or a name, see `find_pairs`.
         cache: a folder, created if it is missing.
         size: images are cropped to a square about their center and resized to this number of pixels.
         column: the name of the caption in JSON files and tables; None for caption, text or prompt.
         max_characters: longer captions are errors.
+        split: for `datasets`, see `find_pairs`.
 
     Raises:
         FileNotFoundError: if there is no such source.
         ValueError: if the source as a whole cannot be read, or what is stored is damaged.
     """
-    found = find_pairs(source)
-    stamps = [(os.path.realpath(path), astuple(stamp_of(path))) for path in found.files + found.images]
-    settings = json.dumps([VERSION, stamps, size, column, max_characters])
-    folder = cache / f"pairs-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
+    found = find_pairs(source, split)
+    settings = json.dumps([VERSION, found.identity, size, column, max_characters])
+    folder = cache / f"pairs-{text_sha256(settings)[:32]}"
 
     def make() -> None:
         remove_abandoned(cache, "pairs-*")
-        pairs = chain.from_iterable(found.reader(file, column) for file in found.files)
-        _write(folder, pairs, size, max_characters)
+        _write(folder, found.rows(column), size, max_characters)
 
     make_once(folder, make, lambda: folder.is_dir() and _is_current(folder))
     return _load(folder, size, found.unread)
@@ -94,20 +92,28 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    captions: list[str] = []
+    names: list[str] = []
+    errors: list[dict[str, Any]] = []
+    stamps: list[tuple[str, int, int]] = []
     try:
-        with (
-            atomic(partial / "pixels.bin") as file,
-            file.open("wb") as pixels,
-            tqdm(desc="reading pairs", unit="pair") as bar,
-        ):
-            content = _Writer(pixels, size, max_characters)
-            for pair in pairs:
-                content.add(pair)
-                bar.update()
-        with atomic(partial / "pairs.json") as file:
-            file.write_text(json.dumps(content.record()))
-        with atomic(partial / STAMPS) as file:
-            file.write_text(json.dumps([astuple(stamp) for stamp in content.stamps]))
+        with atomic(partial / "pixels.bin") as file, file.open("wb") as pixels:
+            for pair in tqdm(pairs, "reading pairs", unit="pair"):
+                if pair.stamp:
+                    stamps.append(astuple(pair.stamp))
+                if isinstance(pair, DataError):
+                    errors.append(asdict(pair))
+                    continue
+                try:
+                    image, caption = _checked(pair, size, max_characters)
+                except ValueError as error:
+                    errors.append(asdict(DataError(pair.place, str(error))))
+                    continue
+                pixels.write(image.contiguous().numpy().tobytes())
+                captions.append(caption)
+                names.append(pair.name)
+        write_json(partial / "pairs.json", {"captions": captions, "names": names, "errors": errors})
+        write_json(partial / STAMPS, stamps)
         # An older one exists if an image that it names has changed.
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -115,52 +121,21 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class _Writer:
-    """Take pairs and errors one by one, and find the errors of images and captions."""
-
-    def __init__(self, pixels: IO[bytes], size: int, max_characters: int) -> None:
-        self.pixels = pixels
-        self.size = size
-        self.max_characters = max_characters
-        self.captions: list[str] = []
-        self.names: list[str] = []
-        self.errors: list[DataError] = []
-        self.stamps: list[FileStamp] = []
-
-    def add(self, pair: Pair | DataError) -> None:
-        if pair.stamp:
-            self.stamps.append(pair.stamp)
-        if isinstance(pair, DataError):
-            self.errors.append(pair)
-            return
-        try:
-            if SURROGATE.search(pair.name):
-                raise ValueError("its name is not UTF-8")
-            caption = self.checked(pair.caption)
-            image = pixels_of(pair.image, self.size)
-        except ValueError as error:
-            self.errors.append(DataError(pair.place, str(error)))
-            return
-        self.pixels.write(image.contiguous().numpy().tobytes())
-        self.captions.append(caption)
-        self.names.append(pair.name)
-
-    def checked(self, caption: str) -> str:
-        caption = " ".join(caption.split())
-        if all(unicodedata.category(letter) in BLANK for letter in caption):
-            raise ValueError("its caption is empty")
-        if found := SURROGATE.search(caption):
-            raise ValueError(f"its caption has half a character ({found[0]!r})")
-        if "\0" in caption:
-            raise ValueError("has a NUL byte")
-        if len(caption) > self.max_characters:
-            count = f"{len(caption)} characters, and max_characters is {self.max_characters}"
-            raise ValueError(f"its caption is too long ({count})")
-        return caption
-
-    def record(self) -> dict[str, list]:
-        errors = [asdict(error) for error in self.errors]
-        return {"captions": self.captions, "names": self.names, "faults": errors}
+def _checked(pair: Pair, size: int, max_characters: int) -> tuple[Tensor, str]:
+    """Return the pixels and the caption of a pair; raise ValueError for what is wrong with them."""
+    if SURROGATE.search(pair.name):
+        raise ValueError("its name is not UTF-8")
+    caption = " ".join(pair.caption.split())
+    if all(unicodedata.category(letter) in BLANK for letter in caption):
+        raise ValueError("its caption is empty")
+    if found := SURROGATE.search(caption):
+        raise ValueError(f"its caption has half a character ({found[0]!r})")
+    if "\0" in caption:
+        raise ValueError("has a NUL byte")
+    if len(caption) > max_characters:
+        count = f"{len(caption)} characters, and max_characters is {max_characters}"
+        raise ValueError(f"its caption is too long ({count})")
+    return pixels_of(pair.image, size), caption
 
 
 def _is_current(folder: Path) -> bool:
@@ -187,7 +162,7 @@ def _load(folder: Path, size: int, unread: Counter[str]) -> PreparedPairs:
     record = _read(folder / "pairs.json")
     try:
         captions, names = record["captions"], record["names"]
-        errors = [DataError(**error | {"stamp": None}) for error in record["faults"]]
+        errors = [DataError(**error | {"stamp": None}) for error in record["errors"]]
         assert len(captions) == len(names)
         assert all(isinstance(text, str) for text in chain(captions, names))
     except (AssertionError, KeyError, TypeError) as error:

@@ -1,22 +1,21 @@
-"""Images with captions: what all data of pairs share."""
+"""Images with captions, some of which are held out: the base of all data of pairs."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float16, UInt8
-from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from decm_lightning.data.images.in_memory import EpochSampler, ResumableData, Rows
+from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.text import EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
 Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
 
 
-class Pairs(Rows):
+class Pairs(BatchDataset):
     """Images in [-1, 1] or latents, with captions, fetched a batch at a time.
 
     Of N images, item N k + i is image i with its caption k.
@@ -43,11 +42,11 @@ class Pairs(Rows):
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
-        given = torch.as_tensor(items)
-        rows = self.rows[given % len(self)]
+        index = torch.as_tensor(items)
+        rows = self.rows[index % len(self)]
         stored = self.images[rows]
         x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
-        return Batch(x_1, self.captions.read(self._captions(given)))
+        return Batch(x_1, self.captions.read(self._captions(index)))
 
     def condition(self, items: Sequence[int]) -> Condition:
         """Return the captions of the given items, or their numbers."""
@@ -57,30 +56,15 @@ class Pairs(Rows):
         return self.rows[items % len(self)] * self.variants + items // len(self)
 
 
-class VariantSampler(EpochSampler):
-    """EpochSampler that chooses one of each image's captions: of N images, item N k + i is image i's caption k.
-
-    The choice follows from the seed, the epoch and i alone, whatever the number of processes and workers.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        pairs = self.dataset
-        assert isinstance(pairs, Pairs)
-        entropy = SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        chosen = torch.randint(pairs.variants, (len(pairs),), generator=generator).tolist()
-        return (row + len(pairs) * chosen[row] for row in super().__iter__())
-
-
 class CaptionedImages(ResumableData):
-    """Loaders over pairs, of which some are held out: these are the reference, and their captions are drawn in tests.
+    """Loaders over pairs, of which some are held out as the reference: tests generate their captions.
 
     A subclass fills `train`, `reference` and `texts` in `setup`.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
-        held_out: share of pairs kept from training, in [0, 1).
-        reference_size: at most so many reference images; None for all that are held out.
+        held_out: fraction of pairs that is not trained on, in [0, 1).
+        reference_size: at most this number of reference images, at least 1; None for all that are held out.
         num_workers: loading processes.
 
     Attributes:
@@ -91,17 +75,15 @@ class CaptionedImages(ResumableData):
     """
 
     num_classes = 0
-    sampler = VariantSampler
     train: Pairs
     reference: Pairs
     texts: list[str]
 
     def __init__(self, batch_size: int, held_out: float, reference_size: int | None, num_workers: int) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, reference_size, num_workers)
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must be in [0, 1): got {held_out}")
         self.held_out = held_out
-        self.reference_size = reference_size
 
     @property
     def device(self) -> torch.device:
@@ -127,22 +109,12 @@ class CaptionedImages(ResumableData):
             names: n names.
             variants: captions an image has; the reference has the first.
         """
+        self.variants = variants
         held = is_held_out(names, self.held_out)
         rows = held.nonzero().flatten()[: self.reference_size]
         self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
         self.reference = Pairs(images, captions, rows, variants)
         self.texts = [texts[row] for row in rows.tolist()]
-
-    def fit_network(self, what: str, shape: tuple[int, ...]) -> None:
-        """Refuse data whose samples, which are `what`, have another shape than those of the network.
-
-        Raises:
-            ValueError: naming both shapes.
-        """
-        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
-        wanted = tuple(getattr(network, "sample_shape", shape))
-        if wanted != shape:
-            raise ValueError(f"the pairs are {what} {shape}: the network makes {wanted}")
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
@@ -162,10 +134,6 @@ class CaptionedImages(ResumableData):
             return []
         return self.evenly(self._held_out())
 
-    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the held-out pairs, in order."""
-        return self.val_dataloader()
-
     def _held_out(self) -> Pairs:
         if not len(self.reference):
             count = len(self.train)
@@ -173,7 +141,7 @@ class CaptionedImages(ResumableData):
         return self.reference
 
 
-def is_held_out(names: Sequence[str], share: float) -> Bool[Tensor, " n"]:
-    """Return which names are held out: by a hash, the same ones whatever stands beside them."""
+def is_held_out(names: Sequence[str], fraction: float) -> Bool[Tensor, " n"]:
+    """Return which names are held out: by a hash of each name alone."""
     hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    return torch.tensor([value < share for value in hashes], dtype=torch.bool)
+    return torch.tensor([value < fraction for value in hashes], dtype=torch.bool)

@@ -1,6 +1,5 @@
 """The latents of pairs, encoded once and stored next to their pixels."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import IO
@@ -14,7 +13,7 @@ from decm_lightning.caches import make_once
 from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.data.pairs.cache import PreparedPairs
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.files import PARTIAL
+from decm_lightning.files import PARTIAL, text_sha256
 
 BATCH = 64
 
@@ -39,8 +38,7 @@ def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.de
         OSError: naming the file, if the disk is full.
         ValueError: if the file is damaged.
     """
-    made = f"{coder.autoencoder.identity} {coder.shift} {coder.scale}"
-    file = prepared.folder / f"latents-{hashlib.sha256(made.encode()).hexdigest()[:16]}.bin"
+    file = prepared.folder / f"latents-{text_sha256(coder.identity)[:16]}.bin"
     shape = torch.Size((len(prepared.images), *coder.autoencoder.latent_shape(prepared.images.shape[-1])))
 
     def make() -> None:

@@ -1,5 +1,6 @@
-"""A text-image pair, an error in one, and the names of the columns that hold captions and image files."""
+"""A text-image pair, an error in one, and how either is made of a row, whatever the source."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -77,24 +78,84 @@ class DataError:
         return LINE.sub("", self.what.partition(" (")[0])
 
 
-def caption_of(place: str, values: Mapping[str, Any], column: str | None) -> str | DataError:
+def pair_of(
+    place: str, values: Mapping[str, Any], folder: Path, column: str | None, name: str = "", error: str | None = None
+) -> Pair | DataError:
+    """Return the pair of a row of a list, table or data set, or what is wrong with the row.
+
+    An image is {"bytes", "path"}, bytes, or the name of a file; bytes in any column come before names.
+
+    Args:
+        place: the file and the row.
+        values: the row by its columns.
+        folder: names of files are relative to it.
+        column: the caption's column; None for the first of caption, text and prompt that is not empty.
+        name: what tells the pair from all others; by default the name of its file.
+        error: why the row cannot be read; None if it can.
+    """
+    image, path = image_of(values)
+    if image is None and path:
+        place = f"{place}, {path:.200}"
+    if error:
+        return DataError(place, error)
+    if image is None and not path:
+        return DataError(place, f"has no image (bytes, or the name of a file, in {', '.join(FILE_COLUMNS)})")
+    caption = caption_of(place, values, column)
+    if isinstance(caption, DataError):
+        return caption
+    if image is not None:
+        return Pair(place, name or path, image, caption)
+    # A file that is replaced while it is read must have the older stamp.
+    stamp = stamp_of(folder / path)
+    try:
+        return Pair(place, name or path, (folder / path).read_bytes(), caption, stamp)
+    except (OSError, ValueError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        return DataError(place, f"its image cannot be read ({reason})", stamp=stamp)
+
+
+def image_of(values: Mapping[str, Any]) -> tuple[bytes | None, str]:
+    """Return the bytes of a row's image, None if there are none, and the name of its file, "" without one."""
+    content, path = None, ""
+    for name in FILE_COLUMNS:
+        image: Any = values.get(name)
+        named = image
+        if isinstance(image, dict):
+            image, named = image.get("bytes"), image.get("path")
+            named = named.decode() if isinstance(named, bytes) else named
+        content = image if content is None and isinstance(image, bytes) else content
+        path = path or (named.strip() if isinstance(named, str) else "")
+    return content, path
+
+
+def stamp_of(path: Path | str) -> FileStamp:
+    """Return name, size and time of a file, through links."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return FileStamp(str(path), -1, -1)
+    return FileStamp(str(path), found.st_size, found.st_mtime_ns)
+
+
+def caption_of(place: str, values: Any, column: str | None) -> str | DataError:
     """Return the caption of a row: of `column`, or the first of caption, text and prompt that is not empty."""
-    names = CAPTION_COLUMNS if column is None else (column,)
-    found = {name: values[name] for name in names if name in values}
+    if not isinstance(values, Mapping):
+        return DataError(place, "is not a JSON object")
+    found = {name: values[name] for name in caption_columns(column) if name in values}
     if not found:
         return missing_column(place, values, column)
-    filled = {name: value for name, value in found.items() if not _is_blank(value)}
+    filled = [value for value in found.values() if value is not None and (not isinstance(value, str) or value.strip())]
     if not filled:
         return DataError(place, f"its caption is empty (column {', '.join(found)})")
-    value = next(iter(filled.values()))
-    return value if isinstance(value, str) else DataError(place, f"its caption is not text ({value!r:.40})")
+    return filled[0] if isinstance(filled[0], str) else DataError(place, f"its caption is not text ({filled[0]!r:.40})")
 
 
-def missing_column(place: str, columns: Any, column: str | None, count: int = 1) -> DataError:
+def missing_column(place: str, columns: Any, column: str | None, count: int | None = 1) -> DataError:
     """Return the error of rows without the requested caption column, or without any of the usual names."""
     columns = tuple(str(name) for name in columns)
-    expected = " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
-    return DataError(place, f"has no caption column (expected {expected}, found {listed(columns)})", count, columns)
+    return DataError(
+        place, f"has no caption column (expected {_expected(column)}, found {listed(columns)})", count, columns
+    )
 
 
 def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
@@ -116,8 +177,7 @@ def no_caption_column(source: str | Path, errors: Sequence[DataError], column: s
     found = dict.fromkeys(name for error in errors for name in error.columns)
     if not any(error.columns for error in errors):
         return None
-    expected = " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
-    return f"{source} has no caption column {expected}: its columns are {listed(found)}"
+    return f"{source} has no caption column {_expected(column)}: its columns are {listed(found)}"
 
 
 def listed(columns: Any) -> str:
@@ -126,5 +186,15 @@ def listed(columns: Any) -> str:
     return text if len(text) <= LISTED else f"{text[:LISTED]}..."
 
 
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+def caption_columns(column: str | None) -> tuple[str, ...]:
+    """Return the columns that may hold the caption."""
+    return CAPTION_COLUMNS if column is None else (column,)
+
+
+def _expected(column: str | None) -> str:
+    return " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's first line, or its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,15 +1,20 @@
-"""Where text-image pairs come from: webdataset tars, parquet or Arrow tables, or a list of image files."""
+"""Where text-image pairs come from: tars, tables or a list of image files, or a data set of Hugging Face's `datasets`.
+
+Whatever the source, its rows are one stream of `Pair` and `DataError`.
+"""
 
 import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from itertools import chain
 from pathlib import Path, PurePath
+from typing import Any
 
 from decm_lightning.data.pairs.lists import read_list
-from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair
-from decm_lightning.data.pairs.tables import read_table
+from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair, stamp_of
 from decm_lightning.data.pairs.tars import TARS, read_tar
 from decm_lightning.image_listing import counted, list_files
 from decm_lightning.image_listing import kind as kind_of
@@ -19,41 +24,64 @@ LISTS = (".csv", ".tsv", ".jsonl")
 COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".jsonl.gz", ".parquet.gz")
 """Suffixes of files that may hold pairs, but that cannot be read."""
 
-Reader = Callable[[Path, str | None], Iterator[Pair | DataError]]
-KINDS: dict[str, tuple[tuple[str, ...], Reader]] = {
+PairRows = Iterator[Pair | DataError]
+
+
+@contextmanager
+def _needs(package: str) -> Iterator[None]:
+    # The readers are imported when they are used: their packages are optional, and take a second.
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"these pairs need {package}: pip install {package}") from error
+
+
+def _read_table(file: Path, column: str | None) -> PairRows:
+    with _needs("pyarrow"):
+        from decm_lightning.data.pairs.tables import read_table
+    return read_table(file, column)
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], PairRows]]] = {
     "tars": (TARS, read_tar),
-    "tables": (TABLES, read_table),
+    "tables": (TABLES, _read_table),
     "lists": (LISTS, read_list),
 }
 
 
 @dataclass(frozen=True)
 class PairSource:
-    """The files of a source, in order, and the function that reads one of them.
+    """A source that exists.
 
     Attributes:
-        files: tars, tables, or one list.
-        reader: yields the pairs of a file.
-        images: with a list, the image files in its folder.
+        identity: what differs once the source has changed, for JSON.
+        rows: yields the pairs and errors in order; its argument is the caption column, or None.
         unread: how many files are not read, by kind.
     """
 
-    files: list[Path]
-    reader: Reader
-    images: list[Path]
+    identity: list[Any]
+    rows: Callable[[str | None], PairRows]
     unread: Counter[str]
 
 
-def find_pairs(source: Path) -> PairSource:
-    """Return the files of a source: a file, a folder with what is below it, or a pattern such as "train-*.tar".
+def find_pairs(source: Path, split: str | None = None) -> PairSource:
+    """Return the pairs of a source: a file, a folder with what is below it, or a pattern such as "train-*.tar".
+
+    With a `split`, `datasets` reads the source, which may also be a name on the Hugging Face hub; see `DataSet`.
 
     A table that has the name of a tar next to it, as img2dataset writes it, describes the tar and is not read. A file
     that has several names, through links, is read once.
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no pairs in it.
-        ValueError: if there are files of several kinds, or several lists.
+        ImportError: if `datasets` or pyarrow is not installed, and the source needs it.
+        ValueError: if there are files of several kinds, or several lists; if there is no such split.
     """
+    if split is not None:
+        with _needs("datasets"):
+            from decm_lightning.data.pairs.hugging_face import DataSet
+        data_set = DataSet(str(source), split)
+        return PairSource(data_set.identity(), data_set.pairs, Counter())
     readable = tuple(suffix for suffixes, _ in KINDS.values() for suffix in suffixes)
     found, unread = _candidates(source, readable + COMPRESSED)
     compressed = [path for path in found if _ends(path, COMPRESSED)]
@@ -63,14 +91,16 @@ def find_pairs(source: Path) -> PairSource:
     files["tables"] = [path for path in files["tables"] if path not in metadata]
     unread += Counter(kind_of(path.name) for path in compressed + metadata)
     kind = _only_kind(source, files, unread, bool(compressed))
-    images = []
+    named = []
     if kind == "lists":
         folder = files[kind][0].parent
-        images = [folder.joinpath(*parts) for parts in list_files(folder, IMAGES + OTHER_IMAGES).files]
+        named = [folder.joinpath(*parts) for parts in list_files(folder, IMAGES + OTHER_IMAGES).files]
     if kind != "tars":
         # Lists and tables name them.
         unread = Counter({suffix: count for suffix, count in unread.items() if suffix not in IMAGES})
-    return PairSource(files[kind], KINDS[kind][1], images, unread)
+    identity = [(os.path.realpath(path), astuple(stamp_of(path))) for path in files[kind] + named]
+    read = KINDS[kind][1]
+    return PairSource(identity, lambda column: chain.from_iterable(read(file, column) for file in files[kind]), unread)
 
 
 def _only_kind(source: Path, files: dict[str, list[Path]], unread: Counter[str], compressed: bool) -> str:
@@ -97,7 +127,9 @@ def _candidates(source: Path, suffixes: Sequence[str]) -> tuple[list[Path], Coun
     else:
         paths, others = [source] if source.exists() else sorted(map(Path, glob.glob(str(source)))), Counter()
         if not paths:
-            expected = "give tars, parquet or Arrow files, a folder of them, or a list of images (.csv, .jsonl)"
+            expected = (
+                "give tars, parquet or Arrow files, a folder of them, a list (.csv, .jsonl) or a split of the hub"
+            )
             raise FileNotFoundError(f"no file or folder {source}: {expected}")
     once: dict[str, Path] = {}
     for path in paths:

@@ -20,11 +20,13 @@ from decm_lightning.types import Batch, Condition, Sample
 
 
 class TextImagePairs(CaptionedImages):
-    """Pairs from webdataset tars, parquet or Arrow tables of Hugging Face's datasets, or a list of image files.
+    """Pairs from webdataset tars, parquet or Arrow tables, a list of image files, or a data set on Hugging Face's hub.
 
     - tars: neighbors `name.jpg` (or another format that Pillow reads) and `name.txt` or `name.json`; .tar.gz as well;
     - tables: a column `image` of {"bytes", "path"}, bytes or names of files, and one of captions;
-    - lists: a CSV file with a header, or JSON lines; `file_name`, relative to the folder of the list, and the caption.
+    - lists: a CSV file with a header, or JSON lines; `file_name`, relative to the folder of the list, and the caption;
+    - with `split`, whatever `datasets` loads: a name on the hub, an image folder, `save_to_disk`. It stops at the first
+      damaged row, while the readers above name and count all of them.
 
     A folder has one of these kinds. Links are followed, and hidden files are skipped. Images are read, cropped to a
     square about their center, resized and composited on white where they are transparent, once, into `cache`. So all
@@ -41,16 +43,17 @@ class TextImagePairs(CaptionedImages):
         captions: "cached", encoded once, or "on_the_fly", on the device of the network when they are needed: those of
             SD3, 2.7 MB each, for 100,000 pairs or more.
         vae: for latents, the VAE as `load_autoencoder` takes it, such as the folder of a pipeline; None for pixels.
-        latents: with a VAE, "cached", encoded once and kept in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
+        latents: with a VAE, "cached", encoded once and stored in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
             "on_the_fly", on the device of the network when they are needed.
         batch_size: pairs per training batch on each device, at least 1.
-        held_out: share of pairs kept from training by a hash of their names, in [0, 1).
-        reference_size: at most so many reference images; None for all that are held out.
+        held_out: fraction of pairs that is not trained on, chosen by a hash of their names, in [0, 1).
+        reference_size: at most this number of reference images; None for all that are held out.
         caption_column: the caption's name in JSON files and tables, which comes before a .txt file; None for caption,
             text or prompt.
         max_characters: longer captions are errors, at least 1.
         on_error: "raise" if a pair is bad, or "skip" to count the bad ones in the log and train on the others.
         num_workers: loading processes on each device.
+        split: reads the source, which may then be "user/name" on the Hugging Face hub, by `datasets`: "train", ...
 
     Raises:
         ValueError: if a number is outside its range.
@@ -72,11 +75,13 @@ class TextImagePairs(CaptionedImages):
         max_characters: int = 2000,
         on_error: Literal["raise", "skip"] = "raise",
         num_workers: int = 2,
+        split: str | None = None,
     ) -> None:
         super().__init__(batch_size, held_out, reference_size, num_workers)
         if size < 1 or max_characters < 1:
             raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
         self.source = Path(source)
+        self.source_split = split
         self.size = size
         self.encoder = encoder or MiniLM()
         self.captions = captions
@@ -150,10 +155,10 @@ class TextImagePairs(CaptionedImages):
 
     def _load(self, stage: str, device: torch.device) -> PreparedPairs:
         if self.vae is None:
-            self.fit_network("images", (3, self.size, self.size))
+            self.check_network("the pairs are images", (3, self.size, self.size))
         else:
             self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
-            self.fit_network(f"latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
+            self.check_network(f"the pairs are latents of {self.vae}", self.coder.autoencoder.latent_shape(self.size))
         prepared = self._prepared(stage)
         captions: EncodedCaptions | UnencodedCaptions
         if self.captions == "cached":
@@ -169,7 +174,9 @@ class TextImagePairs(CaptionedImages):
         return prepared
 
     def _prepared(self, stage: str) -> PreparedPairs:
-        prepared = prepare(self.source, self.cache, self.size, self.caption_column, self.max_characters)
+        prepared = prepare(
+            self.source, self.cache, self.size, self.caption_column, self.max_characters, self.source_split
+        )
         count, errors = len(prepared.captions), prepared.errors
         message = summary(self.source, count, errors)
         if not count:

@@ -1,4 +1,4 @@
-"""What makes latents of mean 0 and standard deviation 1: the scaling that training uses, and the moments behind it."""
+"""The normalization of latents to mean 0 and standard deviation 1, and the moments of latents by channel."""
 
 import math
 import os
@@ -12,47 +12,53 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decm_lightning.files import describe_unreadable
+from decm_lightning.files import describe_unreadable, tensors_sha256
 
 STATISTICS = "latents_stats.pt"
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """What makes latents of mean 0 and standard deviation 1: (x - mean) / std * multiplier, in float32.
+class LatentNormalization:
+    """Latents z of a VAE to x = (z - mean) / std * multiplier, of mean 0 and standard deviation 1, in float32.
 
     Args:
-        mean: (1, c, 1, 1).
-        std: (1, c, 1, 1), above 0.
+        mean: (1, c, 1, 1), or (1, 1, 1, 1) for all channels.
+        std: of the same shape, above 0.
         multiplier: 1 where there are statistics; 0.18215 for Stable Diffusion's VAE without them.
-        normalized: mean and std come from latents_stats.pt, and are not 0 and 1.
+        has_statistics: mean and std come from latents_stats.pt.
     """
 
     mean: Float[Tensor, "1 c 1 1"]
     std: Float[Tensor, "1 c 1 1"]
     multiplier: float
-    normalized: bool = True
+    has_statistics: bool = True
 
-    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the scaled latents."""
-        return self.scale_(x.clone())
+    def normalize(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return the normalized latents."""
+        return self.normalize_(z.clone())
 
-    def scale_(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Scale latents in place and return them: without a copy of a batch, which would double the cost."""
-        x.sub_(self.mean).div_(self.std)
-        return x if self.multiplier == 1 else x.mul_(self.multiplier)
+    def normalize_(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalize latents in place and return them: without a copy of a batch, which would double the cost."""
+        z.sub_(self.mean.to(z.device)).div_(self.std.to(z.device))
+        return z if self.multiplier == 1 else z.mul_(self.multiplier)
 
-    def inverse(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the latents that were scaled to x, on its device: x / multiplier * std + mean."""
+    def denormalize(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return the latents z that were normalized to x: x / multiplier * std + mean."""
         return x / self.multiplier * self.std.to(x.device) + self.mean.to(x.device)
 
-    def check(self, moments: "Moments", folder: str | Path) -> None:
-        """Refuse scaled latents that are far from mean 0 and standard deviation 1, together or in one channel.
+    @property
+    def identity(self) -> str:
+        """A hash of mean and std, and the multiplier."""
+        statistics = tensors_sha256({"mean": self.mean, "std": self.std})[:16]
+        return f"statistics {statistics} times {self.multiplier:g}"
 
-        A channel is checked only if its own statistics scaled it: its mean must be within 1 of 0, its std in [0.2, 5].
+    def check(self, moments: "Moments", folder: str | Path) -> None:
+        """Refuse normalized latents that are far from mean 0 and standard deviation 1, together or in one channel.
+
+        A channel is checked only if it has its own statistics: its mean must be within 1 of 0, its std in [0.2, 5].
 
         Args:
-            moments: of the scaled latents.
+            moments: of the normalized latents.
             folder: of the latents.
 
         Raises:
@@ -61,10 +67,10 @@ class Scaling:
         mean, std = moments.overall()
         # A multiplier leaves the mean alone: 0.18215 takes Stable Diffusion's latents of ImageNet to 0.32, and one of
         # their channels to 1.06.
-        limit = 0.3 if self.normalized else 1.0
+        limit = 0.3 if self.has_statistics else 1.0
         where = ""
         if abs(mean) < limit and 0.5 < std < 2:
-            if not self.normalized:
+            if not self.has_statistics:
                 return
             channel_mean, channel_std = moments.mean / self.multiplier, moments.std() / self.multiplier
             bad = (channel_mean.abs() > 1) | (channel_std < 0.2) | (channel_std > 5)
@@ -78,22 +84,30 @@ class Scaling:
         )
 
     def _describe(self) -> str:
-        way = f"(x - mean) / std of {STATISTICS}" if self.normalized else "x, unnormalised (latent_norm is false)"
+        way = f"(x - mean) / std of {STATISTICS}" if self.has_statistics else "x, unnormalised (latent_norm is false)"
         return f"{way}, times {self.multiplier:g}"
 
     def _remedy(self, std: float) -> str:
-        if not self.normalized:
+        if not self.has_statistics:
             return f"set latent_norm to true, or latent_multiplier to {self.multiplier / max(std, 1e-8):.3g}"
         if self.multiplier != 1:
             return "with statistics latent_multiplier is 1"
         return f"were they normalized before they were written, or is {STATISTICS} of other latents?"
 
     @classmethod
-    def read(cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float) -> "Scaling":
-        """Return the scaling by a folder's latents_stats.pt of {"mean", "std"}, each (1, channels, 1, 1).
+    def of_config(cls, config: Any) -> "LatentNormalization":
+        """Return what diffusers' pipelines apply: (z - shift_factor) scaling_factor, by default 0 and 1."""
+        mean = torch.full((1, 1, 1, 1), config.get("shift_factor") or 0.0)
+        return cls(mean, torch.ones_like(mean), config.get("scaling_factor") or 1.0, has_statistics=False)
+
+    @classmethod
+    def read(
+        cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float
+    ) -> "LatentNormalization":
+        """Return the normalization by a folder's latents_stats.pt of {"mean", "std"}, each (1, channels, 1, 1).
 
         Args:
-            folder: where that file is, which nobody needs if latent_norm is false.
+            folder: where that file is; it is not read if latent_norm is false.
             channels: how many the latents have.
             latent_norm: subtract the mean and divide by the std.
             latent_multiplier: times this, above 0.
@@ -106,7 +120,7 @@ class Scaling:
             raise ValueError(f"latent_multiplier must be above 0: got {latent_multiplier}")
         if not latent_norm:
             ones = torch.ones(1, channels, 1, 1)
-            return cls(0 * ones, ones, latent_multiplier, normalized=False)
+            return cls(0 * ones, ones, latent_multiplier, has_statistics=False)
         file = Path(folder) / STATISTICS
         if not os.path.lexists(file):
             raise FileNotFoundError(f"no file {file}: give the statistics of the latents, or set latent_norm to false")
@@ -175,7 +189,7 @@ class Moments:
         self._merge(len(x), mean, variance + mean.square())
 
     def merge(self, other: "Moments") -> None:
-        """Take in the blocks of another."""
+        """Take in the blocks of other moments."""
         self._merge(other.count, other.mean, other.square)
 
     def std(self) -> Float[Tensor, " c"]:
@@ -197,7 +211,7 @@ class Moments:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Moments":
-        """Return the moments that `as_json` was asked for."""
+        """Return the moments whose `as_json` is `content`."""
         moments = cls(len(content["mean"]))
         moments.count = content["count"]
         moments.mean, moments.square = (torch.tensor(content[name], dtype=torch.float64) for name in ("mean", "square"))
@@ -205,6 +219,6 @@ class Moments:
 
     def _merge(self, count: int, mean: Tensor, square: Tensor) -> None:
         self.count += count
-        share = count / self.count
-        self.mean += share * (mean - self.mean)
-        self.square += share * (square - self.square)
+        fraction = count / self.count
+        self.mean += fraction * (mean - self.mean)
+        self.square += fraction * (square - self.square)

@@ -10,6 +10,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from decm_lightning.training.schedule import WarmupCosine
+
 
 class Recipe:
     """Makes the optimizer and its per-step schedule.
@@ -19,7 +21,8 @@ class Recipe:
         lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
 
     Attributes:
-        settings: those of the optimizer and the schedule as they were made; empty before.
+        settings: the settings of the optimizer and the schedule as they were made; empty before.
+        steps: the length of the run, None if unknown.
     """
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
@@ -27,6 +30,7 @@ class Recipe:
         self.make_schedule = lr_scheduler
         self.groups: list[dict[str, Any]] = []
         self.settings: dict[str, dict[str, Any]] = {}
+        self.steps: int | None = None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> Any:
         """Return what a LightningModule's configure_optimizers returns.
@@ -48,16 +52,24 @@ class Recipe:
         except ZeroDivisionError:
             raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
         if isinstance(schedule, ReduceLROnPlateau):
-            remedy = "give one that depends on the step alone, such as CosineAnnealingLR"
+            remedy = "use one that depends on the step alone, such as CosineAnnealingLR"
             raise ValueError(f"the lr_scheduler ReduceLROnPlateau follows a metric: {remedy}")
         self.settings["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def apply(self, trainer: L.Trainer) -> None:
-        """Set the settings again in a resumed run, whose optimizer and schedule have those of the checkpoint.
+    def set_length(self, trainer: L.Trainer, steps: int | None) -> None:
+        """Tell the schedule the length of the run, if it depends on it."""
+        self.steps = steps
+        schedule = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        if isinstance(schedule, WarmupCosine):
+            schedule.set_length(steps)
+            self.settings["lr_scheduler"]["steps"] = steps
 
-        The optimizer keeps its state, such as Adam's moments. The schedule is made again, and run to the step at which
-        the run stands.
+    def apply(self, trainer: L.Trainer) -> None:
+        """Set the config's settings in a resumed run, whose optimizer and schedule come from the checkpoint.
+
+        The optimizer keeps its state, such as Adam's moments. The schedule is made again and advanced to the current
+        step.
         """
         optimizer = trainer.optimizers[0]
         for group, given in zip(optimizer.param_groups, self.groups, strict=True):
@@ -72,3 +84,4 @@ class Recipe:
             for _ in range(trainer.global_step):
                 schedule.step()
         trainer.lr_scheduler_configs[0].scheduler = schedule
+        self.set_length(trainer, self.steps)

@@ -69,7 +69,7 @@ def training(preset: Callable[[], Objective], steps: int) -> dict[str, Any]:
         objective=preset(),
         guidance=Guidance(1.25),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
-        lr_scheduler=None,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         ema_decay=0.999,
     )
     trainer(max_steps=steps, gradient_clip_val=1.0, callbacks=[curve]).fit(module, Digits())

@@ -48,7 +48,8 @@ class Distiller(FlowTraining):
             "central" (a difference), a function like them (`derivatives.Engine`), or "auto": the first of the three
             that can pass through the student; the log says why.
         optimizer: makes the optimizer from the student's parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        lr_scheduler: makes a per-step schedule from the optimizer. The default scales with the length of the run; with
+            warmup 0 and floor 1 it is a constant rate.
         ema_decay: largest decay of the student's average, in [0, 1); it covers about the last ninth of the run.
         gradient_checkpointing: compute the student's activations again in the backward pass: less memory, more time.
         compile: compile the blocks of student and teacher.
@@ -63,9 +64,9 @@ class Distiller(FlowTraining):
         student: Network | None = None,
         objective: Objective | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
-        derivative: EngineName | Literal["auto"] | Engine = "auto",
+        derivative: EngineName | Literal["auto"] | Callable[..., Any] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
+        lr_scheduler: LRSchedulerCallable = WarmupCosine,
         ema_decay: float = 0.9999,
         gradient_checkpointing: bool = False,
         compile: bool = False,

@@ -23,7 +23,8 @@ class TeacherTraining(FlowTraining):
     Args:
         network: the network to train; it is evaluated on the diagonal s = t.
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        lr_scheduler: makes a per-step schedule from the optimizer. The default scales with the length of the run; with
+            warmup 0 and floor 1 it is a constant rate.
         class_dropout: fraction of labels replaced by the null class, in [0, 1), for classifier-free guidance.
         guidance: how the teacher is guided when it is sampled; training does not depend on it.
         times: the distribution of t.
@@ -39,7 +40,7 @@ class TeacherTraining(FlowTraining):
         self,
         network: Network,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
+        lr_scheduler: LRSchedulerCallable = WarmupCosine,
         class_dropout: float = 0.1,
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         times: TimeLaw = Uniform(),  # noqa: B008 - frozen

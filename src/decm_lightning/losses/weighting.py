@@ -13,9 +13,10 @@ from torch import Tensor
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
-Normalization = Callable[..., Tensor]
+# Any, not Tensor: of functions in a config the parser would demand annotations.
+Normalization = Callable[..., Any]
 """N(g), or N(g, t) with the start times t, (b,), which may be on the CPU: `path.expand(t, g)` moves them."""
-TimeWeight = Callable[[Tensor], Tensor]
+TimeWeight = Callable[..., Any]
 """A factor for each row from the start times t, (b,)."""
 
 

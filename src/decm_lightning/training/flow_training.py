@@ -47,7 +47,7 @@ class FlowTraining(L.LightningModule):
     Args:
         network: the network to train.
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        lr_scheduler: makes a per-step schedule from the optimizer.
         ema_decay: largest decay of the average, in [0, 1). After n steps it is at most (1 + n) / (10 + n), so that the
             average covers about the last ninth of the steps so far.
         gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
@@ -65,7 +65,7 @@ class FlowTraining(L.LightningModule):
         self,
         network: Network,
         optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler: LRSchedulerCallable,
         ema_decay: float,
         gradient_checkpointing: bool,
         compile: bool,

@@ -18,14 +18,14 @@ class Recipe:
 
     Args:
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        lr_scheduler: makes a per-step schedule from the optimizer.
 
     Attributes:
         settings: the settings of the optimizer and the schedule as they were made; empty before.
         steps: the length of the run, None if unknown.
     """
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
         self.groups: list[dict[str, Any]] = []
@@ -45,8 +45,6 @@ class Recipe:
         ]
         groups = self.groups[0] if len(self.groups) == 1 else {"groups": self.groups}
         self.settings = {"optimizer": {"class": type(optimizer).__name__} | groups}
-        if self.make_schedule is None:
-            return optimizer
         try:
             schedule = self.make_schedule(optimizer)
         except ZeroDivisionError:
@@ -75,8 +73,6 @@ class Recipe:
         for group, given in zip(optimizer.param_groups, self.groups, strict=True):
             group.pop("initial_lr", None)
             group.update(copy.deepcopy(given))
-        if self.make_schedule is None:
-            return
         with warnings.catch_warnings():
             # The optimizer has taken its steps, in another process.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

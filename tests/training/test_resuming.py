@@ -319,10 +319,11 @@ def adam(lr=1e-2, **options):  # type: ignore[no-untyped-def]
 
 
 def test_learning_rate_and_weight_decay_come_from_the_config_and_are_named(tmp_path, caplog):
-    run(tmp_path / "first", 3, optimizer=adam(1e-3, weight_decay=0.1))
+    constant = {"lr_scheduler": lambda o: WarmupCosine(o, warmup=0.0, floor=1.0)}
+    run(tmp_path / "first", 3, optimizer=adam(1e-3, weight_decay=0.1), **constant)
     checkpoint = tmp_path / "first" / "step=3.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["state"]
-    resumed = run(tmp_path / "again", 4, checkpoint, optimizer=adam(1e-6, weight_decay=0.5))
+    resumed = run(tmp_path / "again", 4, checkpoint, optimizer=adam(1e-6, weight_decay=0.5), **constant)
     group = resumed.optimizers[0].param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (1e-6, 0.5)
     assert "optimizer.lr 1e-06 (0.001 in the checkpoint)" in caplog.text

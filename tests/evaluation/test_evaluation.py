@@ -277,7 +277,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
-        "weights": "student: exponential moving average (decay 0.999); teacher: as loaded",
+        "weights": "student: exponential moving average (decay 0.9999); teacher: as loaded",
         "sampler options": "student/mix/4: s1 = 0.7; student/consistency/3: re-noised at t = 0.7, 0.85",
         "precision": "32-true",
         "feature network": "small mixtures",

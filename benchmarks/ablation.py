@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
@@ -65,11 +64,6 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path, co
     """Distil, keep in `folder` and test one student; return its distances by spec and its gradient norms by step."""
     spec = dict(OBJECTIVES[objective])
     spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
-    if objective.endswith("paper"):
-        # Much shorter than the paper's 20,000 steps, as the whole run is.
-        spec["init_args"] = {**spec["init_args"], "r_decay_steps": max(1, steps // 4)}
-    scheduler = yaml.safe_load(Path(config).read_text())["model"]["init_args"]["lr_scheduler"]
-    scheduler["init_args"]["total_steps"] = steps
     cli = build(
         *("--config", config, "--seed_everything", str(seed), "--trainer.max_steps", str(steps)),
         *(
@@ -81,7 +75,7 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path, co
             "null",
         ),
         *("--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"),
-        *("--model.init_args.objective", json.dumps(spec), "--model.init_args.lr_scheduler", json.dumps(scheduler)),
+        *("--model.init_args.objective", json.dumps(spec)),
         *("--model.init_args.compile", str(compile).lower()),
     )
     # The compiler counts what it compiled for earlier students, and gives up at a number.

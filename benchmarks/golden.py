@@ -31,8 +31,8 @@ from decm_lightning.teachers import PretrainedTeacher
 TEACHER, STUDENT, VAE = "weights/digits/teacher", "weights/digits/student", "weights/rehearsal/vae"
 SPECS = ["teacher/euler/4", "student/mix/1", "student/mix/4", "student/consistency/4", "student/euler/8"]
 PRESETS: dict[str, Callable[[], Objective]] = {
-    "paper": losses.paper,
-    "paper, batch divided": lambda: losses.paper(batch_fractions=(0.5, 0.25, 0.25)),
+    "paper": lambda: losses.paper(r_decay_steps=20_000),
+    "paper, batch divided": lambda: losses.paper(r_decay_steps=20_000, batch_fractions=(0.5, 0.25, 0.25)),
     "end_identity": losses.end_identity,
     "consistency_only": losses.consistency_only,
     "flow_matching_only": losses.flow_matching_only,
@@ -69,6 +69,8 @@ def training(preset: Callable[[], Objective], steps: int) -> dict[str, Any]:
         objective=preset(),
         guidance=Guidance(1.25),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-3),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        ema_decay=0.999,
     )
     trainer(max_steps=steps, gradient_clip_val=1.0, callbacks=[curve]).fit(module, Digits())
     return {"losses": curve.losses, "weights": tensors_sha256(module.state_dict())}

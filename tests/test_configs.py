@@ -1,6 +1,7 @@
 """Every config in configs/ parses and builds what it names, and every file of configs/trainer on top of another."""
 
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -111,6 +112,16 @@ def assert_within(wanted, found):
 def test_a_config_is_headed_by_what_it_is_and_costs(config):
     head = [line for line in config.read_text().splitlines()[:12] if line.startswith("#")]
     assert len(head) >= 2
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_the_length_of_a_run_stands_in_its_config_once(config):
+    """Schedule, average and noise edge follow from it, and intervals that are the whole run refer to it."""
+    text = re.sub("#.*", "", config.read_text())
+    steps = yaml.safe_load(text)["trainer"]["max_steps"]
+    lengths = re.findall(r"(\w*(?:steps|iters|T_max|interval)): (?:&steps )?(\d+)\b", text)
+    assert [name for name, value in lengths if value == str(steps)] == ["max_steps"]
+    assert not {name for name, _ in lengths} & {"total_steps", "total_iters", "T_max", "r_decay_steps"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

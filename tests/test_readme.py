@@ -13,8 +13,7 @@ from decm_lightning import cli
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SHORT = {
-    r"max_steps: \d+": "max_steps: 2",
-    r"total_steps: \d+": "total_steps: 2",
+    r"(max_steps: (&steps )?)\d+": r"\g<1>2",
     r"every_n_train_steps: \d+": "every_n_train_steps: 1",
     r"val_check_interval: \d+": "val_check_interval: 1000",
     r"samples: \d+": "samples: 20",

@@ -1,11 +1,51 @@
-"""The norm of all gradients together, taken once a step, and gradients scaled by it."""
+"""The norm of all gradients together, taken once a step, gradients scaled by it, and the module that has them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+
+
+class HasValue(Protocol):
+    """A loss of a step, such as `losses.LossTerm`."""
+
+    @property
+    def value(self) -> Tensor:
+        """The weighted loss, a scalar with a graph."""
+
+
+@runtime_checkable
+class LossModule(Protocol):
+    """What checks and gradient norms read of the module in training; `FlowTraining` has it.
+
+    Attributes:
+        network: the trained network.
+        gradient_norm: this step's norm of all gradients before clipping, on the device; the checks set it.
+    """
+
+    network: nn.Module
+    gradient_norm: Tensor
+
+    @property
+    def terms(self) -> Mapping[str, HasValue]:
+        """This step's losses by name."""
+
+    def origin(self) -> str:
+        """Return where the first number of this step that is not finite arose, "" if unknown."""
+
+
+def loss_module(module: Any) -> LossModule:
+    """Return a module of named losses.
+
+    Raises:
+        TypeError: if it is another module.
+    """
+    if not isinstance(module, LossModule):
+        raise TypeError(f"{type(module).__name__} has no named losses: use a Distiller or a TeacherTraining")
+    return module
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:

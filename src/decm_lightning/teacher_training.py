@@ -12,6 +12,7 @@ from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.training.flow_training import FlowTraining
+from decm_lightning.training.schedule import WarmupCosine
 from decm_lightning.triangle import TimeLaw, Uniform
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 
@@ -20,13 +21,14 @@ class TeacherTraining(FlowTraining):
     """Flow matching, L = |v(x_t, t, c) - (x_1 - x_0)|^2, with class dropout (arXiv 2210.02747, 2207.12598).
 
     Args:
-        network: the teacher to be; it is asked on the diagonal s = t.
+        network: the network to train; it is evaluated on the diagonal s = t.
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
-        class_dropout: share of labels replaced by the null class, in [0, 1): what guidance needs.
+        lr_scheduler: makes a per-step schedule from the optimizer. The default scales with the length of the run; with
+            warmup 0 and floor 1 it is a constant rate.
+        class_dropout: fraction of labels replaced by the null class, in [0, 1), for classifier-free guidance.
         guidance: how the teacher is guided when it is sampled; training does not depend on it.
-        times: the law of t.
-        ema_decay: decay of the average, in [0, 1).
+        times: the distribution of t.
+        ema_decay: largest decay of the average, in [0, 1); it covers about the last ninth of the run.
         gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
         compile: compile the network's blocks.
 
@@ -38,11 +40,11 @@ class TeacherTraining(FlowTraining):
         self,
         network: Network,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable = WarmupCosine,
         class_dropout: float = 0.1,
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         times: TimeLaw = Uniform(),  # noqa: B008 - frozen
-        ema_decay: float = 0.999,
+        ema_decay: float = 0.9999,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -54,7 +56,7 @@ class TeacherTraining(FlowTraining):
         self.times = times
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the run apart from its data, by name."""
+        """Return the settings that determine the run apart from its data."""
         return super().settings() | {"class_dropout": self.class_dropout, "times": self.times}
 
     def models(self) -> dict[str, FlowMapNetwork]:

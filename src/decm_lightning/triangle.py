@@ -1,10 +1,10 @@
 """The (t, s) triangle, 0 <= t <= s <= 1, and its edges.
 
-A jump starts at t and lands at s. Every few-step method of this family trains a student on a part of this triangle:
+A jump starts at time t and ends at time s. Every few-step method of this family trains a student on a part of it:
 
     s
     1 +-------------+   DataEdge    s = 1   consistency: few-step ability
-      |           /     NoiseEdge   t = r   noise to any noisy point: an accurate first jump
+      |           /     NoiseEdge   t = r   noise to any noisy point: an accurate first step
       |         /       Diagonal    s = t   flow matching: stability, many-step ability
       |       /         Triangle    all of it (MeanFlow, AYF, Lagrangian distillation)
       |     /
@@ -13,13 +13,16 @@ A jump starts at t and lands at s. Every few-step method of this family trains a
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from decm_lightning.path import DATA, NOISE
 from decm_lightning.types import Time
+
+PAPER_DECAY = 20_000
+"""Steps over which the paper's noise edge reaches the noise."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def stratified(count: int, generator: torch.Generator) -> Time:
 
 
 class TimeLaw(ABC):
-    """How times are spread over [0, 1]: a law is its quantile function."""
+    """The distribution of times over [0, 1], given by its quantile function. Subclass it for a law of your own."""
 
     @abstractmethod
     def quantiles(self, levels: Time) -> Time:
@@ -78,10 +81,12 @@ class LogitNormal(TimeLaw):
 
 
 class Edge(ABC):
-    """A part of the triangle to train on.
+    """A part of the triangle to train on. Subclass it for an edge of your own.
 
-    ``starts_at_batch_times`` says that its jumps start at the batch's own (x_t, t), whose teacher velocity is computed
-    once for every such edge. ``has_length`` is false where s = t, and no derivative is needed.
+    Attributes:
+        starts_at_batch_times: whether jumps start at the batch's own (x_t, t), where the teacher's velocity is computed
+            once for all such edges.
+        has_length: false where s = t, so that no derivative is needed.
     """
 
     starts_at_batch_times: ClassVar[bool] = True
@@ -91,10 +96,14 @@ class Edge(ABC):
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return the start and end times of len(t) jumps at training step `step`, given the batch's times t."""
 
+    def for_run(self, steps: int | None) -> "Edge":
+        """Return the edge for a run of `steps` training steps, None if their number is unknown."""
+        return self
+
 
 @dataclass(frozen=True)
 class DataEdge(Edge):
-    """s = 1: every point jumps to data."""
+    """s = 1: jumps from every point to the data."""
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (t, 1)."""
@@ -103,7 +112,7 @@ class DataEdge(Edge):
 
 @dataclass(frozen=True)
 class Diagonal(Edge):
-    """s = t: jumps of no length, whose mean velocity is the instantaneous one."""
+    """s = t: jumps of length 0, whose mean velocity is the instantaneous velocity."""
 
     has_length = False
 
@@ -114,35 +123,44 @@ class Diagonal(Edge):
 
 @dataclass(frozen=True)
 class NoiseEdge(Edge):
-    """t = r, s in [r, 1]: noise jumps to any noisy point.
+    """t = r, s in [r, 1]: jumps from the noise to any noisy point.
 
     r = start * max(0, 1 - step / decay_steps) falls to 0, the noise itself (the paper: start 0.1 over 20,000 steps).
 
     Args:
         start: r at step 0, in [0, 1).
-        decay_steps: training steps until r = 0.
+        decay_steps: training steps until r = 0, at least 1; None for a quarter of the run, at most the paper's 20,000.
+
+    Raises:
+        ValueError: if a value is out of its range.
     """
 
     start: float = 0.0
-    decay_steps: int = 20_000
+    decay_steps: int | None = None
     starts_at_batch_times = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
             raise ValueError(f"start must be in [0, 1): got {self.start}")
-        if self.decay_steps < 1:
+        if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps must be at least 1: got {self.decay_steps}")
+
+    def for_run(self, steps: int | None) -> "NoiseEdge":
+        """Return the edge with its decay_steps filled in."""
+        if self.decay_steps is not None or steps is None:
+            return self
+        return replace(self, decay_steps=min(max(1, steps // 4), PAPER_DECAY))
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (r, s) with s stratified over [r, 1]."""
-        r = NOISE + self.start * max(0.0, 1 - step / self.decay_steps)
+        r = NOISE + self.start * max(0.0, 1 - step / (self.decay_steps or PAPER_DECAY))
         levels = stratified(len(t), generator).to(t)
         return Times(torch.full_like(t, r), r + (DATA - r) * levels)
 
 
 @dataclass(frozen=True)
 class Triangle(Edge):
-    """The interior: s uniform over [t, 1] for the batch's own t."""
+    """The whole triangle: s uniform over [t, 1] for the batch's own t."""
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (t, t + (1 - t) U)."""

@@ -153,7 +153,8 @@ def test_a_norm_that_is_not_finite_is_no_spike_and_not_in_the_median():
     callback = GradientNorms(every_n_steps=0)
     callback.load_state_dict({"spikes": 0, "recent": [1.0] * 10})
     for step, norm in enumerate((torch.inf, torch.nan, 5.0, 11.0, 1.0)):
-        module = SimpleNamespace(gradient_norm=torch.tensor(norm), log=Mock(), log_dict=Mock())
+        module = SimpleNamespace(network=None, terms={}, origin=str, gradient_norm=torch.tensor(norm))
+        module.log = module.log_dict = Mock()
         callback.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step)
     assert callback.state_dict() == {"spikes": 1, "recent": [1.0] * 10 + [5.0, 11.0, 1.0]}
 
@@ -209,6 +210,14 @@ def test_counting_goes_on_after_a_resume():
     assert shorter.state_dict() == {"spikes": 3, "recent": [float(norm) for norm in range(18, 30)]}
     fit([shorter], 3)
     assert shorter.state_dict()["recent"][:9] == [float(norm) for norm in range(21, 30)]
+
+
+def test_another_module_is_refused():
+    class Foreign(L.LightningModule):
+        pass
+
+    with pytest.raises(TypeError, match="Foreign has no named losses"):
+        GradientNorms().on_train_batch_end(SimpleNamespace(global_step=1), Foreign(), None, None, 0)
 
 
 @pytest.mark.parametrize(("options", "text"), [({"every_n_steps": -1}, "got -1"), ({"window": 3}, "got 3")])

@@ -304,9 +304,12 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         (digits("test"), "test needs --ckpt_path"),
         (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the sampler mix"),
         (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not available"),
-        (digits("fit", "--trainer.callbacks.test_specs", "[student/mix/0]"), "steps at least 1: got 'student/mix/0'"),
+        (
+            digits("fit", "--trainer.callbacks.test_specs", "[student/mix/0]"),
+            "spec 'student/mix/0': steps must be at least 1: got 0",
+        ),
         (["sample", "teacher", "--classes", "[]"], "classes must be at least one label: got none"),
-        (["sample", "diverged"], "images are not finite: the weights that drew them have diverged"),
+        (["sample", "diverged"], "images are not finite: the weights have diverged"),
         (["sample", "renamed"], "renamed cannot be loaded: DiT.__init__() got an unexpected keyword argument 'colour'"),
         (
             digits("fit", "--model.init_args.teacher.init_args.path", "renamed"),
@@ -324,7 +327,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         (digits("fit", "--data.init_args.reference_size", "-5"), "reference_size must be at least 1: got -5"),
         (
             digits("test", "--ckpt_path", "teacher", "--trainer.callbacks.test_specs", "[]"),
-            "cells must name at least one model",
+            "test_specs must name at least one model",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, facm, lagrangian, paper
+from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, facm, lagrangian, mean_flow, paper
 from decm_lightning.triangle import DataEdge
 
 SHARES = (0.5, 0.25, 0.25)
@@ -22,6 +22,10 @@ SHARES = (0.5, 0.25, 0.25)
         (end_identity(batch_fractions=(0.25, 0.125, 0.125)), 0.375 + 0.125, 0.5, 0.375),
         (facm(), 1, 2, 1),
         (lagrangian(), 1 + 1, 2, 1),
+        # Rivals with divided batches, for comparisons at equal cost.
+        (facm((0.75, 0.25)), 1, 1, 0.75),
+        (mean_flow((0.25, 0.75)), 1, 1, 0.25),
+        (lagrangian((0.75, 0.25)), 0.25 + 0.75, 1, 0.75),
     ],
 )
 def test_passes_by_hand(objective, teacher, student, derivative):

@@ -128,7 +128,7 @@ def test_presets_are_the_rows_of_the_table():
     }
     assert table == {
         ("paper", "consistency"): (DataEdge(), 1, 0),
-        ("paper", "noise_to_noisy"): (NoiseEdge(0.1, 20_000), 1, 0.5),
+        ("paper", "noise_to_noisy"): (NoiseEdge(0.1), 1, 0.5),
         ("end_identity", "consistency"): (DataEdge(), 1, 0),
         ("end_identity", "noise_to_noisy"): (NoiseEdge(0.0), 0, 1),
         ("consistency_only", "consistency"): (DataEdge(), 1, 0),
@@ -140,6 +140,32 @@ def test_presets_are_the_rows_of_the_table():
     diagonals = [o.losses["flow_matching"] for o in PRESETS.values() if "flow_matching" in o.losses]
     assert len(diagonals) == 7
     assert all((loss.edge, loss.start_weight, loss.end_weight) == (Diagonal(), 1, 0) for loss in diagonals)
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay_steps"), [(1, 1), (60, 15), (1000, 250), (80_000, 20_000), (312_500, 20_000), (None, None)]
+)
+def test_paper_s_noise_edge_reaches_the_noise_within_a_quarter_of_the_run(steps, decay_steps):
+    """At most the paper's 20,000 steps, which are also those of a run of unknown length; given ones stay."""
+    edge = presets.paper().for_run(steps).losses["noise_to_noisy"].edge
+    assert edge == NoiseEdge(0.1, decay_steps)
+    t = torch.rand(4)
+    at = min(decay_steps or 20_000, 20_000)
+    assert edge.draw(t, at, torch.Generator()).t.tolist() == [0, 0, 0, 0]
+    assert edge.draw(t, at // 2, torch.Generator()).t.max() == pytest.approx(0.1 * (1 - (at // 2) / at))
+    assert presets.paper(r_decay_steps=7).for_run(steps) == presets.paper(r_decay_steps=7)
+
+
+def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_jump):
+    """N(g) or N(g, t) and w(t) may be any functions: value = mean(w(t) N^2)."""
+    loss = DualEndLoss(Triangle(), time_weight=lambda t: 2 + t)
+    row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
+    g = residual(result.u.detach(), result.jvp, v_start, v_end, row.t, row.s, 1.0, 0.0)
+    own = {"of g": lambda g: g.tanh(), "of g and t": lambda g, t: g * expand(t, g)}
+    expected = {"of g": g.tanh(), "of g and t": g * row.t[:, None]}
+    for name, function in own.items():
+        term = Objective({"loss": loss}, function).term(loss, row, result, v_start, v_end, step=0)
+        torch.testing.assert_close(term.value.detach(), ((2 + row.t)[:, None] * expected[name] ** 2).mean())
 
 
 def test_presets_have_the_published_weightings():

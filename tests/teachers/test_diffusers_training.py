@@ -1,5 +1,7 @@
 """SD3 distilled with LoRA from end to end, on a tiny random instance read from its folder."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -14,6 +16,7 @@ from decm_lightning.guidance import Guidance
 from decm_lightning.networks import save
 from decm_lightning.samplers import euler
 from decm_lightning.teachers import DiffusersTeacher
+from decm_lightning.training import WarmupCosine
 from decm_lightning.types import Batch, Captions
 
 ROWS = 32
@@ -61,6 +64,8 @@ def make(folder, **options):
         objective=losses.paper(r_decay_steps=10),
         guidance=Guidance(1.75, limit=1.0),
         optimizer=lambda p: torch.optim.AdamW(p, 5e-3),
+        # Not the default, which depends on the length of the run: it is extended here.
+        lr_scheduler=partial(WarmupCosine, warmup=0.0, floor=1.0),
         ema_decay=0.9,
         **options,
     )

@@ -21,7 +21,7 @@ class Drift(torch.optim.Optimizer):
     """Adds the same number to every weight: exact in bfloat16 up to 256 steps from 0."""
 
     def __init__(self, parameters) -> None:
-        super().__init__(parameters, {})
+        super().__init__(parameters, {"lr": 1.0})
 
     @torch.no_grad()
     def step(self, closure):

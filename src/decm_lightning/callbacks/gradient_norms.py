@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from decm_lightning.gradients import total_norm
+from decm_lightning.gradients import loss_module, total_norm
 
 SPIKE = 10.0
 FEWEST = 10
@@ -19,14 +19,14 @@ class GradientNorms(L.Callback):
     """Logs `grad_norm/total` at each step, `grad_norm/<loss>` at every n-th, and `grad_norm/spikes` so far.
 
     Norms are taken before clipping. A spike is a step whose total norm exceeds ten times the median of the last
-    `window` steps; steps with a norm that is not finite, which a gradient scaler skips, are left out. A loss's own norm
-    costs one more backward pass, so it is taken only now and then; the losses' norms need not add up to the total's,
-    since gradients of opposite directions cancel. Among several processes, gradients are averaged over all before their
-    norm is taken. The total is the norm that the module takes for its own check, and nothing waits for the device.
+    `window` steps. Steps with a non-finite norm, which a gradient scaler skips, are left out. The norm of a single loss
+    costs a backward pass, so it is only taken at every n-th step; the norms of the losses need not add up to the total,
+    since opposite gradients cancel. Gradients are averaged over all processes before their norm is taken. The total is
+    the norm that the module's checks take, and nothing waits for the device.
 
     Args:
-        every_n_steps: steps between two measurements of the losses one by one, at steps 0, n, 2n and so on, of those
-            that are due there; 0 for never. In between the last norms are logged again, for loggers of any interval.
+        every_n_steps: steps between two measurements of the single losses, at steps 0, n, 2n and so on, for losses that
+            are active there; 0 for never. In between, the last norms are logged again, for loggers of any interval.
         window: steps in the median, at least 10.
 
     Raises:
@@ -47,7 +47,7 @@ class GradientNorms(L.Callback):
         self.last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep what several backward passes need: the first that is compiled may overwrite it otherwise."""
+        """Keep the buffers of a compiled backward pass, which the next one needs: the first may overwrite them."""
         if self.every_n_steps and stage == "fit":
             KeptBuffers.keep(self)
 
@@ -64,24 +64,28 @@ class GradientNorms(L.Callback):
         self.last_step = trainer.global_step
         self.recent, self.spikes = self.recent.to(pl_module.device), self.spikes.to(pl_module.device)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Differentiate each loss by itself, where the graph still is."""
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Differentiate each loss separately, while the graph exists."""
         if not self.every_n_steps or trainer.global_step % self.every_n_steps:
             return
-        network = pl_module.network
+        module = loss_module(pl_module)
+        network = module.network
         if isinstance(network, FSDPModule) and trainer.accumulate_grad_batches > 1:
-            # The backward passes would add to what is accumulated.
+            # The backward passes would add to the accumulated gradients.
             return
-        for name, term in pl_module.terms.items():
+        for name, term in module.terms.items():
             self.single[f"grad_norm/{name}"] = total_norm(_gradients(term.value, network))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log the norms, unless the batch was only accumulated."""
         if trainer.global_step == self.last_step:
             return
         self.last_step = trainer.global_step
         # The median needs float32 or wider.
-        total = pl_module.gradient_norm.to(torch.promote_types(pl_module.gradient_norm.dtype, torch.float32))
+        norm = loss_module(pl_module).gradient_norm
+        total = norm.to(torch.promote_types(norm.dtype, torch.float32))
         enough = self.recent.isfinite().sum() >= FEWEST
         self.spikes += enough & total.isfinite() & (total > SPIKE * self.recent.nanquantile(0.5))
         self.recent[self.next] = torch.where(total.isfinite(), total, torch.nan)

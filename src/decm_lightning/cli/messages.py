@@ -86,7 +86,7 @@ def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Coll
     for name in re.findall(r"does not accept option '([\w.]+)'", message):
         yield name, [option.lstrip("-") for option in options]
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        yield f"{module}.{name}", [f"{module}.{known}" for known in dir(sys.modules.get(module))]
+        yield f"{module}.{name}", _modules(module) + [f"{module}.{known}" for known in dir(sys.modules.get(module))]
     for name in re.findall(r"No module named '([\w.]+)'", message):
         yield name, _modules(name.rpartition(".")[0])
     for name in re.findall(r"Expected a dot import path string: (\w+)", message):

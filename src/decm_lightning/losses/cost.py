@@ -6,7 +6,7 @@ from math import lcm
 from decm_lightning.losses.dual_end import Objective
 
 ROWS = 1024
-"""The batch on which shares are counted: large, so that rounding to whole rows does not show."""
+"""The batch size used for counting: large, so that rounding to whole rows does not show."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def cost(objective: Objective, guided: float = 1.0) -> Cost:
     """Return what a step of the objective costs with the one-pass engine.
 
     Args:
-        objective: the losses with their shares and how often each is due.
+        objective: the losses with their batch fractions and how often each is active.
         guided: passes of the teacher for one guided velocity (`Guidance.passes`).
     """
     steps = range(lcm(*(loss.every for loss in objective.losses.values())))
@@ -56,11 +56,9 @@ def cost(objective: Objective, guided: float = 1.0) -> Cost:
         # The velocity at x_t is shared by all losses that start there.
         teacher += len(objective.teacher_rows(step, ROWS))
         for name, loss in objective.active_losses(step).items():
-            taken = len(rows[name])
-            student += taken
-            derivative += taken * loss.edge.has_length
-            teacher += taken * (
-                (bool(loss.start_weight) and not loss.edge.starts_at_batch_times) + bool(loss.end_weight)
-            )
+            count, reads = len(rows[name]), loss.velocities
+            student += count
+            derivative += count * loss.edge.has_length
+            teacher += count * (reads.start + reads.end)
     each = 1 / (len(steps) * ROWS)
     return Cost(guided * teacher * each, student * each, derivative * each)

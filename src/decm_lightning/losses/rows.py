@@ -1,4 +1,4 @@
-"""Which rows of a batch a loss takes, and start times that are stratified over the rows of every loss."""
+"""The rows of a batch that a loss takes, and start times that are stratified over the rows of every loss."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.types import Condition, Time
+from decm_lightning.types import Condition, Sample, Time
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch as ranges, in the order in which they are taken: slices, for which no device is waited for."""
+    """Rows of a batch as ranges, in order. They are taken by slices, which do not wait for the device."""
 
     ranges: tuple[range, ...]
 
@@ -65,15 +65,41 @@ class Rows:
         return [row for part in self.ranges for row in part]
 
 
+@dataclass(frozen=True)
+class PathSample:
+    """Rows of a batch on their paths: noise x_0, data x_1, and the point x_t between them at time t.
+
+    v_t is the teacher's velocity v(x_t, t), None if no loss reads it. Times are on the CPU: how many of them are guided
+    is known there without waiting for the device.
+    """
+
+    x_0: Sample
+    x_1: Sample
+    condition: Condition
+    t: Time
+    x_t: Sample
+    v_t: Sample | None = None
+
+    def select(self, rows: Rows) -> "PathSample":
+        """Return some of the rows, without a velocity."""
+        return PathSample(
+            rows.of(self.x_0),
+            rows.of(self.x_1),
+            rows.of_condition(self.condition),
+            rows.of(self.t),
+            rows.of(self.x_t),
+        )
+
+
 def stratified_levels(count: int, losses: Sequence[Rows], generator: torch.Generator) -> Time:
-    """Return `count` uniform levels in [0, 1), of which n rows of a loss have one in each of the n equal parts.
+    """Return `count` uniform levels in [0, 1): the n rows of a loss have one level in each of n equal parts.
 
-    That holds for losses that share all of their rows, or none, and where two of them overlap in any way. Rows of three
-    or more that overlap in part are spread as evenly as each loss's free parts allow.
+    That holds for losses that share all of their rows or none, and for two losses that overlap in any way. Rows of
+    three or more losses that overlap in part are spread as evenly as the free parts of each loss allow.
 
-    Rows in several losses come first: one level in each of their own equal parts. Unless these are whole numbers of
-    the parts of every loss, all levels have one offset, so that no two fall into one part. Then each loss's own rows
-    take the parts that are free.
+    Rows in several losses come first: one level in each of their own equal parts. Unless the parts of every loss are
+    whole multiples of these, all levels have one offset, so that no two fall into one part. Then the remaining rows of
+    each loss take its free parts.
     """
     levels = torch.full((count,), torch.nan, dtype=torch.float32, device=generator.device)
     for rows, members in _cells(count, tuple(losses)):
@@ -91,7 +117,7 @@ def stratified_levels(count: int, losses: Sequence[Rows], generator: torch.Gener
 
 
 def _free_parts(levels: Tensor, parts: int) -> Tensor:
-    """Return which of the equal parts of [0, 1] have no level yet; NaN is none."""
+    """Return which of the equal parts of [0, 1] have no level yet; a level of NaN is missing."""
     free = torch.ones(parts, dtype=torch.bool, device=levels.device)
     free[(levels[~levels.isnan()].double() * parts).long().clamp(max=parts - 1)] = False
     return free.nonzero().flatten()

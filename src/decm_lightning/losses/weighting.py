@@ -1,11 +1,11 @@
-"""How a residual is normalized before the student is moved along it, and how its rows are weighted by time.
+"""The normalization N(g) of a residual, the weight of each row by its time, and the losses that regress u on u - N(g).
 
-Every loss moves u toward u - N(g). N decides how hard: it is one function of g, the same for all losses of a step,
-because a normalized loss beside a plain one starves one of the two.
+N(g) is one function for all losses of a step: a normalized loss next to a plain one would starve one of the two.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from torch import Tensor
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
-Normalization = Callable[[Sample], Sample]
+# Any, not Tensor: of functions in a config the parser would demand annotations.
+Normalization = Callable[..., Any]
+"""N(g), or N(g, t) with the start times t, (b,), which may be on the CPU: `path.expand(t, g)` moves them."""
+TimeWeight = Callable[..., Any]
+"""A factor for each row from the start times t, (b,)."""
 
 
 def plain(g: Sample) -> Sample:
@@ -45,10 +49,43 @@ NORMALIZATIONS: dict[NormalizationName, Normalization] = {
 }
 
 TimeWeightName = Literal["constant", "cosine"]
-TIME_WEIGHTS: dict[TimeWeightName, Callable[[Time], Time]] = {
+TIME_WEIGHTS: dict[TimeWeightName, TimeWeight] = {
     "constant": torch.ones_like,
     "cosine": lambda t: torch.cos(torch.pi / 2 * t),
 }
+
+
+def check_choice(argument: str, choice: Any, table: Mapping[Any, Any]) -> None:
+    """Refuse a name that is not in the table.
+
+    Raises:
+        ValueError: naming the argument and the names that there are.
+    """
+    if choice not in table if isinstance(choice, str) else not callable(choice):
+        raise ValueError(f"{argument} must be a function or one of {', '.join(table)}: got {choice!r}")
+
+
+def normalized(g: Sample, t: Time, by: NormalizationName | Normalization) -> Sample:
+    """Return N(g), or N(g, t) if the function requires a second argument.
+
+    Args:
+        g: the residual, (b, *d).
+        t: start times, (b,).
+        by: the name of a normalization, or a function.
+    """
+    function: Normalization = NORMALIZATIONS[by] if isinstance(by, str) else by
+    required = [
+        parameter
+        for parameter in signature(function).parameters.values()
+        if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is Parameter.empty
+    ]
+    return function(g, t) if len(required) > 1 else function(g)
+
+
+def time_weights(t: Time, by: TimeWeightName | TimeWeight) -> Time:
+    """Return the weight of each row from its start time, by the name of a weight or a function."""
+    return (TIME_WEIGHTS[by] if isinstance(by, str) else by)(t)
 
 
 def warm_up(step: int, steps: int) -> float:
@@ -59,7 +96,7 @@ def warm_up(step: int, steps: int) -> float:
 def stopgrad_mse(u: Sample, g: Sample, weight: Time) -> Tensor:
     """Return mean(weight |u - sg(u - g)|^2), whose gradient is 2 g du/dtheta: a scalar.
 
-    The stop-gradient is here, where the target is born; g must carry no graph.
+    The stop-gradient is applied here, where the target is built; g must not carry a graph.
     """
     u_target = (u - g).detach()
     return (expand(weight, u) * (u - u_target).square()).mean()

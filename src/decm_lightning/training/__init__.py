@@ -1,9 +1,10 @@
-"""Training: the module that teachers and students share, its average and checks, resuming, and sharded strategies."""
+"""Training: the module that teachers and students share, its average, schedule and checks, resuming, and sharding."""
 
 from decm_lightning.training.averaging import EMA
 from decm_lightning.training.checks import TrainingChecks
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.last_step import LastStep
+from decm_lightning.training.schedule import WarmupCosine
 from decm_lightning.training.strategies import FSDP2
 
-__all__ = ["EMA", "FSDP2", "FlowTraining", "LastStep", "TrainingChecks"]
+__all__ = ["EMA", "FSDP2", "FlowTraining", "LastStep", "TrainingChecks", "WarmupCosine"]

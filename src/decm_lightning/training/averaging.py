@@ -59,20 +59,22 @@ def _widen_inputs(network: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 class EMA(L.Callback):
-    """average <- decay average + (1 - decay) network after every optimizer step.
+    """average <- d average + (1 - d) network after every optimizer step, with d = min(decay, (1 + n) / (10 + n)).
 
-    The module owns both as submodules, `network` and `average`, so that a strategy shards and a checkpoint holds the
-    average like any other weights; nothing is swapped in or out. The decay warms up as (1 + n) / (10 + n), n being
-    the optimizer steps so far, and needs no state of its own. Buffers, such as running statistics, are copied.
+    n is the number of optimizer steps so far. While the second term is the smaller one, the average covers about the
+    last ninth of the steps so far, whatever the length of the run; `decay` limits that to 1 / (1 - decay) steps.
+
+    The module owns both as submodules, `network` and `average`, so that a strategy shards and a checkpoint saves the
+    average like any other weights. Nothing is swapped. Buffers, such as running statistics, are copied.
 
     Args:
-        decay: in [0, 1).
+        decay: largest decay, in [0, 1).
 
     Raises:
         ValueError: if the decay is outside its range.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1): got {decay}")
         self.decay = decay

@@ -9,31 +9,49 @@ from torch import Tensor
 
 from decm_lightning.data.protocol import HasClasses, NamesRows
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.gradients import total_norm
+from decm_lightning.gradients import loss_module, total_norm
+from decm_lightning.networks import Network
+from decm_lightning.training.schedule import run_length
 from decm_lightning.types import Batch
 
 NAMED = 3
 """At most this many rows are named; the rest are counted."""
 
 
+def check_fit(network: Network, num_classes: int | None = None, shape: tuple[int, ...] | None = None) -> None:
+    """Refuse data that a network cannot take.
+
+    Args:
+        network: the network.
+        num_classes: number of classes of the data; None to leave it unchecked.
+        shape: shape of a sample; None to leave it unchecked.
+
+    Raises:
+        ValueError: if the data have more classes than the network, whose null class would be the first label too many,
+            or samples of another shape; it names both.
+    """
+    known, given = network.num_classes, num_classes or 0
+    if known and given > known:
+        raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+    if shape is not None and shape != tuple(network.sample_shape):
+        remedy = "build the network for them (in_channels, input_size) or use other data"
+        raise ValueError(f"the data's samples are {shape} and the network's {tuple(network.sample_shape)}: {remedy}")
+
+
 class TrainingChecks(L.Callback):
     """Compares data and network, schedule and run, and stops at a loss or gradient that is NaN or infinite.
 
-    It also takes the norm of all gradients once a step, as the module's `gradient_norm`. The module has `network`,
-    `terms`, this step's losses by name, and `origin()`.
+    It also takes the norm of all gradients once a step, as the module's `gradient_norm`.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse data with more classes than the network has: the first label too many would be its null class.
+        """Compare the classes of data and network.
 
         Raises:
             ValueError: naming both numbers.
         """
-        known = pl_module.network.num_classes
         data = trainer.datamodule  # type: ignore[attr-defined]
-        given = data.num_classes if isinstance(data, HasClasses) else 0
-        if known and given > known:
-            raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+        check_fit(pl_module.network, data.num_classes if isinstance(data, HasClasses) else None)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
         """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
@@ -41,17 +59,15 @@ class TrainingChecks(L.Callback):
         Raises:
             ValueError: naming both numbers of steps.
         """
-        # It would be too early where the schedule is made: to count the run's steps Lightning builds the data loader.
         configs = trainer.lr_scheduler_configs
         end = getattr(configs[0].scheduler, "total_steps", None) if configs else None
-        if end is None:
+        steps = run_length(trainer)
+        if end is None or steps is None:
             return
-        steps = trainer.estimated_stepping_batches
         both = f"the lr_scheduler has {end} steps and the run {steps}"
         if steps > end:
             raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
-        # -1 where the loader does not know its length.
-        if 0 <= steps < end:
+        if steps < end:
             rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
@@ -60,10 +76,7 @@ class TrainingChecks(L.Callback):
         Raises:
             ValueError: naming both shapes.
         """
-        given, known = tuple(batch[0].shape[1:]), tuple(pl_module.network.sample_shape)
-        if given != known:
-            remedy = "build the network for them (in_channels, input_size) or give other data"
-            raise ValueError(f"the data's samples are {given} and the network's {known}: {remedy}")
+        check_fit(pl_module.network, shape=tuple(batch[0].shape[1:]))
         self.x_1, self.batch_idx = batch[0], batch_idx
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
@@ -73,12 +86,13 @@ class TrainingChecks(L.Callback):
             NonFiniteError: naming the rows of the data that are not finite, or else the loss, the step, the batch and
                 where the first such number arose.
         """
-        values = {name: term.value for name, term in pl_module.terms.items()}
+        module = loss_module(pl_module)
+        values = {name: term.value for name, term in module.terms.items()}
         if torch.stack(list(values.values())).isfinite().all():
             return
         self._refuse_bad_rows(trainer)
         bad = ", ".join(f"loss/{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
-        raise NonFiniteError(self._stopped(bad, trainer) + pl_module.origin())
+        raise NonFiniteError(self._stopped(bad, trainer) + module.origin())
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Stop if the gradient is not finite, before the weights take it in.
@@ -88,9 +102,10 @@ class TrainingChecks(L.Callback):
         Raises:
             NonFiniteError: naming the rows of the data, or else the parameters, the losses, the step and the batch.
         """
-        gradients = {name: p.grad for name, p in pl_module.network.named_parameters() if p.grad is not None}
-        pl_module.gradient_norm = total_norm(gradients.values())
-        if pl_module.gradient_norm.isfinite():
+        module = loss_module(pl_module)
+        gradients = {name: p.grad for name, p in module.network.named_parameters() if p.grad is not None}
+        module.gradient_norm = total_norm(gradients.values())
+        if module.gradient_norm.isfinite():
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:
@@ -98,12 +113,12 @@ class TrainingChecks(L.Callback):
         self._refuse_bad_rows(trainer)
         bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in pl_module.terms.items())
+        losses = ", ".join(f"loss/{name} = {term.value.item():.4g}" for name, term in module.terms.items())
         what = f"the gradient of {bad[0] if bad else 'all parameters together'}{more} (losses: {losses})"
         raise NonFiniteError(self._stopped(what, trainer))
 
     def _refuse_bad_rows(self, trainer: L.Trainer) -> None:
-        """Look for the cause in the data, before the training is blamed."""
+        """Look for the cause in the data first."""
         rows = self.x_1.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
         if not rows:
             return

@@ -1,4 +1,4 @@
-"""What training a teacher and distilling a student share: optimizer, average, randomness, and what may not be NaN."""
+"""The module that training a teacher and distilling a student share: what is trained, sampled, saved and resumed."""
 
 import logging
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from decm_lightning.gradients import clip_by_norm
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
-from decm_lightning.networks.lora import LoRANetwork
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.teachers import Teacher
@@ -27,35 +26,36 @@ from decm_lightning.training.checkpoint_io import AtomicCheckpointIO
 from decm_lightning.training.checks import TrainingChecks
 from decm_lightning.training.last_step import LastStep
 from decm_lightning.training.recipe import Recipe
-from decm_lightning.training.resuming import differences, normalize_progress, settings_of, start_first_epoch
-from decm_lightning.training.sharding import shard
+from decm_lightning.training.resuming import (
+    differences,
+    normalize_progress,
+    refuse_fixed,
+    settings_of,
+    start_first_epoch,
+)
+from decm_lightning.training.schedule import run_length
+from decm_lightning.training.sharding import shard_all
 from decm_lightning.types import FlowMapNetwork
 
 log = logging.getLogger(__name__)
-NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
 FROM_FOLDER = "give a .ckpt, or start a new run with decm_lightning.networks.load of the folder as the network"
-FIXED = {
-    "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
-    "optimizer.class": "give the same optimizer, or " + NEW_RUN,
-}
-"""Settings that a resumed run cannot change, and what to do instead."""
 
 
 class FlowTraining(L.LightningModule):
     """A network in training and its exponential moving average, which is what is tested, sampled and exported.
 
     Args:
-        network: what is trained.
+        network: the network to train.
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
-        ema_decay: decay of the average per optimizer step, in [0, 1); it warms up as (1 + n) / (10 + n).
+        lr_scheduler: makes a per-step schedule from the optimizer.
+        ema_decay: largest decay of the average, in [0, 1). After n steps it is at most (1 + n) / (10 + n), so that the
+            average covers about the last ninth of the steps so far.
         gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
         compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
 
     Attributes:
         terms: this step's losses by name.
         gradient_norm: this step's norm of all gradients before clipping, on the device.
-        phase: announces a part of the step, "teacher" or "derivative"; a callback that times them sets its own.
 
         teacher: the frozen teacher of a distillation, else None.
         guidance: how the teacher, or the network that will become one, is guided.
@@ -71,7 +71,7 @@ class FlowTraining(L.LightningModule):
         self,
         network: Network,
         optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
+        lr_scheduler: LRSchedulerCallable,
         ema_decay: float,
         gradient_checkpointing: bool,
         compile: bool,
@@ -87,7 +87,6 @@ class FlowTraining(L.LightningModule):
         self.seed = torch.initial_seed()
         self.saved_settings: dict[str, Any] | None = None
         self.terms: dict[str, LossTerm] = {}
-        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.gradient_norm = torch.zeros(())
 
     def models(self) -> dict[str, FlowMapNetwork]:
@@ -104,30 +103,21 @@ class FlowTraining(L.LightningModule):
         return [self.network]
 
     def sharded(self) -> list[Network]:
-        """Return the networks that are divided among devices under ModelParallelStrategy: all there are."""
+        """Return all networks: ModelParallelStrategy divides them among the devices."""
         return [self.network, self.average]
 
     def configure_model(self) -> None:
-        """Compile and shard, each once: Lightning asks for each run, before it makes the optimizer.
-
-        Under ModelParallelStrategy (FSDP2) every block of every network is sharded by itself, then the rest of it.
+        """Compile and shard, each once: Lightning calls this for each run, before it makes the optimizer.
 
         Raises:
-            ValueError: if the strategy asks for tensor parallelism, as it does by default, or a network has LoRA.
+            ValueError: if the strategy has tensor parallelism, as it does by default, or a network has LoRA.
         """
         if self.compiles and self.trainer.training:
             for network in self.compiled():
                 network.compile_units()
             self.compiles = False
-        if self.device_mesh is None:
-            return
-        if self.device_mesh["tensor_parallel"].size() > 1:
-            sizes = f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1"
-            raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
-        if any(isinstance(network, LoRANetwork) for network in self.sharded()):
-            raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
-        for network in self.sharded():
-            shard(network, self.device_mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard_all(self.sharded(), self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trained network and its per-step schedule.
@@ -138,18 +128,22 @@ class FlowTraining(L.LightningModule):
         return self.recipe.make(self.network.parameters())
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the run apart from its data, by name: it is compared when a run is resumed."""
+        """Return the settings that determine the run apart from its data: they are compared when it is resumed."""
         return self.recipe.settings | {"ema_decay": self.averaging.decay}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the averaging, the checks, and the saving of the last step."""
         return [self.averaging, self.checks, LastStep()]
 
+    def part(self, name: str) -> AbstractContextManager[Any]:
+        """Return a context that the trainer's profiler reports under this name, such as "teacher"."""
+        return nullcontext() if self._trainer is None else self._trainer.profiler.profile(name)  # type: ignore[attr-defined]
+
     def generator(self, batch_idx: int) -> torch.Generator:
         """Return this batch's own source of randomness.
 
-        It depends on the run's seed, the rank, the step and the batch alone, so that a resumed run draws what an
-        unbroken one would have drawn.
+        It depends on the run's seed, the rank, the step and the batch alone, so that a resumed run draws the same
+        numbers as an uninterrupted one.
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
@@ -164,7 +158,7 @@ class FlowTraining(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer says, by the norm that is known already."""
+        """Clip the gradients as the trainer says, by the norm that the checks have taken."""
         # A fused optimizer removes the factor of a gradient scaler later: Lightning refuses to clip before that.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -184,32 +178,31 @@ class FlowTraining(L.LightningModule):
         self.trainer.callbacks.sort(key=lambda callback: callback not in first)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
-        """Apply the config to a resumed run, and compare the lengths of schedule and run.
+        """Adapt the schedule to the run's length, and apply the config to a resumed run.
 
         Raises:
             ValueError: if the checkpoint is of a run with another teacher or optimizer class, or the schedule ends
                 before the run does.
         """
         start_first_epoch(self.trainer)
+        self.set_length(run_length(self.trainer))
         if self.saved_settings is not None:
             self._apply_settings(self.saved_settings)
         self.checks.check_schedule(self.trainer)
 
+    def set_length(self, steps: int | None) -> None:
+        """Adapt everything that depends on the number of the run's steps, None if it is unknown."""
+        self.recipe.set_length(self.trainer, steps)
+
     def _apply_settings(self, saved: dict[str, Any]) -> None:
-        """Let the config decide: the state comes from the checkpoint, the settings never do."""
+        """Let the config decide: only the state comes from the checkpoint."""
         differing = differences(saved, settings_of(self.settings()))
-        self._refuse(differing)
+        refuse_fixed(differing, bool(self.recipe.settings))
         if not differing:
             return
         log.warning("resuming with the config's settings: %s", ", ".join(f"{n} {v}" for n, v in differing.items()))
         if any(name.startswith(("optimizer.", "lr_scheduler.")) for name in differing):
             self.recipe.apply(self.trainer)
-
-    def _refuse(self, differing: dict[str, str]) -> None:
-        for name, remedy in FIXED.items():
-            # Those of the optimizer are not known before it is made.
-            if name in differing and (name == "teacher" or self.recipe.settings):
-                raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
         """Return the batch's number: a callback, such as SampleWriter, generates the samples."""
@@ -229,7 +222,7 @@ class FlowTraining(L.LightningModule):
         normalize_progress(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the run that is resumed.
+        """Restore the seed of the run that is resumed.
 
         Raises:
             ValueError: if it trained another network, or by another teacher.
@@ -241,10 +234,10 @@ class FlowTraining(L.LightningModule):
         self.seed = checkpoint["seed"]
         self.saved_settings = checkpoint.get("settings")
         if self.saved_settings is not None and self._trainer is not None and self._trainer.state.fn == "fit":
-            self._refuse(differences(self.saved_settings, settings_of(self.settings())))
+            refuse_fixed(differences(self.saved_settings, settings_of(self.settings())), bool(self.recipe.settings))
 
     def check_checkpoint(self, path: str, strategy: Strategy) -> None:
-        """Refuse a checkpoint that cannot be gone on with, before any process has begun to read it.
+        """Refuse a checkpoint that cannot be resumed, before any process has begun to read it.
 
         Raises:
             ValueError: if it holds another network, or is sharded and the strategy reads single files alone.

@@ -10,23 +10,27 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from decm_lightning.training.schedule import WarmupCosine
+
 
 class Recipe:
     """Makes the optimizer and its per-step schedule.
 
     Args:
         optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer; None for a constant rate.
+        lr_scheduler: makes a per-step schedule from the optimizer.
 
     Attributes:
-        settings: those of the optimizer and the schedule as they were made; empty before.
+        settings: the settings of the optimizer and the schedule as they were made; empty before.
+        steps: the length of the run, None if unknown.
     """
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
         self.make_optimizer = optimizer
         self.make_schedule = lr_scheduler
         self.groups: list[dict[str, Any]] = []
         self.settings: dict[str, dict[str, Any]] = {}
+        self.steps: int | None = None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> Any:
         """Return what a LightningModule's configure_optimizers returns.
@@ -41,30 +45,34 @@ class Recipe:
         ]
         groups = self.groups[0] if len(self.groups) == 1 else {"groups": self.groups}
         self.settings = {"optimizer": {"class": type(optimizer).__name__} | groups}
-        if self.make_schedule is None:
-            return optimizer
         try:
             schedule = self.make_schedule(optimizer)
         except ZeroDivisionError:
             raise ValueError("a phase of the lr_scheduler has no steps: change its total_steps or pct_start") from None
         if isinstance(schedule, ReduceLROnPlateau):
-            remedy = "give one that depends on the step alone, such as CosineAnnealingLR"
+            remedy = "use one that depends on the step alone, such as CosineAnnealingLR"
             raise ValueError(f"the lr_scheduler ReduceLROnPlateau follows a metric: {remedy}")
         self.settings["lr_scheduler"] = {"class": type(schedule).__name__, **schedule.state_dict()}
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def apply(self, trainer: L.Trainer) -> None:
-        """Set the settings again in a resumed run, whose optimizer and schedule have those of the checkpoint.
+    def set_length(self, trainer: L.Trainer, steps: int | None) -> None:
+        """Tell the schedule the length of the run, if it depends on it."""
+        self.steps = steps
+        schedule = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        if isinstance(schedule, WarmupCosine):
+            schedule.set_length(steps)
+            self.settings["lr_scheduler"]["steps"] = steps
 
-        The optimizer keeps its state, such as Adam's moments. The schedule is made again, and run to the step at which
-        the run stands.
+    def apply(self, trainer: L.Trainer) -> None:
+        """Set the config's settings in a resumed run, whose optimizer and schedule come from the checkpoint.
+
+        The optimizer keeps its state, such as Adam's moments. The schedule is made again and advanced to the current
+        step.
         """
         optimizer = trainer.optimizers[0]
         for group, given in zip(optimizer.param_groups, self.groups, strict=True):
             group.pop("initial_lr", None)
             group.update(copy.deepcopy(given))
-        if self.make_schedule is None:
-            return
         with warnings.catch_warnings():
             # The optimizer has taken its steps, in another process.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -72,3 +80,4 @@ class Recipe:
             for _ in range(trainer.global_step):
                 schedule.step()
         trainer.lr_scheduler_configs[0].scheduler = schedule
+        self.set_length(trainer, self.steps)

@@ -1,13 +1,14 @@
-"""Resuming exactly: where a run stands in its epochs, in a form from which Lightning loses nothing, and its settings.
+"""Exact resuming: the counters of Lightning's loops in a form that resumes, and the settings that are compared.
 
 Lightning saves the counters of its loops as they are at the moment of saving, and several of these states do not
 resume: after an epoch's last batch it skips an epoch or trains one of no batches, after validation it counts a step
-twice, and gradients that have been accumulated are in no checkpoint. So each checkpoint is written with one of two
-states, a clean start of an epoch or the end of an optimizer step within one.
+twice, and accumulated gradients are not saved. So each checkpoint is written with one of two states: the clean start of
+an epoch, or the end of an optimizer step within one.
 """
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,6 +22,12 @@ FINISHED = "_iterator_finished"
 """The key by which torchdata's StatefulDataLoader says that its epoch is over."""
 PLAIN = (str, int, float, bool, type(None))
 ABSENT = "none"
+NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
+FIXED = {
+    "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
+    "optimizer.class": "give the same optimizer, or " + NEW_RUN,
+}
+"""Settings that a resumed run cannot change, and what to do instead."""
 
 
 def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
@@ -104,13 +111,16 @@ def _counters(count: int) -> dict[str, int]:
 
 
 def settings_of(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the settings within a value by dotted names: plain values as they are, everything else by its class.
+    """Return the settings within a value by dotted names: plain values as they are, everything else by its name.
 
-    Dataclasses, mappings and sequences are followed; of an object of another class the class is named.
+    Dataclasses, mappings, sequences and partial functions are followed. Other objects have the name of their class, and
+    classes and functions their own: `module.qualname`, which any later process finds again.
     """
     if is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in fields(value)}
-        parts: dict[str, Any] = {"class": type(value).__name__} | own
+        parts: dict[str, Any] = {"class": _name(type(value))} | own
+    elif isinstance(value, partial):
+        parts = {"function": value.func, **{str(i): part for i, part in enumerate(value.args)}, **value.keywords}
     elif isinstance(value, Mapping):
         parts = {str(key): part for key, part in value.items()}
     elif isinstance(value, (list, tuple)) and not all(isinstance(part, PLAIN) for part in value):
@@ -118,9 +128,29 @@ def settings_of(value: Any, name: str = "") -> dict[str, Any]:
     elif isinstance(value, (list, tuple)):
         return {name: list(value)}
     else:
-        return {name: value if isinstance(value, PLAIN) else type(value).__qualname__}
+        return {name: value if isinstance(value, PLAIN) else _name(value)}
     prefix = f"{name}." if name else ""
-    return {key: part for inner, value in parts.items() for key, part in settings_of(value, prefix + inner).items()}
+    return {key: part for inner, value in parts.items() for key, part in settings_of(value, f"{prefix}{inner}").items()}
+
+
+def _name(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def refuse_fixed(differing: Mapping[str, str], optimizer_known: bool) -> None:
+    """Refuse differences in settings that a resumed run cannot change.
+
+    Args:
+        differing: as `differences` returns them.
+        optimizer_known: whether the optimizer has been made, so that its class can be compared.
+
+    Raises:
+        ValueError: naming the setting, both values and the remedy.
+    """
+    for name, remedy in FIXED.items():
+        if name in differing and (name == "teacher" or optimizer_known):
+            raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Networks divided among processes by FSDP2, filled from the first process where the others hold no weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from decm_lightning.networks import Network
+from decm_lightning.networks.lora import LoRANetwork
+
+
+def shard_all(networks: Sequence[Network], mesh: DeviceMesh) -> None:
+    """Divide networks among all processes, block by block.
+
+    Args:
+        networks: all networks of the run.
+        mesh: the mesh of ModelParallelStrategy, with dimensions data_parallel and tensor_parallel.
+
+    Raises:
+        ValueError: if the strategy has tensor parallelism, as it does by default, or a network has LoRA.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        sizes = f"data_parallel_size={mesh.size()} and tensor_parallel_size=1"
+        raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
+    if any(isinstance(network, LoRANetwork) for network in networks):
+        raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
+    for network in networks:
+        shard(network, mesh["data_parallel"])
 
 
 def shard(network: Network, mesh: DeviceMesh) -> None:

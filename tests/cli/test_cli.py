@@ -234,13 +234,14 @@ def test_the_default_sampler_fits_the_network(decm, caplog):
     assert not caplog.messages
     for sampler in ("mix", "consistency"):
         caplog.clear()
-        assert f"({sampler}, 1 step)" in decm("sample", "teacher", *one, "--sampler", sampler, "--out", "c.png")[1]
+        assert f"({sampler}, 2 steps)" in decm("sample", "teacher", *one, "--sampler", sampler, "--out", "c.png")[1]
         [message] = caplog.messages
         assert f"{sampler} blurs its samples; use --sampler euler --steps 50" in message
     caplog.clear()
     save(load("teacher").with_end_time(), "student")
-    assert "(mix, 1 step)" in decm("sample", "student", *one, "--out", "d.png")[1]
-    assert "(mix, 4 steps, s1 0.6)" in decm("sample", "student", *one, "--steps=4", "--s1=0.6", "--out=e.png")[1]
+    assert "(mix, 2 steps)" in decm("sample", "student", *one, "--out", "d.png")[1]
+    later = ("--sampler", "mix?s1=0.6", "--steps", "4")
+    assert "(mix?s1=0.6, 4 steps)" in decm("sample", "student", *one, *later, "--out", "e.png")[1]
     assert "(euler, 50 steps)" in decm("sample", "student", *one, "--sampler", "euler", "--out", "f.png")[1]
     assert not caplog.messages
 
@@ -274,16 +275,16 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "steps: Expected a <class 'int'>. Got value: two",
         ),
         (["sample", "teacher", "--classes", "[3, 11]"], "classes must be from 0 to 9: got 11"),
-        (["sample", "teacher", "--sampler", "heun"], "sampler: Expected a typing.Literal"),
+        (["sample", "teacher", "--sampler", "heun"], "euler, consistency, mix, or a path such as my_module.heun: got 'heun'"),
         (["sample", "teacher", "--per_class", "0"], "per_class must be at least 1: got 0"),
         (["sample", "teacher", "--seed", "-1"], "seed must be from 0 to 2**63 - 1: got -1"),
         (["sample", "teacher", "--seed", "18446744073709551616"], "2**63 - 1: got 18446744073709551616"),
         (["sample", "teacher", "--seed", "9223372036854775808"], "2**63 - 1: got 9223372036854775808"),
         (["sample", "teacher", "--out", ""], "out must be a folder or a .png file: got ''"),
-        (["sample", "teacher", "--s1", "0.5"], "s1 is for the sampler mix: got it with euler"),
+        (["sample", "teacher", "--sampler", "euler?s1=0.5"], "sampler euler has no option 's1'"),
         (["sample", "points", "--per_class", "1"], "samples of shape (2,), not images"),
         (
-            ["sample", "teacher", "--sampler=mix", "--s1", "1.5", "--steps", "2"],
+            ["sample", "teacher", "--sampler=mix?s1=1.5", "--steps", "2"],
             "s1 must be between 0 and 1, both excluded: got 1.5",
         ),
         (["export", "nowhere.ckpt", "out"], "no checkpoint or folder at nowhere.ckpt"),
@@ -302,7 +303,6 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),
         (digits("test"), "test needs --ckpt_path"),
-        (["sample", "teacher", "--s1", "0.5", "--sampler", "euler"], "s1 is for the sampler mix"),
         (["sample", "teacher", "--device", "nowhere"], "device 'nowhere' is not available"),
         (
             digits("fit", "--trainer.callbacks.test_specs", "[student/mix/0]"),

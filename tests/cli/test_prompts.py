@@ -158,16 +158,16 @@ def test_a_prompt_is_there_only_if_all_of_it_is_whole(decm, tmp_path, name, dama
     expected = scored(tmp_path / "drawn")
     file = tmp_path / "drawn/00000" / name
     file.write_bytes(damage if name.endswith("jsonl") else file.read_bytes()[: 100 - len(damage)])
-    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 1 prompts to drawn (mix, 2 steps); 2 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
     assert scored(tmp_path / "drawn") == expected
-    assert "images of 0 prompts to drawn (mix, 1 step); 3 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 0 prompts to drawn (mix, 2 steps); 3 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
 
 
 def test_an_image_of_another_size_or_a_foreign_one_is_not_taken(decm, tmp_path):
     decm(*DRAW, "--out", "drawn")
     expected = scored(tmp_path / "drawn")
     Image.new("RGB", (16, 16)).save("drawn/00002/samples/0000.png")
-    assert "images of 1 prompts to drawn (mix, 1 step); 2 of 3" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 1 prompts to drawn (mix, 2 steps); 2 of 3" in decm(*DRAW, "--out", "drawn")[1]
     assert scored(tmp_path / "drawn") == expected
     Image.new("RGB", (8, 8)).save("drawn/00002/samples/0002.png")
     code, _, err = decm(*DRAW, "--out", "drawn")
@@ -200,7 +200,7 @@ def test_settings_that_are_empty_are_named(decm):
 @pytest.mark.parametrize("changed", ["steps", "seed", "weights", "prompts"])
 def test_images_drawn_otherwise_are_not_mixed(decm, changed):
     decm(*DRAW, "--out", "drawn")
-    more = {"steps": ("--steps", "2"), "seed": ("--seed", "1")}.get(changed, ())
+    more = {"steps": ("--steps", "3"), "seed": ("--seed", "1")}.get(changed, ())
     if changed == "weights":
         save(text_dit(1), "student")
     if changed == "prompts":
@@ -249,7 +249,7 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
     ("argv", "message"),
     [
         (["sample", "student"], "student reads captions: use decm sample-prompts student"),
-        ([*DRAW[:4]], "arguments are required: encoder"),
+        ([*DRAW[:4]], "text_encoder"),
         (["sample-prompts", "classes", *DRAW[2:]], "classes reads classes: use decm sample classes"),
         (
             [*DRAW, "--out", "prompts.jsonl"],

@@ -35,7 +35,7 @@ def pixels(images):
     return np.stack([np.asarray(image) for image in images])
 
 
-@pytest.mark.parametrize("options", [[], ["--sampler", "consistency", "--steps", "3"], ["--steps", "2", "--s1", "0.6"]])
+@pytest.mark.parametrize("options", [[], ["--sampler", "consistency", "--steps", "3"], ["--sampler", "mix?s1=0.6"]])
 def test_images_are_those_of_decm_sample(options, student, tmp_path, monkeypatch):
     """To the bit, for the same rows: the k-th image of class c is row k * 10 + c."""
     settings = ["--seed", "7", "--classes", "[3, 5]", "--per_class", "2", "--out", str(tmp_path / "images")]
@@ -43,8 +43,7 @@ def test_images_are_those_of_decm_sample(options, student, tmp_path, monkeypatch
     assert cli.main() == 0
     found = {int(file.stem.split("_")[0]): file for file in (tmp_path / "images").rglob("*.png")}
     own = dict(zip(options[::2], options[1::2], strict=True))
-    named = {"sampler": own.get("--sampler", "mix"), "steps": int(own.get("--steps", 1))}
-    named |= {"s1": float(own["--s1"])} if "--s1" in own else {}
+    named = {"sampler": own.get("--sampler", "mix"), "steps": int(own.get("--steps", 2))}
     images = student.generate([3, 3, 5, 5], seed=7, rows=[3, 13, 5, 15], **named)
     assert all(image.mode == "L" and image.size == (8, 8) for image in images)
     assert sorted(found) == [3, 5, 13, 15]

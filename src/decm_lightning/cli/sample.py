@@ -8,7 +8,6 @@ from decm_lightning.cli.targets import is_grid
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.image_writer import save_grid
 from decm_lightning.networks import Network
-from decm_lightning.samplers import SamplerName
 
 BATCH = 256
 
@@ -16,9 +15,8 @@ BATCH = 256
 def sample(
     model: str,
     out: str = "samples.png",
-    sampler: SamplerName | None = None,
+    sampler: str | None = None,
     steps: int | None = None,
-    s1: float | None = None,
     classes: list[int] | None = None,
     per_class: int = 8,
     seed: int = 0,
@@ -34,9 +32,9 @@ def sample(
         model: a .ckpt file, or a folder with config.json and model.safetensors.
         out: a .png file for one grid with a row for each class; or a folder for one PNG each. A folder holds the images
             of one set of settings: the same command resumes it, and other settings are refused.
-        sampler: euler, consistency or mix; by default mix, and euler for a teacher.
-        steps: network evaluations per image, at least 1; by default 1, and 50 for euler.
-        s1: the end time of mix's first step, in (0, 1); by default mix chooses it.
+        sampler: euler, consistency, mix or a path such as my_module.heun, with options after a question mark, such as
+            mix?s1=0.6; by default mix, and euler for a teacher.
+        steps: network evaluations per image, at least 1; by default 2, and 50 for euler.
         classes: labels to sample, at least one; all of them by default.
         per_class: images of each class, at least 1.
         seed: from 0 to 2**63 - 1. The k-th image of class c is number k * num_classes + c of the seed, as in decm test.
@@ -50,7 +48,7 @@ def sample(
         if value < 1:
             raise ValueError(f"{name} must be at least 1: got {value}")
     network, target = load_model(model, False, out, seed, device, trust)
-    generator = image_generator(network, sampler, steps, s1, seed, vae, latents)
+    generator = image_generator(network, sampler, steps, seed, vae, latents)
     chosen = _classes(classes, network)
     labels = [label for label in chosen for _ in range(per_class)]
     rows = [number % per_class * network.num_classes + label for number, label in enumerate(labels)]

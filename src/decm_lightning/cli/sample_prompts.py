@@ -16,8 +16,7 @@ from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid, short
-from decm_lightning.samplers import SamplerName
-from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
+from decm_lightning.text import CaptionEncoder, named_encoder
 
 METADATA = "metadata.jsonl"
 BATCH = 64
@@ -26,11 +25,10 @@ BATCH = 64
 def sample_prompts(
     model: str,
     prompts: str,
-    encoder: str,
+    encoder: str | None = None,
     out: str = "samples.png",
-    sampler: SamplerName | None = None,
+    sampler: str | None = None,
     steps: int | list[int] | None = None,
-    s1: float | None = None,
     per_prompt: int = 4,
     seed: int = 0,
     device: str = "cpu",
@@ -44,14 +42,14 @@ def sample_prompts(
         model: a .ckpt file, or a folder with config.json and model.safetensors.
         prompts: a file with one prompt a line; or, named .jsonl, one {"prompt": "..."} a line.
         encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
-            or the folder of a pipeline of diffusers.
+            or the folder of a pipeline of diffusers; by default the one that the model names.
         out: a .png file for one grid with a row for each prompt; or a folder for one PNG each, in the layout that
             GenEval's scorer reads. A folder holds the images of one set of settings: the same command resumes it, and
             other settings are refused.
-        sampler: euler, consistency or mix; by default mix, and euler for a teacher.
+        sampler: euler, consistency, mix or a path such as my_module.heun, with options after a question mark, such as
+            mix?s1=0.6; by default mix, and euler for a teacher.
         steps: network evaluations per image, at least 1; for a grid also several numbers, such as [1, 4], which it
-            shows side by side. By default 1, and 50 for euler.
-        s1: the end time of mix's first step, in (0, 1); by default mix chooses it.
+            shows side by side. By default 2, and 50 for euler.
         per_prompt: images of each prompt, at least 1.
         seed: from 0 to 2**63 - 1. The k-th image of prompt i of P is number k * P + i of the seed, as in decm test.
         device: where to compute, such as cpu or cuda.
@@ -69,8 +67,9 @@ def sample_prompts(
         raise ValueError(f"several numbers of steps are for a grid, in one .png file: got {steps} for {out}")
     read = read_prompts(Path(prompts))
     network, target = load_model(model, True, out, seed, device, trust)
-    generator = image_generator(network, sampler, several[0], s1, seed, vae, latents)
-    outputs = PromptOutputs(generator, read, _text_encoder(encoder, device), per_prompt)
+    generator = image_generator(network, sampler, several[0], seed, vae, latents)
+    text_encoder = network.caption_encoder() if encoder is None else named_encoder(encoder, device)
+    outputs = PromptOutputs(generator, read, text_encoder, per_prompt)
     if is_grid(target):
         columns = [replace(generator, steps=generator.steps if number is None else number) for number in several]
         outputs.write_grid(target, columns)
@@ -159,15 +158,3 @@ class PromptOutputs:
 
 def _metadata(place: Path, number: int) -> Path:
     return place / f"{number:05d}" / METADATA
-
-
-def _text_encoder(name: str, device: str) -> CaptionEncoder:
-    """Return the text encoder that `--encoder` names; a pipeline's encoders work on `device`."""
-    if name.lower() == "minilm":
-        return MiniLM()
-    if (Path(name) / "model_index.json").is_file():
-        # Imported here, with what only such teachers need.
-        from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
-
-        return DiffusersPrompts(name, device=device)
-    return TextEncoder(name)

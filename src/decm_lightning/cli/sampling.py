@@ -15,8 +15,7 @@ from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
-from decm_lightning.networks.lora import LoRANetwork
-from decm_lightning.samplers import SamplerName, generate, sampler
+from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, Sample
 
@@ -33,17 +32,15 @@ class ImageGenerator:
     Args:
         network: the network, where it computes.
         decoder: turns its samples into images.
-        sampler: the sampler.
+        sampler: the sampler, with its options, as `samplers.sampler` takes it.
         steps: network evaluations per image.
-        s1: the end time of mix's first step, in (0, 1); None for its default.
         seed: of all noise.
     """
 
     network: Network
     decoder: "Decoder"
-    sampler: SamplerName
+    sampler: str
     steps: int
-    s1: float | None
     seed: int
 
     @property
@@ -60,9 +57,8 @@ class ImageGenerator:
     @torch.no_grad()
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:
         """Return images number `rows`, uint8 (b, c, h, w) on the CPU; `condition` has a row for each."""
-        method = sampler(self.sampler, **({} if self.s1 is None else {"s1": self.s1}))
         samples = generate(
-            self.network, method, condition, self.steps,
+            self.network, sampler(self.sampler), condition, self.steps,
             shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
         )  # fmt: skip
         return to_uint8(self.decoder.decode(samples)).cpu()
@@ -71,7 +67,7 @@ class ImageGenerator:
         """Return all that the images depend on, as JSON."""
         # Including the weights that a network shares with a pretrained model.
         tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        own = {"weights": tensors_sha256(tensors)[:DIGITS], "sampler": self.sampler, "steps": self.steps, "s1": self.s1}
+        own = {"weights": tensors_sha256(tensors)[:DIGITS], "sampler": self.sampler, "steps": self.steps}
         return {**own, **more, "seed": self.seed, "vae": self.decoder.identity}
 
     def fill(
@@ -108,9 +104,8 @@ class ImageGenerator:
         return len(missing)
 
     def __str__(self) -> str:
-        """Return such as "mix, 1 step, s1 0.6"."""
-        named = f"{self.sampler}, {in_steps(self.steps)}"
-        return named if self.s1 is None else f"{named}, s1 {self.s1:g}"
+        """Return such as "mix?s1=0.6, 2 steps"."""
+        return f"{self.sampler}, {in_steps(self.steps)}"
 
 
 def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
@@ -132,34 +127,32 @@ def load_model(model: str, captions: bool, out: str, seed: int, device: str, tru
 
 def image_generator(
     network: Network,
-    name: SamplerName | None,
+    name: str | None,
     steps: int | None,
-    s1: float | None,
     seed: int,
     vae: str | None,
     latents: str | None,
 ) -> ImageGenerator:
     """Return the generator of a network's images, with the requested sampler or the one that fits the network.
 
-    That is mix with 1 step for a student; and Euler with 50 steps for a network that does not read the end time, such
+    That is mix with 2 steps for a student; and Euler with 50 steps for a network that does not read the end time, such
     as a teacher, whose large steps lead to the mean of each class.
 
     Raises:
         OSError: if there is no such VAE, or no statistics of latents.
-        ValueError: if s1 is given for another sampler than mix, or the samples are not images or latents of this VAE.
+        ValueError: if there is no such sampler or option, or the samples are not images or latents of this VAE.
     """
-    student = _reads_end_time(network)
+    student = network.reads_end_time
     name = name or ("mix" if student else "euler")
-    if s1 is not None and name != "mix":
-        raise ValueError(f"s1 is for the sampler mix: got it with {name}")
+    sampler(name)
     if not student and name != "euler":
         log.warning(
             "the model does not read the end time of a step, as teachers do: %s blurs its samples; use "
             "--sampler euler --steps %d", name, TEACHER_STEPS,
         )  # fmt: skip
     if steps is None:
-        steps = TEACHER_STEPS if name == "euler" else 1
-    return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, s1, seed)
+        steps = TEACHER_STEPS if name == "euler" else 2
+    return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, seed)
 
 
 def progress(groups: Sequence[int]) -> tqdm:
@@ -213,13 +206,6 @@ class Decoder:
             needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
             raise ValueError(f"the model makes {channels} channels, latents: give {needed} to decode images")
         return cls(lambda samples: samples)
-
-
-def _reads_end_time(network: Network) -> bool:
-    """Return whether a network is a flow map u(x_t, t, s), rather than a velocity for every s."""
-    if isinstance(network, LoRANetwork):
-        return bool(network.added)
-    return bool(network.config.get("end_time", True))
 
 
 def _decoder(vae: str, latents: str | None) -> tuple[Decoder, int]:

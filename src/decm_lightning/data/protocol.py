@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
+from decm_lightning.networks import Network
 from decm_lightning.types import Condition, Sample
 
 
@@ -59,6 +60,13 @@ class NamesRows(Protocol):
 
     def place(self, batch_idx: int, row: int) -> str:
         """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+
+
+@runtime_checkable
+class HasNetwork(Protocol):
+    """A LightningModule with a network that data can be compared with."""
+
+    network: Network
 
 
 @dataclass(frozen=True)

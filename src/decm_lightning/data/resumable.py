@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from decm_lightning.data.fit import check_fit
+from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.even_split import EvenBatches
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Sample
@@ -174,10 +176,9 @@ class ResumableData(L.LightningDataModule):
         Raises:
             ValueError: beginning with `what`, and naming both shapes.
         """
-        network = getattr(self.trainer and self.trainer.lightning_module, "network", None)
-        made = tuple(getattr(network, "sample_shape", shape))
-        if made != shape:
-            raise ValueError(f"{what} {shape}: the network makes {made}")
+        module = self.trainer.lightning_module if self.trainer else None
+        if isinstance(module, HasNetwork):
+            check_fit(module.network, shape=shape, what=what)
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the loader of the reference, in order."""

@@ -1,13 +1,12 @@
 """Samples as images: which condition sample number i has, how it is generated, and how latents become images."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import UInt8
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from decm_lightning import samplers
 from decm_lightning.conditions import select
@@ -17,6 +16,7 @@ from decm_lightning.evaluation.source import SampleSource, sample_source
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import short, to_uint8
 from decm_lightning.metrics.metric import Prompts
+from decm_lightning.networks.generation import evaluating
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -100,7 +100,7 @@ class SampleGenerator:
             NonFiniteError: if one is NaN or infinite.
         """
         source = self.source
-        with _evaluating(source):
+        with evaluating(cast(nn.Module, source)):
             x = samplers.generate(
                 source.models()[spec.model],
                 spec.function(),
@@ -157,14 +157,3 @@ class SampleGenerator:
         if self.labels == "balanced":
             return row % classes
         return int(torch.randint(classes, (), generator=generator_of(self.seed, row, LABEL)))
-
-
-@contextmanager
-def _evaluating(source: SampleSource) -> Iterator[None]:
-    training = [part for part in source.modules() if part.training]
-    source.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -1,14 +1,13 @@
 """Which samples to generate, written "model/sampler/steps?option=value"."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
 
 from decm_lightning import samplers
+from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.types import Sample
 
 FORM = "model/sampler/steps, such as student/mix/2 or student/mix/2?s1=0.6"
@@ -52,18 +51,12 @@ class SamplingSpec:
         model, sampler, steps = parts if len(parts := head.split("/")) == 3 else ("", "", "")
         if not (model and sampler and steps.isdecimal()):
             raise ValueError(f"a spec must be {FORM}: got {text!r}")
-        options: dict[str, Any] = {}
-        for option in query.split("&") if query else []:
-            name, equals, value = option.partition("=")
-            if not (name.isidentifier() and equals) or name in options:
-                raise ValueError(f"the options of a spec must be name=value, each name once, joined by &: got {text!r}")
-            options[name] = _read(value, text)
-        return cls(model, sampler, int(steps), options)
+        return cls(model, sampler, int(steps), read_options(query, text))
 
     @property
     def query(self) -> str:
         """The options as they are written, "" if there are none."""
-        return "".join(f"{'&' if i else '?'}{name}={_write(self.options[name])}" for i, name in enumerate(self.options))
+        return write_options(self.options)
 
     def function(self) -> Callable[..., Sample]:
         """Return the sampler with its options."""
@@ -80,28 +73,3 @@ class SamplingSpec:
         if self.options and "." not in self.sampler:
             generators = [torch.Generator()]
             function(lambda x_t, t, s, condition: x_t, torch.zeros(1, 1), None, self.steps, generator=generators)
-
-
-def _read(value: str, text: str) -> Any:
-    try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value {value!r} in {text!r} is not YAML") from error
-    if not isinstance(found, str | int | float | bool | list | None):
-        raise ValueError(f"the value {value!r} in {text!r} is neither a scalar nor a list")
-    return [_number(item) for item in found] if isinstance(found, list) else _number(found)
-
-
-def _number(value: Any) -> Any:
-    """Return a string such as 1e-3 as the number that it is: YAML 1.1 reads it as one only with a point."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _write(value: Any) -> str:
-    """Return a value as `_read` reads it."""
-    if isinstance(value, str) and _read(value, value) == value:
-        return value
-    return json.dumps(list(value) if isinstance(value, tuple) else value, separators=(",", ":"))

@@ -2,9 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import reduce
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,12 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from decm_lightning import samplers
-from decm_lightning.conditions import select
 from decm_lightning.files import atomic, tensors_sha256
-from decm_lightning.image_writer import to_pil, to_uint8
+from decm_lightning.networks.generation import Requested, generate
 from decm_lightning.samplers import Sampler
-from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
-from decm_lightning.types import Captions, Condition, Sample, Time
-
-Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
-"""Labels or captions, or one of them for all samples; None for each class once, or for no condition."""
-BATCH = 256
-"""Samples that are computed together, as in `decm sample`."""
+from decm_lightning.types import Condition, Sample, Time
 
 
 class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning", license="apache-2.0"):
@@ -90,23 +79,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
             ValueError: if the condition does not fit the network or the rows, the samples are latents and there is no
                 decoder, or an argument is out of its range.
         """
-        check_seed(seed)
-        if sampler is None:
-            sampler = "mix" if self.reads_end_time else "euler"
-        if steps is None:
-            steps = 50 if sampler == "euler" else 2
-        is_image = len(self.sample_shape) == 3
-        if is_image and decoder is None and self.sample_shape[0] not in (1, 3):
-            raise ValueError(f"samples are latents {self.sample_shape}, not images: give decoder=, a VAE's")
-        method = samplers.sampler(sampler, **options)
-        with evaluating(self), torch.no_grad():
-            conditions, rows = self._conditions(condition, rows, encoder)
-            batches = [slice(first, first + BATCH) for first in range(0, len(rows), BATCH)]
-            parts = [self._samples(method, select(conditions, part), steps, rows[part], seed) for part in batches]
-            if not is_image:
-                return torch.cat(parts)
-            decoded = parts if decoder is None else [decoder(part) for part in parts]
-            return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
+        return generate(self, condition, steps, seed, sampler, rows, encoder, decoder, options)
 
     @property
     def reads_end_time(self) -> bool:
@@ -123,63 +96,6 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         if name is None:
             raise ValueError("the network's config names no text_encoder: give encoder=, the one it was trained with")
         return named_encoder(name, next(self.parameters()).device)
-
-    def _samples(self, method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int) -> Sample:
-        # Adapters are wider than the frozen weights around them, and a model with adapters casts its own input.
-        dtype = reduce(torch.promote_types, (parameter.dtype for parameter in self.parameters()))
-        device = next(self.parameters()).device
-        return samplers.generate(
-            self, method, condition, steps, shape=self.sample_shape, rows=rows, seed=seed, device=device, dtype=dtype
-        )
-
-    def _conditions(
-        self, requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
-    ) -> tuple[Condition, Sequence[int]]:
-        """Return a condition with a row for each sample, on the network's device, and the numbers of the samples."""
-        device = next(self.parameters()).device
-        found: Condition
-        if isinstance(self.example(1)[3], Captions):
-            found = self._captions(requested, encoder)
-        elif encoder is not None or isinstance(requested, str | Captions):
-            raise ValueError(f"{type(self).__name__} does not read captions")
-        elif not self.num_classes:
-            if requested is not None:
-                raise ValueError(f"{type(self).__name__} has no condition: got {requested!r}")
-            found = None
-        else:
-            found = self._labels(requested, rows)
-        count = 1 if found is None else len(_pytree.tree_leaves(found)[0])
-        rows = range(count) if rows is None else rows
-        if count == 1 < len(rows):
-            found = select(found, torch.zeros(len(rows), dtype=torch.long))
-        elif count != len(rows) or not count:
-            raise ValueError(f"rows must be as many as conditions, at least one: got {len(rows)} and {count}")
-        return _pytree.tree_map_only(Tensor, lambda part: part.to(device), found), rows
-
-    def _captions(self, requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
-        if isinstance(requested, Captions):
-            return requested
-        texts = [requested] if isinstance(requested, str) else requested
-        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{type(self).__name__} reads captions: give a text or a list of texts: got {requested!r}")
-        if encoder is None:
-            encoder = self.caption_encoder()
-        elif isinstance(encoder, str):
-            encoder = named_encoder(encoder, next(self.parameters()).device)
-        different = list(dict.fromkeys(map(str, texts)))
-        encoder.measured(different)
-        captions = encoder(different)
-        return select(captions, torch.tensor([different.index(str(text)) for text in texts]))
-
-    def _labels(self, requested: Requested, rows: Sequence[int] | None) -> Tensor:
-        if requested is None:
-            requested = [row % self.num_classes for row in (range(self.num_classes) if rows is None else rows)]
-        labels = torch.atleast_1d(torch.as_tensor(requested))
-        if labels.ndim > 1 or (labels.numel() and labels.is_floating_point()):
-            raise ValueError(f"labels must be a list of integers: got {labels.dtype} {tuple(labels.shape)}")
-        if (outside := labels[(labels < 0) | (labels > self.num_classes)]).numel():
-            raise ValueError(f"labels must be from 0 to {self.num_classes}, the null class: got {outside.tolist()}")
-        return labels.long()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin's own config.json would not name the class, which `load` needs.
@@ -219,15 +135,3 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     def null(self, condition: Condition) -> Condition:
         """Return as many null classes as there are labels; None where the condition is not of labels."""
         return torch.full_like(condition, self.num_classes) if isinstance(condition, Tensor) else None
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and restore the mode of each of its parts afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -2,15 +2,15 @@
 
 import inspect
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from decm_lightning.class_path import imported
 from decm_lightning.samplers.consistency import Generators, consistency
 from decm_lightning.samplers.euler import euler, flow_map_of
 from decm_lightning.samplers.generation import Sampler, generate
 from decm_lightning.samplers.mix import mix
+from decm_lightning.samplers.options import read_options
 
-SamplerName = Literal["euler", "consistency", "mix"]
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "consistency": consistency, "mix": mix}
 ARGUMENTS = 4
 """A sampler's first arguments: student, x_0, condition and steps."""
@@ -21,14 +21,17 @@ def sampler(name: str | Sampler, **options: Any) -> Sampler:
 
     Args:
         name: "euler", "consistency" or "mix"; the path of a function such as "my_module.heun", or of a class whose
-            instances are samplers and whose arguments are the options; or the function itself. The module of a path may
-            be in the working directory.
+            instances are samplers and whose arguments are the options; or the function itself. Options may follow a
+            name as text, as in "mix?s1=0.6". The module of a path may be in the working directory.
         options: the sampler's own, such as times, shift or s1.
 
     Raises:
         ImportError: if there is no such module.
         ValueError: if there is no such sampler, it takes no generator, or has no such option.
     """
+    if isinstance(name, str):
+        name, _, query = name.partition("?")
+        options = read_options(query, f"{name}?{query}") | options
     found: Any = _found(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
     if isinstance(found, type):
@@ -71,4 +74,4 @@ def _check_options(name: str, parameters: list[inspect.Parameter], options: dict
             raise ValueError(f"sampler {name} has no option {option!r}: its options are {', '.join(known) or 'none'}")
 
 
-__all__ = ["Generators", "Sampler", "SamplerName", "consistency", "euler", "flow_map_of", "generate", "mix", "sampler"]
+__all__ = ["Generators", "Sampler", "consistency", "euler", "flow_map_of", "generate", "mix", "sampler"]

@@ -7,35 +7,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from decm_lightning.data.fit import check_fit
 from decm_lightning.data.protocol import HasClasses, NamesRows
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.gradients import loss_module, total_norm
-from decm_lightning.networks import Network
 from decm_lightning.training.schedule import run_length
 from decm_lightning.types import Batch
 
 NAMED = 3
 """At most this many rows are named; the rest are counted."""
-
-
-def check_fit(network: Network, num_classes: int | None = None, shape: tuple[int, ...] | None = None) -> None:
-    """Refuse data that a network cannot take.
-
-    Args:
-        network: the network.
-        num_classes: number of classes of the data; None to leave it unchecked.
-        shape: shape of a sample; None to leave it unchecked.
-
-    Raises:
-        ValueError: if the data have more classes than the network, whose null class would be the first label too many,
-            or samples of another shape; it names both.
-    """
-    known, given = network.num_classes, num_classes or 0
-    if known and given > known:
-        raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
-    if shape is not None and shape != tuple(network.sample_shape):
-        remedy = "build the network for them (in_channels, input_size) or use other data"
-        raise ValueError(f"the data's samples are {shape} and the network's {tuple(network.sample_shape)}: {remedy}")
 
 
 class TrainingChecks(L.Callback):

@@ -1,0 +1,29 @@
+"""Whether data and network fit."""
+
+from decm_lightning.networks import Network
+
+
+def check_fit(
+    network: Network,
+    num_classes: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    what: str = "the data's samples are",
+) -> None:
+    """Refuse data that a network cannot take.
+
+    Args:
+        network: the network.
+        num_classes: number of classes of the data; None to leave it unchecked.
+        shape: shape of a sample; None to leave it unchecked.
+        what: what the samples are, for the error.
+
+    Raises:
+        ValueError: if the data have more classes than the network, whose null class would be the first label too many,
+            or samples of another shape; it names both.
+    """
+    known, given = network.num_classes, num_classes or 0
+    if known and given > known:
+        raise ValueError(f"the data have {given} classes and the network {known}: labels must be below num_classes")
+    if shape is not None and shape != tuple(network.sample_shape):
+        remedy = "build the network for them (in_channels, input_size) or use other data"
+        raise ValueError(f"{what} {shape} and the network's {tuple(network.sample_shape)}: {remedy}")

@@ -1,0 +1,133 @@
+"""Images, or other samples, of a network for labels or captions: what `Network.generate` does."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from decm_lightning import samplers
+from decm_lightning.conditions import select
+from decm_lightning.image_writer import to_pil, to_uint8
+from decm_lightning.samplers import Sampler
+from decm_lightning.seeds import check_seed
+from decm_lightning.text import CaptionEncoder, named_encoder
+from decm_lightning.types import Captions, Condition, Sample
+
+if TYPE_CHECKING:
+    from decm_lightning.networks.network import Network
+
+Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
+"""Labels or captions, or one of them for all samples; None for each class once, or for no condition."""
+BATCH = 256
+"""Samples that are computed together, as in `decm sample`."""
+
+
+def generate(
+    network: "Network",
+    condition: Requested,
+    steps: int | None,
+    seed: int,
+    sampler: str | Sampler | None,
+    rows: Sequence[int] | None,
+    encoder: CaptionEncoder | str | None,
+    decoder: Callable[[Sample], Sample] | None,
+    options: Mapping[str, Any],
+) -> list[Image.Image] | Tensor:
+    """Return what `Network.generate` documents."""
+    check_seed(seed)
+    if sampler is None:
+        sampler = "mix" if network.reads_end_time else "euler"
+    if steps is None:
+        steps = 50 if sampler == "euler" else 2
+    is_image = len(network.sample_shape) == 3
+    if is_image and decoder is None and network.sample_shape[0] not in (1, 3):
+        raise ValueError(f"samples are latents {network.sample_shape}, not images: give decoder=, a VAE's")
+    method = samplers.sampler(sampler, **options)
+    with evaluating(network), torch.no_grad():
+        conditions, rows = _conditions(network, condition, rows, encoder)
+        batches = [slice(first, first + BATCH) for first in range(0, len(rows), BATCH)]
+        parts = [_samples(network, method, select(conditions, part), steps, rows[part], seed) for part in batches]
+        if not is_image:
+            return torch.cat(parts)
+        decoded = parts if decoder is None else [decoder(part) for part in parts]
+        return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
+
+
+def _samples(
+    network: "Network", method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int
+) -> Sample:
+    # Adapters are wider than the frozen weights around them, and a model with adapters casts its own input.
+    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in network.parameters()))
+    device = next(network.parameters()).device
+    return samplers.generate(
+        network, method, condition, steps, shape=network.sample_shape, rows=rows, seed=seed, device=device, dtype=dtype
+    )
+
+
+def _conditions(
+    network: "Network", requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
+) -> tuple[Condition, Sequence[int]]:
+    """Return a condition with a row for each sample, on the network's device, and the numbers of the samples."""
+    device = next(network.parameters()).device
+    found: Condition
+    if isinstance(network.example(1)[3], Captions):
+        found = _captions(network, requested, encoder)
+    elif encoder is not None or isinstance(requested, str | Captions):
+        raise ValueError(f"{type(network).__name__} does not read captions")
+    elif not network.num_classes:
+        if requested is not None:
+            raise ValueError(f"{type(network).__name__} has no condition: got {requested!r}")
+        found = None
+    else:
+        found = _labels(network, requested, rows)
+    count = 1 if found is None else len(_pytree.tree_leaves(found)[0])
+    rows = range(count) if rows is None else rows
+    if count == 1 < len(rows):
+        found = select(found, torch.zeros(len(rows), dtype=torch.long))
+    elif count != len(rows) or not count:
+        raise ValueError(f"rows must be as many as conditions, at least one: got {len(rows)} and {count}")
+    return _pytree.tree_map_only(Tensor, lambda part: part.to(device), found), rows
+
+
+def _captions(network: "Network", requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
+    if isinstance(requested, Captions):
+        return requested
+    texts = [requested] if isinstance(requested, str) else requested
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{type(network).__name__} reads captions: give a text or a list of texts: got {requested!r}")
+    if encoder is None:
+        encoder = network.caption_encoder()
+    elif isinstance(encoder, str):
+        encoder = named_encoder(encoder, next(network.parameters()).device)
+    different = list(dict.fromkeys(map(str, texts)))
+    encoder.measured(different)
+    captions = encoder(different)
+    return select(captions, torch.tensor([different.index(str(text)) for text in texts]))
+
+
+def _labels(network: "Network", requested: Requested, rows: Sequence[int] | None) -> Tensor:
+    if requested is None:
+        requested = [row % network.num_classes for row in (range(network.num_classes) if rows is None else rows)]
+    labels = torch.atleast_1d(torch.as_tensor(requested))
+    if labels.ndim > 1 or (labels.numel() and labels.is_floating_point()):
+        raise ValueError(f"labels must be a list of integers: got {labels.dtype} {tuple(labels.shape)}")
+    if (outside := labels[(labels < 0) | (labels > network.num_classes)]).numel():
+        raise ValueError(f"labels must be from 0 to {network.num_classes}, the null class: got {outside.tolist()}")
+    return labels.long()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and restore the mode of each of its parts afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

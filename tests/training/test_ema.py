@@ -158,7 +158,7 @@ def test_average_is_sampled_in_half_precision():
 def test_average_of_lora_shares_its_base_and_is_float32_elsewhere():
     """The frozen base is cast with the network's and held once; adapters and end time are averaged in float32."""
     torch.manual_seed(0)
-    module = TeacherTraining(Line(rank=2), class_dropout=0.0).bfloat16()
+    module = TeacherTraining(Line(lora_rank=2), class_dropout=0.0).bfloat16()
     for name, p in module.network.named_parameters():
         mean = module.average.get_parameter(name)
         assert p.dtype == torch.bfloat16

@@ -1,5 +1,17 @@
-"""The one error that is neither bad input nor a bug."""
+"""Errors that are raised in several rooms."""
 
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient or image that is NaN or infinite: training has stopped before the weights took it in."""
+
+
+def missing_extra(user: str, package: str, extra: str) -> ImportError:
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        user: what needs the package, at the start of the message.
+        package: the name of the package.
+        extra: the extra of this package that installs it.
+    """
+    remedy = f"install the extra {extra!r} of this package (in a checkout: pip install -e '.[{extra}]')"
+    return ImportError(f"{user} needs {package}: {remedy}")

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from decm_lightning.errors import NonFiniteError
+from decm_lightning.errors import NonFiniteError, missing_extra
 from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
@@ -59,9 +59,11 @@ def save_named_grid(
         file: the file to write; its folder is made if need be.
 
     Raises:
+        ImportError: if matplotlib is not installed.
         ValueError: if the images have neither 1 nor 3 channels.
     """
-    # A figure of its own, without pyplot: no window, and no backend changed under a notebook.
+    check_plots()
+    # Not pyplot, which would open windows and change a notebook's backend.
     from matplotlib.figure import Figure
 
     across, width = images.shape[1], images.shape[-1]
@@ -81,6 +83,18 @@ def save_named_grid(
     with atomic(file) as partial:
         # Tight, or long names would be cut off.
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
+
+
+def check_plots() -> None:
+    """Check that `save_named_grid` can run, before hours of work end in it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("a grid with names", "matplotlib", "plots") from error
 
 
 def short(caption: str) -> str:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from decm_lightning.cli.sampling import Decoder, SamplerChoice, generate, weights_sha256
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
@@ -60,7 +60,7 @@ class ClassSamples:
 
     def write_grid(self, scale: int, file: Path) -> None:
         """Generate all samples and write one PNG, a row for each class, each image enlarged `scale` times."""
-        images = [self.generate(numbers) for numbers in track(self.batches(), "sampling")]
+        images = [self.generate(numbers) for numbers in tqdm(self.batches(), "sampling")]
         save_grid(torch.cat(images), self.per_class, scale, file)
 
     def write_folder(self, folder: Path) -> int:
@@ -76,7 +76,7 @@ class ClassSamples:
         samples.check()
         missing = set(samples.missing(names, self.decoder.size(self.network)))
         todo = [numbers for numbers in self.batches() if any(names[number] in missing for number in numbers)]
-        for numbers in track(todo, "sampling"):
+        for numbers in tqdm(todo, "sampling"):
             images = self.generate(numbers)
             if numbers is todo[0]:
                 samples.begin()

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils import _pytree
+from tqdm.auto import tqdm
 
 from decm_lightning.cli.sampling import DIGITS, Decoder, SamplerChoice, generate, weights_sha256
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
-from decm_lightning.image_writer import save_named_grid, short
+from decm_lightning.image_writer import check_plots, save_named_grid, short
 from decm_lightning.networks import Network
 from decm_lightning.text import CaptionEncoder, MiniLM, TextEncoder
 
@@ -85,7 +85,7 @@ class PromptSamples:
             if not _has_line(_metadata(folder, number), prompt) or samples.missing(names[number], size)
         ]
         self._measure(todo)
-        for number in track(todo, "sampling"):
+        for number in tqdm(todo, "sampling"):
             images = self.generate(number, self.choice.one)
             if number == todo[0]:
                 samples.begin()
@@ -99,14 +99,16 @@ class PromptSamples:
         """Generate all prompts as one PNG: a row a prompt, numbers of steps from the same noise side by side.
 
         Raises:
+            ImportError: if matplotlib is not installed.
             ValueError: if the list of steps is empty.
         """
+        check_plots()
         several = [self.choice.steps] if isinstance(self.choice.steps, int) else self.choice.steps
         if not several:
             raise ValueError("steps must be at least one number: got none")
         numbers = range(len(self.prompts))
         self._measure(numbers)
-        rows = [torch.cat([self.generate(number, steps) for steps in several]) for number in track(numbers, "sampling")]
+        rows = [torch.cat([self.generate(number, steps) for steps in several]) for number in tqdm(numbers, "sampling")]
         columns = [f"{steps} step{'s' * (steps > 1)}" for steps in several]
         save_named_grid(torch.stack(rows), [short(prompt.text) for prompt in self.prompts], columns, file)
 

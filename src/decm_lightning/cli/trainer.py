@@ -24,6 +24,7 @@ from decm_lightning import distiller, teacher_training  # noqa: F401 - known by 
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
+from decm_lightning.networks.network import check_compiler
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
 from decm_lightning.signals import end_at_sigterm
@@ -98,12 +99,14 @@ class TrainerCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to measure a network that nobody trained, and to train for no step.
+        """Refuse to measure a network that nobody trained, to train for no step, and to compile with an old torch.
 
         Raises:
-            ValueError: if validate, test or predict has no checkpoint, or fit no steps.
+            ValueError: if validate, test or predict has no checkpoint, fit no steps, or torch is too old to compile.
         """
         command = self.subcommand
+        if command == "fit" and self.config[command].get("model.init_args.compile"):
+            check_compiler()
         for limit in ("max_steps", "max_epochs"):
             if command == "fit" and self.config[command].trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")

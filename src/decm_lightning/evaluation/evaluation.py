@@ -16,7 +16,7 @@ from decm_lightning.evaluation.protocol import protocol
 from decm_lightning.evaluation.spec import Cell
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
-from decm_lightning.image_writer import short
+from decm_lightning.image_writer import check_plots, short
 from decm_lightning.metrics import Quality, reference
 from decm_lightning.metrics.feature_metrics import Prompts
 from decm_lightning.types import Batch
@@ -92,11 +92,14 @@ class Evaluation(L.Callback):
 
         Raises:
             FileNotFoundError: if there is no reference.
+            ImportError: if a test will write samples.png and matplotlib is not installed.
             ValueError: if the datamodule has no conditions, the module not a cell's model, the reference does not serve
                 the feature networks, or two of those have a column of the same name.
         """
         if stage == "predict":
             return
+        if stage == "test":
+            check_plots()
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.drawing = Drawing(pl_module, data, self.labels, self.seed)
         self.drawing.check([*self.cells, *self.test_cells])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decm_lightning.errors import missing_extra
 from decm_lightning.metrics.feature_metrics import Frechet, Part
 
 SIDE = 224
@@ -61,7 +62,7 @@ def _dinov2(model: str) -> Any:
     try:
         from transformers import Dinov2Model
     except ImportError as error:
-        raise ImportError("DINOv2Features needs transformers: pip install 'decm-lightning[dinov2]'") from error
+        raise missing_extra("DINOv2Features", "transformers", "dinov2") from error
     try:
         return Dinov2Model.from_pretrained(model)
     except OSError as error:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from decm_lightning.errors import missing_extra
 from decm_lightning.image_writer import picture
 from decm_lightning.metrics.feature_metrics import Counts, Part, Prompts
 from decm_lightning.metrics.reference import Reference
@@ -139,7 +140,7 @@ class CLIP(PromptScorer):
         try:
             from transformers import CLIPModel, CLIPProcessor
         except ImportError as error:
-            raise ImportError("CLIP needs transformers: pip install 'decm-lightning[text]'") from error
+            raise missing_extra("CLIP", "transformers", "text") from error
         try:
             model, processor = CLIPModel.from_pretrained(self.model), CLIPProcessor.from_pretrained(self.model)
         except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from decm_lightning.data.pairs.pair import (
     listed,
     missing_column,
 )
+from decm_lightning.errors import missing_extra
 from decm_lightning.files import describe_unreadable
 
 BATCH = 64
@@ -34,7 +35,7 @@ def read_table(file: Path, column: str | None) -> Iterator[Pair | DataError]:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError(f"{file.name} needs pyarrow: pip install pyarrow") from error
+        raise missing_extra(file.name, "pyarrow", "text") from error
     try:
         if file.suffix.lower() == ".parquet":
             yield from _parquet(file, column)

@@ -2,8 +2,10 @@
 
 import sys
 import tomllib
+from inspect import unwrap
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -11,6 +13,7 @@ from packaging.version import Version
 from torch.torch_version import TorchVersion
 
 from decm_lightning import cli
+from decm_lightning.cli.trainer import build
 from decm_lightning.networks import MLP
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +71,15 @@ def test_an_older_torch_is_refused_in_one_line_where_a_fit_compiles(monkeypatch,
 def test_a_newer_torch_compiles(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     MLP(2).compile_units()
+
+
+def test_one_batch_is_not_read_as_all_batches(monkeypatch):
+    """typing gives Lightning's annotation in either order, by what was imported before."""
+    for name in ("limit_val_batches", "limit_train_batches"):
+        monkeypatch.setitem(unwrap(L.Trainer.__init__).__annotations__, name, float | int | None)
+    config = ROOT / "configs" / "digits" / "teacher.yaml"
+    options = ("--trainer.limit_val_batches", "1", "--trainer.limit_train_batches", "0.5")
+    trainer = build("--config", str(config), *options).config.trainer
+    assert repr(trainer.limit_val_batches) == "1"
+    assert trainer.limit_train_batches == 0.5
+    assert type(trainer.val_check_interval) is int

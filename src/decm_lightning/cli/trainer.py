@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
-from inspect import signature
+from inspect import signature, unwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,16 @@ def _check_configs(argv: Sequence[str]) -> None:
             raise ValueError(f"{file} must hold keys such as trainer, model and data: got {found}")
 
 
+def _keep_whole_numbers() -> None:
+    """Let the parser read 1 batch as 1, not as 1.0, which stands for all batches."""
+    # typing caches Optional[Union[int, float]] in the order in which any library has written it first.
+    annotations = unwrap(L.Trainer.__init__).__annotations__
+    numbers = int | float | None
+    annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})
+
+
 def _cli(argv: Sequence[str], **options: Any) -> TrainerCLI:
+    _keep_whole_numbers()
     # An objective may come from a function that returns one, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:

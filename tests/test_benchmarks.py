@@ -13,7 +13,7 @@ def test_the_benchmark_ends_with_its_ratios(tmp_path, capsys):
     assert float(ratios["memory_vs_jvp"]) < 0.8
     assert float(ratios["error"]) < 1e-5
     table = (tmp_path / "tiny-2-fp32-cpu.md").read_text()
-    assert table.count("fails: CheckpointError") == 2, "torch.func.jvp with a graph cannot be checkpointed"
+    assert table.count("| fails: ") == 2, "torch.func.jvp with a graph cannot be checkpointed"
     assert (tmp_path / "tiny-2-fp32-cpu.png").stat().st_size > 10_000
 
 

@@ -105,6 +105,7 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize(("engine", "checkpointed"), [("auto", False), ("auto", True), ("functional", True)])
 def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
     """Weights and averages after five steps, in which N2N is due at two: the compiled blocks meet several shapes.

@@ -1,5 +1,17 @@
-"""The error that is neither bad input nor a bug."""
+"""Errors that are raised in several rooms."""
 
 
 class NonFiniteError(RuntimeError):
     """Raised when a loss, gradient or image is NaN or infinite, before the weights are updated."""
+
+
+def missing_extra(user: str, package: str, extra: str) -> ImportError:
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        user: what needs the package, at the start of the message.
+        package: the name of the package.
+        extra: the extra of this package that installs it.
+    """
+    remedy = f"install the extra {extra!r} of this package (in a checkout: pip install -e '.[{extra}]')"
+    return ImportError(f"{user} needs {package}: {remedy}")

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from decm_lightning.errors import NonFiniteError
+from decm_lightning.errors import NonFiniteError, missing_extra
 from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
@@ -57,8 +57,10 @@ def save_named_grid(
         file: the file to write; its folder is created.
 
     Raises:
+        ImportError: if matplotlib is not installed.
         ValueError: if the images have neither 1 nor 3 channels.
     """
+    check_plots()
     # Without pyplot: no window, and the backend of a notebook stays as it is.
     from matplotlib.figure import Figure
 
@@ -79,6 +81,18 @@ def save_named_grid(
     with atomic(file) as partial:
         # Tight, or long names would be cut off.
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
+
+
+def check_plots() -> None:
+    """Check that `save_named_grid` can run, before hours of work end in it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("a grid with names", "matplotlib", "plots") from error
 
 
 def short(caption: str) -> str:

@@ -275,7 +275,10 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "steps: Expected a <class 'int'>. Got value: two",
         ),
         (["sample", "teacher", "--classes", "[3, 11]"], "classes must be from 0 to 9: got 11"),
-        (["sample", "teacher", "--sampler", "heun"], "euler, consistency, mix, or a path such as my_module.heun: got 'heun'"),
+        (
+            ["sample", "teacher", "--sampler", "heun"],
+            "or a path such as my_module.heun: got 'heun'",
+        ),
         (["sample", "teacher", "--per_class", "0"], "per_class must be at least 1: got 0"),
         (["sample", "teacher", "--seed", "-1"], "seed must be from 0 to 2**63 - 1: got -1"),
         (["sample", "teacher", "--seed", "18446744073709551616"], "2**63 - 1: got 18446744073709551616"),

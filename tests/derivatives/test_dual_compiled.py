@@ -8,6 +8,8 @@ from torch._dynamo.utils import counters
 from decm_lightning.derivatives import Tangent, dual
 from decm_lightning.networks import DiT
 
+pytestmark = pytest.mark.compiled
+
 
 def student(dtype=torch.float64) -> DiT:
     """Return a small flow map in which everything matters."""

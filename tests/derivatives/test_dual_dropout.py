@@ -81,7 +81,14 @@ def test_nothing_is_dropped_in_eval_mode():
     torch.testing.assert_close(result.jvp, jvp[:DUAL_ROWS], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        None,
+        pytest.param("aot_eager", marks=pytest.mark.compiled),
+        pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiled]),
+    ],
+)
 def test_a_compiled_network_drops_the_same_of_value_and_derivative(backend):
     """Whatever random numbers a compiler draws: along x, jvp of a quadratic map is 2 u to 1e-12, mask by mask."""
     torch.compiler.reset()

@@ -6,6 +6,7 @@ keys in it. As `functional` rounds at the same places, the two still agree to th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from itertools import product
 
 import pytest
@@ -108,6 +109,9 @@ def make_qwen() -> Foreign:
 
     def network(x_t, t, s, condition):
         text = {"encoder_hidden_states": CAPTIONS[condition], "encoder_hidden_states_mask": IS_TOKEN[condition]}
+        if "txt_seq_lens" in signature(model.forward).parameters:
+            # Required by diffusers 0.36, later without effect, then gone.
+            text["txt_seq_lens"] = [IS_TOKEN.shape[1]] * len(x_t)
         return model(shifted(x_t, s), timestep=1 - t, img_shapes=[[(1, 2, 2)]] * len(x_t), **text).sample
 
     return Foreign(model, (4, 16), network)

@@ -151,6 +151,7 @@ def test_scores_beyond_the_range_of_exp(sign):
 
 
 @needs_the_kernel
+@pytest.mark.compiled
 @pytest.mark.parametrize("missing", [(), (1, 5)])
 def test_it_compiles_to_one_graph(missing):
     given = [None if place in missing else given for place, given in enumerate(operands(40, 50, 24))]

@@ -265,6 +265,7 @@ def test_dual_engine_is_exact(rows, checkpointed, features):
     close(jvp, exact)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dual_engine_is_exact_when_compiled(checkpointed):
     """Blocks in one graph without breaks, u, jvp and gradients as in an eager pass."""

@@ -203,6 +203,7 @@ def test_options_change_nothing(strategy, options, pair):
         torch.testing.assert_close(run.averages, expected().averages, rtol=0, atol=tolerance)
 
 
+@pytest.mark.compiled
 def test_compiled_and_checkpointed_blocks_are_sharded(pair):
     """FSDP2 around compiled blocks trains student and average as one eager process does."""
     assert_right(pair.run(fit_compiled, "fsdp2"), expected(n2n_every=1))

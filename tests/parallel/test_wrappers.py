@@ -135,6 +135,7 @@ def test_engines_of_plain_passes_go_through_every_wrapper(engine, wrapper, check
     assert_right(pair.run(in_pair, engine, wrapper, checkpointed), engine)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("checkpointed", "backend"),
     [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],

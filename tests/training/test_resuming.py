@@ -1,6 +1,5 @@
 """A run resumed from any of its checkpoints ends with the bits and the steps of an uninterrupted one."""
 
-import itertools
 import warnings
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import DataLoader, IterableDataset
 
 from decm_lightning import Distiller, TeacherTraining, losses
-from decm_lightning.data import Digits
 from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
@@ -273,17 +271,6 @@ def test_a_row_of_a_batch_is_found_again(tmp_path):
     fit(tmp_path, Few(3), [Looking(), saving], max_steps=7)
     fit(tmp_path, Few(3), [Looking()], tmp_path / "all" / "step=6.ckpt", max_steps=9)
     assert seen == [True] * 10
-
-
-def test_lightning_still_has_what_this_leans_on():
-    """The counters' names, and the order of hooks, are Lightning's own affair."""
-    data, loop = Digits(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
-    keys = loop.state_dict().keys()
-    assert {"epoch_progress", "epoch_loop.batch_progress", "epoch_loop.state_dict"} <= keys
-    assert "epoch_loop.val_loop.batch_progress" in keys
-    assert loop.epoch_loop.restarting is False
-    data.setup("fit")
-    assert len(list(itertools.islice(data.train_dataloader(), 2))) == 2
 
 
 SCHEDULES = {

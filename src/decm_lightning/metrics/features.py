@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decm_lightning.errors import missing_extra
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
 from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.types import Batch
@@ -119,7 +120,7 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
     try:
         transformers = import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"{names} needs transformers: pip install 'decm-lightning[{extra}]'") from error
+        raise missing_extra(names, "transformers", extra) from error
     kind, *processors = (getattr(transformers, name) for name in classes)
     try:
         network, found = kind.from_pretrained(model, output_loading_info=True)

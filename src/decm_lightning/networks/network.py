@@ -10,12 +10,16 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from decm_lightning.files import atomic, tensors_sha256
 from decm_lightning.networks.generation import Requested, generate
 from decm_lightning.samplers import Sampler
 from decm_lightning.text import CaptionEncoder, named_encoder
 from decm_lightning.types import Condition, Sample, Time
+
+COMPILER = "2.13"
+"""The oldest torch that compiles all networks without graph breaks."""
 
 
 class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning", license="apache-2.0"):
@@ -117,7 +121,11 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         """Compile each unit without graph breaks, in place and once for all that are alike; return the network.
 
         Only its `forward` is compiled, so that hooks, such as FSDP's, stay outside, and parameters keep their names.
+
+        Raises:
+            ValueError: if torch is too old.
         """
+        check_compiler()
         for unit in self.units():
             # Widths, modes and kinds of rows have graphs of their own, over all networks of a process; beyond the
             # limit, which is 8 unless told, is an error.
@@ -135,3 +143,14 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     def null(self, condition: Condition) -> Condition:
         """Return as many null classes as there are labels; None where the condition is not of labels."""
         return torch.full_like(condition, self.num_classes) if isinstance(condition, Tensor) else None
+
+
+def check_compiler() -> None:
+    """Check that this torch compiles networks whose values are duals.
+
+    Raises:
+        ValueError: if it is older than COMPILER.
+    """
+    # Before 2.13 Dynamo stops at `isinstance(x, A | B)`, at `bool(list)`, and at einops' view of a dual.
+    if torch.__version__ < TorchVersion(COMPILER):
+        raise ValueError(f"compile: true needs torch {COMPILER} or newer: got {torch.__version__}; give compile: false")

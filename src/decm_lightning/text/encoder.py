@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from decm_lightning.errors import missing_extra
 from decm_lightning.files import file_sha256
 from decm_lightning.networks.hub import download
 from decm_lightning.types import Captions
@@ -129,7 +130,7 @@ class TextEncoder(CaptionEncoder):
                 AutoTokenizer,
             )
         except ImportError as error:
-            raise ImportError("captions need transformers: pip install transformers") from error
+            raise missing_extra("a text encoder", "transformers", "text") from error
         config = AutoConfig.from_pretrained(self.folder)
         auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         model = auto.from_pretrained(self.folder, config=config).eval().requires_grad_(False)

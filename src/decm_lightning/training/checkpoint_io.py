@@ -1,10 +1,10 @@
 """Where checkpoints are written: next to their final name, never by way of the temporary directory."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 
 from decm_lightning.files import atomic
 
@@ -16,7 +16,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     a cluster that is often another, smaller disk, or memory again. Remote paths (s3://, ...) are left to Lightning.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write the checkpoint.
 
         Raises:

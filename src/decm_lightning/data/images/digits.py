@@ -3,6 +3,7 @@
 import torch
 
 from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.errors import missing_extra
 
 
 class Digits(InMemoryImages):
@@ -20,9 +21,15 @@ class Digits(InMemoryImages):
         super().__init__(batch_size, reference_size, num_workers)
 
     def setup(self, stage: str) -> None:
-        """Load the digits."""
-        from sklearn.datasets import load_digits
+        """Load the digits.
 
+        Raises:
+            ImportError: if scikit-learn is not installed.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise missing_extra("Digits", "scikit-learn", "demo") from error
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         self.train = self.reference = LabelledImages(images, torch.tensor(digits.target))

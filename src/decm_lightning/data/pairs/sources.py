@@ -16,6 +16,7 @@ from typing import Any
 from decm_lightning.data.pairs.lists import read_list
 from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair, stamp_of
 from decm_lightning.data.pairs.tars import TARS, read_tar
+from decm_lightning.errors import missing_extra
 from decm_lightning.image_listing import counted, list_files
 from decm_lightning.image_listing import kind as kind_of
 
@@ -33,7 +34,7 @@ def _needs(package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"these pairs need {package}: pip install {package}") from error
+        raise missing_extra("pairs from this source", package, "text") from error
 
 
 def _read_table(file: Path, column: str | None) -> PairRows:

@@ -12,6 +12,7 @@ from decm_lightning import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")} | {"README.md": README}
 SHORT = {
     r"(max_steps: (&steps )?)\d+": r"\g<1>2",
     r"every_n_train_steps: \d+": "every_n_train_steps: 1",
@@ -35,30 +36,42 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_decm_command_runs_in_the_order_of_the_page(workplace, monkeypatch):
-    commands = re.findall(r"^ {4}\.venv/bin/(decm .*)$", README, re.MULTILINE)
-    assert len(commands) >= 6
+@pytest.mark.parametrize(
+    ("page", "count", "written"),
+    [
+        ("README.md", 4, {"digits.png", "shoes.png", "runs"}),
+        ("training.md", 4, {"my-teacher", "runs"}),
+        ("text-to-image.md", 1, {"emoji.png"}),
+    ],
+)
+def test_every_indented_decm_command_runs_in_the_order_of_the_page(page, count, written, workplace, monkeypatch):
+    commands = re.findall(r"^ {4}(?:\.venv/bin/)?(decm .*)$", PAGES[page], re.MULTILINE)
+    assert len(commands) == count
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         assert cli.main() == 0, command
-    assert {"digits.png", "shoes.png", "my-teacher"} <= {path.name for path in workplace.iterdir()}
+    assert written <= {path.name for path in workplace.iterdir()}
 
 
 def test_the_python_of_the_page_runs(workplace):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names = {}
-        exec(block, names)
-        assert [image.size for image in names["images"]] == [(8, 8)] * 3
+    generate, train = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(generate, names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 3
+    exec(re.sub(r"max_steps=\d+", "max_steps=2", train), names)
+    assert names["distiller"].trainer.global_step == 2
 
 
-def test_every_make_target_of_the_page_exists():
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_of_a_page_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)|^ {4}make ([a-z-]+)", PAGES[page], re.MULTILINE)) - {("", "")} <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
 
 
-def test_every_link_of_the_page_leads_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page])
+    assert all((folder / link).exists() for link in links), links

@@ -3,6 +3,7 @@
 An upgrade that changes one fails here, by its name, and not in the middle of a training.
 """
 
+import argparse
 import ast
 import inspect
 import re
@@ -165,6 +166,12 @@ def test_a_fused_optimizer_says_that_it_takes_a_scaler():
 def test_a_compiled_module_puts_its_prefix_before_names():
     names = torch.compile(nn.Sequential(nn.Linear(1, 1))).state_dict().keys()
     assert names == {"_orig_mod.0.weight", "_orig_mod.0.bias"}
+
+
+def test_a_parser_knows_its_options_by_their_strings():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps")
+    assert "--steps" in parser._option_string_actions
 
 
 def test_every_private_name_in_the_source_is_in_the_table():

@@ -31,9 +31,6 @@ TABLE = (ROOT / "docs" / "private-apis.md").read_text(encoding="utf-8")
     ("function", "parameters"),
     [
         (nn.Module._apply, ["self", "fn", "recurse"]),
-        (LightningCLI._get, ["self", "config", "key"]),
-        (LightningCLI._parse_ckpt_path, ["self"]),
-        (LightningCLI._run_subcommand, ["self", "subcommand"]),
         (LightningCLI._set_seed, ["self"]),
         (Metric._apply, ["self", "fn"]),
         (ModelCheckpoint._find_last_checkpoints, ["self", "trainer"]),

@@ -22,8 +22,8 @@ def encode_pairs(
 ) -> None:
     """Read and check text-image pairs, encode their captions and, with a VAE, their images, and store the result.
 
-    Training on TextImagePairs with the same source, size, encoder, VAE and cache folder then starts immediately. Run the
-    same command again to resume an interrupted run.
+    Training on TextImagePairs with the same source, size, encoder, VAE and cache folder then starts immediately. The
+    same command resumes an interrupted run.
 
     Args:
         pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a

@@ -216,7 +216,7 @@ class Decoder:
 
 
 def _decoder(vae: str, latents: str | None) -> tuple[Decoder, int]:
-    """Return a VAE's decoder and its number of latent channels. A folder's statistics or the config scale the latents."""
+    """Return the decoder and the channels of a VAE's latents, which a folder's statistics or the config scale."""
     # The data modules import Lightning, which takes seconds.
     from decm_lightning.autoencoders import load_autoencoder
     from decm_lightning.data.latents.latent_coder import LatentCoder

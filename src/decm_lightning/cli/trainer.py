@@ -280,7 +280,7 @@ def _newest(trainer: L.Trainer) -> str:
 
 
 def _spell_out(config: Namespace) -> None:
-    """Write the default objective into the config, so that a saved config repeats the run even if the default changes."""
+    """Write the default objective into the config, so that the saved config still repeats the run if it changes."""
     arguments = config.get("model.init_args")
     if arguments is not None and "objective" in arguments and arguments.objective is None:
         defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}

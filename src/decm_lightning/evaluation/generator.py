@@ -64,7 +64,7 @@ class SampleGenerator:
         # Decode one latent now, so that a missing decoder does not fail after hours.
         seen = shape if shape[0] in (1, 3) else tuple(self.images(torch.zeros(1, *shape)).shape[1:])
         if seen[0] not in (1, 3):
-            remedy = "give the trainer a datamodule with decode(x)"
+            remedy = "give the trainer a datamodule with decode(x), which returns images"
             raise ValueError(
                 f"images have 1 or 3 channels: the network generates {shape}, which must be decoded: {remedy}"
             )
@@ -121,7 +121,7 @@ class SampleGenerator:
     def generate(self, spec: SamplingSpec, rows: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
         """Return samples `rows` as images.
 
-        Without rows it generates sample 0 and returns an empty tensor, because all processes must run a sharded network.
+        Without rows it generates sample 0 and returns an empty tensor: all processes must run a sharded network.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.

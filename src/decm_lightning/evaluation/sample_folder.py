@@ -62,8 +62,8 @@ class SampleFolder:
         """Check that the folder has no images, or only samples of these settings.
 
         Raises:
-            ValueError: naming the differences or the image, if the folder has samples of other settings or other images;
-                or naming settings.json, if it is damaged.
+            ValueError: naming the differences, if the folder has samples of other settings; naming the image, if it has
+                other images; naming settings.json, if it is damaged.
             OSError: if the folder cannot be read.
         """
         begun = self._has_settings()

@@ -10,7 +10,8 @@ import lightning as L
 def end_at_sigterm(trainer: L.Trainer) -> Callable[[int, Any], NoReturn]:
     """Let SIGTERM end the process and its child processes.
 
-    Call this in a `setup` hook, before Lightning handles signals. Without it, Lightning ends a fit after the next batch with exit code 0, and does not end other methods.
+    Call this in a `setup` hook, before Lightning handles signals. Without it, Lightning ends a fit after the next batch
+    with exit code 0, and does not end other methods.
 
     Returns:
         the handler, which raises SystemExit with 128 + the signal's number.

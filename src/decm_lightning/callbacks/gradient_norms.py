@@ -47,7 +47,7 @@ class GradientNorms(L.Callback):
         self.last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the buffers of a compiled backward pass, which would overwrite them although the next pass needs them."""
+        """Keep the buffers of a compiled backward pass for the next one; otherwise the first may overwrite them."""
         if self.every_n_steps and stage == "fit":
             KeptBuffers.keep(self)
 
@@ -138,8 +138,8 @@ def _gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
     """Return the gradient of one loss, averaged over all processes, and keep the graph."""
     if isinstance(network, FSDPModule):
         return _sharded_gradients(loss, network)
-    gradients = torch.autograd.grad(loss, _trained(network), retain_graph=True, allow_unused=True)
-    gradients = [gradient for gradient in gradients if gradient is not None]
+    optional = torch.autograd.grad(loss, _trained(network), retain_graph=True, allow_unused=True)
+    gradients = [gradient for gradient in optional if gradient is not None]
     if dist.is_initialized():
         for gradient in gradients:
             dist.all_reduce(gradient)

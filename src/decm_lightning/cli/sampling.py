@@ -206,9 +206,7 @@ class Decoder:
                 raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
             return decoder
         if vae or latents:
-            raise ValueError(
-                "give --vae and --latents together: the VAE and the folder with the statistics of its latents"
-            )
+            raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
         if channels not in (1, 3):
             needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
             raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")

@@ -139,8 +139,7 @@ class Evaluation(L.Callback):
             ValueError: if `validate` or `test` had no images.
         """
         if stage in ("validate", "test") and not self.has_measured:
-            cause = "the validation or test loader is empty (latents need a VAE)"
-            raise ValueError(f"nothing was measured: {cause}")
+            raise ValueError("nothing was measured: the validation or test loader is empty (latents need a VAE)")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the metrics to the module's device, and read the reference once."""

@@ -64,10 +64,8 @@ class SampleGenerator:
         # Decode one latent now, so that a missing decoder does not fail after hours.
         seen = shape if shape[0] in (1, 3) else tuple(self.images(torch.zeros(1, *shape)).shape[1:])
         if seen[0] not in (1, 3):
-            remedy = "give the trainer a datamodule with decode(x), which returns images"
-            raise ValueError(
-                f"images have 1 or 3 channels: the network generates {shape}, which must be decoded: {remedy}"
-            )
+            remedy = "give the trainer a datamodule with decode(x)"
+            raise ValueError(f"images must have 1 or 3 channels: the network generates {shape}; {remedy}")
         for spec in specs:
             if spec.model not in (models := self.source.models()):
                 raise ValueError(f"spec {spec}: model must be one of {', '.join(models)}: got {spec.model!r}")

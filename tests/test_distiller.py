@@ -83,7 +83,7 @@ def test_every_objective_is_zero_on_the_exact_flow_map(name, monkeypatch):
     monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
     monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
     x_1 = flow.sample(64, 3, torch.Generator().manual_seed(0), torch.float64)
-    # The zero step is the one at which every loss is due.
+    # The zero step is the one at which every loss is active.
     loss = distiller.training_step(Batch(x_1, None), 0)
     loss.backward()
     assert set(distiller.terms) == set(OBJECTIVES[name].losses)
@@ -108,9 +108,9 @@ def test_a_shifted_student_is_seen_by_every_loss(monkeypatch):
 @pytest.mark.compiled
 @pytest.mark.parametrize(("engine", "checkpointed"), [("auto", False), ("auto", True), ("functional", True)])
 def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
-    """Weights and averages after five steps, in which N2N is due at two: the compiled blocks meet several shapes.
+    """Weights and averages after five steps, in which N2N is active at two: the compiled blocks meet several shapes.
 
-    At three steps each loss is differentiated by itself as well.
+    At three steps each loss is also differentiated separately.
     """
 
     def fit(**options):
@@ -141,7 +141,7 @@ def test_a_compiled_run_equals_a_plain_one(engine, checkpointed, tmp_path):
     ],
 )
 def test_the_passes_that_are_announced_are_made(objective, tmp_path):
-    """Rows through teacher and student over six steps, counted at their doors."""
+    """Count the rows that teacher and student evaluate over six steps."""
     rows = {"teacher": 0, "student": 0}
 
     def counted(name, network):
@@ -176,7 +176,7 @@ def test_a_fit_says_which_derivative_it_takes_and_what_a_step_costs(tmp_path, ca
     ],
 )
 def test_a_derivative_that_is_not_finite_names_operation_and_layer(break_it, named, tmp_path):
-    """The error says where the first one arose, not only which loss saw it."""
+    """The error names the origin of the first NaN, not only the loss."""
     distiller = Distiller(tiny_teacher())
     break_it(distiller.student)
     with pytest.raises(NonFiniteError) as error:
@@ -269,7 +269,7 @@ def test_accumulated_batches_draw_their_own_noise(tmp_path):
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
     def fit(folder, steps, checkpoint=None):
         teacher = tiny_teacher()
-        # A resumed run draws by its checkpoint's seed, whatever its own.
+        # A resumed run uses its checkpoint's seed instead of its own.
         L.seed_everything(4 if checkpoint else 3, verbose=False)
         options = {
             "optimizer": lambda p: torch.optim.AdamW(p, 1e-2),
@@ -337,21 +337,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(t
     assert all(p.isfinite().all() for p in distiller.parameters())
 
 
-def test_the_teacher_is_asked_once_for_all_losses_that_start_at_the_same_point(monkeypatch):
-    asked = []
+def test_the_teacher_is_evaluated_once_for_all_losses_that_start_at_the_same_point(monkeypatch):
+    rows = []
 
     class Counting(GaussianTeacher):
         def velocity(self, x_t, t, condition):
-            asked.append(len(t))
+            rows.append(len(t))
             return super().velocity(x_t, t, condition)
 
     def calls(objective):
-        asked.clear()
+        rows.clear()
         distiller = Distiller(Counting(Gaussian(std=0.5)), MLP(3, 8, 1), objective)
         monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
         monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
         distiller.training_step(Batch(torch.randn(4, 3), None), 0)
-        return len(asked)
+        return len(rows)
 
     assert calls(losses.consistency_and_flow_matching()) == 1
     assert calls(losses.end_identity()) == 2  # and at the end point
@@ -415,12 +415,12 @@ def test_an_engine_that_is_not_there_is_named():
         Distiller(tiny_teacher(), derivative="jvp")
 
 
-def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):
-    asked = []
+def test_the_teacher_is_evaluated_only_where_a_loss_reads_it(monkeypatch):
+    rows = []
 
     class Counting(GaussianTeacher):
         def velocity(self, x_t, t, condition):
-            asked.append(len(t))
+            rows.append(len(t))
             return super().velocity(x_t, t, condition)
 
     distiller = Distiller(
@@ -429,13 +429,13 @@ def test_the_teacher_is_asked_only_where_a_loss_reads_it(monkeypatch):
     monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
     monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
     distiller.training_step(Batch(torch.randn(16, 3), None), 0)
-    # At 8 + 4 points of consistency and flow matching, and where the 4 jumps of N2N land.
-    assert asked == [12, 4]
+    # At 8 + 4 points of consistency and flow matching, and at the end points of N2N's 4 jumps.
+    assert rows == [12, 4]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_of_the_data_that_is_not_finite_is_named_with_its_file(workers, tmp_path):
-    """It is outside of the 1,000 rows that are looked at before training."""
+    """It is outside of the 1,000 rows that are checked before training."""
     count, bad = 1100, 1003
     latents = torch.randn(count, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     latents[bad, 0, 0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""Rows of several processes, without starting any."""
+"""The rows of several processes, computed in one process."""
 
 from itertools import product
 

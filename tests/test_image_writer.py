@@ -12,7 +12,7 @@ COLOURS = torch.tensor([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 0]]
 
 
 def found(file):
-    """Return the patches of colour in an image: {colour: (row, column) of its middle}."""
+    """Return the patches of color in an image: {color: (row, column) of its middle}."""
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
     places = {}
     for colour in COLOURS.flatten(0, 1).tolist():

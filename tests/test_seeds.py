@@ -18,7 +18,7 @@ def test_a_seed_out_of_range_is_refused_with_its_value(seed):
 
 
 def test_all_samples_differ():
-    """Those of large seeds too, and of several numbers."""
+    """Large seeds and several numbers also give distinct generators."""
     of_one = [(seed, number) for seed in (0, 1, 2, 2**32, 2**32 + 1, 2**63 - 1) for number in range(20)]
     of_two = [(0, number, image) for number in range(20) for image in range(20)]
     noise = {torch.randn(3, generator=generator_of(*numbers)).numpy().tobytes() for numbers in of_one + of_two}

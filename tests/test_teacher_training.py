@@ -1,4 +1,4 @@
-"""The training of a teacher: what it refuses as soon as it is made."""
+"""Teacher training refuses invalid arguments when it is created."""
 
 import pytest
 

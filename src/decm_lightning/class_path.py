@@ -1,4 +1,4 @@
-"""Functions and classes from outside the package, by name."""
+"""Import functions and classes from outside the package by name."""
 
 import sys
 from importlib import import_module
@@ -7,11 +7,15 @@ from typing import Any
 
 
 def imported(path: str) -> Any:
-    """Return what a dotted path such as "my_module.heun" names, in an installed module or in the working directory.
+    """Return the object at a dotted path such as "my_module.heun", installed or in the working directory.
+
+    Example:
+        >>> imported("math.sqrt")(9)
+        3.0
 
     Raises:
-        ImportError: if there is no such module.
-        ValueError: if the path has no module, or the module no such name.
+        ImportError: if the module does not exist.
+        ValueError: if the path has no module, or the module lacks the name.
     """
     module, _, name = path.rpartition(".")
     if not module:
@@ -19,13 +23,13 @@ def imported(path: str) -> Any:
     directory = str(Path.cwd())
     sys.path.append(directory)
     try:
-        found = import_module(module)
+        loaded = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ImportError(f"no module {error.name} for {path!r}, neither installed nor in {directory}") from error
     finally:
         sys.path.remove(directory)
-    if not hasattr(found, name):
+    if not hasattr(loaded, name):
         raise ValueError(f"{module} has no {name!r}")
-    return getattr(found, name)
+    return getattr(loaded, name)

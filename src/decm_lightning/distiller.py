@@ -1,4 +1,4 @@
-"""Dual-End Consistency Models (arXiv 2602.10764): a few-step student from a many-step teacher."""
+"""Dual-End Consistency Models (arXiv 2602.10764): distill a many-step teacher into a few-step student."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,23 +39,23 @@ class Distiller(FlowTraining):
     """Trains a student u(x_t, t, s) on edges of the (t, s) triangle against a frozen teacher's guided velocity.
 
     Args:
-        teacher: the frozen teacher. It is not saved in checkpoints: the config builds it again.
+        teacher: the frozen teacher. Checkpoints do not contain it, because the config builds it again.
         student: the flow map to train; None for a copy of the teacher with a zero-initialized end time.
-        objective: the losses: `losses.paper`, `losses.end_identity`, a rival of `losses.presets`, or your own; None for
-            `losses.end_identity()`.
-        guidance: how the teacher is guided; the student learns the guided velocity and needs one pass.
+        objective: the losses: `losses.paper`, `losses.end_identity`, a baseline of `losses.presets`, or your own; None
+            for `losses.end_identity()`.
+        guidance: how the teacher is guided. The student learns the guided velocity and needs only one pass.
         derivative: the engine for jvp: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
-            "central" (a difference), a function like them (`derivatives.Engine`), or "auto": the first of the three
-            that can pass through the student; the log says why.
-        optimizer: makes the optimizer from the student's parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer. The default scales with the length of the run; with
-            warmup 0 and floor 1 it is a constant rate.
+            "central" (central difference), a function (`derivatives.Engine`), or "auto": the first of the three that
+            can differentiate the student. The log gives the reason.
+        optimizer: creates the optimizer from the student's parameters.
+        lr_scheduler: creates a per-step schedule from the optimizer. The default adapts to the length of the run; with
+            warmup 0 and floor 1 the rate is constant.
         ema_decay: largest decay of the student's average, in [0, 1); it covers about the last ninth of the run.
-        gradient_checkpointing: compute the student's activations again in the backward pass: less memory, more time.
+        gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
         compile: compile the blocks of student and teacher.
 
     Raises:
-        ValueError: if the engine is unknown, ema_decay is out of its range, or there is no student.
+        ValueError: if the engine is unknown, ema_decay is out of its range, or the student is missing.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class Distiller(FlowTraining):
 
     @property
     def student(self) -> Network:
-        """The network that is trained."""
+        """The trained network."""
         return self.network
 
     def setup(self, stage: str) -> None:
-        """Choose the engine for jvp, and log the cost of a step.
+        """Select the engine for jvp, and log the cost of a step.
 
         Raises:
             ValueError: if the requested engine cannot differentiate the student.
@@ -101,7 +101,7 @@ class Distiller(FlowTraining):
         super().setup(stage)
         if stage != "fit":
             return
-        # Now, before a strategy moves, casts and shards it; the other processes may not have its weights.
+        # Before a strategy moves, casts and shards the teacher. Other processes may not have its weights.
         identity = self.teacher.identity() if self.trainer.is_global_zero else ""
         self.teacher_identity = self.trainer.strategy.broadcast(identity)
         self.example = self.student.example()
@@ -117,7 +117,7 @@ class Distiller(FlowTraining):
         if self.derivative is not dual:
             return
         precision = self.trainer.precision_plugin
-        # Only shapes matter: the example may be on the meta device. It is cast as a batch is, but for the times.
+        # Only shapes matter, because the example may be on the meta device. It is cast like a batch, except its times.
         x_t, t, s, condition = _pytree.tree_map_only(
             Tensor, lambda value: torch.zeros_like(value, device=self.device), self.example
         )
@@ -126,50 +126,50 @@ class Distiller(FlowTraining):
             check_fused(self.student, example)
 
     def sharded(self) -> list[Network]:
-        """Return student, average, and of the teacher what it lets be sharded."""
+        """Return the student, its average, and the teacher's networks that can be sharded."""
         return [*super().sharded(), *self.teacher.sharded()]
 
     def compiled(self) -> list[Network]:
-        """Return the teacher's networks, and the student if its engine passes through compiled blocks."""
-        # torch.func.jvp does not.
+        """Return the teacher's networks, and the student if its engine supports compiled blocks."""
+        # torch.func.jvp does not support them.
         student = [] if self.derivative is functional else [self.student]
         return [*student, *self.teacher.networks()]
 
     def set_length(self, steps: int | None) -> None:
-        """Adapt the schedule and the objective to the number of the run's steps."""
+        """Set the number of the run's steps in the schedule and the objective."""
         super().set_length(steps)
         self.objective = self.requested_objective.for_run(steps)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that determine the run apart from its data; the teacher by the hash of its weights."""
+        """Return the settings that determine the run, except its data. A hash of its weights identifies the teacher."""
         own = {"objective": self.objective, "guidance": self.guidance, "derivative": self.derivative}
         return super().settings() | own | {"teacher": self.teacher_identity}
 
     def models(self) -> dict[str, FlowMapNetwork]:
-        """Return the averaged student, and the guided teacher as its own Euler sampler."""
+        """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
         return {"student": self.average, "teacher": flow_map_of(self.velocity)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the sum of the active losses: DE-CM's algorithm."""
+        """Run one step of DE-CM's algorithm, and return the sum of the active losses."""
         x_1, condition = batch
         step, generator = self.global_step, self.generator(batch_idx)
 
-        # A point x_t on each row's path, and the teacher's velocity there, once for all losses that read it.
+        # Interpolate a point x_t on each row's path. The teacher's velocity there is shared by all losses.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
         cpu_generator = _on_cpu(generator)
         t = self.objective.draw_times(len(x_1), cpu_generator).to(path.time_dtype(x_1))
         samples = self.path_samples(PathSample(x_0, x_1, condition, t, path.interpolate(x_0, x_1, t)), step)
 
-        # Each loss draws jumps (t, s) from its edge of the triangle, with the tangent along which u is differentiated.
+        # Sample the jumps (t, s) of each loss from its edge of the triangle, with the tangent for the derivative of u.
         losses = self.objective.active_losses(step)
         starts = {name: self.make_jumps(loss, samples[name], step, cpu_generator) for name, loss in losses.items()}
 
-        # One pass of the student over the rows of all losses: its mean velocities u and their derivatives jvp.
+        # Compute the student's mean velocities u and their derivatives jvp in one pass over the rows of all losses.
         with self.part("derivative"):
             self.jumps = [jump for jump, _ in starts.values()]
             results = forward_with_jvp(self.derivative, self.student, self.jumps)
 
-        # The residual g of every jump, and the loss that regresses u toward u - N(g).
+        # Compute the residual g of each jump and the loss that regresses u toward u - N(g).
         self.terms = {}
         for (name, loss), (jump, v_start), result in zip(losses.items(), starts.values(), results, strict=True):
             v_end = self.end_velocity(loss, jump, result.u.detach())
@@ -179,7 +179,7 @@ class Distiller(FlowTraining):
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
         """Return the rows of each active loss, with the teacher's velocity at x_t if the loss reads it.
 
-        The teacher sees each row once, and only rows that a loss reads.
+        The teacher evaluates each row once, and only rows that a loss reads.
         """
         count = len(batch.t)
         rows, teacher_rows = self.objective.rows(count), self.objective.teacher_rows(step, count)
@@ -194,14 +194,14 @@ class Distiller(FlowTraining):
     def make_jumps(
         self, loss: DualEndLoss, sample: PathSample, step: int, generator: torch.Generator
     ) -> tuple[Jump, Sample | None]:
-        """Return a loss's jumps, and the teacher's velocity where they start, None if the loss does not read it."""
+        """Return a loss's jumps and the teacher's velocity at their start, None if the loss does not read it."""
         times = loss.edge.draw(sample.t, step, generator)
         if not loss.edge.starts_at_batch_times:
-            # Other start times, on the same paths from noise to data.
+            # This edge has its own start times, on the same paths from noise to data.
             sample = replace(sample, t=times.t, x_t=path.interpolate(sample.x_0, sample.x_1, times.t))
         v_start = self.teacher_velocity(sample) if loss.velocities.start else sample.v_t
-        along = tangent(v_start, times.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
-        return Jump(sample.x_t, times.t, times.s, sample.condition, along), v_start
+        jump_tangent = tangent(v_start, times.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
+        return Jump(sample.x_t, times.t, times.s, sample.condition, jump_tangent), v_start
 
     def end_velocity(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
         """Return the teacher's velocity at the end of the student's jump, None if the loss does not read it."""
@@ -216,7 +216,7 @@ class Distiller(FlowTraining):
             return self.velocity(sample.x_t, sample.t, sample.condition)
 
     def total(self) -> Tensor:
-        """Return the sum of this step's losses, logged one by one."""
+        """Log this step's losses and return their sum."""
         total = torch.stack([term.value for term in self.terms.values()]).sum()
         self.log_dict({f"loss/{name}": term.value for name, term in self.terms.items()})
         self.log_dict({f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
@@ -225,7 +225,7 @@ class Distiller(FlowTraining):
 
     def origin(self) -> str:
         """Return the operation and layer at which the first non-finite derivative arose, "" if unknown."""
-        # A process that runs the student alone would wait for the others forever.
+        # With several processes, a forward pass of the student in one of them would wait forever.
         if self.derivative is not dual or self.trainer.world_size > 1:
             return ""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -243,5 +243,5 @@ class Distiller(FlowTraining):
 
 
 def _on_cpu(generator: torch.Generator) -> torch.Generator:
-    """Return the generator, or one of the same seed on the CPU."""
+    """Return the generator if it is on the CPU, otherwise a CPU generator with its seed."""
     return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -1,4 +1,4 @@
-"""Errors that are raised in several rooms."""
+"""Errors that several subpackages raise."""
 
 
 class NonFiniteError(RuntimeError):
@@ -9,7 +9,7 @@ def missing_extra(user: str, package: str, extra: str) -> ImportError:
     """Return the error for an optional package that is not installed.
 
     Args:
-        user: what needs the package, at the start of the message.
+        user: the feature that needs the package; the message starts with it.
         package: the name of the package.
         extra: the extra of this package that installs it.
     """

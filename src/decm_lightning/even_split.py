@@ -1,4 +1,4 @@
-"""Split rows evenly among processes, in batches, each row once."""
+"""Split rows evenly among processes, in batches, without repeating a row."""
 
 import math
 from collections.abc import Iterator, Sized
@@ -7,10 +7,10 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 def split_evenly(count: int, batch_size: int, rank: int, world: int) -> list[range]:
-    """Return the row numbers of one process, batch by batch. All processes together have 0 .. count - 1, each once.
+    """Return the row numbers of one process, batch by batch. Over all processes each of 0 .. count - 1 occurs once.
 
     Every process has the same number of batches, because all processes take part in a forward pass of a sharded
-    network and in a torchmetrics gather. A batch is empty where there are fewer rows than processes. The first batches
+    network and in a torchmetrics gather. With fewer rows than processes, some batches are empty. The first batches
     of all processes come before their second ones, so rows gathered batch by batch are in order for every batch size
     and number of processes.
 
@@ -19,6 +19,10 @@ def split_evenly(count: int, batch_size: int, rank: int, world: int) -> list[ran
         batch_size: largest number of rows in a batch, at least 1.
         rank: this process, 0 .. world - 1.
         world: number of processes.
+
+    Example:
+        >>> split_evenly(10, batch_size=3, rank=0, world=2), split_evenly(10, batch_size=3, rank=1, world=2)
+        ([range(0, 2), range(5, 7)], [range(2, 5), range(7, 10)])
     """
     if not count:
         return []
@@ -30,9 +34,9 @@ def split_evenly(count: int, batch_size: int, rank: int, world: int) -> list[ran
 class EvenBatches(DistributedSampler[list[int]]):
     """A sampler of whole batches, for DataLoader(batch_size=None, sampler=...): `split_evenly` over a data set.
 
-    Lightning replaces any sampler but a DistributedSampler by one that pads: it repeats rows until all processes have
-    equally many. This one does not pad. Where a batch of `split_evenly` is empty, it gives row 0, because networks
-    reject empty batches; `count_own` says that none of its rows count.
+    Lightning replaces all samplers except a DistributedSampler by one that repeats rows until all processes have the
+    same number. This sampler repeats no rows. For an empty batch of `split_evenly` it returns row 0, because networks
+    reject empty batches; `count_own` returns 0 for this batch.
 
     Args:
         dataset: the rows.
@@ -55,7 +59,7 @@ class EvenBatches(DistributedSampler[list[int]]):
 
 
 def count_own(sampler: object, batch_idx: int, seen: int, rows: int) -> int:
-    """Return how many rows of a batch, its first ones, are not repetitions that only fill up this process's share.
+    """Return the number of rows of a batch that are not padding. The padding repeats rows and comes last.
 
     Args:
         sampler: the sampler of the loader.
@@ -67,6 +71,6 @@ def count_own(sampler: object, batch_idx: int, seen: int, rows: int) -> int:
         return len(sampler.batches[batch_idx])
     if not isinstance(sampler, DistributedSampler) or not isinstance(sampler.dataset, Sized):
         return rows
-    # A DistributedSampler gives this process the rows rank, rank + world, ..., and then repeats from the start.
+    # A DistributedSampler returns the rows rank, rank + world, ..., and then repeats from the start.
     own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
     return min(max(own - seen, 0), rows)

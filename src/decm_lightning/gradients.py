@@ -1,4 +1,4 @@
-"""The norm of all gradients together, taken once a step, gradients scaled by it, and the module that has them."""
+"""Compute the norm of all gradients, and clip gradients by it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +19,7 @@ class HasValue(Protocol):
 
 @runtime_checkable
 class LossModule(Protocol):
-    """What checks and gradient norms read of the module in training; `FlowTraining` has it.
+    """The interface of a training module that checks and gradient norms read. `FlowTraining` implements it.
 
     Attributes:
         network: the trained network.
@@ -34,14 +34,14 @@ class LossModule(Protocol):
         """This step's losses by name."""
 
     def origin(self) -> str:
-        """Return where the first number of this step that is not finite arose, "" if unknown."""
+        """Return where the first NaN or infinity of this step arose, "" if unknown."""
 
 
 def loss_module(module: Any) -> LossModule:
-    """Return a module of named losses.
+    """Return the module if it has named losses.
 
     Raises:
-        TypeError: if it is another module.
+        TypeError: if it has no named losses.
     """
     if not isinstance(module, LossModule):
         raise TypeError(f"{type(module).__name__} has no named losses: use a Distiller or a TeacherTraining")
@@ -51,7 +51,7 @@ def loss_module(module: Any) -> LossModule:
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm of all gradients together, over all devices if they are sharded."""
     norm = get_total_norm(gradients)
-    # Sharded gradients give a norm that is itself distributed.
+    # The norm of sharded gradients is a DTensor.
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -60,7 +60,7 @@ def clip_by_norm(gradients: Iterable[Tensor], limit: float, norm: Tensor) -> Non
     """Scale gradients in place by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.
 
     Args:
-        gradients: all of them.
+        gradients: all gradients.
         limit: largest norm, above 0.
         norm: their norm, as `total_norm` returns it; it is not read on the host.
     """

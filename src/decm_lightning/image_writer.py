@@ -1,4 +1,4 @@
-"""Writes images: one grid, or one file each."""
+"""Write images as a grid or as single files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,26 +15,26 @@ from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
 LONG = 8
-"""Longer headings are slanted, or they would overlap."""
+"""Headings with more characters are slanted, so that they do not overlap."""
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
-"""The first and the last bytes of every whole PNG file."""
+"""The first and the last bytes of every complete PNG file."""
 Images = UInt8[Tensor, "n c h w"]
 
 
 def to_uint8(x: Sample) -> Tensor:
-    """Return images in [-1, 1] as uint8, round(127.5 (x + 1)) clamped to 0..255: rounded, where a cast truncates.
+    """Convert images in [-1, 1] to uint8: round(127.5 (x + 1)), clamped to 0..255.
 
     Raises:
-        NonFiniteError: if one is NaN or infinite.
+        NonFiniteError: if a value is NaN or infinite.
     """
-    # The cast would make them black or white.
+    # The cast would turn NaN and infinity into black or white.
     if not x.isfinite().all():
         raise NonFiniteError("images are not finite: the weights have diverged, use an earlier checkpoint")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(images: Images, columns: int, scale: int, file: Path) -> None:
-    """Write all images as one PNG, `columns` in a row and each enlarged `scale` times; create its folder.
+    """Write all images as one PNG with `columns` images per row, each enlarged `scale` times; create its folder.
 
     Raises:
         ValueError: if the images have neither 1 nor 3 channels.
@@ -48,7 +48,7 @@ def save_grid(images: Images, columns: int, scale: int, file: Path) -> None:
 def save_named_grid(
     images: UInt8[Tensor, "rows columns c h w"], rows: Sequence[str], columns: Sequence[str], file: Path
 ) -> None:
-    """Write a PNG with a strip of images in each row, the row's name at its left and headings above the first row.
+    """Write a PNG with a row of images per name, the name to its left, and headings above the first row.
 
     Args:
         images: 1 or 3 channels.
@@ -61,7 +61,7 @@ def save_named_grid(
         ValueError: if the images have neither 1 nor 3 channels.
     """
     check_plots()
-    # Without pyplot: no window, and the backend of a notebook stays as it is.
+    # Without pyplot no window opens, and the backend of a notebook does not change.
     from matplotlib.figure import Figure
 
     across, width = images.shape[1], images.shape[-1]
@@ -79,12 +79,12 @@ def save_named_grid(
         axes[0].tick_params(length=0)
         axes[0].set_xticks([(number + 0.5) * group for number in range(len(columns))], columns, **slanted)
     with atomic(file) as partial:
-        # Tight, or long names would be cut off.
+        # Without a tight box, long names would be cut off.
         figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
 
 
 def check_plots() -> None:
-    """Check that `save_named_grid` can run, before hours of work end in it.
+    """Check that `save_named_grid` can run, before hours of computation.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -96,12 +96,17 @@ def check_plots() -> None:
 
 
 def short(caption: str) -> str:
-    """Return a caption's first words, up to its first comma, in at most 24 letters: they fit above an image."""
+    """Shorten a caption to a heading: the words before its first comma, in at most 24 characters.
+
+    Example:
+        >>> short("a red fox, in the snow")
+        'a red fox'
+    """
     return shorten(caption.partition(",")[0], 24, placeholder=" ...")
 
 
 def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
-    """Return whether a file is a PNG with its first and last bytes, and has this size (width, height) if one is given.
+    """Return whether a file has the first and last bytes of a PNG, and this size (width, height) if one is passed.
 
     Raises:
         OSError: if the file exists and cannot be read.
@@ -115,7 +120,7 @@ def has_whole_png(file: Path, size: tuple[int, int] | None = None) -> bool:
 
 
 def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
-    """Return one image for PIL.
+    """Convert an image to PIL.
 
     Raises:
         ValueError: if it has neither 1 nor 3 channels.

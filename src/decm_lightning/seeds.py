@@ -1,4 +1,4 @@
-"""Seeds: which ones are valid, and one generator for each sample."""
+"""Check seeds, and create the random generator of a sample."""
 
 import torch
 from numpy.random import SeedSequence
@@ -7,7 +7,7 @@ END = 2**63
 
 
 def check_seed(seed: int) -> int:
-    """Return a seed.
+    """Return a seed if it is valid.
 
     Raises:
         ValueError: if it is negative, or 2**63 or more.
@@ -18,9 +18,13 @@ def check_seed(seed: int) -> int:
 
 
 def generator_of(seed: int, *numbers: int) -> torch.Generator:
-    """Return the generator of one sample: all of its noise depends on the seed and the sample's numbers alone.
+    """Return the generator of a sample, for all of its noise. It depends only on the seed and the sample's numbers.
 
     It is on the CPU, so that the noise is the same on every device.
+
+    Example:
+        >>> torch.equal(torch.rand(2, generator=generator_of(0, 7)), torch.rand(2, generator=generator_of(0, 7)))
+        True
     """
-    # As one sequence, seed 2**32 and number 0 would be the same words as seed 0 and number 1.
+    # As one sequence, seed 2**32 with number 0 would equal seed 0 with number 1.
     return torch.Generator().manual_seed(int(SeedSequence(seed, spawn_key=numbers).generate_state(1)[0]))

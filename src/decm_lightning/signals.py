@@ -1,4 +1,4 @@
-"""How processes end at a signal, if they have nothing to save."""
+"""How processes end at a signal if they have nothing to save."""
 
 import sys
 from collections.abc import Callable
@@ -9,14 +9,15 @@ import lightning as L
 
 
 def end_at_sigterm(trainer: L.Trainer) -> Callable[[int, Any], NoReturn]:
-    """Let SIGTERM end the process and those it has started; for a `setup` hook, before Lightning handles signals.
+    """Let SIGTERM end the process and its child processes.
 
-    On its own Lightning ends a fit after the next batch, with exit code 0, and no other method.
+    Call this in a `setup` hook, before Lightning handles signals. Without it, Lightning ends a fit after the next batch
+    with exit code 0, and does not end other methods.
 
     Returns:
         the handler, which raises SystemExit with 128 + the signal's number.
     """
-    # Spawned processes receive it with the trainer.
+    # Spawned processes receive the handler with the trainer.
     end = partial(_end, trainer)
     trainer._signal_connector._sigterm_notifier_fn = end  # type: ignore[assignment,method-assign]
     return end

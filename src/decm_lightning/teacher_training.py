@@ -1,4 +1,4 @@
-"""Training a class-conditional teacher by flow matching."""
+"""Train a class-conditional teacher by flow matching."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ class TeacherTraining(FlowTraining):
 
     Args:
         network: the network to train; it is evaluated on the diagonal s = t.
-        optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer. The default scales with the length of the run; with
-            warmup 0 and floor 1 it is a constant rate.
+        optimizer: creates the optimizer from the parameters.
+        lr_scheduler: creates a per-step schedule from the optimizer. The default adapts to the length of the run; with
+            warmup 0 and floor 1 the rate is constant.
         class_dropout: fraction of labels replaced by the null class, in [0, 1), for classifier-free guidance.
-        guidance: how the teacher is guided when it is sampled; training does not depend on it.
+        guidance: how the teacher is guided when it is sampled. It does not affect training.
         times: the distribution of t.
         ema_decay: largest decay of the average, in [0, 1); it covers about the last ninth of the run.
-        gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         compile: compile the network's blocks.
 
     Raises:
@@ -56,11 +56,11 @@ class TeacherTraining(FlowTraining):
         self.times = times
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that determine the run apart from its data."""
+        """Return the settings that determine the run, except its data."""
         return super().settings() | {"class_dropout": self.class_dropout, "times": self.times}
 
     def models(self) -> dict[str, FlowMapNetwork]:
-        """Return the averaged network, guided."""
+        """Return the averaged network with guidance."""
         return {"teacher": flow_map_of(GuidedField(self._averaged_velocity, self.average.null, self.guidance))}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_each_loss_and_the_total_have_the_norm_of_their_own_gradient_before_clip
 
 
 def test_a_loss_of_every_third_step_is_measured_and_no_logger_s_interval_misses_it(tmp_path):
-    """N2N of the paper is due at steps 0, 3, 6; the norms are taken at 0, 6, 12, and the logger asks at 3, 7, 11."""
+    """The paper's N2N is active at steps 0, 3, 6. Norms are computed at 0, 6, 12, and the logger reads at 3, 7, 11."""
     taken = []
 
     class Taken(L.Callback):
@@ -115,7 +115,7 @@ class Watched(L.Callback):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}])
 def test_the_norm_is_taken_once_a_step_and_read_once(options):
-    """On a GPU each value that is read on the host waits for the device: here for the check that it is finite."""
+    """On a GPU each value read on the host waits for the device; here the check for finite values does."""
     with Operations() as operations:
         fit([GradientNorms(every_n_steps=0), Watched(operations)], 12, optimizer=SGD, **options)
     assert operations.counts["aten::_foreach_norm"] == 12
@@ -204,7 +204,7 @@ def test_counting_goes_on_after_a_resume():
     first.load_state_dict(state)
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == state
-    # A shorter window keeps the last norms, and goes on from there in order.
+    # A shorter window keeps the last norms and continues in order.
     shorter = GradientNorms(window=12)
     shorter.load_state_dict(state)
     assert shorter.state_dict() == {"spikes": 3, "recent": [float(norm) for norm in range(18, 30)]}

@@ -1,4 +1,4 @@
-"""Throughput against time spent on purpose, and the parts of a step in the profiler's report."""
+"""Throughput compared with deliberate delays, and the parts of a step in the profiler's report."""
 
 import time
 

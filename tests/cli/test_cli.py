@@ -1,4 +1,4 @@
-"""The command line as a person uses it: what it does, and what it says when it cannot."""
+"""The command line as a user runs it: its results and its error messages."""
 
 import json
 import logging
@@ -155,7 +155,7 @@ def test_sample_writes_one_file_for_each_image_and_repeats_itself(decm):
 
 
 def test_an_image_depends_on_seed_and_number_alone(decm, monkeypatch):
-    """Not on the images that are computed with it, and on all bits of the seed."""
+    """Noise depends on all bits of the seed, and not on the other images of a batch."""
     torch.manual_seed(0)
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
@@ -174,7 +174,7 @@ def test_an_image_depends_on_seed_and_number_alone(decm, monkeypatch):
 
 
 def test_a_folder_of_samples_resumes_or_is_refused(decm):
-    """With whole images of the same settings only; nothing is mixed."""
+    """Only complete images of the same settings are reused."""
     decm(*RENOISED, "whole", "--per_class", "2")
     code, out, _ = decm(*RENOISED, "parts", "--per_class", "2")
     assert (code, out.splitlines()[-1]) == (0, "wrote 20 images to parts (consistency, 2 steps); 0 of 20 existed")
@@ -188,27 +188,27 @@ def test_a_folder_of_samples_resumes_or_is_refused(decm):
     assert {file.name: file.read_bytes() for file in Path("parts").iterdir()} == expected
     assert "wrote 0 images to parts (consistency, 2 steps); 20 of 20" in decm(*RENOISED, "parts", "--per_class", "2")[1]
     for changed, argv in (
-        ("classes [0, 1", ("--classes", "[3, 5]")),
-        ("steps 2, not 8", ("--steps", "8")),
-        ("seed 0, not 1", ("--seed", "1")),
-        ("sampler consistency, not mix", ("--sampler", "mix")),
-        ("per_class 2, not 3", ("--per_class", "3")),
+        ("classes: [0, 1", ("--classes", "[3, 5]")),
+        ("steps: 2 in the folder, requested 8", ("--steps", "8")),
+        ("seed: 0 in the folder, requested 1", ("--seed", "1")),
+        ("sampler: consistency in the folder, requested mix", ("--sampler", "mix")),
+        ("per_class: 2 in the folder, requested 3", ("--per_class", "3")),
     ):
         code, _, err = decm(*RENOISED, "parts", "--per_class", "2", *argv)
         assert code == 2
-        assert f"decm: error: parts holds samples of other settings ({changed}" in err
+        assert f"decm: error: parts has samples of other settings ({changed}" in err
     save(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10), "teacher")
-    assert "other settings (weights " in decm(*RENOISED, "parts", "--per_class", "2")[2]
+    assert "other settings (weights: " in decm(*RENOISED, "parts", "--per_class", "2")[2]
     Path("photos").mkdir()
     Path("photos/me.jpeg").touch()
-    assert "photos holds other images (me.jpeg exists without settings.json" in decm(*RENOISED, "photos")[2]
+    assert "photos has other images (me.jpeg exists without settings.json" in decm(*RENOISED, "photos")[2]
     Path("parts/settings.json").write_text("")
     assert "parts/settings.json is damaged (empty): remove the folder" in decm(*RENOISED, "parts")[2]
     assert {file.name for file in Path("parts").iterdir()} == expected.keys()
 
 
 def test_an_interrupted_sample_resumes(decm, monkeypatch):
-    """Ctrl-C passes, and what was written is whole."""
+    """Ctrl-C stops the command, and the written images are complete."""
     monkeypatch.setattr("decm_lightning.cli.sample.BATCH", 4)
     decm(*RENOISED, "whole", "--per_class", "1")
     plain, written = SampleFolder.write, []
@@ -227,7 +227,7 @@ def test_an_interrupted_sample_resumes(decm, monkeypatch):
 
 
 def test_the_default_sampler_fits_the_network(decm, caplog):
-    """Large steps of a teacher lead to class means: it is sampled by Euler, and a student by mix."""
+    """Large steps of a teacher lead to class means, so its default is Euler; a student's default is mix."""
     one = ("--classes", "[3]", "--per_class", "1")
     assert "(euler, 50 steps)" in decm("sample", "teacher", *one, "--out", "a.png")[1]
     assert "(euler, 4 steps)" in decm("sample", "teacher", *one, "--steps", "4", "--out", "b.png")[1]
@@ -236,7 +236,7 @@ def test_the_default_sampler_fits_the_network(decm, caplog):
         caplog.clear()
         assert f"({sampler}, 2 steps)" in decm("sample", "teacher", *one, "--sampler", sampler, "--out", "c.png")[1]
         [message] = caplog.messages
-        assert f"{sampler} blurs its samples; use --sampler euler --steps 50" in message
+        assert f"{sampler} blurs its samples: use --sampler euler --steps 50" in message
     caplog.clear()
     save(load("teacher").with_end_time(), "student")
     assert "(mix, 2 steps)" in decm("sample", "student", *one, "--out", "d.png")[1]
@@ -267,7 +267,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "no command 'train'"),
+        (["train"], "command 'train'"),
         (["sample", "nowhere"], "no checkpoint or folder at nowhere"),
         (["sample", "teacher", "--steps", "0"], "steps must be at least 1: got 0"),
         (
@@ -285,7 +285,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
         (["sample", "teacher", "--seed", "9223372036854775808"], "2**63 - 1: got 9223372036854775808"),
         (["sample", "teacher", "--out", ""], "out must be a folder or a .png file: got ''"),
         (["sample", "teacher", "--sampler", "euler?s1=0.5"], "sampler euler has no option 's1'"),
-        (["sample", "points", "--per_class", "1"], "samples of shape (2,), not images"),
+        (["sample", "points", "--per_class", "1"], "the model generates shape (2,)"),
         (
             ["sample", "teacher", "--sampler=mix?s1=1.5", "--steps", "2"],
             "s1 must be between 0 and 1, both excluded: got 1.5",
@@ -319,8 +319,14 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "renamed cannot be loaded: DiT.__init__",
         ),
         (["fit"], "fit needs --config FILE"),
-        (["fit", "--config", "empty.yaml"], "empty.yaml must hold keys such as trainer, model and data: got nothing"),
-        (["fit", "--config=list.yaml"], "list.yaml must hold keys such as trainer, model and data: got list"),
+        (
+            ["fit", "--config", "empty.yaml"],
+            "empty.yaml must be a mapping with keys such as trainer, model and data: got nothing",
+        ),
+        (
+            ["fit", "--config=list.yaml"],
+            "list.yaml must be a mapping with keys such as trainer, model and data: got list",
+        ),
         (["test", "-c", "broken.yaml"], "broken.yaml:1: not YAML: "),
         (digits("fit", "--trainer.max_steps", "0"), "trainer.max_steps must be at least 1, or -1 for no limit: got 0"),
         (
@@ -498,7 +504,7 @@ def test_settings_of_data_and_trainer_that_differ_are_named(trained, caplog):
 
 
 def test_a_checkpoint_never_overrides_the_command_line(trained):
-    """Lightning's CLI would build what a checkpoint's hyperparameters say, silently."""
+    """Lightning's CLI would silently build the classes of a checkpoint's hyperparameters."""
     assert trained("fit")[0] == 0
     content = torch.load("runs/one/checkpoints/last.ckpt", weights_only=True)
     torch.save(content | {"hyper_parameters": {"_class_path": "gone.Class", "ema_decay": 7}}, "edited.ckpt")
@@ -545,7 +551,7 @@ def test_an_error_before_a_run_leaves_no_file(trained):
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(decm, monkeypatch):
-    """Also where Lightning has turned it into exit code 1."""
+    """Also if Lightning turned it into exit code 1."""
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -60,7 +60,7 @@ def contents(folder):
 
 
 def start(*argv, stderr=subprocess.DEVNULL):
-    """Start a command as a program of its own."""
+    """Start a command as a separate program."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     return subprocess.Popen(
         [sys.executable, "-m", "decm_lightning.cli", *argv], env=environment, stdout=subprocess.DEVNULL,
@@ -89,8 +89,8 @@ def test_shards_hold_what_the_vae_says_of_both_flips(posterior, decm):
         found = latents.shards.read([number, 30 + number])
         for row, pixels in enumerate((image, image.flip(-1))):
             encoded = vae.encode(pixels).latent_dist
-            drawn = torch.randn(encoded.mean.shape[1:], generator=noise)
-            expected = encoded.mean + (encoded.std * drawn if posterior == "sample" else 0)
+            noise_of_image = torch.randn(encoded.mean.shape[1:], generator=noise)
+            expected = encoded.mean + (encoded.std * noise_of_image if posterior == "sample" else 0)
             torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=0)
     assert latents.provenance.vae.startswith("AutoencoderKL ")
     std, mean = torch.std_mean(latents.shards.read(range(60)), (0, 2, 3), correction=0, keepdim=True)
@@ -110,7 +110,7 @@ def test_every_tool_reads_what_it_writes(decm):
 
 
 def test_whoever_may_read_the_folder_may_read_the_shards(decm):
-    """The safetensors library would let the owner alone."""
+    """The safetensors library would give access only to the owner."""
     assert decm(*command("latents"))[0] == 0
     Path("new").touch()
     modes = {file.stat().st_mode for file in Path("latents").glob("*.*")}
@@ -365,7 +365,7 @@ def test_a_signal_ends_it_in_one_line(signum, decm):
 @pytest.mark.parametrize("name", ["china/0004.png", "flower/0003.png"])
 @pytest.mark.parametrize("length", [6, 300])
 def test_a_broken_image_of_one_of_two_processes_is_named(name, length, decm):
-    """The other process, which has no reason of its own to stop, gives one line too."""
+    """The other process, which did not fail itself, also prints one line."""
     Path("images", name).write_bytes(Path("images", name).read_bytes()[:length])
     run = start(*command("latents", "--devices", "2"), stderr=subprocess.PIPE)
     _, err = run.communicate(timeout=200)
@@ -387,7 +387,7 @@ def grey_vae():
         (command("latents", images="gone"), "no folder or file at gone"),
         (command("latents", images="vae"), "no image in vae"),
         (command("latents", vae="gone.pt"), "no file gone.pt: give a VAE's file"),
-        (command("latents", vae="grey"), "the VAE must be for RGB images: grey has 1 channels"),
+        (command("latents", vae="grey"), "the VAE must encode RGB images with 3 channels: grey has 1"),
         (command("latents", size=17), "size must be a multiple of the VAE's 2 pixels a latent: got 17"),
         (command("latents", size=0), "size must be a multiple of the VAE's 2 pixels a latent: got 0"),
         (command("latents", "--batch_size", "0"), "batch_size must be at least 1: got 0"),
@@ -420,16 +420,18 @@ def test_a_latent_student_gives_pictures(decm):
     assert decm(*command("latents"))[0] == 0
     torch.manual_seed(0)
     save(DiT(8, 2, patch_size=2, width=16, depth=1, heads=2, num_classes=2), Path("student"))
-    refused(decm, ["sample", "student"], "the model makes 2 channels, latents: give --vae and --latents")
+    refused(decm, ["sample", "student"], "the model generates latents with 2 channels: give --vae and --latents")
     refused(decm, ["sample", "student", "--vae", "vae"], "give --vae and --latents together")
-    argv = ["--per_class", "2", "--out", "drawn", "--latents", "latents"]
+    argv = ["--per_class", "2", "--out", "images_of_student", "--latents", "latents"]
     assert decm("sample", "student", *argv, "--vae", "vae")[0] == 0
-    assert len(list(Path("drawn").glob("*.png"))) == 4
+    assert len(list(Path("images_of_student").glob("*.png"))) == 4
     save_kl(Path("other"), seed=1)
     refused(decm, ["sample", "student", *argv, "--vae", "other"], "encoded these latents: other is AutoencoderKL")
     save(DiT(8, 3, patch_size=2, width=16, depth=1, heads=2, num_classes=2), Path("other_student"))
     refused(
-        decm, ["sample", "other_student", *argv, "--vae", "vae"], "the model makes 3 channels: latents of vae have 2"
+        decm,
+        ["sample", "other_student", *argv, "--vae", "vae"],
+        "the model generates 3 channels, but latents of vae have 2",
     )
 
 
@@ -446,8 +448,8 @@ def test_what_is_drawn_is_decoded(decm):
     x_0 = torch.randn(1, 2, 8, 8, generator=generator_of(3, 1))
     scaling = torch.load("latents/latents_stats.pt", weights_only=True)
     with torch.no_grad():
-        drawn = mix(network, x_0, torch.tensor([1]), steps=2) * scaling["std"] + scaling["mean"]
-        image = diffusers.AutoencoderKL.from_pretrained("vae").eval().decode(drawn).sample[0]
+        sampled = mix(network, x_0, torch.tensor([1]), steps=2) * scaling["std"] + scaling["mean"]
+        image = diffusers.AutoencoderKL.from_pretrained("vae").eval().decode(sampled).sample[0]
     expected = ((image.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0)
     found = torch.tensor(Image.open("one.png").getdata()).view(16, 16, 3)
     assert (found - expected).abs().max() <= 0.51
@@ -463,7 +465,7 @@ def test_the_record_says_how_it_was_encoded(decm):
 
 
 def refused(decm, argv, message):
-    """Check that a command ends with one line that has the message."""
+    """Check that a command ends with a one-line error that contains the message."""
     code, _, err = decm(*argv)
     lines = [line for line in err.splitlines() if line.startswith("decm: error: ")]
     assert code == 2

@@ -1,4 +1,4 @@
-"""What the front does before and around a command: early checks, suggestions, modules next to a config, output."""
+"""The command line around a command: early checks, suggestions, modules next to a config, output."""
 
 import logging
 import os
@@ -198,7 +198,7 @@ def write_module(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("folder", ["elsewhere", "."])
 def test_a_module_next_to_the_config_is_found(folder, decm, place, monkeypatch):
-    """And nothing there replaces a module of an installed package."""
+    """A module there does not shadow an installed package."""
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(place))])
     name = f"photos_{folder.strip('.')}"
     config = write_module(place / folder, name)
@@ -233,7 +233,7 @@ def test_two_processes_find_a_module_next_to_the_config(strategy, place):
 
 
 def test_output_outlives_its_reader():
-    """What a pipe cannot take is discarded, also what was buffered before it was closed."""
+    """Output to a closed pipe is discarded, including buffered output."""
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
         output = Output(stream)

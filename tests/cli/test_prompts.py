@@ -1,4 +1,4 @@
-"""decm sample-prompts: images in GenEval's layout, resumed where they stopped, and what is wrong with a file."""
+"""decm sample-prompts: images in GenEval's layout, resumed folders, and errors in a file of prompts."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ LINES = [
     '{"tag": "counting",  "prompt": "zwei K\u00fche \u2028 \u725b"}',
 ]
 NAMES = ("00000", "00001", "00002")
-DRAW = ("sample-prompts", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
+GENERATE = ("sample-prompts", "student", "--prompts", "prompts.jsonl", "--encoder", "encoder", "--per_prompt", "2")
 
 
 def text_dit(seed: int) -> TextDiT:
@@ -43,7 +43,7 @@ def text_dit(seed: int) -> TextDiT:
 
 @pytest.fixture
 def decm(monkeypatch, tmp_path, capsys):
-    """A function that runs one command beside a tiny student, its real tiny text encoder and a file of prompts."""
+    """A function that runs one command in a folder with a tiny student, its tiny text encoder and a file of prompts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)
     save(text_dit(0), "student")
@@ -79,20 +79,20 @@ def scored(folder: Path) -> dict[str, tuple[dict, list[bytes]]]:
 
 
 def test_the_layout_is_what_genevals_scorer_reads(decm, tmp_path):
-    assert decm(*DRAW, "--out", "drawn")[0] == 0
-    found = scored(tmp_path / "drawn")
+    assert decm(*GENERATE, "--out", "images")[0] == 0
+    found = scored(tmp_path / "images")
     assert sorted(found) == ["00000", "00001", "00002"]
     assert [found[name][0] for name in sorted(found)] == [json.loads(line) for line in LINES]
-    assert (tmp_path / "drawn/00000/metadata.jsonl").read_text() == LINES[0] + "\n"
-    assert (tmp_path / "drawn/00000/samples/0001.png").is_file()
-    assert Image.open("drawn/00000/samples/0001.png").size == (8, 8)
-    images = [image for _, pictures in found.values() for image in pictures]
+    assert (tmp_path / "images/00000/metadata.jsonl").read_text() == LINES[0] + "\n"
+    assert (tmp_path / "images/00000/samples/0001.png").is_file()
+    assert Image.open("images/00000/samples/0001.png").size == (8, 8)
+    images = [image for _, images in found.values() for image in images]
     assert len(set(images)) == 6
 
 
 def test_images_are_the_students_for_the_encoded_prompt(decm):
-    """By hand, from the network, the encoder and the sampler: only where the noise comes from is the command's own."""
-    assert decm(*DRAW, "--out", "drawn", "--steps", "2")[0] == 0
+    """Images are computed again from the network, the encoder and the sampler, with the noise of the command."""
+    assert decm(*GENERATE, "--out", "images", "--steps", "2")[0] == 0
     noise = []
     plain = torch.randn
 
@@ -102,13 +102,13 @@ def test_images_are_the_students_for_the_encoded_prompt(decm):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", kept)
-        assert decm(*DRAW, "--out", "again", "--steps", "2")[0] == 0
+        assert decm(*GENERATE, "--out", "again", "--steps", "2")[0] == 0
     captions = TextEncoder("encoder")([json.loads(LINES[1])["prompt"]])
     two = Captions(captions.tokens.expand(2, -1, -1), captions.mask.expand(2, -1))
     with torch.no_grad():
-        made = mix(text_dit(0).eval(), torch.stack([drawn for drawn in noise if drawn.shape == (3, 8, 8)][2:4]), two, 2)
+        made = mix(text_dit(0).eval(), torch.stack([part for part in noise if part.shape == (3, 8, 8)][2:4]), two, 2)
     expected = ((made + 1) * 127.5).round().clamp(0, 255)
-    for folder in ("drawn", "again"):
+    for folder in ("images", "again"):
         for row in range(2):
             image = torch.from_numpy(np.array(Image.open(f"{folder}/00001/samples/{row:04d}.png"))).permute(2, 0, 1)
             torch.testing.assert_close(image.float(), expected[row], atol=1, rtol=0)
@@ -117,7 +117,7 @@ def test_images_are_the_students_for_the_encoded_prompt(decm):
 def test_a_grid_shows_the_same_images_at_each_number_of_steps(decm, monkeypatch):
     seen = []
     monkeypatch.setattr("decm_lightning.cli.sample_prompts.save_named_grid", lambda *given: seen.append(given))
-    assert decm(*DRAW, "--out", "grid.png", "--steps", "[1, 3]")[0] == 0
+    assert decm(*GENERATE, "--out", "grid.png", "--steps", "[1, 3]")[0] == 0
     ((images, rows, columns, file),) = seen
     assert (rows[:2], columns, file) == (
         ["a photo of a bench", "a photo of a red cow"],
@@ -125,15 +125,15 @@ def test_a_grid_shows_the_same_images_at_each_number_of_steps(decm, monkeypatch)
         Path("grid.png"),
     )
     for steps, part in ((1, images[:, :2]), (3, images[:, 2:])):
-        assert decm(*DRAW, "--out", f"files-{steps}", "--steps", str(steps))[0] == 0
-        drawn = [image for _, pictures in map(scored(Path(f"files-{steps}")).get, NAMES) for image in pictures]
-        assert drawn == [image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in part.flatten(0, 1)]
+        assert decm(*GENERATE, "--out", f"files-{steps}", "--steps", str(steps))[0] == 0
+        found = [image for _, images in map(scored(Path(f"files-{steps}")).get, NAMES) for image in images]
+        assert found == [image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in part.flatten(0, 1)]
 
 
 def test_what_is_there_is_not_drawn_again(decm, tmp_path):
-    decm(*DRAW, "--out", "whole", "--sampler", "consistency", "--steps", "2")
+    decm(*GENERATE, "--out", "whole", "--sampler", "consistency", "--steps", "2")
     expected = scored(tmp_path / "whole")
-    decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
+    decm(*GENERATE, "--out", "parts", "--sampler", "consistency", "--steps", "2")
     kept = tmp_path / "parts/00000/samples/0000.png"
     Image.new("RGB", (8, 8), "red").save(kept)
     red = kept.read_bytes()
@@ -141,12 +141,12 @@ def test_what_is_there_is_not_drawn_again(decm, tmp_path):
     (tmp_path / "parts/00001/metadata.jsonl").unlink()
     (tmp_path / "parts/00001/samples/0001.png").write_bytes(b"half an image")
     (tmp_path / "parts/00002/samples/0000.png").unlink()
-    code, out, _ = decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")
+    code, out, _ = decm(*GENERATE, "--out", "parts", "--sampler", "consistency", "--steps", "2")
     assert code == 0
     assert "wrote images of 2 prompts to parts (consistency, 2 steps); 1 of 3 existed" in out
     assert kept.read_bytes() == red
     kept.unlink()
-    assert "images of 1 prompts" in decm(*DRAW, "--out", "parts", "--sampler", "consistency", "--steps", "2")[1]
+    assert "images of 1 prompts" in decm(*GENERATE, "--out", "parts", "--sampler", "consistency", "--steps", "2")[1]
     assert scored(tmp_path / "parts") == expected
 
 
@@ -154,60 +154,60 @@ def test_what_is_there_is_not_drawn_again(decm, tmp_path):
 @pytest.mark.parametrize("name", ["metadata.jsonl", "samples/0001.png"])
 def test_a_prompt_is_there_only_if_all_of_it_is_whole(decm, tmp_path, name, damage):
     """As after a full disk: a file of the right name with the beginning, or nothing, of its content."""
-    decm(*DRAW, "--out", "drawn")
-    expected = scored(tmp_path / "drawn")
-    file = tmp_path / "drawn/00000" / name
+    decm(*GENERATE, "--out", "images")
+    expected = scored(tmp_path / "images")
+    file = tmp_path / "images/00000" / name
     file.write_bytes(damage if name.endswith("jsonl") else file.read_bytes()[: 100 - len(damage)])
-    assert "images of 1 prompts to drawn (mix, 2 steps); 2 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
-    assert scored(tmp_path / "drawn") == expected
-    assert "images of 0 prompts to drawn (mix, 2 steps); 3 of 3 existed" in decm(*DRAW, "--out", "drawn")[1]
+    assert "images of 1 prompts to images (mix, 2 steps); 2 of 3 existed" in decm(*GENERATE, "--out", "images")[1]
+    assert scored(tmp_path / "images") == expected
+    assert "images of 0 prompts to images (mix, 2 steps); 3 of 3 existed" in decm(*GENERATE, "--out", "images")[1]
 
 
 def test_an_image_of_another_size_or_a_foreign_one_is_not_taken(decm, tmp_path):
-    decm(*DRAW, "--out", "drawn")
-    expected = scored(tmp_path / "drawn")
-    Image.new("RGB", (16, 16)).save("drawn/00002/samples/0000.png")
-    assert "images of 1 prompts to drawn (mix, 2 steps); 2 of 3" in decm(*DRAW, "--out", "drawn")[1]
-    assert scored(tmp_path / "drawn") == expected
-    Image.new("RGB", (8, 8)).save("drawn/00002/samples/0002.png")
-    code, _, err = decm(*DRAW, "--out", "drawn")
+    decm(*GENERATE, "--out", "images")
+    expected = scored(tmp_path / "images")
+    Image.new("RGB", (16, 16)).save("images/00002/samples/0000.png")
+    assert "images of 1 prompts to images (mix, 2 steps); 2 of 3" in decm(*GENERATE, "--out", "images")[1]
+    assert scored(tmp_path / "images") == expected
+    Image.new("RGB", (8, 8)).save("images/00002/samples/0002.png")
+    code, _, err = decm(*GENERATE, "--out", "images")
     assert code == 2
-    assert "drawn holds other images (00002/samples/0002.png is not one of its samples)" in err
+    assert "images has other images (00002/samples/0002.png is not one of its samples)" in err
 
 
 def test_prompts_that_are_cut_are_counted(decm, caplog, monkeypatch):
     monkeypatch.setattr(TextEncoder.__init__, "__defaults__", (12,))
-    assert decm(*DRAW, "--out", "drawn")[0] == 0
+    assert decm(*GENERATE, "--out", "images")[0] == 0
     assert [message for message in caplog.messages if "cut" in message] == ["2 of 3 captions were cut to 12 tokens"]
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63)])
 def test_a_seed_out_of_range_is_refused_before_anything(decm, seed):
     Path("empty").mkdir()
-    code, _, err = decm("sample-prompts", "empty", *DRAW[2:], "--out", "drawn", "--seed", seed)
+    code, _, err = decm("sample-prompts", "empty", *GENERATE[2:], "--out", "images", "--seed", seed)
     assert code == 2
     assert err.endswith(f"decm: error: seed must be from 0 to 2**63 - 1: got {seed}\n")
 
 
 def test_settings_that_are_empty_are_named(decm):
-    Path("drawn").mkdir()
-    Path("drawn/settings.json").touch()
-    code, _, err = decm(*DRAW, "--out", "drawn")
+    Path("images").mkdir()
+    Path("images/settings.json").touch()
+    code, _, err = decm(*GENERATE, "--out", "images")
     assert code == 2
-    assert "decm: error: drawn/settings.json is damaged (empty): remove the folder to start again" in err
+    assert "decm: error: images/settings.json is damaged (empty): remove the folder to start again" in err
 
 
 @pytest.mark.parametrize("changed", ["steps", "seed", "weights", "prompts"])
 def test_images_drawn_otherwise_are_not_mixed(decm, changed):
-    decm(*DRAW, "--out", "drawn")
+    decm(*GENERATE, "--out", "images")
     more = {"steps": ("--steps", "3"), "seed": ("--seed", "1")}.get(changed, ())
     if changed == "weights":
         save(text_dit(1), "student")
     if changed == "prompts":
         Path("prompts.jsonl").write_text("\n".join(LINES[:2]))
-    code, _, err = decm(*DRAW, "--out", "drawn", *more)
+    code, _, err = decm(*GENERATE, "--out", "images", *more)
     assert code == 2
-    assert f"drawn holds samples of other settings ({changed} " in err
+    assert f"images has samples of other settings ({changed}: " in err
     assert "choose another folder" in err
 
 
@@ -225,12 +225,12 @@ def test_plain_text_has_one_prompt_a_line(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", "a cat\n\na dog\n", "p.txt, line 2: the prompt is empty"),
-        ("p.txt", "", "p.txt has no prompt: it is empty"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl, line 2: not a line of JSON"),
+        ("p.txt", "", "p.txt is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl, line 2: invalid JSON"),
         ("p.jsonl", '{"prompt": " "}\n', "p.jsonl, line 1: the prompt is empty"),
-        ("p.jsonl", '{"text": "a"}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
-        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
-        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1: expected {"prompt": "..."}'),
+        ("p.jsonl", '{"text": "a"}\n', 'p.jsonl, line 1: expected an object with {"prompt": "..."}'),
+        ("p.jsonl", '["a"]\n', 'p.jsonl, line 1: expected an object with {"prompt": "..."}'),
+        ("p.jsonl", '{"prompt": 3}\n', 'p.jsonl, line 1: expected an object with {"prompt": "..."}'),
         ("p.txt", b"caf\xe9\n", "p.txt is not text in UTF-8"),
         ("missing.txt", None, "no file of prompts at missing.txt"),
     ],
@@ -238,30 +238,30 @@ def test_plain_text_has_one_prompt_a_line(tmp_path):
 def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
     if content is not None:
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, _, err = decm(*DRAW, "--prompts", name, "--out", "drawn")
+    code, _, err = decm(*GENERATE, "--prompts", name, "--out", "images")
     assert code == 2
     assert f"decm: error: {message}" in err
     assert len([line for line in err.splitlines() if line.startswith("decm: ")]) == 1
-    assert not Path("drawn").exists()
+    assert not Path("images").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["sample", "student"], "student reads captions: use decm sample-prompts student"),
-        ([*DRAW[:4]], "text_encoder"),
-        (["sample-prompts", "classes", *DRAW[2:]], "classes reads classes: use decm sample classes"),
+        ([*GENERATE[:4]], "text_encoder"),
+        (["sample-prompts", "classes", *GENERATE[2:]], "classes reads classes: use decm sample classes"),
         (
-            [*DRAW, "--out", "prompts.jsonl"],
+            [*GENERATE, "--out", "prompts.jsonl"],
             "out must be a folder or a .png file that can be written: got prompts.jsonl",
         ),
-        (["sample-prompts", "diverged", *DRAW[2:], "--out", "a.png"], "images are not finite"),
-        ([*DRAW, "--out", "a", "--steps", "[1, 2]"], "several numbers of steps are for a grid, in one .png file"),
+        (["sample-prompts", "diverged", *GENERATE[2:], "--out", "a.png"], "images are not finite"),
+        ([*GENERATE, "--out", "a", "--steps", "[1, 2]"], "got steps [1, 2] and out a"),
         (["sample", "classes", "--steps", "[1, 2]"], "steps: Expected a <class 'int'>"),
-        ([*DRAW, "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
-        ([*DRAW, "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
-        ([*DRAW, "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
-        ([*DRAW, "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),
+        ([*GENERATE, "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
+        ([*GENERATE, "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
+        ([*GENERATE, "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),
+        ([*GENERATE, "--out", "a", "--encoder", "minilm"], "caption tokens must be (b, n, 8): got (2, 7, 384)"),
     ],
 )
 def test_bad_input_is_one_line(decm, argv, message):
@@ -279,16 +279,16 @@ def test_latents_of_captions_are_decoded_by_the_vaes_own_scaling(decm):
     torch.manual_seed(0)
     save(TextDiT(4, 2, 8, patch_size=2, width=16, depth=1, heads=2), "latent")
     vae = str(save_kl(Path("vae")))
-    argv = ["sample-prompts", "latent", *DRAW[2:], "--out", "drawn"]
+    argv = ["sample-prompts", "latent", *GENERATE[2:], "--out", "images"]
     code, _, err = decm(*argv)
     assert code == 2
-    assert "the model makes 2 channels, latents: give --vae, the VAE that encoded them" in err
+    assert "the model generates latents with 2 channels: give --vae, the VAE that encoded them" in err
     seen = []
     plain = LatentCoder.decode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatentCoder, "decode", lambda self, x: seen.append(x) or plain(self, x))
         assert decm(*argv, "--vae", vae)[0] == 0
     expected = to_uint8(LatentCoder(load_autoencoder(vae)).decode(seen[0]))
-    image = torch.from_numpy(np.array(Image.open("drawn/00000/samples/0000.png"))).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(Image.open("images/00000/samples/0000.png"))).permute(2, 0, 1)
     assert torch.equal(image, expected[0])
     assert image.shape == (3, 8, 8)

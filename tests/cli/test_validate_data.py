@@ -39,7 +39,7 @@ def decm(monkeypatch, tmp_path, capsys):
 
 
 def poison(folder):
-    """Make one latent infinite that the check before training leaves out."""
+    """Make a latent infinite that the check before training does not read."""
     tensors = load_file(folder / SHARD)
     tensors["latents_flip"][3, 1, 2, 3] = torch.inf
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / SHARD)
@@ -257,7 +257,7 @@ def test_a_teacher_trains_on_latents(decm):
 
 
 def refused(decm, argv, message):
-    """Check that a command ends with one line that has the message."""
+    """Check that a command ends with a one-line error that contains the message."""
     code, _, err = decm(*argv)
     lines = [line for line in err.splitlines() if line.startswith("decm: error: ")]
     assert code == 2

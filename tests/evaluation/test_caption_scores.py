@@ -1,4 +1,4 @@
-"""Scores against captions in a test run: their columns, what the protocol says of them, and what cannot be measured."""
+"""Caption scores in a test run: their columns, their entries in the protocol, and scores that cannot be measured."""
 
 import json
 
@@ -33,7 +33,7 @@ class Means(FeatureNetwork):
 
 
 class Colours(CaptionedImages):
-    """60 images whose four quarters are of colours that the captions' two tokens tell, with noise."""
+    """60 noisy images whose quarters have the colors of the captions' two tokens."""
 
     def __init__(self):
         super().__init__(8, 0.3, None, 0)
@@ -75,7 +75,7 @@ def digits() -> DiT:
 
 
 def test_caption_accuracy_is_a_column_with_chance_and_the_share_of_real_images(tmp_path):
-    """By hand: the probe fitted to the training pairs, on the spec's own samples for the captions in order."""
+    """The probe is fitted again to the training pairs and applied to the spec's samples."""
     L.seed_everything(0, verbose=False)
     data = Colours()
     module = distiller(TextDiT(8, 3, 6, patch_size=4, width=16, depth=1, heads=2))

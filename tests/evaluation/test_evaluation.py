@@ -183,7 +183,7 @@ def test_diverged_weights_are_named(tmp_path):
 def test_missing_images_classes_and_models_are_refused(tmp_path):
     data = Digits()
     data.reference_size = 0
-    with pytest.raises(ValueError, match="no real images to measure against: the validation or test loader is empty"):
+    with pytest.raises(ValueError, match="the validation or test loader is empty"):
         trainer(tmp_path, evaluation()).validate(distiller(), datamodule=data, verbose=False)
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
@@ -209,7 +209,7 @@ def test_arguments_out_of_their_range_are_refused(options, message):
 
 
 def results(folder, data=None, **options) -> tuple[dict, dict[str, float]]:
-    """What quality.json says, and what was logged."""
+    """Return the content of quality.json and the logged values."""
     running = trainer(folder, evaluation(**{"test_specs": ["student/mix/2"]} | options))
     logged = running.test(distiller(), datamodule=data or Digits(reference_size=50), verbose=False)[0]
     return json.loads((folder / "quality.json").read_text()), logged
@@ -357,7 +357,7 @@ def test_labels_change_the_samples_and_batches_do_not(tmp_path):
 
 
 class Moved(Small):
-    """Keeps when it is moved to where the module computes, and when back."""
+    """Records when it is moved to the module's device, and when it is moved back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ class Moved(Small):
 
 
 class Releasing(Digits):
-    """Counts how often its decoder is let go, and with a limit fails to decode."""
+    """Counts how often its decoder is released, and fails to decode above a limit."""
 
     def __init__(self, limit=1000, **options) -> None:
         super().__init__(**options)

@@ -31,7 +31,7 @@ def distiller(guidance: Guidance = Guidance(2.0), channels: int = 1) -> Distille
 
 
 class Decoded(Digits):
-    """Latents of four channels, whose decoder shows the negative of the first: a closed form to compare with."""
+    """Latents of four channels, whose decoder returns the negative of the first channel."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Decoded(Digits):
 
 
 class Prompted(L.LightningDataModule):
-    """Data without classes, which give the conditions themselves."""
+    """Data without classes, which choose the conditions themselves."""
 
     def condition(self, rows, seed) -> Tensor:
         return torch.tensor([(7 * row + seed) % 10 for row in rows])
@@ -256,7 +256,7 @@ def test_no_rows_take_a_pass_and_give_no_image():
 
 
 def test_what_cannot_be_shown_is_refused():
-    with pytest.raises(ValueError, match=r"the network makes \(4, 8, 8\), which needs a decoder: give the trainer a"):
+    with pytest.raises(ValueError, match=r"the network generates \(4, 8, 8\)"):
         SampleGenerator(distiller(channels=4), Prompted()).check([])
     with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
         SampleGenerator(distiller(), None).check([])

@@ -25,7 +25,7 @@ def filled(folder: Path, settings=SETTINGS) -> SampleFolder:
 
 
 def test_a_folder_resumes_by_name(tmp_path: Path) -> None:
-    """What is lost, cut short or of another size is missing; what is whole is not."""
+    """Lost, truncated and resized images are missing; complete images are not."""
     samples = SampleFolder(tmp_path / "new" / "samples", SETTINGS, NAMES)
     samples.check()
     assert not samples.folder.exists()
@@ -50,17 +50,17 @@ def test_a_folder_resumes_by_name(tmp_path: Path) -> None:
     [
         (
             SETTINGS | {"steps": 4, "seed": 1},
-            r"other settings \(steps 2, not 4; seed 0, not 1\): choose another folder",
+            r"other settings \(steps: 2 in the folder, requested 4; seed: 0 in the folder, requested 1\): choose another folder",
         ),
-        (SETTINGS | {"s1": 0.5}, r"other settings \(s1 None, not 0.5\)"),
-        ({"seed": 0, "steps": 2}, r"other settings \(sampler mix, not None\)"),
-        (dict.fromkeys("abcdefg", 1), r"other settings \(a None, not 1; .* and 6 more\)"),
+        (SETTINGS | {"s1": 0.5}, r"other settings \(s1: None in the folder, requested 0.5\)"),
+        ({"seed": 0, "steps": 2}, r"other settings \(sampler: mix in the folder, requested None\)"),
+        (dict.fromkeys("abcdefg", 1), r"other settings \(a: None in the folder, requested 1; .* and 6 more\)"),
     ],
 )
 def test_samples_of_other_settings_are_refused(settings, message, tmp_path: Path) -> None:
     filled(tmp_path)
     for method in ("check", "begin"):
-        with pytest.raises(ValueError, match=f"^{tmp_path} holds samples of {message}"):
+        with pytest.raises(ValueError, match=f"^{tmp_path} has samples of {message}"):
             getattr(SampleFolder(tmp_path, settings, NAMES), method)()
 
 
@@ -77,12 +77,12 @@ def test_other_images_are_refused(name, begun, tmp_path: Path) -> None:
         filled(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"^{tmp_path} holds other images .{name} .*choose another folder"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} has other images .{name} .*choose another folder"):
         SampleFolder(tmp_path, SETTINGS, NAMES).check()
     if begun and "photo" not in name:
         SampleFolder(tmp_path, SETTINGS).check()
     else:
-        with pytest.raises(ValueError, match="holds other images"):
+        with pytest.raises(ValueError, match="has other images"):
             SampleFolder(tmp_path, SETTINGS).check()
 
 
@@ -101,7 +101,7 @@ def test_damaged_settings_are_named_with_what_to_do(content, tmp_path: Path) -> 
 
 
 def test_one_of_several_that_begin_at_once_wins(tmp_path: Path) -> None:
-    """Those with the same settings go on, and those with others are refused."""
+    """Processes with the same settings continue, and those with other settings are refused."""
 
     def begin(number: int) -> bool:
         name = sample_name(number % 8)

@@ -89,7 +89,7 @@ def test_a_folder_is_completed_and_one_with_other_samples_is_refused(tmp_path):
     assert len(after) == len(before) + 8
     assert all(after[name] == content for name, content in before.items())
     others = [({"spec": "teacher/euler/3"}, "teacher/euler/2"), ({"std": 0.2}, "weights")]
-    others += [({"seed": 1}, "seed 0, not 1"), ({"labels": "uniform"}, "labels")]
+    others += [({"seed": 1}, "seed: 0 in the folder, requested 1"), ({"labels": "uniform"}, "labels")]
     for options, named in others:
         with pytest.raises(ValueError, match=named):
             written(tmp_path, **options)
@@ -111,7 +111,7 @@ def test_a_folder_of_other_captions_or_networks_is_refused(tmp_path):
         return TextDiT(8, 1, 2, patch_size=4, width=16, depth=1, heads=2)
 
     written(tmp_path, Captioned(), network=network(), samples=2)
-    for data, named in ((Others(), "captions"), (Encoded(), "encoder None, not another")):
+    for data, named in ((Others(), "captions"), (Encoded(), "encoder: None in the folder, requested another")):
         with pytest.raises(ValueError, match=named):
             written(tmp_path, data, network=network(), samples=2)
 
@@ -119,7 +119,7 @@ def test_a_folder_of_other_captions_or_networks_is_refused(tmp_path):
 def test_nothing_is_skipped_in_silence(tmp_path, monkeypatch):
     monkeypatch.setattr(Captioned, "predict_dataloader", lambda self: [])
     network = TextDiT(8, 1, 2, patch_size=4, width=16, depth=1, heads=2)
-    with pytest.raises(ValueError, match="predict_dataloader must have a batch"):
+    with pytest.raises(ValueError, match="predict_dataloader must have at least one batch"):
         written(tmp_path, Captioned(), network=network)
 
 

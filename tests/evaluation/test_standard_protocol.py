@@ -1,4 +1,4 @@
-"""The whole protocol once, on the network of the FID with random weights: what `decm test` writes for ImageNet."""
+"""The whole protocol of `decm test` for ImageNet, on the Inception network with random weights."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The files of a table: both or neither, and whole."""
+"""The files of a table: both are written completely, or neither."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A researcher's first run: `Distiller(teacher)` with nothing else, against FACM's preset."""
+"""A researcher's first run, `Distiller(teacher)` with all defaults, compared with FACM's preset."""
 
 from pathlib import Path
 

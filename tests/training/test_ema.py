@@ -1,4 +1,4 @@
-"""The average of the weights: in float32 in every precision, with its buffers, and as it is loaded again."""
+"""The average of the weights: float32 in every precision, buffers, and loading it again."""
 
 import lightning as L
 import pytest
@@ -99,7 +99,7 @@ def test_average_is_saved_resumed_and_loaded_in_float32(precision, tmp_path):
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_moves_and_casts_leave_the_average_in_float32(precision):
-    """Whatever the module is cast to; only wider dtypes reach it, and all of them the network."""
+    """The average stays in float32 for narrower casts of the module, and follows wider ones."""
     module = TeacherTraining(tiny())
     before = {name: value.clone() for name, value in module.average.state_dict().items()}
     module.bfloat16().half().cpu()

@@ -1,4 +1,4 @@
-"""However a run ends, its last step is in last.ckpt, and a signal ends it with the exit code that shells expect."""
+"""The last step of every run is in last.ckpt, and a signal gives the exit code that shells expect."""
 
 import os
 import signal
@@ -143,7 +143,7 @@ def test_a_run_that_a_signal_has_stopped_resumes_to_the_same_bits(signum, hook, 
 
 
 class KilledWhileLoading(Digits):
-    """Receives SIGTERM when Lightning has taken over the signals and no batch has been trained on."""
+    """Receives SIGTERM after Lightning has installed its handlers and before the first batch."""
 
     def train_dataloader(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -201,7 +201,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
 
 
 def test_a_job_that_slurm_will_requeue_is_saved_between_two_steps(tmp_path, monkeypatch):
-    """Lightning saves within the signal's handler, in the middle of a step: there it would not resume exactly."""
+    """Lightning saves within the signal handler, in the middle of a step, which would not resume exactly."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")

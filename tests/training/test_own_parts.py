@@ -1,4 +1,4 @@
-"""Parts of one's own, named by a config: edge, time law, normalization, time weight, engine, schedule."""
+"""Custom parts named by a config: edge, time law, normalization, time weight, engine, schedule."""
 
 import sys
 from pathlib import Path

@@ -41,7 +41,7 @@ class Few(InMemoryImages):
 
 
 class Plain(L.LightningDataModule):
-    """Somebody's own data, without a place to keep: in order, by an ordinary DataLoader."""
+    """A user's data without a saved position, in order, from an ordinary DataLoader."""
 
     def setup(self, stage: str) -> None:
         images = torch.randn(13, 1, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -52,7 +52,7 @@ class Plain(L.LightningDataModule):
 
 
 class Stream(L.LightningDataModule):
-    """Somebody's own stream of four batches an epoch, which does not know its length."""
+    """A user's stream of four batches per epoch, which does not know its length."""
 
     class Batches(IterableDataset):
         def __iter__(self):
@@ -64,7 +64,7 @@ class Stream(L.LightningDataModule):
 
 
 class SaveEverywhere(L.Callback):
-    """Saves a checkpoint in every hook there is, numbered."""
+    """Saves a numbered checkpoint in every hook."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -315,7 +315,7 @@ def test_learning_rate_and_weight_decay_come_from_the_config_and_are_named(tmp_p
     assert (group["lr"], group["weight_decay"]) == (1e-6, 0.5)
     assert "optimizer.lr 1e-06 (0.001 in the checkpoint)" in caplog.text
     assert "optimizer.weight_decay 0.5 (0.1 in the checkpoint)" in caplog.text
-    # Moments are state, and go on.
+    # Moments are state and are restored.
     (before, *_), (after, *_) = saved.values(), resumed.optimizers[0].state_dict()["state"].values()
     assert after["step"] == before["step"] + 1 == 4
 

@@ -58,8 +58,8 @@ def test_values_out_of_range_are_refused(options, value):
         schedule(10, **options)
 
 
-class Asked(L.Callback):
-    """Remembers the length of the run, and the rate and the start of the noise edge at each step."""
+class Recorder(L.Callback):
+    """Records the length of the run, and the learning rate at each step."""
 
     def __init__(self):
         self.rates = []
@@ -73,14 +73,14 @@ class Asked(L.Callback):
 
 
 def fit(module, data, *callbacks, checkpoint=None, **options):
-    asked = Asked()
+    recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), callbacks=[asked, *callbacks],
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), callbacks=[recorder, *callbacks],
         **options,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=checkpoint)
-    return asked
+    return recorder
 
 
 def teacher(**options):
@@ -100,22 +100,22 @@ def teacher(**options):
     ],
 )
 def test_length_of_a_run_is_what_it_trains(options, length):
-    asked = fit(teacher(), Few(3), **options)
-    assert (asked.length, asked.trained) == (length, length)
+    recorder = fit(teacher(), Few(3), **options)
+    assert (recorder.length, recorder.trained) == (length, length)
 
 
 @pytest.mark.parametrize("scheduling", [{0: 1, 1: 2, 2: 3}, {0: 3, 1: 2}])
 def test_length_of_a_run_whose_accumulation_changes(scheduling):
-    asked = fit(teacher(), Few(3), GradientAccumulationScheduler(scheduling), max_epochs=3)
-    assert asked.length == asked.trained
+    recorder = fit(teacher(), Few(3), GradientAccumulationScheduler(scheduling), max_epochs=3)
+    assert recorder.length == recorder.trained
 
 
 @pytest.mark.parametrize(("data", "options"), [(Stream(), {"max_epochs": 1}), (Few(3), {"max_time": "00:00:00:01"})])
 def test_run_of_unknown_length_warms_up_and_stays(data, options):
     """A stream without a length, and a run that only the clock ends."""
-    asked = fit(teacher(), data, **options)
-    assert asked.length is None
-    assert asked.rates[:3] == pytest.approx([1e-3 * (k + 1) / 1001 for k in range(3)])
+    recorder = fit(teacher(), data, **options)
+    assert recorder.length is None
+    assert recorder.rates[:3] == pytest.approx([1e-3 * (k + 1) / 1001 for k in range(3)])
 
 
 def student(**options):

@@ -1,4 +1,4 @@
-"""The gradient norm of each loss and of their sum, and a count of spikes: the paper's Figure 4 while training."""
+"""Log the gradient norm of each loss and of their sum, and count spikes, as in the paper's Figure 4."""
 
 from typing import Any, ClassVar
 
@@ -16,17 +16,17 @@ FEWEST = 10
 
 
 class GradientNorms(L.Callback):
-    """Logs `grad_norm/total` at each step, `grad_norm/<loss>` at every n-th, and `grad_norm/spikes` so far.
+    """Logs `grad_norm/total` at each step, `grad_norm/<loss>` regularly, and the number `grad_norm/spikes`.
 
-    Norms are taken before clipping. A spike is a step whose total norm exceeds ten times the median of the last
-    `window` steps. Steps with a non-finite norm, which a gradient scaler skips, are left out. The norm of a single loss
-    costs a backward pass, so it is only taken at every n-th step; the norms of the losses need not add up to the total,
-    since opposite gradients cancel. Gradients are averaged over all processes before their norm is taken. The total is
-    the norm that the module's checks take, and nothing waits for the device.
+    Norms are computed before clipping, from gradients averaged over all processes. A spike is a step whose total norm
+    exceeds ten times the median of the last `window` steps. Steps with a non-finite norm, which a gradient scaler
+    skips, are ignored. The norm of a single loss costs a backward pass, so it is only computed every `every_n_steps`
+    steps. The norms of the losses need not add up to the total, because opposite gradients cancel. The total is the
+    norm that the module's checks compute. The callback never waits for the device.
 
     Args:
-        every_n_steps: steps between two measurements of the single losses, at steps 0, n, 2n and so on, for losses that
-            are active there; 0 for never. In between, the last norms are logged again, for loggers of any interval.
+        every_n_steps: steps between two measurements of single losses, starting at step 0, for losses that are active
+            there; 0 for never. Between them the last norms are logged again, so loggers of any interval see them.
         window: steps in the median, at least 10.
 
     Raises:
@@ -39,7 +39,7 @@ class GradientNorms(L.Callback):
         if window < FEWEST:
             raise ValueError(f"window must be at least {FEWEST}: got {window}")
         self.every_n_steps = every_n_steps
-        # A ring: the norm of the next step replaces the oldest. NaN where there is none.
+        # A ring buffer: the next norm replaces the oldest. Unused entries are NaN.
         self.recent = torch.full((window,), torch.nan)
         self.next = 0
         self.spikes = torch.zeros(())
@@ -47,7 +47,7 @@ class GradientNorms(L.Callback):
         self.last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the buffers of a compiled backward pass, which the next one needs: the first may overwrite them."""
+        """Keep the buffers of a compiled backward pass for the next one; otherwise the first may overwrite them."""
         if self.every_n_steps and stage == "fit":
             KeptBuffers.keep(self)
 
@@ -56,16 +56,16 @@ class GradientNorms(L.Callback):
         KeptBuffers.release(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the setting of the process: Lightning does not tear down after an error."""
+        """Restore the setting of the process, because Lightning does not call teardown after an error."""
         KeptBuffers.release(self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count optimizer steps from where the run stands."""
+        """Start from the current optimizer step."""
         self.last_step = trainer.global_step
         self.recent, self.spikes = self.recent.to(pl_module.device), self.spikes.to(pl_module.device)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Differentiate each loss separately, while the graph exists."""
+        """Differentiate each loss separately while the graph exists."""
         if not self.every_n_steps or trainer.global_step % self.every_n_steps:
             return
         module = loss_module(pl_module)
@@ -79,7 +79,7 @@ class GradientNorms(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the norms, unless the batch was only accumulated."""
+        """Log the norms after an optimizer step, but not after an accumulated batch."""
         if trainer.global_step == self.last_step:
             return
         self.last_step = trainer.global_step
@@ -91,18 +91,18 @@ class GradientNorms(L.Callback):
         self.recent[self.next] = torch.where(total.isfinite(), total, torch.nan)
         self.next = (self.next + 1) % len(self.recent)
         pl_module.log_dict(self.single)
-        # Not in the progress bar: for that Lightning would read it on the host at every step.
+        # Not in the progress bar, for which Lightning would read it on the host at every step.
         pl_module.log("grad_norm/total", total)
-        # A copy: the logger reads it later.
+        # A clone, because the logger reads it later.
         pl_module.log("grad_norm/spikes", self.spikes.clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count and the window, so that a resumed run counts on."""
+        """Return the count and the window, so that a resumed run continues the count."""
         recent = self.recent.roll(-self.next).tolist()
         return {"spikes": int(self.spikes), "recent": [norm for norm in recent if norm == norm]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a saved count and its last norms, at most as many as fit into the window."""
+        """Restore a saved count and its last norms, up to the size of the window."""
         window = len(self.recent)
         recent = state_dict["recent"][-window:]
         self.recent = torch.tensor([*recent, *[torch.nan] * (window - len(recent))])
@@ -111,14 +111,14 @@ class GradientNorms(L.Callback):
 
 
 class KeptBuffers:
-    """Turns off donated buffers, a setting of the whole process, for as long as a callback needs it."""
+    """Disables donated buffers, a setting of the whole process, while a callback needs it."""
 
     users: ClassVar[set[int]] = set()
     before: ClassVar[bool] = True
 
     @classmethod
     def keep(cls, user: object) -> None:
-        """Turn it off for one more user."""
+        """Disable donated buffers for a user."""
         if not cls.users:
             cls.before = torch._functorch.config.donated_buffer
         cls.users.add(id(user))
@@ -126,7 +126,7 @@ class KeptBuffers:
 
     @classmethod
     def release(cls, user: object) -> None:
-        """Restore it after the last user; a user that is not there changes nothing."""
+        """Restore the setting after the last user. Unknown users are ignored."""
         if id(user) not in cls.users:
             return
         cls.users.remove(id(user))
@@ -135,11 +135,11 @@ class KeptBuffers:
 
 
 def _gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
-    """Return one loss's gradient, averaged over all processes as the sum's will be, and leave the graph in place."""
+    """Return the gradient of one loss, averaged over all processes, and keep the graph."""
     if isinstance(network, FSDPModule):
         return _sharded_gradients(loss, network)
-    found = torch.autograd.grad(loss, _trained(network), retain_graph=True, allow_unused=True)
-    gradients = [gradient for gradient in found if gradient is not None]
+    optional = torch.autograd.grad(loss, _trained(network), retain_graph=True, allow_unused=True)
+    gradients = [gradient for gradient in optional if gradient is not None]
     if dist.is_initialized():
         for gradient in gradients:
             dist.all_reduce(gradient)
@@ -148,8 +148,8 @@ def _gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
 
 
 def _sharded_gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
-    # Only the backward pass itself gathers the shards and averages their gradients. It leaves them at the shards, which
-    # are the network's parameters again once it is over.
+    # Only backward() gathers the shards and averages their gradients. Afterwards the network's parameters are the
+    # shards again, with their gradients.
     loss.backward(retain_graph=True)
     gradients = []
     for parameter in _trained(network):

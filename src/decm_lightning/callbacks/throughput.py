@@ -1,4 +1,4 @@
-"""How many images a second a run trains on."""
+"""Log how many images per second a run trains on."""
 
 import time
 
@@ -9,13 +9,13 @@ from decm_lightning.types import Batch
 
 
 class Throughput(L.Callback):
-    """Logs `throughput/images_per_s` over all devices, validation left out.
+    """Logs `throughput/images_per_s` over all devices, without the time of validation.
 
-    Lightning's ThroughputMonitor waits for the GPU at every batch, and counts what callbacks do at the end of a
-    validation, such as sampling, as training. The parts of a step are in the report of `--trainer.profiler simple`.
+    Lightning's ThroughputMonitor waits for the GPU at every batch, and counts the work of callbacks at the end of a
+    validation, such as sampling, as training. For the parts of a step, use `--trainer.profiler simple`.
 
     Args:
-        every_n_steps: steps between two readings, at least 1.
+        every_n_steps: steps between two measurements, at least 1.
 
     Raises:
         ValueError: if every_n_steps is below 1.

@@ -1,4 +1,4 @@
-"""The command line, `decm`: a thin front that knows the commands and imports what one needs only when it runs."""
+"""The command line `decm`. A command's modules are imported only when it runs."""
 
 import os
 import sys
@@ -28,11 +28,11 @@ class Command(NamedTuple):
     """A command: a function with typed arguments, which become its options.
 
     Args:
-        function: "module:name" in this package. Those of `TRAINING` take the command's name and the other arguments.
+        function: "module:name" in this package. Functions of `TRAINING` take the command's name and its arguments.
         help: one line.
         group: the heading under which `decm --help` lists it.
-        positional: arguments that are given without their name.
-        reads: arguments that name a file or folder which must exist, and what that is.
+        positional: names of the positional arguments.
+        reads: arguments that name an existing file or folder, and what error messages call it.
     """
 
     function: str
@@ -47,28 +47,28 @@ _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
-    "validate": Command("trainer:run", "measure a checkpoint as during training", TRAINING, (), _CHECKPOINT),
-    "test": Command("trainer:run", "measure a checkpoint and write the table of quality", TRAINING, (), _CHECKPOINT),
-    "predict": Command("trainer:run", "generate images for the reference data's labels", TRAINING, (), _CHECKPOINT),
-    "sample": Command("sample:sample", "generate images of classes", INFERENCE, ("model",), _SAMPLED),
+    "validate": Command("trainer:run", "measure the metrics of training", TRAINING, (), _CHECKPOINT),
+    "test": Command("trainer:run", "measure all metrics and write the quality table", TRAINING, (), _CHECKPOINT),
+    "predict": Command("trainer:run", "generate images on all devices into a folder", TRAINING, (), _CHECKPOINT),
+    "sample": Command("sample:sample", "generate images of chosen classes", INFERENCE, ("model",), _SAMPLED),
     "sample-prompts": Command(
-        "sample_prompts:sample_prompts", "generate images of a file of prompts", INFERENCE, ("model",), _PROMPTED
+        "sample_prompts:sample_prompts", "generate images from a file of prompts", INFERENCE, ("model",), _PROMPTED
     ),
     "export": Command(
-        "export:export", "write a folder (config.json, model.safetensors) with a checkpoint's averaged weights",
+        "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
     ),
     "consolidate": Command(
-        "consolidate:consolidate", "merge a sharded checkpoint into one file, from which one device resumes",
+        "consolidate:consolidate", "merge a sharded checkpoint into one file, to resume on one device",
         INFERENCE, ("checkpoint",), {"checkpoint": "checkpoint"},
     ),
     "encode": Command("encode:encode", "encode images into a folder of latents", PREPARATION, (), {"images": IMAGES}),
     "encode-pairs": Command(
-        "encode_pairs:encode_pairs", "encode text-image pairs into the cache that training reads",
+        "encode_pairs:encode_pairs", "encode text-image pairs into a cache for training",
         PREPARATION, ("pairs",), {"pairs": IMAGES},
     ),
     "validate-data": Command(
-        "validate_data:validate_data", "read a whole folder of latents and report its statistics and faults",
+        "validate_data:validate_data", "check a folder of latents and print its statistics and errors",
         PREPARATION, ("folder",), {"folder": "folder"},
     ),
 }  # fmt: skip
@@ -78,10 +78,10 @@ def main() -> int:
     """Run the command that sys.argv names.
 
     Returns:
-        0; 2 after one line on standard error that says what was wrong; 130 after Ctrl-C. A run that a signal stops
-        raises SystemExit with 128 + the signal's number.
+        0 on success; 2 after an error, which is printed as one line on standard error; 130 after Ctrl-C. A run that is
+        stopped by a signal raises SystemExit with 128 + the signal's number.
     """
-    # Without a terminal or file they are None.
+    # The streams are None in a process without a console.
     with redirect_stdout(sys.stdout and Output(sys.stdout)), redirect_stderr(sys.stderr and Output(sys.stderr)):
         try:
             return _main(sys.argv[1:])
@@ -118,13 +118,13 @@ def _main(argv: Sequence[str]) -> int:
 
 def _run(name: str, *argv: str) -> None:
     if name not in COMMANDS:
-        raise ValueError("; ".join([f"no command {name!r}: see decm --help", *did_you_mean(name, COMMANDS)]))
+        raise ValueError("; ".join([f"unknown command {name!r}: see decm --help", *did_you_mean(name, COMMANDS)]))
     command = COMMANDS[name]
     if command.group == TRAINING and not argv:
         raise ValueError(f"{name} needs --config FILE")
     configs = check_inputs(argv, command.reads, command.positional)
     if configs:
-        # At the end, so that a file next to a config cannot replace an installed package.
+        # Appended, so that a file next to a config cannot shadow an installed package.
         folders = dict.fromkeys(os.path.abspath(folder) for folder in (*map(os.path.dirname, configs), "."))
         sys.path += [folder for folder in folders if folder not in sys.path]
     module, _, function = command.function.partition(":")

@@ -1,4 +1,4 @@
-"""decm consolidate: a sharded checkpoint as one file that a single process reads."""
+"""decm consolidate: merge a sharded checkpoint into one file that a single process reads."""
 
 from pathlib import Path
 
@@ -9,21 +9,21 @@ from decm_lightning.networks.sharded import read_rest, read_whole
 
 
 def consolidate(checkpoint: str, out: str | None = None) -> None:
-    """Merge the shards that the processes of FSDP2 have written into an ordinary checkpoint, optimizer included.
+    """Merge the shards written by FSDP2 into one checkpoint file, including the state of the optimizer.
 
-    decm fit --ckpt_path resumes from it on one device. For the averaged weights alone use decm export, which reads
-    shards too.
+    Resume from the file on one device with decm fit --ckpt_path. If you only need the averaged weights, use decm
+    export, which also reads sharded checkpoints.
 
     Args:
-        checkpoint: the folder that decm fit has written with save_distributed_checkpoint.
-        out: the file to write; by default next to the checkpoint, its name ending in .consolidated.
+        checkpoint: the folder that decm fit wrote with save_distributed_checkpoint.
+        out: the file to write; by default the checkpoint's path with .consolidated appended.
     """
     folder = Path(checkpoint)
     if out == "":
-        raise ValueError("out must be the name of a file: got ''")
+        raise ValueError("out must be a file name: got ''")
     file = Path(out) if out is not None else folder.with_name(f"{folder.name}.consolidated")
     if file.exists() and file.samefile(folder):
-        raise ValueError(f"out must be another path than the checkpoint: got {out}")
+        raise ValueError(f"out must differ from the path of the checkpoint: got {out}")
     if file.is_dir():
         raise IsADirectoryError(f"out must be a file: {file} is a folder")
     read_rest(folder)

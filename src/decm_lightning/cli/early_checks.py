@@ -1,4 +1,4 @@
-"""Checks that take milliseconds, before anything is imported: the input files exist, and the configs are YAML."""
+"""Fast checks before the slow imports: input files exist, and configs are valid YAML."""
 
 import os
 import re
@@ -7,27 +7,27 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Reads: TypeAlias = Mapping[str, str]
-"""The name of an argument, and what it names."""
+"""Maps the name of an argument to a description of its file or folder."""
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors")
-# Lightning finds these itself.
+# Lightning resolves these values of ckpt_path.
 CHECKPOINTS = ("best", "last", "hpc")
 NETWORKS = ("decm_lightning.teachers.", "decm_lightning.networks.")
 
 
 def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -> list[str]:
-    """Check all that can be checked of a command line and its configs without knowing any class.
+    """Check a command line and its configs without importing any class.
 
     Args:
         argv: the command line after the command's name.
-        reads: the arguments that name a file or folder which must exist.
-        positional: the names of the arguments that are given without one.
+        reads: the arguments that name an existing file or folder.
+        positional: the names of the positional arguments.
 
     Returns:
         the config files.
 
     Raises:
         OSError: if a file is missing or cannot be read.
-        ValueError: naming the file and line, if a config is not YAML of keys and values.
+        ValueError: naming the file and line, if a config is not a YAML mapping.
     """
     configs, unnamed = [], list(positional)
     tree: dict[str, Any] = {}
@@ -62,16 +62,16 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument in rest:
         if _only_prints(argument):
             continue
-        name, given, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if argument.startswith("-"):
-            yield name.lstrip("-"), value if given else next(rest, "")
+            yield name.lstrip("-"), value if equals else next(rest, "")
         else:
             yield "", argument
 
 
 def _read(file: str) -> dict[str, Any] | None:
-    """Return a config, None where the parser must find out what it is, such as YAML instead of a file's name."""
-    # Imported here: it takes as long as all else of the front.
+    """Read a config file. Return None if the value is inline YAML instead of a file name."""
+    # Importing yaml takes as long as all other checks together.
     import yaml
 
     text = ""
@@ -86,20 +86,20 @@ def _read(file: str) -> dict[str, Any] | None:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     except yaml.MarkedYAMLError as error:
         mark, start = error.problem_mark or error.context_mark, error.context_mark
-        # The end of a file may be reported as a line of its own.
+        # PyYAML may report the end of the file as one line after the last.
         place = f"{file}:{min(mark.line, text.count(chr(10))) + 1}" if mark else file
-        where = f" ({error.context}, which begins in line {start.line + 1})" if error.context and start else ""
+        where = f" ({error.context}, which begins on line {start.line + 1})" if error.context and start else ""
         raise ValueError(f"{place}: not YAML: {error.problem}{where}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
-        raise ValueError(f"{file} must hold keys such as trainer, model and data: got {found}")
+        raise ValueError(f"{file} must be a mapping with keys such as trainer, model and data: got {found}")
     return content
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """Return a config with a later one on top; the arguments of a class go when another class takes its place."""
+    """Merge a later config into an earlier one. If the class changes, the arguments of the old class are dropped."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or new.get("class_path", 0) not in (
         0,
         old.get("class_path"),
@@ -109,7 +109,7 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def _set(tree: dict[str, Any], key: Sequence[str], value: str) -> None:
-    """Put an option of the command line in its place in the configs."""
+    """Set a dotted option of the command line in the merged config."""
     head, *rest = key
     if "class_path" in tree and head not in ("class_path", "init_args"):
         tree = tree.setdefault("init_args", {})
@@ -125,7 +125,7 @@ def _set(tree: dict[str, Any], key: Sequence[str], value: str) -> None:
 
 
 def _files(tree: Mapping[str, Any], key: tuple[str, ...], cls: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the arguments of this package's classes that must be files; those of other classes may be anything."""
+    """Yield the arguments of this package's classes that must be paths; other classes are not checked."""
     cls = tree["class_path"] if isinstance(tree.get("class_path"), str) else cls
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -139,16 +139,16 @@ def _files(tree: Mapping[str, Any], key: tuple[str, ...], cls: str) -> Iterator[
 
 
 def _is_missing(value: str) -> bool:
-    """Return whether a value can only be the path of a file that does not exist.
+    """Return whether a value is certainly a path, and nothing exists at it.
 
     Raises:
-        OSError: naming the file, if it may not be looked at.
+        OSError: naming the file, if permissions do not allow to check it.
     """
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not value.endswith(WEIGHTS)
     if not value or value in ("null", *CHECKPOINTS) or is_hub_name or re.search(r"[:*?\[{]", value):
         return False
     try:
-        # Unlike os.path.exists, which takes a missing permission for a missing file.
+        # os.path.exists would report a permission error as a missing file.
         os.stat(value)
     except (FileNotFoundError, NotADirectoryError):
         return True

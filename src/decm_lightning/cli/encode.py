@@ -1,4 +1,4 @@
-"""decm encode: encode images into a folder of latents, which ImageNetLatents and LightningDiT read."""
+"""decm encode: encode images into a folder of latents that ImageNetLatents and LightningDiT read."""
 
 import logging
 import warnings
@@ -37,32 +37,32 @@ def encode(
 ) -> None:
     """Encode images and their mirror images, and write shards, latents_stats.pt and cache.json.
 
-    The same command resumes an interrupted run, with any number of devices. It encodes replaced images again. An image
-    that was added or removed changes its own shard only. The result is bit-identical on the same kind of
-    device with the same batch_size and number of threads, else equal up to rounding.
-    For text-image pairs use decm encode-pairs.
+    Run the same command again to resume an interrupted run, on any number of devices. Images whose files were replaced
+    are encoded again. Adding or removing an image changes only its shard. The result is bit-identical on the same kind
+    of device with the same batch_size and number of threads, and otherwise equal up to rounding. For text-image pairs,
+    use decm encode-pairs.
 
     Args:
         images: a folder of class folders, a folder of webdataset tars, one tar, or a pattern such as "train-*.tar".
-        vae: a folder, a name on the Hugging Face hub, or a file with latent diffusion's names such as VA-VAE's.
+        vae: the VAE: a folder, a name on the Hugging Face hub, or a file in latent diffusion's format such as VA-VAE's.
         out: the folder to write.
         size: images are cropped to size x size pixels.
         batch_size: images encoded at once on each device, each plain and mirrored, at least 1.
-        shard_size: images in a file, at least 1; a killed run loses at most one file on each device.
-        num_classes: labels must be below it; by default the number of class folders, or the largest label plus 1.
-        on_error: raise if an image or label is broken, or skip to leave it out and count it.
-        posterior: sample (mean + std noise, as LightningDiT) or mode (the mean) of what the VAE encodes.
-        seed: of the samples of the posterior, from 0 to 2^63 - 1; the noise of an image depends on it and its name.
-        num_workers: processes that read images, for each device.
+        shard_size: images per shard, at least 1; a killed run loses at most one shard per device.
+        num_classes: number of classes; by default the number of class folders, or the largest label plus 1.
+        on_error: raise an error for a broken image or label, or skip and count it.
+        posterior: the latent of an image: sample (mean + std * noise, as LightningDiT) or mode (the mean).
+        seed: seed of the posterior's noise, from 0 to 2^63 - 1; an image's noise depends on the seed and its name.
+        num_workers: processes per device that read images.
         accelerator: auto, cpu, gpu, ...
-        devices: how many devices, on each node; auto for all GPUs.
-        num_nodes: how many machines.
+        devices: number of devices per node; auto for all GPUs.
+        num_nodes: number of machines.
     """
     files = ImageFiles(images, num_classes, on_error)
     files.check_output(out)
     autoencoder = load_autoencoder(vae)
     if autoencoder.image_channels != 3:
-        raise ValueError(f"the VAE must be for RGB images: {vae} has {autoencoder.image_channels} channels")
+        raise ValueError(f"the VAE must encode RGB images with 3 channels: {vae} has {autoencoder.image_channels}")
     shape = autoencoder.latent_shape(size)
     settings = EncodingSettings(autoencoder.identity, size, posterior, seed, files.num_classes, shard_size)
     manifest = Manifest(out, settings)
@@ -85,8 +85,8 @@ def _wait_for_all(trainer: L.Trainer) -> None:
     try:
         trainer.strategy.barrier("all shards are written")
     except RuntimeError as error:
-        # It broke the connection when it stopped.
-        raise ValueError("another process has stopped and says why: start again, finished shards are kept") from error
+        # The connection breaks when another process stops.
+        raise ValueError("another process failed and prints the cause: run the command again to resume") from error
 
 
 def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str:
@@ -101,11 +101,11 @@ def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence what Lightning says about small loaders and Ctrl-C."""
+    """Silence Lightning's messages about data loaders and Ctrl-C."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     with warnings.catch_warnings():
-        # Lightning gives the second warning if nothing is left to encode.
+        # Lightning shows the second warning if all images are already encoded.
         for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
             warnings.filterwarnings("ignore", noise)
         log.setLevel(logging.WARNING)
@@ -122,7 +122,7 @@ def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, w
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        # A process may be done long before the others.
+        # A process may finish long before the others.
         strategy=DDPStrategy(timeout=timedelta(days=7)) if several else "auto",
         use_distributed_sampler=False,
         callbacks=[writer, TQDMProgressBar()],

@@ -1,4 +1,4 @@
-"""decm encode-pairs: prepare the data of a training on text-image pairs."""
+"""decm encode-pairs: prepare text-image pairs for training."""
 
 from typing import Literal
 
@@ -22,24 +22,24 @@ def encode_pairs(
 ) -> None:
     """Read and check text-image pairs, encode their captions and, with a VAE, their images, and store the result.
 
-    Training on TextImagePairs of the same source, size, encoder and VAE, with `out` as their cache, then starts at
-    once. The same command resumes an interrupted run.
+    Training on TextImagePairs with the same source, size, encoder, VAE and cache folder then starts immediately. The
+    same command resumes an interrupted run.
 
     Args:
         pairs: webdataset tars, parquet or Arrow tables, or a list of image files (.csv, .jsonl): a file, a folder, or a
-            pattern such as "train-*.tar"; with split also user/name on the Hugging Face hub.
+            pattern such as "train-*.tar"; with split, also user/name on the Hugging Face hub.
         size: images are cropped to size x size pixels.
-        encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with --encoder.path
-            and the like for its settings; MiniLM by default.
-        out: the folder for pixels, latents and tokens.
-        captions: cached, or on_the_fly to encode them during training.
-        vae: for latents, a folder, a name on the Hugging Face hub, or a file, as in decm encode; none for pixels.
-        caption_column: the caption's name in JSON files and tables, which comes before a .txt file; caption, text or
-            prompt by default.
-        max_characters: longer captions are errors, at least 1.
-        on_error: raise if a pair is bad, or skip to count the bad ones and use the others.
-        device: where to encode, such as cpu or cuda:1; by default the first accelerator if there is one.
-        split: for a name on the Hugging Face hub, or a folder that its `datasets` reads: train, test, ...
+        encoder: the text encoder, as in a config: a class such as decm_lightning.text.TextEncoder, with options
+            such as --encoder.path; MiniLM by default.
+        out: the cache folder for pixels, latents and tokens.
+        captions: cached to encode captions now, or on_the_fly to encode them during training.
+        vae: the VAE that encodes the images, as in decm encode; by default pixels are stored.
+        caption_column: the caption's key in JSON files and tables, which take precedence over a .txt file; by default
+            caption, text or prompt.
+        max_characters: length of the longest valid caption, at least 1.
+        on_error: raise an error for a broken pair, or skip and count it.
+        device: the device, such as cpu or cuda:1; by default the first accelerator, or else the CPU.
+        split: train, test, ... of a dataset on the Hugging Face hub, or of a folder that the datasets library reads.
     """
     data = TextImagePairs(
         pairs, size, encoder, out, captions, vae,

@@ -1,4 +1,4 @@
-"""Errors as one line: what was wrong, without the layers of the parser, and what may have been meant."""
+"""One-line error messages: the cause without the parser's context, and a suggestion for misspelled words."""
 
 import inspect
 import pkgutil
@@ -9,25 +9,25 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
-# By name: none of them can be raised before its module is imported, which takes seconds.
+# Compared by name, because importing their modules takes seconds.
 OURS = {"ArgumentError", "ValueError", "OSError", "ImportError", "NonFiniteError", "NoTangentError"}
 OURS |= {"MisconfigurationException", "SafetensorError", "CheckpointException"}
-# Lines of the parser's messages that say what it tried, not what is wrong.
+# Lines of the parser's messages that list what it tried, not the cause.
 LAYERS = (
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given|"
     r"Subclass types expect|a class path \(str\)|a dict with"
 )
 SEVERAL = r"((?:[\w.-]+, )+[\w.-]+)"
-"""Words in a list."""
+"""Matches a comma-separated list of words."""
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Return whether an error is about the input or the machine, rather than a bug."""
+    """Return whether an error is caused by the input or the machine rather than by a bug."""
     return any(cls.__name__ in OURS for cls in type(error).__mro__)
 
 
 def describe(error: BaseException) -> str:
-    """Return an error and its notes on one line."""
+    """Return an error, a suggestion and its notes on one line."""
     if type(error).__name__ == "CheckpointException":
         from decm_lightning.networks.sharded import cause
 
@@ -37,29 +37,34 @@ def describe(error: BaseException) -> str:
     else:
         what = essence(str(error))
     options = [option for each in _chain(error) for option in getattr(each, "options", ())]
-    meant = next((found for pair in _unknown(str(error), options) if (found := did_you_mean(*pair))), ())
-    return "; ".join([what, *meant, *getattr(error, "__notes__", ())])
+    suggestion = next((found for pair in _unknown(str(error), options) if (found := did_you_mean(*pair))), ())
+    return "; ".join([what, *suggestion, *getattr(error, "__notes__", ())])
 
 
 def essence(message: str) -> str:
-    """Return the parser's message on one line: the key and what is wrong with it, without the layers around it."""
+    """Shorten a parser's message to one line: the key and the cause."""
     lines = [re.sub(r"^\s*- ", "", line).strip() for line in message.splitlines()]
     keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
-    faults = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
-    faults = [fault for fault in faults if fault]
-    # They stand next to what is wrong with the arguments of a class that is valid.
+    causes = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
+    causes = [cause for cause in causes if cause]
+    # For a valid class with wrong arguments, these lines accompany the real cause.
     for general in ("Not a valid subclass", "Expected a <class"):
-        faults = [fault for fault in faults if not fault.startswith(general)] or faults
-    what = "; ".join(dict.fromkeys(faults))
-    # If several types would do, the given value has its own line. A whole config would hide the rest.
-    given = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
-    given = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in given]
-    what += "".join(f". Got value: {value}" for value in given[:1])
+        causes = [cause for cause in causes if not cause.startswith(general)] or causes
+    what = "; ".join(dict.fromkeys(causes))
+    # A parameter of several types has its value on a separate line. A long value would hide the cause.
+    values = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
+    values = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in values]
+    what += "".join(f". Got value: {value}" for value in values[:1])
     return f"{'.'.join(keys)}: {what}" if keys else what
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Return a question with the known word that is closest to a wrong one; nothing if none is close."""
+    """Return a question with the known word closest to a wrong one, or an empty tuple if none is close.
+
+    Example:
+        >>> did_you_mean("smaple", ["sample", "export"])
+        ('did you mean sample?',)
+    """
     known = list(known)
     return () if wrong in known else tuple(f"did you mean {word}?" for word in get_close_matches(wrong, known, 1))
 
@@ -71,10 +76,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Collection[str]]]:
-    """Yield the words of an error that may be misspelled, and the words that would have been right in their place.
+    """Yield each word of an error that may be misspelled, with the words that are valid in its place.
 
     Args:
-        message: the error.
+        message: the error message.
         options: the options of the command, such as --steps.
     """
     for arguments in re.findall(r"unrecognized arguments: (.*)", message):
@@ -111,7 +116,7 @@ def _parameters(path: str, group: str) -> list[str]:
 
 
 def _modules(package: str) -> list[str]:
-    # Not all packages: a missing optional one must not be answered by its neighbor in the alphabet.
+    # Not all packages: for a missing optional package, a similar name would be a wrong suggestion.
     path = getattr(sys.modules.get(package), "__path__", ())
     return [f"{package}.{found.name}" for found in pkgutil.iter_modules(path)] if package else ["decm_lightning"]
 

@@ -1,14 +1,11 @@
-"""Standard output and error that outlive their reader."""
+"""Standard output and error that survive a closed pipe."""
 
 import os
 from typing import Any, TextIO
 
 
 class Output:
-    """A stream for a run that must not be lost because its reader has ended, such as `head`.
-
-    When a pipe is closed, the rest of the output is discarded.
-    """
+    """A stream that discards its output once the reader, such as `head`, has closed the pipe. The run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -32,7 +29,7 @@ class Output:
             self._discard()
 
     def _discard(self) -> None:
-        # The stream keeps what it could not write, and would try again when the interpreter ends.
+        # The stream still buffers the unwritten text, and would write it when the interpreter exits.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)

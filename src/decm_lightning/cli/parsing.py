@@ -1,4 +1,4 @@
-"""The arguments of a function as the options of a command."""
+"""Turn the arguments of a function into the options of a command."""
 
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
@@ -9,10 +9,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 
 class Parser(ArgumentParser):
-    """A parser that takes no abbreviations, also for the arguments of classes, and whose errors know its options."""
+    """A parser that accepts no abbreviated options, not even of classes. Its errors list its options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # jsonargparse makes the parser of a class's arguments with the defaults of this class.
+        # jsonargparse creates the parser for the arguments of a class with this class's defaults.
         super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -28,13 +28,13 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
     """Call a function with the arguments of a command line.
 
     Args:
-        function: its signature gives names, types and defaults, its docstring the help.
+        function: the function. Its signature gives names, types and defaults, and its docstring gives the help.
         program: the name of the command.
-        positional: arguments that are given without their name.
-        argv: the arguments.
+        positional: names of the positional arguments.
+        argv: the command line after the command's name.
 
     Raises:
-        ArgumentError: if they do not fit.
+        ArgumentError: if an argument is unknown, missing or invalid.
     """
     parser = Parser(prog=program)
     parser.add_argument("--config", action=ActionConfigFile, help="a file with these options")

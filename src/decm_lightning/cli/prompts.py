@@ -1,4 +1,4 @@
-"""Files of prompts."""
+"""Read files of prompts."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its line of the file as JSON, with all that a scorer reads of it."""
+    """A prompt and its line in the file as JSON, with all keys that a scorer reads."""
 
     text: str
     line: str
@@ -17,12 +17,12 @@ def read_prompts(file: Path) -> list[Prompt]:
     """Return the prompts of a file.
 
     Args:
-        file: one prompt a line; or, named .jsonl, one JSON object a line with the prompt under "prompt", such as
-            GenEval's evaluation_metadata.jsonl.
+        file: a text file with one prompt per line; or a .jsonl file with one JSON object per line and the prompt under
+            "prompt", such as GenEval's evaluation_metadata.jsonl.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: naming file and line, if a line is empty or of another form.
+        OSError: if the file does not exist or cannot be read.
+        ValueError: naming the file and line, if a line is empty or has another form.
     """
     try:
         content = file.read_text(encoding="utf-8-sig").removesuffix("\n")
@@ -31,26 +31,26 @@ def read_prompts(file: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     if not content:
-        raise ValueError(f"{file} has no prompt: it is empty")
-    read = _of_json if file.suffix == ".jsonl" else _of_text
+        raise ValueError(f"{file} is empty: expected one prompt per line")
+    parse = _parse_json if file.suffix == ".jsonl" else _parse_text
     # str.splitlines would also split at characters that a JSON string may contain.
-    return [read(line, f"{file}, line {number}") for number, line in enumerate(content.split("\n"), start=1)]
+    return [parse(line, f"{file}, line {number}") for number, line in enumerate(content.split("\n"), start=1)]
 
 
-def _of_text(line: str, where: str) -> Prompt:
+def _parse_text(line: str, where: str) -> Prompt:
     if not line.strip():
         raise ValueError(f"{where}: the prompt is empty")
     return Prompt(line.strip(), json.dumps({"prompt": line.strip()}, ensure_ascii=False))
 
 
-def _of_json(line: str, where: str) -> Prompt:
+def _parse_json(line: str, where: str) -> Prompt:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a line of JSON ({error.msg} at character {error.pos + 1})") from error
+        raise ValueError(f"{where}: invalid JSON ({error.msg} at character {error.pos + 1})") from error
     text = content.get("prompt") if isinstance(content, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'{where}: expected {{"prompt": "..."}} and perhaps more keys: got {line[:60]}')
+        raise ValueError(f'{where}: expected an object with {{"prompt": "..."}}: got {line[:60]}')
     if not text.strip():
         raise ValueError(f"{where}: the prompt is empty")
     return Prompt(text, line)

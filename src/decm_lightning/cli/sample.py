@@ -1,4 +1,4 @@
-"""decm sample: images of classes from a checkpoint or folder, as one grid or one file each."""
+"""decm sample: generate images of classes, as one grid or one file per image."""
 
 import torch
 from torch import Tensor
@@ -26,31 +26,31 @@ def sample(
     latents: str | None = None,
     trust: bool = False,
 ) -> None:
-    """Generate images of classes and write them.
+    """Generate images of classes and save them.
 
     Args:
         model: a .ckpt file, or a folder with config.json and model.safetensors.
-        out: a .png file for one grid with a row for each class; or a folder for one PNG each. A folder holds the images
-            of one set of settings: the same command resumes it, and other settings are refused.
-        sampler: euler, consistency, mix or a path such as my_module.heun, with options after a question mark, such as
-            mix?s1=0.6; by default mix, and euler for a teacher.
-        steps: network evaluations per image, at least 1; by default 2, and 50 for euler.
-        classes: labels to sample, at least one; all of them by default.
-        per_class: images of each class, at least 1.
-        seed: from 0 to 2**63 - 1. The k-th image of class c is number k * num_classes + c of the seed, as in decm test.
-        scale: how many times larger a grid shows its images, at least 1.
-        device: where to compute, such as cpu or cuda.
-        vae: the VAE that encoded the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
-        latents: the folder of latents that the model was trained on, for its latents_stats.pt and cache.json.
-        trust: import the module of a network class from outside this package, which runs its code.
+        out: a .png file for a grid with one row per class, or a folder for one PNG per image. A folder holds images of
+            one set of settings. The same command resumes it; other settings are refused.
+        sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
+            mix?s1=0.6. The default is mix for a student and euler for a teacher.
+        steps: network evaluations per image, at least 1; by default 50 for euler and 2 for other samplers.
+        classes: labels to sample, at least one; by default all.
+        per_class: images per class, at least 1.
+        seed: from 0 to 2**63 - 1. Image k of class c is sample k * num_classes + c of the seed, as in decm test.
+        scale: enlargement of the images in a grid, at least 1.
+        device: the device, such as cpu or cuda.
+        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        latents: the folder of latents that the model was trained on; its latents_stats.pt and cache.json are read.
+        trust: allow a network class from outside this package; importing its module runs its code.
     """
     for name, value in (("per_class", per_class), ("scale", scale)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1: got {value}")
     network, target = load_model(model, False, out, seed, device, trust)
     generator = image_generator(network, sampler, steps, seed, vae, latents)
-    chosen = _classes(classes, network)
-    labels = [label for label in chosen for _ in range(per_class)]
+    selected = _classes(classes, network)
+    labels = [label for label in selected for _ in range(per_class)]
     rows = [number % per_class * network.num_classes + label for number, label in enumerate(labels)]
     batches = [slice(first, first + BATCH) for first in range(0, len(labels), BATCH)]
 
@@ -63,7 +63,7 @@ def sample(
         print(f"wrote {len(labels)} images to {target} ({generator})")
         return
     names = [sample_name(row, label) for row, label in zip(rows, labels, strict=True)]
-    folder = SampleFolder(target, generator.settings(classes=chosen, per_class=per_class), names)
+    folder = SampleFolder(target, generator.settings(classes=selected, per_class=per_class), names)
     folder.check()
     written = generator.fill(folder, [names[batch] for batch in batches], images)
     print(f"wrote {written} images to {target} ({generator}); {len(names) - written} of {len(names)} existed")
@@ -73,11 +73,11 @@ def _classes(requested: list[int] | None, network: Network) -> list[int]:
     """Return the classes to sample.
 
     Raises:
-        ValueError: if the network has no classes, or not one of those that are requested.
+        ValueError: if the network has no classes, or lacks a requested class.
     """
     known = list(range(network.num_classes))
     if not known:
-        raise ValueError("the model has no classes, and does not read captions: decm sample cannot use it")
+        raise ValueError("decm sample needs a class-conditional model: this model has no classes and reads no captions")
     if requested is None:
         return known
     if not requested:

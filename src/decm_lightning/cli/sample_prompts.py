@@ -1,4 +1,4 @@
-"""decm sample-prompts: images of a file of prompts, as one grid or in the layout that GenEval's scorer reads."""
+"""decm sample-prompts: generate images from a file of prompts, as one grid or in the layout of GenEval's scorer."""
 
 import hashlib
 from collections.abc import Sequence
@@ -36,42 +36,42 @@ def sample_prompts(
     latents: str | None = None,
     trust: bool = False,
 ) -> None:
-    """Generate images of prompts and write them.
+    """Generate images from prompts and save them.
 
     Args:
         model: a .ckpt file, or a folder with config.json and model.safetensors.
-        prompts: a file with one prompt a line; or, named .jsonl, one {"prompt": "..."} a line.
+        prompts: a file with one prompt per line, or a .jsonl file with one {"prompt": "..."} per line.
         encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
-            or the folder of a pipeline of diffusers; by default the one that the model names.
-        out: a .png file for one grid with a row for each prompt; or a folder for one PNG each, in the layout that
-            GenEval's scorer reads. A folder holds the images of one set of settings: the same command resumes it, and
-            other settings are refused.
-        sampler: euler, consistency, mix or a path such as my_module.heun, with options after a question mark, such as
-            mix?s1=0.6; by default mix, and euler for a teacher.
-        steps: network evaluations per image, at least 1; for a grid also several numbers, such as [1, 4], which it
-            shows side by side. By default 2, and 50 for euler.
-        per_prompt: images of each prompt, at least 1.
-        seed: from 0 to 2**63 - 1. The k-th image of prompt i of P is number k * P + i of the seed, as in decm test.
-        device: where to compute, such as cpu or cuda.
-        vae: the VAE that encoded the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
-        latents: the folder of latents that the model was trained on, if they are scaled by its latents_stats.pt rather
-            than by the VAE's config.
-        trust: import the module of a network class from outside this package, which runs its code.
+            or the folder of a diffusers pipeline; by default the encoder that the model names.
+        out: a .png file for a grid with one row per prompt, or a folder for one PNG per image, in the layout that
+            GenEval's scorer reads. A folder holds images of one set of settings. The same command resumes it; other
+            settings are refused.
+        sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
+            mix?s1=0.6. The default is mix for a student and euler for a teacher.
+        steps: network evaluations per image, at least 1; by default 50 for euler and 2 for other samplers. A grid can
+            show several numbers side by side, such as [1, 4].
+        per_prompt: images per prompt, at least 1.
+        seed: from 0 to 2**63 - 1. Of P prompts, image k of prompt i is sample k * P + i of the seed, as in decm test.
+        device: the device, such as cpu or cuda.
+        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        latents: the folder of latents that the model was trained on, if its latents_stats.pt scales them instead of the
+            VAE's config.
+        trust: allow a network class from outside this package; importing its module runs its code.
     """
     if per_prompt < 1:
         raise ValueError(f"per_prompt must be at least 1: got {per_prompt}")
-    several = steps if isinstance(steps, list) else [steps]
-    if not several:
+    all_steps = steps if isinstance(steps, list) else [steps]
+    if not all_steps:
         raise ValueError("steps must be at least one number: got none")
-    if len(several) > 1 and not is_grid(Path(out)):
-        raise ValueError(f"several numbers of steps are for a grid, in one .png file: got {steps} for {out}")
+    if len(all_steps) > 1 and not is_grid(Path(out)):
+        raise ValueError(f"several numbers of steps need a .png file for a grid: got steps {steps} and out {out}")
     read = read_prompts(Path(prompts))
     network, target = load_model(model, True, out, seed, device, trust)
-    generator = image_generator(network, sampler, several[0], seed, vae, latents)
+    generator = image_generator(network, sampler, all_steps[0], seed, vae, latents)
     text_encoder = network.caption_encoder() if encoder is None else named_encoder(encoder, device)
     outputs = PromptOutputs(generator, read, text_encoder, per_prompt)
     if is_grid(target):
-        columns = [replace(generator, steps=generator.steps if number is None else number) for number in several]
+        columns = [replace(generator, steps=generator.steps if number is None else number) for number in all_steps]
         outputs.write_grid(target, columns)
         print(f"wrote images of {len(read)} prompts to {target} ({'; '.join(map(str, columns))})")
     else:
@@ -82,13 +82,13 @@ def sample_prompts(
 
 @dataclass(frozen=True)
 class PromptOutputs:
-    """The images of prompts. The k-th of prompt i is image number k * len(prompts) + i, as in `decm test`.
+    """Generates and saves images of prompts. Image k of prompt i is sample k * len(prompts) + i, as in `decm test`.
 
     Args:
-        generator: of a network that reads captions.
+        generator: generates the images of a network that reads captions.
         prompts: all prompts of the file.
-        encoder: the text encoder that it was trained with.
-        count: images of each prompt.
+        encoder: the text encoder that the network was trained with.
+        count: images per prompt.
     """
 
     generator: ImageGenerator
@@ -108,7 +108,7 @@ class PromptOutputs:
         return torch.cat(parts)
 
     def write_grid(self, file: Path, generators: Sequence[ImageGenerator]) -> None:
-        """Write one PNG: a row for each prompt, and generators, from the same noise, side by side."""
+        """Write one PNG with a row for each prompt and the generators side by side. All of them use the same noise."""
         check_plots()
         numbers = range(len(self.prompts))
         self._measure(numbers)
@@ -117,24 +117,24 @@ class PromptOutputs:
         names = [short(prompt.text) for prompt in self.prompts]
         save_named_grid(torch.stack(rows), names, [in_steps(generator.steps) for generator in generators], file)
 
-    def write_folder(self, place: Path) -> int:
-        """Write what is missing in a folder, and return the number of prompts that were not complete.
+    def write_folder(self, root: Path) -> int:
+        """Generate a folder's missing images, and return the number of prompts that were incomplete.
 
-        Prompt number i, from 0, has `place`/0000i/samples/0000.png and so on, and its own line in
-        `place`/0000i/metadata.jsonl. It is complete if its line is the same and its images are whole.
+        Prompt i, counted from 0, has its images in `root`/0000i/samples (0000.png, 0001.png, ...) and its line in
+        `root`/0000i/metadata.jsonl. It is complete if the line is unchanged and all images are complete.
 
         Raises:
-            ValueError: if the folder holds samples of other settings, or other images.
+            ValueError: if the folder has samples of other settings, or other images.
         """
         numbers = range(len(self.prompts))
         names = [[f"{number:05d}/samples/{k:04d}.png" for k in range(self.count)] for number in numbers]
-        folder = SampleFolder(place, self._settings(), [name for of_prompt in names for name in of_prompt])
+        folder = SampleFolder(root, self._settings(), [name for of_prompt in names for name in of_prompt])
         folder.check()
-        todo = [n for n in numbers if not self._has_line(place, n) or folder.missing(names[n], self.generator.size)]
+        todo = [n for n in numbers if not self._has_line(root, n) or folder.missing(names[n], self.generator.size)]
         self._measure(todo)
 
         def write_line(number: int) -> None:
-            with atomic(_metadata(place, number)) as partial:
+            with atomic(_metadata(root, number)) as partial:
                 partial.write_text(self.prompts[number].line + "\n", encoding="utf-8")
 
         self.generator.fill(folder, names, lambda n: self.images(n, self.generator), write_line, todo)
@@ -146,16 +146,16 @@ class PromptOutputs:
         return self.generator.settings(per_prompt=self.count, prompts=digest, encoder=self.encoder.identity)
 
     def _measure(self, numbers: Sequence[int]) -> None:
-        """Log how many prompts are cut, if any."""
+        """Log how many prompts are truncated, if any."""
         if numbers:
             self.encoder.measured([self.prompts[number].text for number in numbers])
 
-    def _has_line(self, place: Path, number: int) -> bool:
+    def _has_line(self, root: Path, number: int) -> bool:
         try:
-            return _metadata(place, number).read_bytes() == (self.prompts[number].line + "\n").encode()
+            return _metadata(root, number).read_bytes() == (self.prompts[number].line + "\n").encode()
         except FileNotFoundError:
             return False
 
 
-def _metadata(place: Path, number: int) -> Path:
-    return place / f"{number:05d}" / METADATA
+def _metadata(root: Path, number: int) -> Path:
+    return root / f"{number:05d}" / METADATA

@@ -1,4 +1,4 @@
-"""What `decm sample` and `decm sample-prompts` share: a network with its sampler and decoder, folders that resume."""
+"""Code shared by `decm sample` and `decm sample-prompts`: load a model, generate its images, fill a folder."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """Generates images. Image i of a seed is the same in every batch and on every device, up to rounding.
+    """Generates images. Image i of a seed depends on neither batch nor device, up to rounding.
 
     Args:
-        network: the network, where it computes.
-        decoder: turns its samples into images.
-        sampler: the sampler, with its options, as `samplers.sampler` takes it.
+        network: the network, on its device.
+        decoder: converts samples to images.
+        sampler: name and options of the sampler, as for `samplers.sampler`.
         steps: network evaluations per image.
-        seed: of all noise.
+        seed: seed of all noise.
     """
 
     network: Network
@@ -45,7 +45,7 @@ class ImageGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     @property
@@ -56,7 +56,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:
-        """Return images number `rows`, uint8 (b, c, h, w) on the CPU; `condition` has a row for each."""
+        """Return images `rows` of the seed, uint8 (b, c, h, w) on the CPU; `condition` has one row per image."""
         samples = generate(
             self.network, sampler(self.sampler), condition, self.steps,
             shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
@@ -64,8 +64,8 @@ class ImageGenerator:
         return to_uint8(self.decoder.decode(samples)).cpu()
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Return all that the images depend on, as JSON."""
-        # Including the weights that a network shares with a pretrained model.
+        """Return all settings that determine the images, as JSON values."""
+        # A state_dict may lack weights that the network shares with a pretrained model.
         tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         own = {"weights": tensors_sha256(tensors)[:DIGITS], "sampler": self.sampler, "steps": self.steps}
         return {**own, **more, "seed": self.seed, "vae": self.decoder.identity}
@@ -78,13 +78,13 @@ class ImageGenerator:
         finish: Callable[[int], None] = lambda group: None,
         unfinished: Collection[int] = (),
     ) -> int:
-        """Write the images that are missing in a folder.
+        """Generate and write a folder's missing images.
 
         Args:
             folder: the folder, already checked.
-            groups: the names of images that are always generated together, to be the same to the last bit.
-            images: returns the images of a group.
-            finish: called when a group has been written.
+            groups: names of images that are always generated in one batch, so that they are bit-identical.
+            images: returns the images of a group, by its index.
+            finish: called with the index of each group that was written.
             unfinished: groups to generate even if all of their images exist.
 
         Returns:
@@ -104,15 +104,15 @@ class ImageGenerator:
         return len(missing)
 
     def __str__(self) -> str:
-        """Return such as "mix?s1=0.6, 2 steps"."""
+        """Return the sampler and its steps, such as "mix?s1=0.6, 2 steps"."""
         return f"{self.sampler}, {in_steps(self.steps)}"
 
 
 def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
-    """Return a network that reads captions, or one of classes, and the path to write to; check the rest before.
+    """Check the settings, load a network that reads captions or classes, and return it with the output path.
 
     Raises:
-        OSError: if there is no such network.
+        OSError: if the network does not exist.
         ValueError: if a setting is out of range, `out` cannot be written, or the network reads something else.
     """
     check_seed(seed)
@@ -133,21 +133,21 @@ def image_generator(
     vae: str | None,
     latents: str | None,
 ) -> ImageGenerator:
-    """Return the generator of a network's images, with the requested sampler or the one that fits the network.
+    """Return the image generator of a network, with the requested sampler or the network's default.
 
-    That is mix with 2 steps for a student; and Euler with 50 steps for a network that does not read the end time, such
-    as a teacher, whose large steps lead to the mean of each class.
+    The default is mix with 2 steps for a student. A network that does not read the end time, such as a teacher, gets
+    Euler with 50 steps, because its large steps lead to class means.
 
     Raises:
-        OSError: if there is no such VAE, or no statistics of latents.
-        ValueError: if there is no such sampler or option, or the samples are not images or latents of this VAE.
+        OSError: if the VAE or the statistics of the latents do not exist.
+        ValueError: if the sampler or an option does not exist, or the samples are not images or latents of this VAE.
     """
     student = network.reads_end_time
     name = name or ("mix" if student else "euler")
     sampler(name)
     if not student and name != "euler":
         log.warning(
-            "the model does not read the end time of a step, as teachers do: %s blurs its samples; use "
+            "the model ignores the end time of a step, as a teacher does, and %s blurs its samples: use "
             "--sampler euler --steps %d", name, TEACHER_STEPS,
         )  # fmt: skip
     if steps is None:
@@ -156,28 +156,33 @@ def image_generator(
 
 
 def progress(groups: Sequence[int]) -> tqdm:
-    """Return a progress bar on a terminal; as a context, because an error must not follow it on the same line."""
+    """Return a progress bar for terminals. Use it as a context, so that an error starts on a new line."""
     return tqdm(groups, "sampling", leave=False, disable=None)
 
 
 def in_steps(steps: int) -> str:
-    """Return such as "2 steps"."""
+    """Return a number of steps as text.
+
+    Example:
+        >>> in_steps(1), in_steps(2)
+        ('1 step', '2 steps')
+    """
     return f"{steps} step{'s' * (steps > 1)}"
 
 
 def reads_captions(network: Network) -> bool:
-    """Return whether a network's condition is captions, rather than classes."""
+    """Return whether a network is conditioned on captions rather than classes."""
     return isinstance(network.example(1)[3], Captions)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns the samples of a network into images in [-1, 1].
+    """Converts the samples of a network to images in [-1, 1].
 
     Args:
-        decode: the function.
-        factor: pixels of an image along the side of one latent; 1 for images.
-        identity: the VAE and the scaling of latents, None for images.
+        decode: the function that converts samples to images.
+        factor: image size divided by sample size; 1 if the samples are images.
+        identity: identifies the VAE and the scaling of latents; None if the samples are images.
     """
 
     decode: Callable[[Sample], Sample]
@@ -189,27 +194,27 @@ class Decoder:
         """Return the decoder for a network.
 
         Raises:
-            OSError: if there is no such VAE, or no statistics of latents.
+            OSError: if the VAE or the statistics of the latents do not exist.
             ValueError: if the network's samples are not images or latents of this VAE.
         """
         if len(network.sample_shape) != 3:
-            raise ValueError(f"the model makes samples of shape {network.sample_shape}, not images (c, h, w)")
+            raise ValueError(f"samples must be images (c, h, w): the model generates shape {network.sample_shape}")
         channels, by_config = network.sample_shape[0], reads_captions(network)
         if vae and (latents or by_config):
             decoder, found = _decoder(vae, latents)
             if found != channels:
-                raise ValueError(f"the model makes {channels} channels: latents of {vae} have {found}")
+                raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
             return decoder
         if vae or latents:
-            raise ValueError("give --vae and --latents together: the VAE, and the latents with their statistics")
+            raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
         if channels not in (1, 3):
             needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
-            raise ValueError(f"the model makes {channels} channels, latents: give {needed} to decode images")
+            raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")
         return cls(lambda samples: samples)
 
 
 def _decoder(vae: str, latents: str | None) -> tuple[Decoder, int]:
-    """Return the decoder of a VAE's latents, normalized by a folder's statistics or its config, and their channels."""
+    """Return the decoder and the channels of a VAE's latents, which a folder's statistics or the config scale."""
     # The data modules import Lightning, which takes seconds.
     from decm_lightning.autoencoders import load_autoencoder
     from decm_lightning.data.latents.latent_coder import LatentCoder

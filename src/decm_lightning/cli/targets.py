@@ -1,4 +1,4 @@
-"""Where a command computes and where it writes images, checked before anything is loaded."""
+"""Check the device and the output path of a command before anything is loaded."""
 
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -10,10 +10,10 @@ KINDS = "out must be a folder or a .png file"
 
 
 def check_device(name: str) -> torch.device:
-    """Return a device.
+    """Return the device of this name.
 
     Raises:
-        ValueError: if this machine does not have it.
+        ValueError: if it is not available on this machine.
     """
     try:
         return torch.empty(0, device=name).device
@@ -22,10 +22,10 @@ def check_device(name: str) -> torch.device:
 
 
 def check_out(out: str) -> Path:
-    """Return the path of a folder or a .png file that can be written; nothing is created yet.
+    """Return the path of a folder or .png file after checking that it can be written. Nothing is created.
 
     Raises:
-        ValueError: if it is a file of another kind, or cannot be written.
+        ValueError: if it is another kind of file, or cannot be written.
     """
     if not out:
         raise ValueError(f"{KINDS}: got ''")
@@ -40,7 +40,7 @@ def check_out(out: str) -> Path:
             raise ValueError(f"{KINDS}: {place} is a link to {place.readlink()}, which does not exist")
         place = place.parent
     try:
-        # A disk may be full or read-only whatever the permissions say.
+        # Permissions do not show that a disk is full or read-only.
         TemporaryFile(dir=place).close()
     except OSError as error:
         raise ValueError(f"{KINDS} that can be written: got {out} ({place}: {error.strerror})") from error
@@ -48,5 +48,5 @@ def check_out(out: str) -> Path:
 
 
 def is_grid(out: Path) -> bool:
-    """Return whether images go into one .png file, rather than a folder with a file each."""
+    """Return whether the images are written as a grid into one .png file, rather than into a folder."""
     return out.suffix.lower() == ".png"

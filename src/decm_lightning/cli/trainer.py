@@ -1,4 +1,4 @@
-"""decm fit | validate | test | predict: Lightning's own command line over this package's modules."""
+"""decm fit, validate, test and predict: Lightning's command line for the modules of this package."""
 
 import logging
 import signal
@@ -45,7 +45,7 @@ WITHOUT_EFFECT = (
     "trainer.profiler",
 )
 """Settings that do not change the weights of a run."""
-# Warnings of libraries about each other, which would hide a user's own.
+# Warnings between libraries, which would hide the warnings that concern the user.
 NOISE = (
     "LightningCLI's args parameter",
     "'set_vital' is deprecated",
@@ -53,9 +53,9 @@ NOISE = (
     "The number of training batches .* is smaller than the logging interval",
     "The '.*_dataloader' does not have many workers",
     ".*does not have many workers which may be a bottleneck",
-    # The loader's own sampler has batches of rows.
+    # The loader's sampler yields batches of rows.
     "Couldn't infer the batch indices",
-    # Latents without their VAE are allowed: they only train.
+    # Without a VAE, latents can be trained on but not evaluated: their validation loader is empty.
     "Total length of `list` across ranks is zero",
 )
 
@@ -70,14 +70,14 @@ class TrainerParser(Parser, LightningArgumentParser):
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves the resolved config next to the checkpoints, and within each of them."""
+    """Saves the resolved config next to the checkpoints and inside each of them."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the config, as YAML that repeats the run."""
+        """Add the config as YAML, from which the run can be repeated."""
         checkpoint["config"] = self._dumped()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Log the settings of data and trainer that differ from the checkpoint's; the module logs its own."""
+        """Log the data and trainer settings that differ from the checkpoint's; the module logs its own settings."""
         if trainer.state.fn != "fit" or "config" not in checkpoint:
             return
         saved, own = (
@@ -93,22 +93,23 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class TrainerCLI(LightningCLI):
-    """Lightning's CLI for one method of the trainer. The config alone says what is built.
+    """Lightning's CLI for one method of the trainer.
 
-    Lightning's subcommands would build a parser for each of the four methods.
+    It does not use Lightning's subcommands, which would build a parser for each of the four methods. A checkpoint does
+    not change which classes are built: the config decides.
 
     Args:
         argv: the config and its overrides.
         command: "fit", "validate", "test" or "predict"; None to build everything and run nothing.
 
     Raises:
-        ValueError: if the config asks for what cannot be, such as a checkpoint of another network.
+        ValueError: if the settings contradict each other, such as a config and a checkpoint of different networks.
     """
 
     def __init__(self, argv: Sequence[str], command: str | None = None) -> None:
         self.command = command
         self.options: list[str] = []
-        # Its own usage line, because the parser's would list hundreds of options; the front shortens errors.
+        # The parser's usage line would list hundreds of options.
         usage = {"prog": f"decm {command}", "usage": f"decm {command} --config FILE [options]"} if command else {}
         super().__init__(
             FlowTraining,
@@ -127,7 +128,7 @@ class TrainerCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the command's own options; keep the weights of sharded networks in each machine's first process alone."""
+        """Add the command's options, and build networks without weights where the first process sends them."""
         if self.command is not None:
             skip = set(self.subcommands()[self.command])
             self.options = parser.add_method_arguments(L.Trainer, self.command, skip=skip)
@@ -142,7 +143,7 @@ class TrainerCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to measure an untrained network, to train for no steps, and to compile with an old torch."""
+        """Refuse an untrained network, a run of zero steps, and compilation with an old torch."""
         if self.command == "fit" and self.config.get("model.init_args.compile"):
             check_compiler()
         for limit in ("max_steps", "max_epochs"):
@@ -154,20 +155,20 @@ class TrainerCLI(LightningCLI):
             _spell_out(self.config)
 
     def instantiate_classes(self) -> None:
-        """Build everything, and refuse a checkpoint that does not fit before any process begins to read it."""
-        # The first process sends each of the others its shard.
+        """Build all classes, and refuse a checkpoint that does not fit before any process reads it."""
+        # The first process sends its shard to each of the other processes.
         is_filled = bool(self.command and getattr(rank_zero_only, "rank", 0)) and _shards(self.config.trainer.strategy)
         try:
             with without_weights() if is_filled else nullcontext():
                 super().instantiate_classes()
         except RuntimeError as error:
-            # Such as SLURM_NTASKS without SLURM_NTASKS_PER_NODE: a setting, not a bug.
+            # For example, SLURM_NTASKS is set without SLURM_NTASKS_PER_NODE.
             raise ValueError(f"the trainer cannot be built: {error}") from error
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.command == "predict" and not any(isinstance(c, SampleWriter) for c in callbacks):
             writer = "--trainer.callbacks+ decm_lightning.evaluation.SampleWriter"
             options = "--trainer.callbacks.folder FOLDER --trainer.callbacks.samples 50000"
-            raise ValueError(f"predict needs a SampleWriter, which says what to generate: add {writer} {options}")
+            raise ValueError(f"predict needs a SampleWriter callback: add {writer} {options}")
         if self.command and (path := self.config.ckpt_path):
             self._check_found(path)
             self.model.check_checkpoint(path, self.trainer.strategy)
@@ -175,14 +176,14 @@ class TrainerCLI(LightningCLI):
                 refuse_partial(Path(path), self.model, self.command == "fit")
 
     def _check_found(self, path: str) -> None:
-        """Refuse a checkpoint that Lightning would not find: it continues without one if it is called "last"."""
+        """Refuse a checkpoint that does not exist. For "last", Lightning would start without a checkpoint."""
         if path == "best":
             raise ValueError("--ckpt_path best is known only to the process that trained: give the checkpoint's path")
         if path == "hpc" and self.trainer._checkpoint_connector._hpc_resume_path is None:
-            raise ValueError(f"--ckpt_path hpc: there is no hpc_ckpt_N.ckpt in {self.trainer.default_root_dir}")
+            raise ValueError(f"--ckpt_path hpc: found no hpc_ckpt_N.ckpt in {self.trainer.default_root_dir}")
         if path == "last":
-            found = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-            if not any(callback._find_last_checkpoints(self.trainer) for callback in found):
+            callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            if not any(callback._find_last_checkpoints(self.trainer) for callback in callbacks):
                 raise ValueError(f"--ckpt_path last: {_newest(self.trainer)}")
 
     def run(self) -> None:
@@ -191,13 +192,13 @@ class TrainerCLI(LightningCLI):
         Raises:
             ValueError: if validate or test measured nothing.
         """
-        # From now on there may be other processes, which would prepare data for hours after this one has ended.
+        # Child processes must end with this one: otherwise they may prepare data for hours.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
         options = {name: self.config_init[name] for name in self.options}
         try:
             getattr(self.trainer, str(self.command))(self.model, datamodule=self.datamodule, **options)
         except Exception as error:
-            # An error in the middle of a run is one line on the terminal; its traceback must not be lost.
+            # The terminal shows one line, so the traceback of a run is saved in a file.
             if any(frame.name == "_run_stage" for frame in traceback.extract_tb(error.__traceback__)):
                 # A full disk must not hide the error.
                 with suppress(OSError):
@@ -209,18 +210,18 @@ class TrainerCLI(LightningCLI):
 
 
 def run(command: str, argv: Sequence[str]) -> None:
-    """Run one of the trainer's methods on what a config and its overrides describe."""
+    """Run one of the trainer's methods with a config and its overrides."""
     _prepare(argv, command).run()
 
 
 def build(*argv: str) -> TrainerCLI:
-    """Return what a config and its overrides describe, without running it: `.trainer`, `.model` and `.datamodule`."""
+    """Build the `trainer`, `model` and `datamodule` of a config and its overrides, without running them."""
     return _prepare(argv)
 
 
 def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
     _keep_whole_numbers()
-    # An objective may come from a function that returns one, such as losses.end_identity.
+    # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
@@ -242,7 +243,7 @@ def _build_network(cls: type[Network], *args: Any, **kwargs: Any) -> Network:
 
 
 def _build_around_networks(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """Build a teacher or a training, whose networks may come from a function or class of another package."""
+    """Build a teacher or training module, whose networks may come from another package."""
     if is_weightless():
         for argument in (*args, *kwargs.values()):
             _drop_weights(argument)
@@ -253,14 +254,14 @@ def _build_around_networks(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _drop_weights(built: Any) -> None:
-    # Of a teacher only the networks that are sharded: no other process sends the weights of other models.
+    # Only the sharded networks of a teacher: the weights of its other models are not sent.
     networks = built.sharded() if isinstance(built, Teacher) else [built] if isinstance(built, Network) else []
     for network in networks:
         network.to("meta")
 
 
 def _write_traceback(trainer: L.Trainer) -> Path:
-    # Not trainer.log_dir, for which all processes would have to agree.
+    # trainer.log_dir is a collective operation, which other processes would not join.
     folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
     file = Path(folder or trainer.default_root_dir) / f"traceback-{trainer.global_rank}.txt"
     with atomic(file) as partial:
@@ -269,17 +270,17 @@ def _write_traceback(trainer: L.Trainer) -> Path:
 
 
 def _newest(trainer: L.Trainer) -> str:
-    """Say that this run has no last checkpoint, and which is the newest of its experiment."""
+    """Return a message that this run has no last checkpoint, with the newest one of its experiment."""
     logger = trainer.logger
     folder = Path(trainer.default_root_dir if logger is None else logger.save_dir or ".")
     folder = folder / str(logger.name or "") if logger is not None else folder
     files = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
-    newest = f"the newest in {folder} is {files[-1]}, give its path" if files else f"there is none in {folder}"
+    newest = f"use the newest in {folder}: {files[-1]}" if files else f"found none in {folder}"
     return f"this run has no last checkpoint; {newest}"
 
 
 def _spell_out(config: Namespace) -> None:
-    """Write the default objective out, so that a saved config repeats the run when the default has changed."""
+    """Write the default objective into the config, so that the saved config still repeats the run if it changes."""
     arguments = config.get("model.init_args")
     if arguments is not None and "objective" in arguments and arguments.objective is None:
         defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
@@ -288,8 +289,8 @@ def _spell_out(config: Namespace) -> None:
 
 
 def _keep_whole_numbers() -> None:
-    """Let the parser read 1 batch as 1, not as 1.0, which stands for all batches."""
-    # typing caches Optional[Union[int, float]] in the order in which any library has written it first.
+    """Let the parser read 1 as an int: as a float, 1.0 would mean all batches."""
+    # typing caches Optional[Union[int, float]] in the order in which a library first wrote it.
     annotations = unwrap(L.Trainer.__init__).__annotations__
     numbers = int | float | None
     annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})

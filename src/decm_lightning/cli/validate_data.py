@@ -1,4 +1,4 @@
-"""decm validate-data: every row of a folder of latents, before a long run trusts it."""
+"""decm validate-data: check every row of a folder of latents before a long run."""
 
 from collections.abc import Sequence
 
@@ -17,16 +17,16 @@ def validate_data(
     latent_multiplier: float = 1.0,
     vae: str | None = None,
 ) -> None:
-    """Read all shards of a folder and print their statistics and all faults; with a fault the exit code is 2.
+    """Read all shards of a folder, and print their statistics and errors. The exit code is 2 if there are errors.
 
     Args:
-        folder: safetensors shards in LightningDiT's format, and latents_stats.pt.
-        num_classes: labels must be below it; by default what cache.json says.
-        channels: channels that the latents must have.
-        size: height and width that the latents must have.
-        latent_norm: normalize by latents_stats.pt, as for VA-VAE.
-        latent_multiplier: times this; with latent_norm false 0.18215 for Stable Diffusion's VAE.
-        vae: the VAE that must have encoded the images: a folder, a name on the Hugging Face hub, or a file.
+        folder: a folder with safetensors shards in LightningDiT's format and latents_stats.pt.
+        num_classes: number of classes; by default the value in cache.json.
+        channels: expected channels of the latents.
+        size: expected height and width of the latents.
+        latent_norm: normalize the latents by latents_stats.pt, as for VA-VAE.
+        latent_multiplier: factor of the latents; 0.18215 with latent_norm false for Stable Diffusion's VAE.
+        vae: the VAE to check the latents against: a folder, a name on the Hugging Face hub, or a file.
     """
     autoencoder = None if vae is None else load_autoencoder(vae)
     errors = ErrorReport(tqdm.write)

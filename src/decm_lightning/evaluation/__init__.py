@@ -1,4 +1,4 @@
-"""Evaluation: which samples to generate, the samples themselves, the metrics' protocol and table, and the callbacks."""
+"""Evaluation: generate samples, measure them against real images, and write tables and images."""
 
 from decm_lightning.evaluation.evaluation import Evaluation
 from decm_lightning.evaluation.generator import SampleGenerator

@@ -1,4 +1,4 @@
-"""What one sample costs and at which times its networks are evaluated, both recorded while samples are generated."""
+"""Record the number and the times of network evaluations while samples are generated."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,18 +12,18 @@ from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.teachers import Teacher
 
 SHOWN = 8
-"""At most this many steps are listed."""
+"""The largest number of steps that are listed."""
 
 
 @dataclass
 class SamplingCost:
-    """The network evaluations of some samples.
+    """Counts network evaluations while samples are generated.
 
     Args:
-        samples: number of samples that are generated while it records.
+        samples: number of samples generated while recording.
 
     Attributes:
-        rows: rows that the networks evaluated: a guided step evaluates two for each sample.
+        rows: number of rows evaluated by the networks; a guided step evaluates two rows per sample.
         times: (t, s) of each evaluation of the averaged network, in order.
     """
 
@@ -33,7 +33,7 @@ class SamplingCost:
 
     @property
     def nfe(self) -> float | None:
-        """Network evaluations of one sample; None if none was seen."""
+        """Network evaluations per sample; None if none were recorded."""
         return self.rows / self.samples if self.rows else None
 
     @property
@@ -76,5 +76,5 @@ class SamplingCost:
         try:
             yield
         finally:
-            # Until here it hides the class's method.
+            # Remove the attribute, which hides the class's method.
             del teacher.velocity

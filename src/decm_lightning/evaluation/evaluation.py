@@ -1,4 +1,4 @@
-"""Measures samples against real images while training, and writes the table of quality when testing."""
+"""Measure samples against real images during training, and write the quality table in tests."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,7 +32,7 @@ COLUMNS = 10
 
 @dataclass
 class Measured:
-    """The values of a spec's samples by column, what a sample costs, and the first samples."""
+    """The results of a spec: values by column, the cost of a sample, and the first samples."""
 
     values: dict[str, float]
     cost: SamplingCost
@@ -40,17 +40,19 @@ class Measured:
 
 
 class Evaluation(L.Callback):
-    """Measures the quality of every spec "model/sampler/steps" on one or several feature networks.
+    """Measures the quality of every spec "model/sampler/steps" with one or several feature networks.
 
-    Validation logs `<column>/<spec>`, such as `fd/student/mix/2`, for the columns that are cheap: Fréchet distance and
-    kernel distance. Testing logs `test/<column>/<spec>` for all columns, and writes quality.md, quality.json and
-    samples.png into the log folder, with the protocol. The feature networks define the columns: fd and kid, or with
-    metrics.InceptionFeatures fid, sfid, inception_score, precision, recall and kid. Further networks may compare
-    samples with their captions: demo.CaptionProbe, metrics.CLIPScore and metrics.BLIPScore. The real images come from
-    the validation or test loader, or from `reference`, and are read once. Sample number i has the same label and the
-    same noise for every spec and in every validation, and is generated once: it serves the metrics, the number of
-    function evaluations (NFE) and samples.png. Compare distances of equal numbers of images only. Nothing is measured
-    in the sanity check before training.
+    Validation logs `<column>/<spec>`, such as `fd/student/mix/2`, for the cheap columns: Fréchet distance and kernel
+    distance. Testing logs `test/<column>/<spec>` for all columns, and writes quality.md, quality.json and samples.png
+    with the protocol into the log folder. The sanity check before training measures nothing.
+
+    The feature networks define the columns: fd and kid, or fid, sfid, inception_score, precision, recall and kid with
+    metrics.InceptionFeatures. Other networks compare samples with their captions: demo.CaptionProbe, metrics.CLIPScore
+    and metrics.BLIPScore.
+
+    The real images come from the validation or test loader, or from `reference`, and are read once. Sample i has the
+    same label and noise for every spec and in every validation. It is generated once, and used for the metrics, the
+    number of function evaluations (NFE) and samples.png. Distances are only comparable for equal numbers of images.
 
     Args:
         features: one feature network or several, such as demo.DigitsFeatures or metrics.InceptionFeatures; any
@@ -59,15 +61,15 @@ class Evaluation(L.Callback):
         test_specs: the samples that testing measures, at least one spec; None for `specs`.
         samples: samples of each spec in validation, over all processes, at least 2.
         test_samples: the same in testing; None for the number that the feature network recommends (50,000 with
-            Inception), or else `samples`.
+            Inception), otherwise `samples`.
         batch_size: samples generated at once on each device, at least 1.
         seed: seed of noise and labels, and of metrics that use random subsets.
         reference: an .npz file or a folder of real images (metrics.reference.read); None for the loader's images.
-        labels: "balanced": sample i has the label i mod num_classes; "uniform": drawn from the seed. Data with a
-            method `condition(rows, seed)` choose the conditions themselves.
+        labels: "balanced": sample i has the label i mod num_classes; "uniform": random labels, from the seed. Data with
+            a method `condition(rows, seed)` choose their conditions.
 
     Raises:
-        ValueError: if there is no spec, one is invalid, or a number is too small.
+        ValueError: if the specs are empty, a spec is invalid, or a number is too small.
     """
 
     def __init__(
@@ -106,13 +108,13 @@ class Evaluation(L.Callback):
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the specs can be generated and the reference serves the feature networks.
+        """Check that the specs can be generated and that the reference fits the feature networks.
 
         Raises:
-            FileNotFoundError: if there is no reference.
+            FileNotFoundError: if the reference does not exist.
             ImportError: if a test will write samples.png and matplotlib is not installed.
-            ValueError: if the datamodule has no conditions, the module does not have a spec's model, the reference does
-                not serve the feature networks, or two of those have a column of the same name.
+            ValueError: if the datamodule has no conditions, the module lacks a spec's model, the reference does not fit
+                the feature networks, or two feature networks have a column of the same name.
         """
         if stage == "predict":
             return
@@ -131,17 +133,16 @@ class Evaluation(L.Callback):
         self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Fail if nothing was measured: Lightning skips an empty loader and all its hooks.
+        """Raise an error if nothing was measured, because Lightning skips an empty loader without its hooks.
 
         Raises:
             ValueError: if `validate` or `test` had no images.
         """
         if stage in ("validate", "test") and not self.has_measured:
-            cause = "the validation or test loader is empty (that of latents is, without a VAE)"
-            raise ValueError(f"nothing was measured, no real images to measure against: {cause}")
+            raise ValueError("nothing was measured: the validation or test loader is empty (latents need a VAE)")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move to the module's device, and read the reference the first time."""
+        """Move the metrics to the module's device, and read the reference once."""
         for quality in self.qualities:
             quality.to(self.generator.source.device)
         if trainer.sanity_checking:
@@ -172,11 +173,11 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in the rows of a batch that no other process has, the first time, if there is no reference."""
+        """Add a batch's real images in the first pass, without rows that repeat those of other processes."""
         if self.has_real or trainer.sanity_checking:
             return
         x_1, condition = batch[0], batch[1]
-        # There is one loader: Lightning refuses several where validation_step has no dataloader_idx.
+        # Lightning refuses several loaders, because validation_step has no dataloader_idx.
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loader = CombinedLoader(loaders, "sequential").flattened[0]
         sampler = loader.sampler if isinstance(loader, DataLoader) else None
@@ -204,21 +205,23 @@ class Evaluation(L.Callback):
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
         """
-        found = self._measure(trainer, self.test_specs, self.test_samples)
-        for spec, measured in found.items():
+        results = self._measure(trainer, self.test_specs, self.test_samples)
+        for spec, measured in results.items():
             for name, value in measured.values.items():
                 pl_module.log(f"test/{name}/{spec}", value, sync_dist=True)
-        # All processes must come here: the counts of images and log_dir are collective.
-        costs = {spec: measured.cost for spec, measured in found.items()}
+        # The image counts and log_dir are collective, so all processes compute them.
+        costs = {spec: measured.cost for spec, measured in results.items()}
         settings = protocol(
             trainer, self.generator, self.qualities, self.real, self.test_samples, self.batch_size, costs
         )
-        images = torch.stack([trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in found.values()])
+        images = torch.stack(
+            [trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in results.values()]
+        )
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            # The heading begins with the distance.
+            # Networks with a distance come first in the heading.
             names = [quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)]
-            rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in found.items()]
+            rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in results.items()]
             headings = self.generator.headings(range(images.shape[1]))
             table = Table(" and ".join(names), settings, rows, headings)
             files = table.write(folder, images)
@@ -253,7 +256,7 @@ class Evaluation(L.Callback):
         return measured
 
     def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: tqdm) -> Measured:
-        wants_prompts = any(quality.needs_prompts for quality in self.qualities)
+        needs_prompts = any(quality.needs_prompts for quality in self.qualities)
         cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)
         for quality in self.qualities:
             quality.reset_generated()
@@ -263,10 +266,10 @@ class Evaluation(L.Callback):
                     recording.enter_context(cost.record(self.generator.source))
                 images = self.generator.generate(spec, rows)
             if rows is parts[0]:
-                # Each process has some of the first samples; the sum over processes has all.
+                # Each process fills in its own samples, and the sum over processes has all of them.
                 first = images.new_zeros(columns, *images.shape[1:])
             first[rows.start : rows.stop] = images[: max(columns - rows.start, 0)]
-            prompts = self.generator.prompts(rows) if wants_prompts else Prompts()
+            prompts = self.generator.prompts(rows) if needs_prompts else Prompts()
             for quality in self.qualities:
                 quality.update(images, real=False, prompts=prompts)
             bar.update(len(rows))

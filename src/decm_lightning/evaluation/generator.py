@@ -1,4 +1,4 @@
-"""Samples as images: which condition sample number i has, how it is generated, and how latents become images."""
+"""Generate numbered samples: choose their conditions, run the sampler, and decode them to images."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -22,21 +22,21 @@ from decm_lightning.types import Batch, Condition, Sample
 
 LabelLaw = Literal["balanced", "uniform"]
 LABEL = 1
-"""The stream of sample i's label; its noise has the number i alone."""
+"""The label of sample i uses generator_of(seed, i, LABEL), and its noise generator_of(seed, i)."""
 DECODED_AT_ONCE = 64
 
 
 class SampleGenerator:
-    """Generates samples of a module as images. Sample number i has the same noise and condition for every spec.
+    """Generates samples of a module as images. Sample i has the same noise and condition for every spec.
 
-    Both depend on the seed and on i alone (`samplers.generate`), and not on the batch, the device or the number of
-    processes. Neither torch's global generators nor the training mode of any module change.
+    Both depend only on the seed and on i (`samplers.generate`), and not on the batch, the device or the number of
+    processes. Sampling changes neither torch's global generators nor the training mode of any module.
 
     Args:
         module: a `SampleSource`.
-        datamodule: what it has of `data.protocol`: classes or conditions, captions, a decoder.
+        datamodule: provides classes or conditions, and optionally captions and a decoder (`data.protocol`).
         labels: "balanced", i mod num_classes; or "uniform", from the seed. Data with conditions have no labels.
-        seed: of noise and labels.
+        seed: seed of noise and labels.
 
     Raises:
         ValueError: if the module cannot be sampled.
@@ -50,7 +50,7 @@ class SampleGenerator:
         self.seed = seed
 
     def check(self, specs: Sequence[SamplingSpec]) -> None:
-        """Make sure that every spec can be generated.
+        """Check that every spec can be generated.
 
         Raises:
             ValueError: if the data have no conditions, the samples are not images and cannot be decoded, or a spec's
@@ -60,18 +60,18 @@ class SampleGenerator:
             raise ValueError("samples need labels: give the trainer a datamodule with num_classes, such as data.Digits")
         shape = self.source.average.sample_shape
         if len(shape) != 3:
-            raise ValueError(f"samples must be images (c, h, w): the network makes {shape}")
-        # Latents are decoded once now, rather than fail after hours.
+            raise ValueError(f"samples must be images (c, h, w): the network generates {shape}")
+        # Decode one latent now, so that a missing decoder does not fail after hours.
         seen = shape if shape[0] in (1, 3) else tuple(self.images(torch.zeros(1, *shape)).shape[1:])
         if seen[0] not in (1, 3):
             remedy = "give the trainer a datamodule with decode(x)"
-            raise ValueError(f"images have 1 or 3 channels: the network makes {shape}, which needs a decoder: {remedy}")
+            raise ValueError(f"images must have 1 or 3 channels: the network generates {shape}; {remedy}")
         for spec in specs:
             if spec.model not in (models := self.source.models()):
                 raise ValueError(f"spec {spec}: model must be one of {', '.join(models)}: got {spec.model!r}")
 
     def condition(self, rows: Sequence[int]) -> Condition:
-        """Return the conditions of samples number `rows`, on the module's device."""
+        """Return the conditions of samples `rows`, on the module's device."""
         if self.data.condition is None:
             condition: Condition = torch.tensor([self._label(row) for row in rows])
         else:
@@ -79,22 +79,22 @@ class SampleGenerator:
         return move_data_to_device(condition, self.source.device)
 
     def prompts(self, rows: Sequence[int]) -> Prompts:
-        """Return the conditions of samples number `rows`, perhaps of none, and their captions if the data have any."""
+        """Return the conditions of samples `rows`, which may be empty, and their captions if the data have captions."""
         return Prompts(select(self.condition(rows or range(1)), slice(len(rows))), self.captions(rows))
 
     def captions(self, rows: Sequence[int]) -> list[str] | None:
-        """Return the captions of samples number `rows`, None if the data have no captions."""
+        """Return the captions of samples `rows`, or None if the data have no captions."""
         texts = self.data.texts
         return [texts[row % len(texts)] for row in rows] if texts else None
 
     def headings(self, rows: Sequence[int]) -> list[str]:
-        """Return the captions of samples number `rows`, shortened, or their labels; none for other conditions."""
+        """Return short captions or labels of samples `rows`; an empty list for other conditions."""
         if (captions := self.captions(rows)) is not None:
             return [short(caption) for caption in captions]
         return [] if self.data.condition else [str(self._label(row)) for row in rows]
 
     def samples(self, spec: SamplingSpec, rows: Sequence[int]) -> Sample:
-        """Return samples number `rows`, as the network makes them.
+        """Return samples `rows` as the network generates them, before decoding.
 
         Raises:
             NonFiniteError: if one is NaN or infinite.
@@ -117,9 +117,9 @@ class SampleGenerator:
         return x
 
     def generate(self, spec: SamplingSpec, rows: Sequence[int]) -> UInt8[Tensor, "n c h w"]:
-        """Return samples number `rows` as images.
+        """Return samples `rows` as images.
 
-        For no rows it generates sample 0 and returns no image: a sharded network needs all processes in every pass.
+        Without rows it generates sample 0 and returns an empty tensor: all processes must run a sharded network.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
@@ -128,11 +128,11 @@ class SampleGenerator:
 
     @torch.no_grad()
     def images(self, x: Sample) -> UInt8[Tensor, "n c h w"]:
-        """Return samples, or data of a loader, as images; they are decoded 64 at a time."""
+        """Decode samples, or a loader's data, to images, 64 at a time."""
         return torch.cat([to_uint8(self.data.decode(part)) for part in x.split(DECODED_AT_ONCE)])
 
     def read(self, batch: Batch) -> Batch:
-        """Return a batch of the data as uint8 images and their conditions, where the module computes."""
+        """Return a batch of the data as uint8 images and their conditions, on the module's device."""
         batch = self.datamodule.on_after_batch_transfer(move_data_to_device(batch, self.source.device), 0)
         return Batch(self.images(batch.x_1), batch.condition)
 
@@ -145,7 +145,7 @@ class SampleGenerator:
         return torch.stack([self.generate(spec, range(self.columns(columns))) for spec in specs])
 
     def describe_labels(self) -> str:
-        """Return which condition sample i has."""
+        """Return a description of sample i's condition."""
         if self.data.condition:
             return "sample i has the i-th condition of the data"
         if self.labels == "balanced":

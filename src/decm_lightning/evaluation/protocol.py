@@ -1,4 +1,4 @@
-"""The protocol of a measurement: every setting that its values depend on, by name."""
+"""The protocol of a measurement: all settings that determine its values."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def protocol(
     batch_size: int,
     costs: Mapping[SamplingSpec, SamplingCost],
 ) -> dict[str, str | int]:
-    """Return what was done, for people and for the file; for all processes, since they count together."""
+    """Return the protocol by name. All processes must call this, because counting images is collective."""
     counts = qualities[0].counts()
     lines: dict[str, str | int] = {"checkpoint": str(trainer.ckpt_path or "none: weights in memory")}
     lines["weights"] = _weights(generator.source, costs)
@@ -46,12 +46,12 @@ def protocol(
     for quality in qualities:
         lines |= quality.describe()
         lines |= {column: f"not measured: {reason}" for column, reason in quality.unavailable.items()}
-    lines["nfe"] = "passes of a network for one sample, guidance included"
+    lines["nfe"] = "network evaluations per sample, guidance included"
     return lines | _machine(trainer, generator.source.device)
 
 
 def origin(trainer: L.Trainer, generator: SampleGenerator) -> dict[str, str]:
-    """Return what made the samples of a spec, apart from weights, noise, conditions and machine."""
+    """Return the settings of data, guidance and precision that determine the samples."""
     return {
         **generator.data.identity(),
         "guidance": _guidance(generator.source),
@@ -60,7 +60,7 @@ def origin(trainer: L.Trainer, generator: SampleGenerator) -> dict[str, str]:
 
 
 def _weights(source: SampleSource, costs: Mapping[SamplingSpec, SamplingCost]) -> str:
-    # Only the average is sampled, never the network in training; a teacher of a distillation is as it was loaded.
+    # The average is sampled instead of the network in training. A distillation uses its teacher as loaded.
     averaged = {spec.model: bool(cost.times) for spec, cost in costs.items()}
     average = f"exponential moving average (decay {source.ema_decay:g})"
     return "; ".join(f"{model}: {average if is_average else 'as loaded'}" for model, is_average in averaged.items())

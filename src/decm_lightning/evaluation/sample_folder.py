@@ -1,4 +1,4 @@
-"""Folders of samples: one set of settings each, and only whole images, so that metrics never mix two models."""
+"""Folders of samples. A folder has one set of settings and only complete images, so metrics never mix two models."""
 
 import json
 import os
@@ -20,31 +20,33 @@ from decm_lightning.image_writer import has_whole_png, to_pil
 
 SETTINGS = "settings.json"
 SAMPLE = re.compile(r"\d{6,}(_class\d+)?\.png")
-"""The names that `sample_name` gives."""
+"""Matches the names that `sample_name` returns."""
 SHOWN = 4
-"""Differences that an error lists."""
+"""The largest number of differences that an error lists."""
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder whose samples all have the same settings, written by one or several processes and resumed by name.
+    """A folder of samples with the same settings. Several processes can write it, and an interrupted run can resume.
 
-    Call `check` before anything expensive: it writes nothing. Call `begin` before the first sample is written; it is
-    safe in several processes at once. Then `write` each sample, and skip what `missing` does not return.
+    Call `check` before expensive work; it writes nothing. Call `begin` before the first sample is written; several
+    processes may call it at once. Then `write` the samples that `missing` returns.
 
     Example:
-        >>> folder = SampleFolder(Path("samples"), {"sampler": "mix", "steps": 2, "seed": 0}, names)
+        >>> import tempfile, torch
+        >>> names = [sample_name(0, label=3), sample_name(1, label=5)]
+        >>> folder = SampleFolder(Path(tempfile.mkdtemp()), {"sampler": "mix", "steps": 2, "seed": 0}, names)
         >>> folder.check()
-        >>> todo = folder.missing(names, size=(32, 32))
         >>> folder.begin()
-        >>> for name in todo:
-        ...     folder.write(name, image)  # uint8 (c, h, w)
+        >>> folder.write(names[0], torch.zeros(3, 32, 32, dtype=torch.uint8))
+        >>> folder.missing(names, size=(32, 32))
+        ['000001_class5.png']
 
     Args:
-        folder: where the samples are; it need not exist.
-        settings: everything that the images depend on, as JSON: a hash of the weights, sampler, steps, seed, ...
-        names: the paths of all samples, relative to the folder; None for any that `sample_name` gives. Images with
-            other names are refused.
+        folder: the folder, which may not exist yet.
+        settings: all settings that determine the images, as JSON: a hash of the weights, sampler, steps, seed, ...
+        names: the paths of all samples, relative to the folder; None for all names that `sample_name` returns. Images
+            with other names are refused.
     """
 
     folder: Path
@@ -57,11 +59,11 @@ class SampleFolder:
         return self.folder / SETTINGS
 
     def check(self) -> None:
-        """Make sure that the folder has samples of these settings, or none.
+        """Check that the folder has no images, or only samples of these settings.
 
         Raises:
-            ValueError: naming the difference, if the folder has samples of other settings, or other images; or naming
-                settings.json, if that is damaged.
+            ValueError: naming the differences, if the folder has samples of other settings; naming the image, if it has
+                other images; naming settings.json, if it is damaged.
             OSError: if the folder cannot be read.
         """
         begun = self._has_settings()
@@ -70,16 +72,16 @@ class SampleFolder:
         if foreign is None:
             return
         if not begun and self._has_settings():
-            # Another process has begun since.
+            # Another process has begun in the meantime.
             self.check()
             return
         what = "is not one of its samples" if begun else f"exists without {SETTINGS}"
-        raise ValueError(f"{self.folder} holds other images ({foreign} {what}): choose another folder, or remove them")
+        raise ValueError(f"{self.folder} has other images ({foreign} {what}): choose another folder, or remove them")
 
     def begin(self) -> None:
-        """Write settings.json and create the folder, if they are missing.
+        """Create the folder and settings.json, if they are missing.
 
-        Several processes may begin at once: all of them must have the same settings.
+        Several processes may call this at once, and must have the same settings.
 
         Raises:
             ValueError: as `check` does.
@@ -88,7 +90,7 @@ class SampleFolder:
         self.check()
         if self._has_settings():
             return
-        # Exactly one of several processes must win, and none may see an incomplete file.
+        # A link is atomic: one process succeeds, and others never see an incomplete file.
         own = self.folder / f"{SETTINGS}.{token_hex(4)}"
         with atomic(own) as partial:
             partial.write_text(json.dumps(dict(self.settings), indent=2) + "\n", encoding="utf-8")
@@ -97,17 +99,17 @@ class SampleFolder:
         except FileExistsError:
             self._has_settings()
         except OSError:
-            # Some file systems have no links.
+            # Some file systems do not support links.
             os.replace(own, self.file)
         finally:
             own.unlink(missing_ok=True)
 
     def missing(self, names: Sequence[str], size: tuple[int, int] | None = None) -> list[str]:
-        """Return the names of samples that are missing, or not whole PNG files of this size (width, height)."""
+        """Return the names of samples that are not complete PNG files of this size (width, height)."""
         return [name for name in names if not has_whole_png(self.folder / name, size)]
 
     def write(self, name: str, image: UInt8[Tensor, "c h w"]) -> None:
-        """Write one sample as a PNG, whole or not at all.
+        """Write one sample as a PNG, completely or not at all.
 
         Raises:
             ValueError: if the image has neither 1 nor 3 channels.
@@ -124,11 +126,11 @@ class SampleFolder:
         return frozenset(self.names or ())
 
     def _has_settings(self) -> bool:
-        """Return whether the folder has settings; refuse different ones."""
-        found = _read(self.file)
-        if found is not None:
-            _refuse_others(self.folder, found, json.loads(json.dumps(self.settings)))
-        return found is not None
+        """Return whether the folder has settings. Refuse different settings."""
+        saved = _read(self.file)
+        if saved is not None:
+            _refuse_others(self.folder, saved, json.loads(json.dumps(self.settings)))
+        return saved is not None
 
 
 def sample_name(number: int, label: int | None = None) -> str:
@@ -137,7 +139,7 @@ def sample_name(number: int, label: int | None = None) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the settings in a file, None if there is no file."""
+    """Return the settings in a file, or None if it does not exist."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -153,13 +155,13 @@ def _damaged(file: Path, cause: str) -> ValueError:
     return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or choose another")
 
 
-def _refuse_others(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
+def _refuse_others(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     if differing:
-        short = {key: [shorten(str(part.get(key)), 60) for part in (found, settings)] for key in differing[:SHOWN]}
-        values = "; ".join(f"{key} {old}, not {new}" for key, (old, new) in short.items())
+        short = {key: [shorten(str(part.get(key)), 60) for part in (saved, settings)] for key in differing[:SHOWN]}
+        values = "; ".join(f"{key}: {old} in the folder, requested {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        raise ValueError(f"{folder} holds samples of other settings ({values}{more}): choose another folder")
+        raise ValueError(f"{folder} has samples of other settings ({values}{more}): choose another folder")
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Shows samples in TensorBoard while training."""
+"""Log samples to TensorBoard during training."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from decm_lightning.evaluation.spec import SamplingSpec
 
 
 class SampleGrid(L.Callback):
-    """Logs a grid of samples to TensorBoard as `samples`: a row for each spec, a column for each class or condition.
+    """Logs a grid of samples to TensorBoard as `samples`: one row per spec, one column per class or condition.
 
-    The noise is fixed, so that one can watch a sample become better. Without a TensorBoard logger it does nothing.
+    The noise is fixed, so the grids show how each sample improves. Without a TensorBoard logger nothing is logged.
 
     Args:
         specs: the rows, each "model/sampler/steps", such as "student/mix/2".
-        every_n_steps: optimizer steps from one grid to the next, at least 1.
+        every_n_steps: optimizer steps between two grids, at least 1.
         columns: the largest number of classes or conditions, at least 1.
         seed: seed of the noise.
 
@@ -39,7 +39,7 @@ class SampleGrid(L.Callback):
         """Check that the specs can be generated.
 
         Raises:
-            ValueError: if the datamodule has no conditions, or the module does not have a spec's model.
+            ValueError: if the datamodule has no conditions, or the module lacks a spec's model.
         """
         if stage == "fit":
             self.generator = SampleGenerator(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
@@ -52,12 +52,12 @@ class SampleGrid(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a grid every n steps, once a step even where a step takes several batches.
+        """Log a grid every `every_n_steps` steps, once per step even if gradients are accumulated.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
         """
-        # By its class: an experiment on another process than the first claims to have every method.
+        # Other processes than the first have dummy experiments, which claim to have every method.
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         step = trainer.global_step
         if not loggers or step == self.last_step or step % self.every_n_steps:

@@ -1,4 +1,4 @@
-"""Writes samples into a folder in `decm predict`."""
+"""Write samples to a folder in `decm predict`."""
 
 import hashlib
 import json
@@ -17,13 +17,14 @@ from decm_lightning.even_split import split_evenly
 
 
 class SampleWriter(L.Callback):
-    """Writes samples number 0 to `samples` - 1 as one PNG each, on all devices: those of `Evaluation` with this seed.
+    """Writes samples 0 to `samples` - 1 as one PNG each, on all devices.
 
-    The folder gets a settings.json. It is refused if it has samples of other settings, weights, labels or captions.
-    The datamodule's predict_dataloader must have a batch, or Lightning skips predict; its content is not used.
+    `Evaluation` with the same seed measures the same samples. The folder gets a settings.json. A folder with samples of
+    other settings, weights, labels or captions is refused. The datamodule's predict_dataloader must have a batch, or
+    Lightning skips predict; the content of the batch is not used.
 
     Args:
-        folder: where to write; created if it is missing.
+        folder: the folder to write; it is created if it does not exist.
         samples: number of samples over all processes, at least 1.
         spec: the samples, "model/sampler/steps", such as "student/mix/2".
         batch_size: samples generated at once on each device, at least 1.
@@ -57,7 +58,7 @@ class SampleWriter(L.Callback):
         """Check that the samples can be generated.
 
         Raises:
-            ValueError: if the datamodule has no conditions, or the module does not have the spec's model.
+            ValueError: if the datamodule has no conditions, or the module lacks the spec's model.
         """
         if stage == "predict":
             data = trainer.datamodule  # type: ignore[attr-defined]
@@ -89,14 +90,14 @@ class SampleWriter(L.Callback):
         self.has_written = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Fail if nothing was written: Lightning skips an empty loader and all its hooks.
+        """Raise an error if nothing was written, because Lightning skips an empty loader without its hooks.
 
         Raises:
             ValueError: if the datamodule's predict_dataloader is empty.
         """
         if stage == "predict" and not self.has_written:
             raise ValueError(
-                f"no samples were written to {self.folder}: predict_dataloader must have a batch: got none"
+                f"no samples were written to {self.folder}: predict_dataloader must have at least one batch"
             )
 
     def _settings(self, trainer: L.Trainer) -> dict[str, Any]:

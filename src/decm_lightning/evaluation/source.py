@@ -1,4 +1,4 @@
-"""What evaluation needs from a LightningModule."""
+"""The interface of a LightningModule that evaluation needs."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -17,8 +17,8 @@ class SampleSource(Protocol):
     """A LightningModule that can be sampled; `training.FlowTraining` is one.
 
     Attributes:
-        average: the averaged network: the network in training is never sampled.
-        ema_decay: its decay.
+        average: the averaged network, which is sampled instead of the network in training.
+        ema_decay: the decay of the average.
         teacher: the frozen teacher, None if the module has none.
         guidance: how the teacher, or the network that will become one, is guided.
     """
@@ -33,27 +33,27 @@ class SampleSource(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the module."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its samples."""
 
     def models(self) -> dict[str, FlowMapNetwork]:
-        """Return what can be sampled, by name."""
+        """Return the flow maps that can be sampled, by name."""
 
     def modules(self) -> Iterator[nn.Module]:
         """Return the module and all modules in it."""
 
     def eval(self) -> Any:
-        """Put all of them into eval mode."""
+        """Put all modules into eval mode."""
 
 
 def sample_source(module: object) -> SampleSource:
-    """Return a module that can be sampled.
+    """Return the module if it can be sampled.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it lacks a part of the interface.
     """
     if not isinstance(module, SampleSource):
         needed = "models(), average, ema_decay, teacher and guidance, as training.FlowTraining has"

@@ -1,4 +1,4 @@
-"""Which samples to generate, written "model/sampler/steps?option=value"."""
+"""The specification of samples, written "model/sampler/steps?option=value"."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,14 @@ FORM = "model/sampler/steps, such as student/mix/2 or student/mix/2?s1=0.6"
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """One way of generating samples, written "model/sampler/steps", and "?name=value&name=value" if it has options.
+    """Specifies how samples are generated: "model/sampler/steps", and "?name=value&name=value" for options.
 
-    Values are YAML scalars or lists of them, as in "student/consistency/3?times=[0.2,0.6]".
+    Values are YAML scalars or lists of them.
+
+    Example:
+        >>> spec = SamplingSpec.parse("student/consistency/3?times=[0.2,0.6]")
+        >>> spec.model, spec.steps, spec.options
+        ('student', 3, {'times': [0.2, 0.6]})
 
     Args:
         model: a name that the module's `models()` has, such as "student" or "teacher".
@@ -26,7 +31,7 @@ class SamplingSpec:
         options: the sampler's options by name.
 
     Raises:
-        ValueError: if there is no such sampler or option, the sampler refuses a value, or steps is below 1.
+        ValueError: if the sampler or an option does not exist, the sampler refuses a value, or steps is below 1.
     """
 
     model: str
@@ -42,7 +47,7 @@ class SamplingSpec:
 
     @classmethod
     def parse(cls, text: str) -> "SamplingSpec":
-        """Read what `str` writes.
+        """Return the spec of a text, as written by `str`.
 
         Raises:
             ValueError: if the text has another form, or as the class does.
@@ -55,7 +60,7 @@ class SamplingSpec:
 
     @property
     def query(self) -> str:
-        """The options as they are written, "" if there are none."""
+        """The options as text, "" without options."""
         return write_options(self.options)
 
     def function(self) -> Callable[..., Sample]:
@@ -69,7 +74,7 @@ class SamplingSpec:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1: got {self.steps}")
         function = self.function()
-        # Options are tried now rather than after hours. A sampler from outside may need a real student.
+        # Invalid options fail now rather than after hours. An external sampler may need a real student.
         if self.options and "." not in self.sampler:
             generators = [torch.Generator()]
             function(lambda x_t, t, s, condition: x_t, torch.zeros(1, 1), None, self.steps, generator=generators)

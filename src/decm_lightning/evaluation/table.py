@@ -1,4 +1,4 @@
-"""The table of quality as files: quality.md, quality.json and samples.png."""
+"""The quality table as files: quality.md, quality.json and samples.png."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from decm_lightning.image_writer import save_named_grid
 
 @dataclass(frozen=True)
 class Row:
-    """One spec and how far its samples are from real images.
+    """One spec and its measured values.
 
     Args:
         spec: model, sampler, steps and options.
@@ -33,7 +33,7 @@ class Table:
 
     Args:
         features: name of the feature network or networks.
-        protocol: every setting that the values depend on, by name.
+        protocol: all settings that determine the values, by name.
         rows: one for each spec.
         columns: headings above the samples; empty for none.
     """
@@ -84,7 +84,7 @@ class Table:
             images: uint8 (rows, columns, c, h, w), the first samples of each row.
         """
         files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
-        # Both or neither: a table and a JSON file that disagree are worse than none.
+        # Both files or neither, so that they never disagree.
         with atomic(files[0]) as markdown, atomic(files[1]) as content:
             markdown.write_text(self.markdown(), encoding="utf-8")
             content.write_text(self.json(), encoding="utf-8")

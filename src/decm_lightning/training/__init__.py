@@ -1,4 +1,4 @@
-"""Training: the module that teachers and students share, its average, schedule and checks, resuming, and sharding."""
+"""Training: the module shared by teachers and students, with averaging, schedule, checks, resuming and sharding."""
 
 from decm_lightning.training.averaging import EMA
 from decm_lightning.training.checks import TrainingChecks

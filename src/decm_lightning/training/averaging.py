@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, in float32 or wider whatever the precision of the run."""
+"""The exponential moving average of the weights, in float32 or wider for every precision of the run."""
 
 import copy
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from decm_lightning.networks import Network
 
 
 def average_of(network: Network) -> Network:
-    """Return a copy of a network to average it into: frozen, and in float32 or wider.
+    """Return a frozen copy of a network, in float32 or wider, that holds its average.
 
-    What the copy shares with the network, such as the base of LoRA, stays as it is. Inputs narrower than the average
-    are cast to its dtype.
+    Tensors that the copy shares with the network, such as the base of LoRA, are not cast. Inputs narrower than the
+    average are cast to its dtype.
     """
     average: Network = copy.deepcopy(network).requires_grad_(False)
     average._apply(in_float32(lambda tensor: tensor.to(_wide(tensor)), average, network))
@@ -27,9 +27,9 @@ def average_of(network: Network) -> Network:
 def in_float32(
     function: Callable[[Tensor], Tensor], average: nn.Module, network: nn.Module
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function for `nn.Module._apply` that moves and casts as the given one, but rounds no average.
+    """Return a function for `nn.Module._apply` that moves and casts like `function`, but never rounds the average.
 
-    In bfloat16 an average stands still: the step toward the weights, a thousandth of their difference, rounds to 0.
+    In bfloat16 an average does not move: its step toward the weights, a thousandth of the difference, rounds to 0.
     Tensors that the average shares with the network are cast like all others.
     """
     own = {id(tensor) for tensor in _tensors(average)} - {id(tensor) for tensor in _tensors(network)}
@@ -61,11 +61,11 @@ def _widen_inputs(network: nn.Module, args: Any, kwargs: Any) -> Any:
 class EMA(L.Callback):
     """average <- d average + (1 - d) network after every optimizer step, with d = min(decay, (1 + n) / (10 + n)).
 
-    n is the number of optimizer steps so far. While the second term is the smaller one, the average covers about the
-    last ninth of the steps so far, whatever the length of the run; `decay` limits that to 1 / (1 - decay) steps.
+    n is the number of optimizer steps so far. While (1 + n) / (10 + n) is smaller than `decay`, the average covers
+    about the last ninth of these steps. Later it covers about 1 / (1 - decay) steps.
 
-    The module owns both as submodules, `network` and `average`, so that a strategy shards and a checkpoint saves the
-    average like any other weights. Nothing is swapped. Buffers, such as running statistics, are copied.
+    `network` and `average` are submodules of the module, so a strategy shards and a checkpoint saves the average like
+    all other weights. Weights are never swapped. Buffers, such as running statistics, are copied.
 
     Args:
         decay: largest decay, in [0, 1).
@@ -81,20 +81,20 @@ class EMA(L.Callback):
         self.last_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count optimizer steps from where the run stands."""
+        """Start from the current optimizer step."""
         self.last_step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Average, unless the batch was only accumulated."""
+        """Update the average after an optimizer step, but not after an accumulated batch."""
         if trainer.global_step == self.last_step:
             return
         self.last_step = trainer.global_step
         decay = min(self.decay, (1 + trainer.global_step) / (10 + trainer.global_step))
         average, network = pl_module.get_submodule("average"), pl_module.get_submodule("network")
-        # What is frozen never changes, and of a student with LoRA it is nearly everything, shared with the average.
+        # Frozen weights never change. With LoRA they are most of the weights, and shared with the average.
         moving = [
             (a.data, p.data.to(a.dtype))
             for a, p in zip(average.parameters(), network.parameters(), strict=True)
@@ -103,5 +103,5 @@ class EMA(L.Callback):
         torch._foreach_lerp_([a for a, _ in moving], [p for _, p in moving], 1 - decay)
         for a, b in zip(average.buffers(), network.buffers(), strict=True):
             if a is not b:
-                # A constant table keeps the digits that the network's, in bfloat16, has lost.
+                # A constant buffer keeps the float32 digits that the network's bfloat16 buffer has lost.
                 a.copy_(torch.where(a.to(b.dtype) == b, a, b))

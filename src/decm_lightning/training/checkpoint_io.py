@@ -1,4 +1,4 @@
-"""Where checkpoints are written: next to their final name, never by way of the temporary directory."""
+"""Write checkpoints next to their final path, without the temporary directory."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from decm_lightning.files import atomic
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, next to its final name; a full disk is named by the checkpoint's path.
+    """Writes a checkpoint completely or not at all. An error of a full disk names the checkpoint's path.
 
-    Lightning's own keeps the whole checkpoint in memory, then writes it into the temporary directory and copies it: on
-    a cluster that is often another, smaller disk, or memory again. Remote paths (s3://, ...) are left to Lightning.
+    Lightning holds the whole checkpoint in memory, writes it into the temporary directory and copies it. On a cluster
+    that directory is often a smaller disk or in memory. Lightning still writes to remote paths (s3://, ...).
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

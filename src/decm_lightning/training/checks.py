@@ -1,4 +1,4 @@
-"""Stops a training run that cannot succeed, with one line that says why: data, schedule, losses, gradients."""
+"""Stop a training run that cannot succeed, with an error about its data, schedule, losses or gradients."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from decm_lightning.training.schedule import run_length
 from decm_lightning.types import Batch
 
 NAMED = 3
-"""At most this many rows are named; the rest are counted."""
+"""The largest number of rows that an error names; the rest are counted."""
 
 
 class TrainingChecks(L.Callback):
-    """Compares data and network, schedule and run, and stops at a loss or gradient that is NaN or infinite.
+    """Compares data with network and schedule with run, and stops at a NaN or infinite loss or gradient.
 
-    It also takes the norm of all gradients once a step, as the module's `gradient_norm`.
+    It also computes the norm of all gradients once per step, and stores it as the module's `gradient_norm`.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Compare the classes of data and network.
+        """Check that data and network have the same number of classes.
 
         Raises:
             ValueError: naming both numbers.
@@ -34,7 +34,7 @@ class TrainingChecks(L.Callback):
         check_fit(pl_module.network, data.num_classes if isinstance(data, HasClasses) else None)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends before the run does, and warn of one that the run does not finish.
+        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule.
 
         Raises:
             ValueError: naming both numbers of steps.
@@ -48,10 +48,10 @@ class TrainingChecks(L.Callback):
         if steps > end:
             raise ValueError(f"{both}: set its total_steps to {steps}, or trainer.max_steps to {end}")
         if steps < end:
-            rank_zero_warn(f"{both}, which stops in the middle of it: set its total_steps to {steps}")
+            rank_zero_warn(f"{both}, so the schedule does not finish: set its total_steps to {steps}")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Refuse samples that are not of the network's shape.
+        """Refuse samples whose shape differs from the network's.
 
         Raises:
             ValueError: naming both shapes.
@@ -63,8 +63,8 @@ class TrainingChecks(L.Callback):
         """Stop if a loss is not finite.
 
         Raises:
-            NonFiniteError: naming the rows of the data that are not finite, or else the loss, the step, the batch and
-                where the first such number arose.
+            NonFiniteError: naming the data's non-finite rows; without such rows, naming the loss, the step, the batch
+                and the origin of the first NaN or infinity.
         """
         module = loss_module(pl_module)
         values = {name: term.value for name, term in module.terms.items()}
@@ -75,12 +75,12 @@ class TrainingChecks(L.Callback):
         raise NonFiniteError(self._stopped(bad, trainer) + module.origin())
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Stop if the gradient is not finite, before the weights take it in.
+        """Stop if the gradient is not finite, before the weights are updated.
 
-        With a gradient scaler (16-mixed) that is routine while its scale is above 1: it skips the step and halves it.
+        With a gradient scaler (16-mixed) this is routine while its scale is above 1: it skips the step and halves it.
 
         Raises:
-            NonFiniteError: naming the rows of the data, or else the parameters, the losses, the step and the batch.
+            NonFiniteError: naming the data's non-finite rows, or the parameters, the losses, the step and the batch.
         """
         module = loss_module(pl_module)
         gradients = {name: p.grad for name, p in module.network.named_parameters() if p.grad is not None}
@@ -98,7 +98,7 @@ class TrainingChecks(L.Callback):
         raise NonFiniteError(self._stopped(what, trainer))
 
     def _refuse_bad_rows(self, trainer: L.Trainer) -> None:
-        """Look for the cause in the data first."""
+        """Raise an error that names the data's non-finite rows, if there are any."""
         rows = self.x_1.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
         if not rows:
             return
@@ -106,7 +106,7 @@ class TrainingChecks(L.Callback):
         named = isinstance(data, NamesRows)
         places = [data.place(number, row) if named else f"row {row} of the batch" for row in rows[:NAMED]]
         more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-        remedy = "take them out of the data or make them again (decm validate-data names all such latents)"
+        remedy = "remove them or create them again (decm validate-data lists all such latents)"
         where = f"batch {number} of epoch {trainer.current_epoch}"
         raise NonFiniteError(f"NaN or infinite in the data: {', '.join(places)}{more}, in {where}; {remedy}")
 

@@ -1,4 +1,4 @@
-"""The module that training a teacher and distilling a student share: what is trained, sampled, saved and resumed."""
+"""The LightningModule shared by teacher training and distillation: averaging, optimization, checkpoints, resuming."""
 
 import logging
 from collections.abc import Callable
@@ -38,26 +38,25 @@ from decm_lightning.training.sharding import shard_all
 from decm_lightning.types import FlowMapNetwork
 
 log = logging.getLogger(__name__)
-FROM_FOLDER = "give a .ckpt, or start a new run with decm_lightning.networks.load of the folder as the network"
+FROM_FOLDER = "give a .ckpt file, or start a new run with decm_lightning.networks.load of this folder as the network"
 
 
 class FlowTraining(L.LightningModule):
-    """A network in training and its exponential moving average, which is what is tested, sampled and exported.
+    """Trains a network and averages its weights. The average is tested, sampled and exported.
 
     Args:
         network: the network to train.
-        optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer.
+        optimizer: creates the optimizer from the parameters.
+        lr_scheduler: creates a per-step schedule from the optimizer.
         ema_decay: largest decay of the average, in [0, 1). After n steps it is at most (1 + n) / (10 + n), so that the
             average covers about the last ninth of the steps so far.
-        gradient_checkpointing: keep only the inputs of each block for the backward pass: less memory, more time.
+        gradient_checkpointing: recompute the activations of each block in the backward pass: less memory, more time.
         compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
 
     Attributes:
         terms: this step's losses by name.
         gradient_norm: this step's norm of all gradients before clipping, on the device.
-
-        teacher: the frozen teacher of a distillation, else None.
+        teacher: the frozen teacher of a distillation, otherwise None.
         guidance: how the teacher, or the network that will become one, is guided.
 
     Raises:
@@ -90,7 +89,7 @@ class FlowTraining(L.LightningModule):
         self.gradient_norm = torch.zeros(())
 
     def models(self) -> dict[str, FlowMapNetwork]:
-        """Return what can be sampled, by name."""
+        """Return the flow maps that can be sampled, by name."""
         raise NotImplementedError
 
     @property
@@ -99,15 +98,15 @@ class FlowTraining(L.LightningModule):
         return self.averaging.decay
 
     def compiled(self) -> list[Network]:
-        """Return the networks that a training step runs, to be compiled."""
+        """Return the networks to compile: those that a training step runs."""
         return [self.network]
 
     def sharded(self) -> list[Network]:
-        """Return all networks: ModelParallelStrategy divides them among the devices."""
+        """Return the networks that ModelParallelStrategy shards."""
         return [self.network, self.average]
 
     def configure_model(self) -> None:
-        """Compile and shard, each once: Lightning calls this for each run, before it makes the optimizer.
+        """Compile and shard the networks once. Lightning calls this in each run, before it creates the optimizer.
 
         Raises:
             ValueError: if the strategy has tensor parallelism, as it does by default, or a network has LoRA.
@@ -123,16 +122,16 @@ class FlowTraining(L.LightningModule):
         """Return the optimizer over the trained network and its per-step schedule.
 
         Raises:
-            ValueError: if OneCycleLR has so few steps that one of its phases has none.
+            ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
         """
         return self.recipe.make(self.network.parameters())
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that determine the run apart from its data: they are compared when it is resumed."""
+        """Return the settings that determine the run, except its data. A resumed run compares them."""
         return self.recipe.settings | {"ema_decay": self.averaging.decay}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the averaging, the checks, and the saving of the last step."""
+        """Return the callbacks of every run: averaging, checks, and saving the last step."""
         return [self.averaging, self.checks, LastStep()]
 
     def part(self, name: str) -> AbstractContextManager[Any]:
@@ -140,16 +139,16 @@ class FlowTraining(L.LightningModule):
         return nullcontext() if self._trainer is None else self._trainer.profiler.profile(name)  # type: ignore[attr-defined]
 
     def generator(self, batch_idx: int) -> torch.Generator:
-        """Return this batch's own source of randomness.
+        """Return the random generator of a batch.
 
-        It depends on the run's seed, the rank, the step and the batch alone, so that a resumed run draws the same
+        It depends only on the run's seed, the rank, the step and the batch, so a resumed run uses the same random
         numbers as an uninterrupted one.
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
 
     def origin(self) -> str:
-        """Return where the first number of this step that is not finite arose, "" if it is not known."""
+        """Return where the first NaN or infinity of this step arose, "" if unknown."""
         return ""
 
     def configure_gradient_clipping(
@@ -158,8 +157,8 @@ class FlowTraining(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer says, by the norm that the checks have taken."""
-        # A fused optimizer removes the factor of a gradient scaler later: Lightning refuses to clip before that.
+        """Clip the gradients by the trainer's settings, with the norm that the checks computed."""
+        # A fused optimizer unscales the gradients in its step, so Lightning refuses to clip them before.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
         if not gradient_clip_val or unscales or gradient_clip_algorithm not in (None, "norm"):
@@ -170,10 +169,10 @@ class FlowTraining(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Write checkpoints next to their final name, and put the averaging and the checks first."""
+        """Write checkpoints next to their final path, and run the averaging and the checks first."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        # Other callbacks may save a checkpoint where the average moves, or take gradients of a loss that is NaN.
+        # Other callbacks may save the average in a checkpoint, or differentiate a loss that is NaN.
         first = (self.averaging, self.checks)
         self.trainer.callbacks.sort(key=lambda callback: callback not in first)  # type: ignore[attr-defined]
 
@@ -181,8 +180,8 @@ class FlowTraining(L.LightningModule):
         """Adapt the schedule to the run's length, and apply the config to a resumed run.
 
         Raises:
-            ValueError: if the checkpoint is of a run with another teacher or optimizer class, or the schedule ends
-                before the run does.
+            ValueError: if the checkpoint was saved with another teacher or optimizer class, or the schedule ends before
+                the run.
         """
         start_first_epoch(self.trainer)
         self.set_length(run_length(self.trainer))
@@ -191,11 +190,11 @@ class FlowTraining(L.LightningModule):
         self.checks.check_schedule(self.trainer)
 
     def set_length(self, steps: int | None) -> None:
-        """Adapt everything that depends on the number of the run's steps, None if it is unknown."""
+        """Set the number of the run's steps, None if unknown, in everything that depends on it."""
         self.recipe.set_length(self.trainer, steps)
 
     def _apply_settings(self, saved: dict[str, Any]) -> None:
-        """Let the config decide: only the state comes from the checkpoint."""
+        """Apply the config's settings. Only the state comes from the checkpoint."""
         differing = differences(saved, settings_of(self.settings()))
         refuse_fixed(differing, bool(self.recipe.settings))
         if not differing:
@@ -205,17 +204,17 @@ class FlowTraining(L.LightningModule):
             self.recipe.apply(self.trainer)
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
-        """Return the batch's number: a callback, such as SampleWriter, generates the samples."""
+        """Return the batch's number. A callback such as SampleWriter generates the samples."""
         return batch_idx
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: the real images go to the evaluation callback."""
+        """Do nothing, because the evaluation callback reads the real images."""
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: the real images go to the evaluation callback."""
+        """Do nothing, because the evaluation callback reads the real images."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the seed, and what `load` needs to build the network again."""
+        """Add the seed, the settings, and the description from which `load` rebuilds the network."""
         checkpoint["network"] = describe(self.network)
         checkpoint["seed"] = self.seed
         checkpoint["settings"] = settings_of(self.settings())
@@ -225,11 +224,11 @@ class FlowTraining(L.LightningModule):
         """Restore the seed of the run that is resumed.
 
         Raises:
-            ValueError: if it trained another network, or by another teacher.
+            ValueError: if the checkpoint has another network, teacher or optimizer class.
         """
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
         if self._trainer is not None:
-            # Lightning converts the module only afterwards: weights of 64-true would be rounded to float32 before.
+            # Lightning converts the module after loading, which would round the weights of 64-true to float32.
             self._trainer.precision_plugin.convert_module(self)
         self.seed = checkpoint["seed"]
         self.saved_settings = checkpoint.get("settings")
@@ -237,18 +236,19 @@ class FlowTraining(L.LightningModule):
             refuse_fixed(differences(self.saved_settings, settings_of(self.settings())), bool(self.recipe.settings))
 
     def check_checkpoint(self, path: str, strategy: Strategy) -> None:
-        """Refuse a checkpoint that cannot be resumed, before any process has begun to read it.
+        """Refuse a checkpoint that cannot be resumed, before any process reads it.
 
         Raises:
-            ValueError: if it holds another network, or is sharded and the strategy reads single files alone.
+            ValueError: if it is an exported folder, has another network, or is sharded but the strategy only reads
+                files.
         """
-        # Other names, such as "last", are Lightning's to find.
+        # Lightning resolves other names, such as "last".
         if not Path(path).exists():
             return
         if (Path(path) / "config.json").is_file():
             raise ValueError(f"{path} is an exported folder without the state of a run: {FROM_FOLDER}")
         if is_sharded(Path(path)) and not isinstance(strategy, ModelParallelStrategy):
-            remedy = f"decm consolidate {path} makes one file of it"
+            remedy = f"merge it into one file with decm consolidate {path}"
             raise ValueError(f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads: {remedy}")
         refuse_another(description(path), self.network, path)
 

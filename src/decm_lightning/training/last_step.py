@@ -1,4 +1,4 @@
-"""The last step of a run is saved, however the run ends: at its limits, by SIGTERM, or by Ctrl-C."""
+"""Save the last step of a run that ends at its limits, by SIGTERM or by Ctrl-C."""
 
 import logging
 import re
@@ -17,16 +17,16 @@ from decm_lightning.signals import end_at_sigterm
 
 log = logging.getLogger(__name__)
 OF_LATER_RUN = re.compile(r"-v\d+$")
-"""How ModelCheckpoint ends the name of a file where the name itself is taken."""
+"""The suffix that ModelCheckpoint adds to the name of a file that already exists."""
 
 
 class Stopped(SIGTERMException):
-    """A signal has ended the run; the process exits with 128 + the signal's number, as shells expect.
+    """Raised when a signal ends the run. The process exits with 128 + the signal's number, as shells expect.
 
     Args:
         signum: SIGTERM or SIGINT.
-        is_spawned: whether another process of the run has started this one. It then exits with 0, or Lightning would
-            kill that process.
+        is_spawned: whether another process of the run started this one. It then exits with 0, because otherwise
+            Lightning would kill the process that started it.
     """
 
     def __init__(self, signum: int, is_spawned: bool) -> None:
@@ -37,14 +37,14 @@ class Stopped(SIGTERMException):
 class LastStep(L.Callback):
     """Saves the last optimizer step when a fit ends, and ends a fit cleanly at SIGTERM and Ctrl-C.
 
-    When a fit ends, `last.ckpt` of each ModelCheckpoint with `save_last` holds its last step; if there is none with it,
-    that of the first ModelCheckpoint does. A signal takes effect between two batches, or at once while a single process
-    validates: the step is saved and `Stopped` raised in all processes, whichever of them the signal came to. Before the
-    first batch SIGTERM ends the process at once. A second Ctrl-C stops at once, without saving. A job that SLURM will
-    requeue is saved between two batches, too.
+    When a fit ends, each ModelCheckpoint with `save_last` saves its last step in `last.ckpt`. If none has `save_last`,
+    the first ModelCheckpoint does. A signal takes effect between two batches, or immediately while a single process
+    validates. Then the step is saved and `Stopped` is raised in all processes, even if only one received the signal.
+    Before the first batch SIGTERM ends the process immediately. A second Ctrl-C stops immediately without saving. A job
+    that SLURM will requeue is also saved between two batches.
 
     Attributes:
-        received: the first signal that has come to this process; 0 for none.
+        received: the first signal that this process received; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -53,12 +53,12 @@ class LastStep(L.Callback):
         self.has_trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let SIGTERM end what cannot be saved: a fit before its first batch, a test, a prediction."""
+        """Let SIGTERM end runs with nothing to save: a fit before its first batch, a test, a prediction."""
         end_at_sigterm(trainer)
         self.has_trained = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals: Lightning's own handlers act in the middle of a step, where nothing can be saved."""
+        """Replace Lightning's signal handlers, which act in the middle of a step, where nothing can be saved."""
         self.received, self.has_trained = 0, True
         self.trainer = trainer
         if threading.current_thread() is not threading.main_thread():
@@ -67,28 +67,28 @@ class LastStep(L.Callback):
         requeue = getattr(environment, "requeue_signal", None) if getattr(environment, "auto_requeue", False) else None
         if requeue is not None:
             self.requeue = (requeue, signal.getsignal(requeue))
-            signal.signal(requeue, self._note)
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
-        # Lightning asks before each batch whether SIGTERM has come to the first process: one question for all signals.
+            signal.signal(requeue, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        # Before each batch Lightning broadcasts whether the first process received SIGTERM: replaced for all signals.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._agree  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, if a signal has come to the only process; several agree before the next batch.
+        """Stop if a single process received a signal. Several processes agree before the next batch.
 
         Raises:
-            Stopped: if so.
+            Stopped: if a signal was received.
         """
         if trainer.world_size == 1:
-            self._act(self.received)
+            self._stop(self.received)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop, if a signal has come: validation may take hours.
+        """Stop if a signal was received, because validation may take hours.
 
         Raises:
-            Stopped: if so.
+            Stopped: if a signal was received.
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree()
@@ -98,17 +98,19 @@ class LastStep(L.Callback):
         for file in self._save(trainer):
             if trainer.is_global_zero and OF_LATER_RUN.search(file.stem):
                 log.warning(
-                    "the last step of this run is in %s: %s has a last.ckpt of an earlier run", file, file.parent
+                    "saved the last step of this run to %s, because %s has a last.ckpt of an earlier run",
+                    file,
+                    file.parent,
                 )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that nothing was trained, as when a run is resumed that has ended."""
+        """Warn if nothing was trained, as when a finished run is resumed."""
         if not self.has_trained and trainer.is_global_zero:
             limits = f"trainer.max_steps is {trainer.max_steps} and trainer.max_epochs {trainer.max_epochs}"
             log.warning("nothing was trained: the run is at step %d, and %s", trainer.global_step, limits)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save the last step if a signal has ended the run; after an error there is nothing worth keeping."""
+        """Save the last step if a signal ended the run. After an error nothing is saved."""
         if not isinstance(exception, Stopped):
             return
         files = self._save(trainer)
@@ -117,16 +119,16 @@ class LastStep(L.Callback):
             resume = f"resume with --ckpt_path {files[0]}" if files else "not saved: the trainer has no ModelCheckpoint"
             log.warning("stopped by %s after step %d: %s", name, step, resume)
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: Any) -> None:
         trainer = self.trainer
         if self.received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received:
-            # The step may be being saved.
+            # The step may be in the middle of being saved.
             return
         self.received = signum
         if trainer.validating and trainer.world_size == 1:
-            self._act(signum)
+            self._stop(signum)
         elif trainer.is_global_zero:
             log.warning("%s: stopping after this step (Ctrl-C again: at once)", signal.Signals(signum).name)
 
@@ -134,12 +136,12 @@ class LastStep(L.Callback):
         received = self.received
         if self.trainer.world_size > 1:
             shared = torch.tensor(received, device=self.trainer.strategy.root_device)
-            # A scheduler that takes one machine of several tells the processes there.
+            # A scheduler may signal only the processes of one machine.
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             received = int(shared)
-        self._act(received)
+        self._stop(received)
 
-    def _act(self, signum: int) -> None:
+    def _stop(self, signum: int) -> None:
         if not signum:
             return
         if self.requeue is not None and signum == self.requeue[0]:
@@ -151,7 +153,7 @@ class LastStep(L.Callback):
         raise Stopped(signum, is_spawned)
 
     def _save(self, trainer: L.Trainer) -> list[Path]:
-        """Write what is missing, in all processes, and return where the last step is."""
+        """Save the last step where it is missing, in all processes, and return its files."""
         callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         if getattr(trainer, "fast_dev_run", False) or not callbacks or not trainer.global_step:
             return []
@@ -161,8 +163,8 @@ class LastStep(L.Callback):
                 callback.save_last == "link" or callback._last_checkpoint_saved == callback.last_model_path != ""
             ):
                 continue
-            # A file in any case: a link would lead to an earlier step.
-            kept, callback.save_last = callback.save_last, True
+            # Always a file, because a link would point to an earlier step.
+            save_last, callback.save_last = callback.save_last, True
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
-            callback.save_last = kept
+            callback.save_last = save_last
         return [Path(callback.last_model_path) for callback in saving]

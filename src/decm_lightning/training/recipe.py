@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a run: how they are made, and how a config overrides those of a checkpoint."""
+"""Create a run's optimizer and schedule, and apply a config's settings to those of a checkpoint."""
 
 import copy
 import warnings
@@ -14,14 +14,14 @@ from decm_lightning.training.schedule import WarmupCosine
 
 
 class Recipe:
-    """Makes the optimizer and its per-step schedule.
+    """Creates the optimizer and its per-step schedule.
 
     Args:
-        optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes a per-step schedule from the optimizer.
+        optimizer: creates the optimizer from the parameters.
+        lr_scheduler: creates a per-step schedule from the optimizer.
 
     Attributes:
-        settings: the settings of the optimizer and the schedule as they were made; empty before.
+        settings: the initial settings of the optimizer and the schedule; empty before they are created.
         steps: the length of the run, None if unknown.
     """
 
@@ -33,7 +33,7 @@ class Recipe:
         self.steps: int | None = None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> Any:
-        """Return what a LightningModule's configure_optimizers returns.
+        """Return the optimizer and schedule in the form of a LightningModule's configure_optimizers.
 
         Raises:
             ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
@@ -56,7 +56,7 @@ class Recipe:
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def set_length(self, trainer: L.Trainer, steps: int | None) -> None:
-        """Tell the schedule the length of the run, if it depends on it."""
+        """Set the length of the run in the schedule, if it depends on the length."""
         self.steps = steps
         schedule = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
         if isinstance(schedule, WarmupCosine):
@@ -64,17 +64,17 @@ class Recipe:
             self.settings["lr_scheduler"]["steps"] = steps
 
     def apply(self, trainer: L.Trainer) -> None:
-        """Set the config's settings in a resumed run, whose optimizer and schedule come from the checkpoint.
+        """Apply the config's settings to a resumed run, whose optimizer and schedule come from the checkpoint.
 
-        The optimizer keeps its state, such as Adam's moments. The schedule is made again and advanced to the current
-        step.
+        The optimizer keeps its state, such as Adam's moments. The schedule is created again and advanced to the
+        current step.
         """
         optimizer = trainer.optimizers[0]
-        for group, given in zip(optimizer.param_groups, self.groups, strict=True):
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.pop("initial_lr", None)
-            group.update(copy.deepcopy(given))
+            group.update(copy.deepcopy(settings))
         with warnings.catch_warnings():
-            # The optimizer has taken its steps, in another process.
+            # The optimizer took these steps before the checkpoint was saved.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             schedule = self.make_schedule(optimizer)
             for _ in range(trainer.global_step):

@@ -1,9 +1,9 @@
-"""Exact resuming: the counters of Lightning's loops in a form that resumes, and the settings that are compared.
+"""Exact resuming: rewrite the counters of Lightning's loops, and compare a run's settings with its checkpoint's.
 
-Lightning saves the counters of its loops as they are at the moment of saving, and several of these states do not
-resume: after an epoch's last batch it skips an epoch or trains one of no batches, after validation it counts a step
-twice, and accumulated gradients are not saved. So each checkpoint is written with one of two states: the clean start of
-an epoch, or the end of an optimizer step within one.
+Lightning saves the current counters of its loops, and several of these states do not resume correctly. After an
+epoch's last batch it skips an epoch or trains one without batches. After validation it counts a step twice. Accumulated
+gradients are not saved. So each checkpoint is written with one of two states: the clean start of an epoch, or the end
+of an optimizer step within an epoch.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 FIT, BATCHES, EPOCHS = "fit_loop", "epoch_loop.batch_progress", "epoch_progress"
 FINISHED = "_iterator_finished"
-"""The key by which torchdata's StatefulDataLoader says that its epoch is over."""
+"""The key with which torchdata's StatefulDataLoader marks the end of its epoch."""
 PLAIN = (str, int, float, bool, type(None))
 ABSENT = "none"
-NEW_RUN = "start a new run from its weights: decm export, then decm_lightning.networks.load as the network"
+NEW_RUN = "start a new run from its weights (decm export, then decm_lightning.networks.load as the network)"
 FIXED = {
-    "teacher": "give the teacher that it was trained with, or " + NEW_RUN,
-    "optimizer.class": "give the same optimizer, or " + NEW_RUN,
+    "teacher": "use the teacher that it was trained with, or " + NEW_RUN,
+    "optimizer.class": "use the same optimizer, or " + NEW_RUN,
 }
 """Settings that a resumed run cannot change, and what to do instead."""
 
 
 def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
-    """Rewrite the loops of a checkpoint, in place, to what has been trained on for good.
+    """Rewrite a checkpoint's loop counters, in place, to its last optimizer step.
 
-    Batches after the last optimizer step are trained on again, as their accumulated gradients are not saved. That is
-    exact where the data loader finds its place by the trainer's counters, as `data.EpochLoader` does.
+    Batches after the last optimizer step are repeated, because their accumulated gradients are not saved. The result is
+    exact if the data loader sets its position by the trainer's counters, as `data.EpochLoader` does.
 
     Args:
         trainer: in a fit, at any moment between two batches or at an exception.
@@ -43,16 +43,16 @@ def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
     fit = loops[FIT]
     progress, epochs = fit[BATCHES], fit[EPOCHS]
     trained, started = progress["current"]["processed"], epochs["current"]["started"]
-    # The last batch is known before it is trained on; an exception may have come in between.
+    # is_last_batch is set before the batch is trained on, and an exception may occur in between.
     is_finished = progress["is_last_batch"] and trained == progress["current"]["ready"]
     loaders = [state for state in fit["state_dict"].get("combined_loader", []) if state]
-    # A loader that keeps its own place has already passed these batches.
-    again = 0 if is_finished or loaders else trained % trainer.accumulate_grad_batches
-    trained -= again
+    # A loader that saves its position has already passed these batches.
+    repeated = 0 if is_finished or loaders else trained % trainer.accumulate_grad_batches
+    trained -= repeated
     if is_finished:
         done, trained = started, 0
     elif trained:
-        # Lightning counts an epoch that max_steps or a signal has cut short as processed.
+        # Lightning counts an epoch as processed even if max_steps or a signal cut it short.
         done = started - 1
     else:
         done = min(started, epochs["current"]["processed"])
@@ -60,17 +60,18 @@ def normalize_progress(trainer: L.Trainer, loops: dict[str, Any]) -> None:
         if FINISHED in loader:
             loader[FINISHED] = True
     _set_epochs(epochs, done, in_epoch=trained > 0)
-    _set_batches(progress, trained, progress["total"]["processed"] - again)
-    # Lightning adds the step of the batch at which an epoch is resumed.
+    _set_batches(progress, trained, progress["total"]["processed"] - repeated)
+    # Lightning adds the step of the batch with which an epoch is resumed.
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - (trained > 0)
     validated = fit["epoch_loop.val_loop.batch_progress"]
     validated |= {"is_last_batch": False, "current": _counters(0), "total": _counters(0)}
 
 
 def start_first_epoch(trainer: L.Trainer) -> None:
-    """Start the first epoch of a resumed run: as any other, if the checkpoint is from the end of one.
+    """Start the first epoch of a resumed run like any other epoch, if the checkpoint is from the end of an epoch.
 
-    In the middle of one Lightning calls no callback's `on_train_epoch_start`, which sets the accumulation by epochs.
+    In the middle of an epoch Lightning does not call `on_train_epoch_start` of GradientAccumulationScheduler, so this
+    function does.
 
     Args:
         trainer: in `on_train_start`.
@@ -86,9 +87,9 @@ def start_first_epoch(trainer: L.Trainer) -> None:
         if isinstance(callback, GradientAccumulationScheduler):
             callback.on_train_epoch_start(trainer)
     loaders = trainer.fit_loop._combined_loader
-    keeps_place = loaders is None or all(isinstance(loader, _Stateful) for loader in loaders.flattened)
-    # Where the length is known, Lightning itself warns.
-    if trainer.num_training_batches == inf and not keeps_place:
+    saves_position = loaders is None or all(isinstance(loader, _Stateful) for loader in loaders.flattened)
+    # If the length is known, Lightning warns.
+    if trainer.num_training_batches == inf and not saves_position:
         remedy = "give it state_dict and load_state_dict to resume exactly"
         rank_zero_warn(f"the data loader repeats the {trained} batches of this epoch before the checkpoint: {remedy}")
 
@@ -111,10 +112,14 @@ def _counters(count: int) -> dict[str, int]:
 
 
 def settings_of(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the settings within a value by dotted names: plain values as they are, everything else by its name.
+    """Return the settings in a nested value, by dotted names.
 
-    Dataclasses, mappings, sequences and partial functions are followed. Other objects have the name of their class, and
-    classes and functions their own: `module.qualname`, which any later process finds again.
+    Dataclasses, mappings, sequences and partial functions are traversed, and plain values are unchanged. Other objects
+    become the name of their class, and classes and functions their own name, `module.qualname`.
+
+    Example:
+        >>> settings_of({"optimizer": {"lr": 0.1, "betas": (0.9, 0.99)}})
+        {'optimizer.lr': 0.1, 'optimizer.betas': [0.9, 0.99]}
     """
     if is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in fields(value)}
@@ -142,18 +147,23 @@ def refuse_fixed(differing: Mapping[str, str], optimizer_known: bool) -> None:
     """Refuse differences in settings that a resumed run cannot change.
 
     Args:
-        differing: as `differences` returns them.
-        optimizer_known: whether the optimizer has been made, so that its class can be compared.
+        differing: the differences, as returned by `differences`.
+        optimizer_known: whether the optimizer exists, so that its class can be compared.
 
     Raises:
         ValueError: naming the setting, both values and the remedy.
     """
     for name, remedy in FIXED.items():
         if name in differing and (name == "teacher" or optimizer_known):
-            raise ValueError(f"the checkpoint is of a run with another {name}: got {differing[name]}; {remedy}")
+            raise ValueError(f"the checkpoint was saved with another {name}: got {differing[name]}; {remedy}")
 
 
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
-    """Return which settings differ, each as `value (saved in the checkpoint)`."""
-    names = [name for name in {**saved, **given} if saved.get(name, ABSENT) != given.get(name, ABSENT)]
-    return {name: f"{given.get(name, ABSENT)} ({saved.get(name, ABSENT)} in the checkpoint)" for name in names}
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that differ, each as "value (saved value in the checkpoint)".
+
+    Example:
+        >>> differences({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
+        {'lr': '0.2 (0.1 in the checkpoint)'}
+    """
+    names = [name for name in {**saved, **current} if saved.get(name, ABSENT) != current.get(name, ABSENT)]
+    return {name: f"{current.get(name, ABSENT)} ({saved.get(name, ABSENT)} in the checkpoint)" for name in names}

@@ -1,4 +1,4 @@
-"""The length of a run, and a learning rate that follows from it."""
+"""The length of a run, and a learning-rate schedule that adapts to it."""
 
 from math import ceil, cos, inf, pi
 
@@ -9,14 +9,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 FEWEST, MOST = 10, 1000
-"""Bounds of a warm-up in steps. Adam's first steps have the full rate in every weight, however small its gradient."""
+"""Bounds of the warm-up in steps. Adam's first steps move each weight by the full rate, even for tiny gradients."""
 
 
 def run_length(trainer: L.Trainer) -> int | None:
     """Return the number of optimizer steps of a run, None if it has no limit of steps or epochs.
 
-    To be called once the data loader is there, in `on_train_start`: `trainer.estimated_stepping_batches` would build it
-    too early in `configure_optimizers`, before the place of a resumed run is known, and ignores accumulation by epochs.
+    Call this in `on_train_start`, when the data loader exists. `trainer.estimated_stepping_batches` would build the
+    loader in `configure_optimizers`, before the position of a resumed run is known. It also ignores accumulation by
+    epochs.
     """
     lengths = [trainer.max_steps] if trainer.max_steps >= 0 else []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
@@ -31,18 +32,18 @@ def run_length(trainer: L.Trainer) -> int | None:
 
 
 class WarmupCosine(LRScheduler):
-    """A linear warm-up, then a cosine, over the whole run, whose length the training module fills in.
+    """A linear warm-up followed by a cosine decay over the whole run. The training module sets the length.
 
         rate(k) = rate * min(1, (k + 1) / (w + 1)) * (floor + (1 - floor) (1 + cos(pi p)) / 2) at step k
 
-    p goes from 0 at step w to 1 at the end of the run. The rate is a function of the step alone. If the run has no
+    p goes from 0 at step w to 1 at the end of the run. The rate depends only on the step. If the run has no
     known length, w is 1,000 and p stays 0.
 
     Args:
         optimizer: the optimizer.
         warmup: w as a fraction of the run, in [0, 1); w is at least 10 steps (a quarter of runs below 40 steps) and at
             most 1,000. 0 for no warm-up.
-        floor: rate at the end as a fraction of the optimizer's, in [0, 1]; 1 for a constant rate after the warm-up.
+        floor: final rate as a fraction of the optimizer's rate, in [0, 1]; 1 for a constant rate after the warm-up.
 
     Raises:
         ValueError: if a value is out of its range.

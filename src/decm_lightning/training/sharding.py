@@ -1,4 +1,4 @@
-"""Networks divided among processes by FSDP2, filled from the first process where the others hold no weights."""
+"""Shard networks with FSDP2. The first process sends the weights to processes without weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from decm_lightning.networks.lora import LoRANetwork
 
 
 def shard_all(networks: Sequence[Network], mesh: DeviceMesh) -> None:
-    """Divide networks among all processes, block by block.
+    """Shard networks over all processes, block by block.
 
     Args:
         networks: all networks of the run.
@@ -26,34 +26,36 @@ def shard_all(networks: Sequence[Network], mesh: DeviceMesh) -> None:
     """
     if mesh["tensor_parallel"].size() > 1:
         sizes = f"data_parallel_size={mesh.size()} and tensor_parallel_size=1"
-        raise ValueError(f"networks are sharded over all processes: give ModelParallelStrategy {sizes}")
+        raise ValueError(f"networks must be sharded over all processes: give ModelParallelStrategy {sizes}")
     if any(isinstance(network, LoRANetwork) for network in networks):
-        raise ValueError("a student with LoRA shares its frozen weights, unsharded: give --trainer.strategy ddp")
+        raise ValueError(
+            "a student with LoRA cannot be sharded, because it shares frozen weights: give --trainer.strategy ddp"
+        )
     for network in networks:
         shard(network, mesh["data_parallel"])
 
 
 def shard(network: Network, mesh: DeviceMesh) -> None:
-    """Divide a network among the processes of a mesh, in place and once: each unit on its own, then the rest.
+    """Shard a network over the processes of a mesh, in place: each unit separately, then the rest.
 
-    The weights are those of each process, which must be the same in all; or, where a process has the network on the
-    meta device, those of the first process, sent shard by shard. So one copy of the weights is enough for all processes
-    of a machine.
+    All processes must have the same weights. If a process has the network on the meta device, the first process sends
+    its weights shard by shard, so one copy of the weights is enough for all processes of a machine. A network that is
+    already sharded does not change.
 
     Args:
-        network: in the first process with its weights.
+        network: the network, with its weights in the first process.
         mesh: one-dimensional, over all processes.
     """
     modules = [*network.units(), network]
     if all(isinstance(module, FSDPModule) for module in modules):
         return
     filled_from_first = _any_process(any(parameter.is_meta for parameter in network.parameters()), mesh)
-    # Not all buffers are in a state_dict.
+    # A state_dict lacks buffers that are not persistent.
     weights = {**network.state_dict(), **dict(network.named_buffers())} if filled_from_first else {}
     if filled_from_first:
         network.to("meta")
     for module in modules:
-        # Also the root, which would stay whole after a forward pass: the average is moved shard by shard.
+        # The root too, because the average is updated shard by shard after a forward pass.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if filled_from_first:
         _fill(network, weights, mesh)

@@ -1,4 +1,4 @@
-"""FSDP2 over all processes, with checkpoints that are complete or absent."""
+"""FSDP2 over all processes, with checkpoints that are either complete or absent."""
 
 import errno
 import os
@@ -16,20 +16,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from decm_lightning.files import FULL, PARTIAL
 
 PREVIOUS = ".previous"
-"""The ending of a checkpoint that is being replaced."""
+"""The suffix of a checkpoint that is being replaced."""
 
 
 class FSDP2(ModelParallelStrategy):
     """ModelParallelStrategy that shards every network over all processes, for any number of devices and nodes.
 
-    Lightning's own default would shard over nodes alone, and any other size has to repeat devices x nodes. A sharded
-    checkpoint is written into PATH.partial, which is renamed once every process has written its part. Until then a
-    checkpoint of the same name is untouched. Between the two renames that replace it, it is PATH.previous.
+    Lightning's default shards only over nodes, and other sizes must repeat devices x nodes. A sharded checkpoint is
+    written into PATH.partial, which is renamed to PATH when all processes have written their parts. Until then an
+    existing checkpoint at PATH is unchanged. While it is replaced, it is named PATH.previous.
 
     Args:
-        save_distributed_checkpoint: each process writes its part into a folder; otherwise the first one gathers all
-            into one file.
-        process_group_backend: None for the device's own.
+        save_distributed_checkpoint: whether each process writes its part into a folder; otherwise the first process
+            gathers all parts into one file.
+        process_group_backend: None for the device's default.
         timeout: how long a process waits for the others.
     """
 
@@ -42,15 +42,15 @@ class FSDP2(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        """Take the data-parallel size from the number of processes."""
+        """Set the data-parallel size to the number of processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint under its name, complete or not at all.
+        """Write a checkpoint completely or not at all.
 
         Raises:
-            OSError: in every process, naming the checkpoint, if one of them cannot write its part.
+            OSError: in every process, naming the checkpoint, if one process cannot write its part.
         """
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -58,7 +58,7 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         partial = path.with_name(path.name + PARTIAL)
         try:
-            # Each step ends with all processes: one that failed alone would leave the others waiting in the next.
+            # All processes complete each step together: if one failed alone, the others would wait forever.
             self._together(path, lambda: _remove(partial), first_only=True)
             self._together(path, lambda: partial.mkdir(parents=True, exist_ok=True))
             save = super().save_checkpoint
@@ -79,7 +79,7 @@ class FSDP2(ModelParallelStrategy):
         try:
             if self.is_global_zero or not first_only:
                 action()
-        # The second is a BaseException: one error with those of all processes.
+        # CheckpointException is a BaseException with the errors of all processes.
         except (Exception, CheckpointException) as error:
             failure, caught = Failure.of(error, path, self.global_rank), error
         failures: list[Failure | None] = [failure]
@@ -91,7 +91,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 class Failure(NamedTuple):
-    """Why a process could not do its part."""
+    """The reason why a process failed."""
 
     errno: int
     text: str
@@ -99,7 +99,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException, path: Path, rank: int) -> "Failure":
-        """Return the cause of an error in writing a checkpoint."""
+        """Return the cause of an error while a checkpoint is written."""
         causes = error.failures if isinstance(error, CheckpointException) else {rank: (error, None)}
         rank, (cause, _) = next(iter(causes.items()))
         if isinstance(cause, OSError) and cause.errno:

@@ -194,8 +194,8 @@ FAMILIES = {
         time=lambda config, t: 1000 * config.timestep_scale * (1 - t),
         pipeline="Sana",
     ),
-    # PixArt-Alpha and -Sigma (arXiv 2310.00426). Near t = 0 the predicted data are divided by a small a, which amplifies
-    # errors of the noise by up to 158: times near noise are harder to learn than with a velocity.
+    # PixArt-Alpha and -Sigma (arXiv 2310.00426). Near t = 0 the predicted data are divided by a small a, which
+    # amplifies errors of the noise by up to 158: times near noise are harder to learn than with a velocity.
     "PixArtTransformer2DModel": Family(_pixart, embedding="adaln_single.emb", predicts_noise=True, pipeline="PixArt"),
     # DiT (arXiv 2212.09748), class-conditional. Each block has its own time embedding.
     "DiTTransformer2DModel": Family(

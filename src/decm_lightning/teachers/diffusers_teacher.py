@@ -15,7 +15,7 @@ from decm_lightning.types import Captions, Condition
 
 
 class DiffusersTeacher(Teacher):
-    """A frozen SD3, Flux, Sana, PixArt or DiT of diffusers; `student()` shares its weights and adds LoRA and an end time.
+    """A frozen SD3, Flux, Sana, PixArt or DiT of diffusers; `student()` shares its weights, with LoRA and an end time.
 
     The family is read from the config of the model (`diffusers_families`). Teacher and student together take the memory
     of one model. Captions are the output of the pipeline's `encode_prompt`, as returned by `DiffusersPrompts`. Samples

@@ -27,8 +27,8 @@ class PretrainedTeacher(Teacher):
     velocity of this package's path. SiT checkpoints do not record their path and prediction type: those with another
     path (GVP, VP) or prediction are not supported and cannot be detected. DiT (2212.09748), for example
     DiT-XL-2-256x256.pt, has tensors of the same names but predicts DDPM's noise, which `NoisePrediction` converts;
-    `prediction_of` distinguishes them. DiT embeds its steps with the frequencies 10000^(-i / 128). The diffusers version
-    of DiT divides by 127; load it with `DiffusersTeacher`.
+    `prediction_of` distinguishes them. DiT embeds its steps with the frequencies 10000^(-i / 128); the diffusers
+    version divides by 127 and is loaded by `DiffusersTeacher`.
 
     A network with an end time is already a flow map: its velocity is u(x_t, t, t), and `student()` continues its
     training. Samples are in the space that the network was trained on: for the published SiT and DiT, latents

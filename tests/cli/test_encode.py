@@ -386,10 +386,10 @@ def grey_vae():
     [
         (command("latents", images="gone"), "no folder or file at gone"),
         (command("latents", images="vae"), "no image in vae"),
-        (command("latents", vae="gone.pt"), "no file gone.pt: give a VAE's file"),
+        (command("latents", vae="gone.pt"), "no file gone.pt"),
         (command("latents", vae="grey"), "the VAE must be for RGB images: grey has 1 channels"),
-        (command("latents", size=17), "size must be a multiple of the VAE's 2 pixels a latent: got 17"),
-        (command("latents", size=0), "size must be a multiple of the VAE's 2 pixels a latent: got 0"),
+        (command("latents", size=17), "size must be a multiple of 2, the VAE's downsampling: got 17"),
+        (command("latents", size=0), "size must be a multiple of 2, the VAE's downsampling: got 0"),
         (command("latents", "--batch_size", "0"), "batch_size must be at least 1: got 0"),
         (command("latents", "--shard_size", "0"), "shard_size must be at least 1: got 0"),
         (command("latents", "--num_classes", "3"), "images has 2 class folders: num_classes is 3"),

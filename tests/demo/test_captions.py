@@ -65,9 +65,9 @@ def shares(data, shift: int = 0) -> dict[str, float]:
     quality = FeatureMetrics(CaptionProbe(Pixels()))
     quality.prepare(data, read)
     batch = data.reference.__getitems__(range(HELD))
-    asked = data.reference.condition([(row + shift) % HELD for row in range(HELD)])
+    condition = data.reference.condition([(row + shift) % HELD for row in range(HELD)])
     quality.update(to_uint8(batch.x_1), real=True, prompts=Prompts(batch.condition))
-    quality.update(to_uint8(batch.x_1), real=False, prompts=Prompts(asked))
+    quality.update(to_uint8(batch.x_1), real=False, prompts=Prompts(condition))
     return quality.compute() | {"note": next(iter(quality.describe().values()))}
 
 
@@ -106,8 +106,8 @@ def test_the_probe_is_the_ridge_regression_of_its_formula():
 
     held = data.reference.__getitems__(range(HELD))
     guessed = (to_uint8(held.x_1).flatten(1).double() - probe.x_mean) @ weight.T
-    wanted = embedding(held.condition).double() - probe.y_mean
-    scores = normalize(guessed, dim=1) @ normalize(wanted, dim=1).T
+    expected = embedding(held.condition).double() - probe.y_mean
+    scores = normalize(guessed, dim=1) @ normalize(expected, dim=1).T
     expected = [sorted(row, reverse=True).index(row[i]) for i, row in enumerate(scores.tolist())]
     assert probe.ranks(probe(to_uint8(held.x_1)), embedding(held.condition)).tolist() == expected
 
@@ -196,7 +196,7 @@ def test_batches_add_up():
 
 
 def test_what_is_no_pair_is_refused():
-    with pytest.raises(ValueError, match=r"datamodule of pairs, such as demo\.Emoji, not object"):
+    with pytest.raises(ValueError, match=r"got object, .*demo\.Emoji"):
         CaptionProbe(Pixels()).prepare(object(), read)
     with pytest.raises(ValueError, match="captions: got Tensor"):
         embedding(torch.tensor([1]))
@@ -205,7 +205,7 @@ def test_what_is_no_pair_is_refused():
     data = Data()
     probe = prepared(data)
     foreign = embedding(data.train.condition([0, 1]))
-    with pytest.raises(ValueError, match=r"caption \d of the batch is not held out: it is not among 40"):
+    with pytest.raises(ValueError, match=r"caption \d of the batch .* 40 "):
         probe.ranks(torch.zeros(2, 27), foreign)
 
 

@@ -1,4 +1,4 @@
-"""The emoji: pictures and words that belong together, a split without near-duplicates, captions that repeat."""
+"""The emoji: items and words that belong together, a split without near-duplicates, captions that repeat."""
 
 import re
 
@@ -21,7 +21,7 @@ def found():
 @pytest.fixture
 def few(found, monkeypatch):
     """Seven emoji only: encoding all takes a minute."""
-    chosen = [picture for picture in found if picture.words[0] in CHOSEN]
+    chosen = [item for item in found if item.words[0] in CHOSEN]
     monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     return chosen
 
@@ -35,11 +35,11 @@ def ready(tmp_path, **arguments):
 
 def test_there_are_about_1900_each_once(found):
     assert 1890 < len(found) < 1950
-    assert len({picture.code for picture in found}) == len({picture.file for picture in found}) == len(found)
-    assert all(Image.open(picture.file).size == (72, 72) for picture in found[::50])
+    assert len({item.code for item in found}) == len({item.file for item in found}) == len(found)
+    assert all(Image.open(item.file).size == (72, 72) for item in found[::50])
 
 
-def test_words_belong_to_their_pictures(few, tmp_path):
+def test_words_belong_to_their_items(few, tmp_path):
     """A red heart is red, and a blue one blue: the mean of what is not white says so."""
     module = ready(tmp_path, held_out=0)
     images = module.train.__getitems__(range(len(few))).x_1
@@ -47,9 +47,9 @@ def test_words_belong_to_their_pictures(few, tmp_path):
     assert images.min() >= -1
     assert images.max() == 1
     colour = {}
-    for picture, image in zip(few, images, strict=True):
+    for item, image in zip(few, images, strict=True):
         ink = image[:, image.mean(0) < 0.9]
-        colour[picture.words[0]] = ink.mean(1).tolist()
+        colour[item.words[0]] = ink.mean(1).tolist()
     red, green, blue = colour["red heart"]
     assert red > 0.5 > max(green, blue)
     red, green, blue = colour["blue heart"]
@@ -57,7 +57,7 @@ def test_words_belong_to_their_pictures(few, tmp_path):
     red, green, blue = colour["grinning face"]
     assert min(red, green) > 0 > blue
     assert max(colour["black circle"]) < -0.3
-    flag = images[[picture.words[0] for picture in few].index("flag france")]
+    flag = images[[item.words[0] for item in few].index("flag france")]
     # Blue, white, red from left to right.
     assert (flag[2, 16, 4] > flag[0, 16, 4]) & (flag[:, 16, 16].min() > 0.7) & (flag[0, 16, 28] > flag[2, 16, 28])
 
@@ -78,8 +78,8 @@ def test_skin_tone_and_gender_have_one_base():
 
 def test_near_duplicates_are_held_out_together(found):
     by_base = {}
-    for picture in found:
-        by_base.setdefault(picture.base, set()).add(picture.words[0])
+    for item in found:
+        by_base.setdefault(item.base, set()).add(item.words[0])
     assert {"person running", "man running", "woman running"} in by_base.values()
     assert max(map(len, by_base.values())) <= 4
 
@@ -97,8 +97,8 @@ def test_captions_are_the_name_and_some_of_its_keywords():
 
 
 def test_keywords_are_words_that_the_name_lacks(found):
-    for picture in found:
-        name, *others = picture.words
+    for item in found:
+        name, *others = item.words
         assert not any(word in name for word in others)
         assert len(set(others)) == len(others)
         assert all(re.fullmatch(r"[^\W\d_]+( [^\W\d_]+)*", word.strip()) for word in others), others
@@ -111,7 +111,7 @@ def test_an_image_keeps_its_own_captions(few, tmp_path):
     for variant in range(2):
         batch = module.train.__getitems__([count * variant + row for row in range(count)])
         assert torch.equal(batch.x_1, module.train.__getitems__(range(count)).x_1)
-        expected = module.encoder([caption(picture.words, variant) for picture in few])
+        expected = module.encoder([caption(item.words, variant) for item in few])
         assert torch.equal(batch.condition.mask[:, : expected.mask.shape[1]], expected.mask)
         error = (batch.condition.tokens[:, : expected.mask.shape[1]] - expected.tokens)[expected.mask].abs()
         assert error.max() < 2e-3

@@ -62,5 +62,5 @@ def test_a_missing_model_and_a_missing_library_are_named(folder, monkeypatch, tm
 
 def test_other_channels_are_refused(folder):
     network = DINOv2Features(folder)
-    with pytest.raises(ValueError, match=r"takes images \(b, 1 or 3, h, w\): got \(1, 2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"images \(b, 1 or 3, h, w\): got \(1, 2, 8, 8\)"):
         network(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))

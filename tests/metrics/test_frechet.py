@@ -103,5 +103,5 @@ def test_a_matrix_that_is_no_covariance_is_refused(generator):
     distance = FrechetDistance(4)
     distance.given = Moments(torch.zeros(4).double(), torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])).double())
     distance.update(features(30, 4, generator), real=False)
-    with pytest.raises(ValueError, match=r"real features have no covariance matrix: .* from -0.1 to 1"):
+    with pytest.raises(ValueError, match=r"real features .* from -0.1 to 1"):
         distance.compute()

@@ -182,7 +182,7 @@ def test_training_does_not_load_it():
 
 def test_prompts_in_words_are_needed(clip):
     metrics = FeatureMetrics(CLIPScore(clip))
-    with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as demo\.Emoji"):
+    with pytest.raises(ValueError, match=r"clip_score .*demo\.Emoji"):
         metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
 
 

@@ -94,7 +94,7 @@ def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
 
 def test_moments_are_no_use_to_another_network(tmp_path, images):
     facm, adm = write(tmp_path, "facm", images), write(tmp_path, "adm", images)
-    with pytest.raises(ValueError, match=r"no fd on the digits classifier: .*facm.npz has no images, and its moments"):
+    with pytest.raises(ValueError, match=r"fd on the digits classifier .*facm.npz has no images, and its moments"):
         FeatureMetrics(DigitsFeatures(), reference=read(facm))
     quality = FeatureMetrics(DigitsFeatures(), reference=read(adm))
     assert quality.needs_real
@@ -136,7 +136,7 @@ def test_other_files_are_refused(tmp_path, images):
     np.savez(tmp_path / "other.npz", samples=images)
     assert "has samples: expected mu and sigma" in refused(tmp_path / "other.npz")
     np.savez(tmp_path / "half.npz", mu=np.zeros(4))
-    assert "has mu but no sigma" in refused(tmp_path / "half.npz")
+    assert "has mu but lacks sigma" in refused(tmp_path / "half.npz")
     np.savez(tmp_path / "shape.npz", mu=np.zeros(4), sigma=np.eye(5))
     assert "mu must be (d,) and sigma (d, d): got (4,) and (5, 5)" in refused(tmp_path / "shape.npz")
     np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
@@ -158,7 +158,7 @@ def test_other_folders_are_refused(tmp_path):
     Image.new("RGB", (8, 6)).save(empty / "a.png")
     Image.new("L", (9, 6)).save(empty / "b.jpg")
     assert f"{empty / 'b.jpg'} is 9 x 6, and {empty / 'a.png'} 8 x 6" in refused(empty)
-    (empty / "b.jpg").write_text("no picture")
+    (empty / "b.jpg").write_text("not an image")
     assert f"{empty / 'b.jpg'} cannot be read as an image" in refused(empty)
     Image.effect_noise((64, 64), 50).save(empty / "a.png")
     (empty / "b.jpg").unlink()

@@ -280,5 +280,5 @@ def test_other_rotary_tables_are_refused(name, error, accepted, small, tmp_path)
     if accepted:
         assert torch.equal(load(path).state_dict()[name], small.state_dict()[name])
     else:
-        with pytest.raises(ValueError, match=rf"turned.pt: {name} is not that of rotary positions .* 4 x 4 grid"):
+        with pytest.raises(ValueError, match=rf"turned.pt: {name} .* 4 x 4 grid"):
             load(path)

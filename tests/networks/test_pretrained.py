@@ -113,9 +113,7 @@ def test_a_name_on_the_hub_is_loaded_and_a_local_path_goes_first(hub, network):
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
-    with pytest.raises(
-        FileNotFoundError, match="no network nobody/else: neither a folder nor on the Hugging Face hub"
-    ) as e:
+    with pytest.raises(FileNotFoundError, match="network nobody/else .*folder.*hub") as e:
         load("nobody/else")
     assert "\n" not in str(e.value)
 
@@ -156,7 +154,7 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
 def test_foreign_checkpoint_is_refused(tmp_path):
     """A checkpoint that does not describe its network, and is not a public one, is refused by name."""
     torch.save({"state_dict": {"x": torch.zeros(1)}, "epoch": 3}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match=r"foreign.ckpt: neither a checkpoint of decm-lightning.*it holds x"):
+    with pytest.raises(ValueError, match=r"foreign.ckpt: .*: x$"):
         load(tmp_path / "foreign.ckpt")
 
 
@@ -172,7 +170,7 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
     [
         ("config.json", '{"_class_name": "DiT", "input_size": 4, "in_channels": 2, "colour": 3}', "argument 'colour'"),
         ("config.json", '{"_class_name": "DiT"}', "missing .* argument"),
-        ("config.json", "[1, 2]", r"config.json must hold _class_name and the arguments: got \[1, 2\]"),
+        ("config.json", "[1, 2]", r"config.json must .*_class_name.*: got \[1, 2\]"),
         ("config.json", '{"_class', "Unterminated string"),
         ("config.json", b"\xff", "'utf-8' codec"),
         ("config.json", {"width": 32}, r"size mismatch for .* \.\.\."),
@@ -196,7 +194,7 @@ def test_broken_folder_is_named_with_the_cause_in_one_line(file, content, cause,
         ({"network": {"_class_name": "MLP", "colour": 3}, "state_dict": {}}, "cannot be loaded: .*argument"),
         ({"state_dict": {}}, "cannot be loaded: .*Missing key"),
         ({"state_dict": [1]}, "cannot be loaded: 'list' object"),
-        ({}, "cannot be loaded: it has no 'state_dict'"),
+        ({}, "cannot be loaded: .*'state_dict'"),
     ],
 )
 def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network, tmp_path):
@@ -209,12 +207,12 @@ def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network,
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"optimizer_states": None}, "no optimizer_states: take a whole one, which ModelCheckpoint writes"),
-        ({"seed": None, "state_dict": None}, "no state_dict and no seed"),
-        ({"state_dict": {}}, "no weights pos_embed"),
+        ({"optimizer_states": None}, "lacks optimizer_states: .*ModelCheckpoint"),
+        ({"seed": None, "state_dict": None}, "lacks state_dict and seed"),
+        ({"state_dict": {}}, "lacks .*pos_embed"),
         (
             {"state_dict": {"pos_embed": torch.zeros(1, 4, 8)}},
-            r"weights pos_embed of shape \(1, 4, 8\), not \(1, 4, 16\)",
+            r"has weights pos_embed of shape \(1, 4, 8\), not \(1, 4, 16\)",
         ),
     ],
 )
@@ -223,7 +221,7 @@ def test_partial_checkpoint_is_refused_before_training_goes_on(changed, message,
     file = tmp_path / "partial.ckpt"
     whole = {"network": describe(network), "state_dict": network.state_dict(), "seed": 0, "optimizer_states": [{}]}
     torch.save({key: value for key, value in (whole | changed).items() if value is not None}, file)
-    with pytest.raises(ValueError, match=f"^{file} has {message}"):
+    with pytest.raises(ValueError, match=f"^{file} {message}"):
         refuse_partial(file, network, resume=True)
     if "optimizer_states" in changed:
         refuse_partial(file, network, resume=False)
@@ -339,7 +337,7 @@ def test_a_network_is_saved_onto_itself(network, tmp_path):
 def test_another_model_is_not_overwritten(files, message, network, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"^{tmp_path} .*{message}.*: give another folder"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} .*{message}.*another folder"):
         save(network, tmp_path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
 
@@ -356,7 +354,7 @@ def test_a_name_that_is_no_folder_is_refused(network, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file is a file"):
         save(network, tmp_path / "file")
-    with pytest.raises(ValueError, match="the folder to write has no name: got ''"):
+    with pytest.raises(ValueError, match="must have a name: got ''"):
         save(network, "")
 
 
@@ -417,11 +415,11 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_a_config_does_not_choose_what_is_imported(elsewhere, tmp_path):
     """Only the user does, by importing it or by allowing it."""
-    message = f"^{elsewhere} cannot be loaded: its network class unseen.Unseen is not imported: .*trust"
+    message = f"^{elsewhere} cannot be loaded: .*network class unseen.Unseen is not imported: .*trust"
     with pytest.raises(ValueError, match=message):
         load(elsewhere)
     torch.save({"network": json.loads((elsewhere / "config.json").read_text()), "state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"its network class unseen.Unseen is not imported"):
+    with pytest.raises(ValueError, match=r"network class unseen.Unseen is not imported"):
         load(tmp_path / "a.ckpt")
     assert not (tmp_path / "ran").exists()
     assert type(load(elsewhere, trust=True)).__name__ == "Unseen"

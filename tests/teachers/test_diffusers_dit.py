@@ -123,9 +123,9 @@ def test_a_step_of_euler_is_one_of_diffusers_own_ddim(k, to, model, generator, t
     z = x_t / length_t
     with torch.no_grad():
         noise = model.eval()(z, timestep=torch.full((4,), k), class_labels=labels).sample[:, :1]
-    landing = length_s * scheduler.step(noise, k, z).prev_sample
+    x_s = length_s * scheduler.step(noise, k, z).prev_sample
     v = DiffusersTeacher(str(tmp_path))(x_t, t.expand(4), labels)
-    torch.testing.assert_close(x_t + (s - t) * v, landing, rtol=0, atol=2e-5)
+    torch.testing.assert_close(x_t + (s - t) * v, x_s, rtol=0, atol=2e-5)
 
 
 def test_model_comes_from_a_folder_or_a_pipelines(model, tmp_path, generator):
@@ -144,7 +144,7 @@ def test_a_pipeline_with_weights_in_half_precision_alone_is_read(model, tmp_path
     found = DiffusersTeacher(str(tmp_path / "pipeline")).network.model.state_dict()
     found = {name.replace(".emb.embedding.", ".emb."): tensor for name, tensor in found.items()}
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in model.state_dict().items())
-    assert f"{folder} has weights in fp16 only: read those" in caplog.messages
+    assert f"{folder} only has fp16 weights: using those" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_damaged_file_is_named_with_the_cause(content, cause, model, tmp_path)
         DiffusersTeacher(str(tmp_path))
 
 
-@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: proj_out_2.bias"), ("add", "left over: odd")])
+@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: proj_out_2.bias"), ("add", "unexpected: odd")])
 def test_tensors_that_do_not_fit_are_refused(fault, message, model, tmp_path):
     """Where diffusers would go on with random weights."""
     file = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -401,7 +401,7 @@ def test_a_student_whose_base_was_replaced_is_refused_with_both_hashes(case):
     case.model.save_pretrained(case.folder / "transformer")
     after = DiffusersTeacher(str(case.folder / "transformer")).identity()
     assert after != before
-    with pytest.raises(ValueError, match=rf"other weights \({after}\).*trained on \({before}\)") as caught:
+    with pytest.raises(ValueError, match=rf"weights {after}.*trained on {before}") as caught:
         load(case.folder / "student")
     assert str(case.folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -418,7 +418,7 @@ def test_a_student_can_start_from_a_student(case):
 
 def test_guided_velocity_has_the_empty_prompt(case):
     if case.teacher.network.embeds_guidance:
-        with pytest.raises(ValueError, match="has guidance embedded: leave the guidance scale at 1"):
+        with pytest.raises(ValueError, match="embedded_guidance"):
             case.teacher.null(case.captions)
         return
     case.teacher.empty = case.empty
@@ -464,7 +464,7 @@ def test_derivative_in_bfloat16(mixed, argument, case):
         assert (given - true).norm() < 0.2 * true.norm()
 
 
-@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: "), ("add", "left over: odd")])
+@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: "), ("add", "unexpected: odd")])
 def test_tensors_that_do_not_fit_are_refused(fault, message, case):
     """Where diffusers would go on with random weights."""
     file = case.folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -493,7 +493,7 @@ def test_a_condition_of_another_kind_is_refused(case):
             with pytest.raises(ValueError, match=r"use teacher.null\(labels\)"):
                 case.teacher(case.x_t, case.t, condition)
         return
-    with pytest.raises(ValueError, match=r"needs Captions, and teacher.null\(captions\) .*: got labels \(3,\)"):
+    with pytest.raises(ValueError, match=r"Captions.*teacher.null\(captions\).*: got labels \(3,\)"):
         case.teacher(case.x_t, case.t, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must be \(b, n, 6\): got \(3, 3, 5\)"):
         case.teacher(case.x_t, case.t, case.captions._replace(tokens=case.captions.tokens[..., :5]))
@@ -509,7 +509,7 @@ def test_other_targets_and_ranks(case):
     student = teacher.student()
     # Two matrices, and the two layers of the end time's embedding.
     assert len(student.added) >= 6
-    with pytest.raises(ValueError, match="targets must end names of projections: got 'nothing', which ends none"):
+    with pytest.raises(ValueError, match="targets .*'nothing'"):
         DiffusersTeacher(str(case.folder), targets=["to_q", "nothing"]).student()
     with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
         DiffusersTeacher(str(case.folder), lora_rank=0)
@@ -519,7 +519,7 @@ def test_an_unknown_family_is_refused_with_the_known(tmp_path):
     LuminaNextDiT2DModel(
         sample_size=4, num_layers=1, num_attention_heads=2, num_kv_heads=2, hidden_size=16, cross_attention_dim=8
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"LuminaNextDiT2DModel: known are {', '.join(ROWS)}"):
+    with pytest.raises(ValueError, match=f"LuminaNextDiT2DModel: .*{', '.join(ROWS)}"):
         DiffusersTeacher(str(tmp_path))
 
 

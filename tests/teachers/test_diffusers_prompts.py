@@ -95,9 +95,7 @@ def test_captions_that_do_not_fit_the_empty_prompt_are_refused(case):
     _, _, folder = case
     teacher = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=6)
     captions = DiffusersPrompts(folder, max_tokens=4)(PROMPTS)
-    with pytest.raises(
-        ValueError, match=r"the empty prompt has \d+ tokens and captions \d+: encode both with one max_t"
-    ):
+    with pytest.raises(ValueError, match=r"empty prompt .*got \d+ and \d+, .*max_tokens"):
         teacher.null(captions)
     if captions.mask is not None:
         with pytest.raises(ValueError, match="captions must have one too"):
@@ -110,15 +108,13 @@ def test_a_folder_without_encoders_is_refused(case, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path / "alone")
     teacher = DiffusersTeacher(str(tmp_path / "alone"), lora_rank=2)
     captions = DiffusersPrompts(case[2], max_tokens=6)(PROMPTS)
-    with pytest.raises(ValueError, match="has no text encoders: give the folder of a pipeline"):
+    with pytest.raises(ValueError, match="has no text encoders: .*model_index.json"):
         teacher.null(captions)
 
 
 def test_other_pipelines_and_lengths_are_refused(tmp_path):
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), **BLOCKS), DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="is a DDPMPipeline: captions are known of StableDiffusion3, Flux, Sana, PixArt"
-    ):
+    with pytest.raises(ValueError, match="is a DDPMPipeline: .*StableDiffusion3, Flux, Sana, PixArt"):
         DiffusersPrompts(str(tmp_path))(["a cat"])
     with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
         DiffusersPrompts(str(tmp_path), max_tokens=0)

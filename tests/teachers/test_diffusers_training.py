@@ -148,7 +148,7 @@ def test_another_base_is_refused(folder, tmp_path):
     """A checkpoint goes over the model it was trained on."""
     checkpoint = train(make(folder), tmp_path / "run", 4)
     moved = folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="another network than the config builds"):
+    with pytest.raises(ValueError, match="in the checkpoint, .* in the config"):
         train(make(moved), tmp_path / "again", 8, checkpoint)
     with pytest.raises(OSError, match="sd3"):
         load(checkpoint)

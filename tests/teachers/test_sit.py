@@ -125,10 +125,10 @@ def test_every_tensor_is_placed_wherever_it_is_in_the_file(layout, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"missing: 1 \(blocks.1.mlp.fc1.bias\); left over: 0"),
+        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"missing: 1 \(blocks.1.mlp.fc1.bias\); unexpected: 0"),
         (
             lambda w: w.update({"projectors.0.weight": torch.zeros(2)}),
-            r"missing: 0; left over: 1 \(projectors.0.weight",
+            r"missing: 0; unexpected: 1 \(projectors.0.weight",
         ),
         (lambda w: w.update({"r_embedder.mlp.0.bias": torch.zeros(24)}), r"missing: 3 \(r_embedder.mlp.0.weight"),
     ],

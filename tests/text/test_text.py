@@ -110,7 +110,7 @@ def test_another_encoder_or_caption_is_another_file(minilm, tmp_path, caplog):
     encode(CAPTIONS, minilm, tmp_path)
     with caplog.at_level(logging.WARNING):
         encode(CAPTIONS, MiniLM(max_tokens=4), tmp_path)
-    assert "2 of 3 captions were cut to 4 tokens" in caplog.text
+    assert "2 of 3 captions were truncated to 4 tokens" in caplog.text
     encode([*CAPTIONS, "b"], minilm, tmp_path)
     assert len(cached(tmp_path)) == 3
 
@@ -214,7 +214,7 @@ def test_tokens_that_are_not_finite_are_refused_by_their_caption(tmp_path):
 
 
 def test_nothing_to_encode_is_refused(minilm, tmp_path):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least 1 "):
         encode([], minilm, tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_file_of_the_hub_is_known_by_the_name_of_its_blob(tmp_path):
 
 def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="no text encoder nobody/nothing: neither a folder nor"):
+    with pytest.raises(FileNotFoundError, match="text encoder nobody/nothing .*folder.*hub"):
         TextEncoder("nobody/nothing")(["a"])
     with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
         TextEncoder("x", max_tokens=0)

@@ -106,5 +106,6 @@ def _finite(matrix: Tensor, name: str) -> Tensor:
 def _not_negative(values: Tensor, name: str, floor: float) -> Tensor:
     least, greatest = values[0].item(), values[-1].item()
     if least < -max(ROUNDING * greatest, floor):
-        raise ValueError(f"the covariance of the {name} must be positive: got eigenvalues {least:g} to {greatest:g}")
+        found = f"got eigenvalues from {least:g} to {greatest:g}"
+        raise ValueError(f"the covariance of the {name} must be positive semidefinite: {found}")
     return values.clamp(min=0)

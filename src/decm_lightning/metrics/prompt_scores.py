@@ -1,7 +1,7 @@
 """CLIP score and BLIP score: how well images match their prompts according to models of transformers.
 
 They are only measured in tests. The model is loaded when the test begins. If that fails, the column is skipped and the
-protocol states the reason. docs/prompt-scores.md describes how to use other scorers.
+protocol states the reason. docs/prompt-scores.md describes other scorers.
 """
 
 from abc import abstractmethod

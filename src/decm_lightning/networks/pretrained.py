@@ -164,7 +164,8 @@ def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -
         differing = ", ".join(
             f"{key}: {found[key]} in the checkpoint, {value} in the config" for key, value in expected.items()
         )
-        raise ValueError(f"{where} was saved from a different network than the config describes ({differing})")
+        fault = f"{where} was saved from a different network than the config describes ({differing})"
+        raise ValueError(f"{fault}: change one of them")
 
 
 def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""diffusers' autoencoders behind one interface: their latents and images, their names, and what is refused."""
+"""The autoencoders of diffusers behind one interface: latents, images, identities, and refused files."""
 
 import json
 
@@ -17,7 +17,7 @@ KINDS = {"AutoencoderKL": (save_kl, 2, 2), "AutoencoderDC": (save_dc, 4, 4), "Au
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
-    """Ask no hub, which would be asked again and again where there is no network."""
+    """Do not contact the hub, which is slow to fail without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -33,7 +33,7 @@ def test_latents_and_images_are_those_of_diffusers(kind, images, tmp_path):
     autoencoder = load_autoencoder(save(tmp_path))
     model = getattr(diffusers, kind).from_pretrained(tmp_path).eval()
     assert (autoencoder.latent_channels, autoencoder.downsampling) == (channels, downsampling)
-    # Each kind's first output in diffusers' tuples: the posterior, or the latents.
+    # The first output of each class in the tuples of diffusers: the posterior, or the latents.
     (encoded,) = model.encode(images, return_dict=False)
     expected = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
     latents = autoencoder.encode(images)
@@ -81,7 +81,7 @@ def test_a_pipelines_folder_is_searched(tmp_path):
 
 
 def test_weights_in_half_precision_alone_are_read(tmp_path, caplog):
-    """As pipelines are often downloaded; those in full precision are preferred."""
+    """Pipelines are often downloaded in half precision; full-precision weights take precedence."""
     expected = load_autoencoder(save_kl(tmp_path)).identity
     load_autoencoder(tmp_path).model.half().save_pretrained(tmp_path, variant="fp16")
     assert load_autoencoder(tmp_path).identity == expected
@@ -111,10 +111,10 @@ def test_it_stays_frozen_and_in_eval_mode(tmp_path):
     assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
 
 
-def test_a_size_that_is_no_multiple_is_refused(tmp_path):
+def test_a_size_that_is_not_a_multiple_is_refused(tmp_path):
     autoencoder = load_autoencoder(save_dc(tmp_path))
     assert autoencoder.latent_shape(64) == (4, 16, 16)
-    with pytest.raises(ValueError, match="size must be a multiple of 4, .*: got 18"):
+    with pytest.raises(ValueError, match=r"size must be a multiple of 4, .*: got 18"):
         autoencoder.latent_shape(18)
 
 
@@ -165,7 +165,7 @@ def test_a_folder_that_is_no_whole_vae_is_refused(spoil, message, tmp_path):
 
 
 def test_one_file_of_a_folder_is_not_a_vae(tmp_path):
-    """diffusers' tensors do not tell their architecture, and no other file is looked for on the hub."""
+    """Tensors in the names of diffusers do not determine the architecture, and files are not looked up on the hub."""
     save_kl(tmp_path)
     for name, message in ((WEIGHTS, "diffusers.* folder.*config.json"), ("config.json", "text instead of")):
         with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
@@ -173,7 +173,7 @@ def test_one_file_of_a_folder_is_not_a_vae(tmp_path):
 
 
 def test_what_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="VAE nobody/nothing .*folder.*hub"):
+    with pytest.raises(FileNotFoundError, match=r"VAE nobody/nothing .*folder.*hub"):
         load_autoencoder("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"no file .*gone.pt"):
         load_autoencoder(tmp_path / "gone.pt")

@@ -1,4 +1,4 @@
-"""Latent diffusion's checkpoints, as VA-VAE's, against a forward pass that reads their tensors by their own names."""
+"""Latent diffusion checkpoints such as VA-VAE, compared with a forward pass that uses the original tensor names."""
 
 import math
 from pathlib import Path
@@ -62,7 +62,7 @@ def names_and_shapes(width, multiples, attentive, channels, blocks=2):
 
 
 def checkpoint(generator=None, **options):
-    """Return random tensors under LDM's names; without a generator they have shapes only."""
+    """Return random tensors with LDM's names; without a generator, they are on the meta device."""
     tensors = {}
     for name, shape in names_and_shapes(**options).items():
         for kind, size in (("weight", shape), ("bias", shape[:1])):
@@ -140,7 +140,7 @@ def tensors(generator):
 
 
 def wrapped(tensors):
-    """The training checkpoint that VA-VAE is published as: other networks' tensors beside its own."""
+    """The published training checkpoint of VA-VAE, which also contains tensors of other networks."""
     others = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
     others |= {"foundation_model.model.cls_token": torch.zeros(1), "linear_proj.weight": torch.zeros(1)}
     return {"state_dict": tensors | others, "global_step": 3, "epoch": 1}
@@ -182,7 +182,7 @@ def test_every_tensor_of_vavae_f16d32_has_its_place():
 
 
 def test_names_are_those_of_diffusers_own_converter(generator):
-    # It knows no attention inside the levels.
+    # It does not support attention inside the levels.
     tensors = checkpoint(generator, **(SMALL | {"attentive": ()}))
     expected = convert_ldm_vae_checkpoint(tensors, ldm.architecture(tensors))
     converted = ldm.converted(tensors)

@@ -1,4 +1,4 @@
-"""The emoji: items and words that belong together, a split without near-duplicates, captions that repeat."""
+"""The emoji data: matching images and names, a split without near-duplicates, reproducible captions."""
 
 import re
 
@@ -20,7 +20,7 @@ def found():
 
 @pytest.fixture
 def few(found, monkeypatch):
-    """Seven emoji only: encoding all takes a minute."""
+    """Only seven emoji, because encoding all takes a minute."""
     chosen = [item for item in found if item.words[0] in CHOSEN]
     monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     return chosen
@@ -40,30 +40,30 @@ def test_there_are_about_1900_each_once(found):
 
 
 def test_words_belong_to_their_items(few, tmp_path):
-    """A red heart is red, and a blue one blue: the mean of what is not white says so."""
+    """The mean of all pixels that are not white is red for a red heart and blue for a blue one."""
     module = ready(tmp_path, held_out=0)
     images = module.train.__getitems__(range(len(few))).x_1
     assert images.shape == (7, 3, 32, 32)
     assert images.min() >= -1
     assert images.max() == 1
-    colour = {}
+    color = {}
     for item, image in zip(few, images, strict=True):
         ink = image[:, image.mean(0) < 0.9]
-        colour[item.words[0]] = ink.mean(1).tolist()
-    red, green, blue = colour["red heart"]
+        color[item.words[0]] = ink.mean(1).tolist()
+    red, green, blue = color["red heart"]
     assert red > 0.5 > max(green, blue)
-    red, green, blue = colour["blue heart"]
+    red, green, blue = color["blue heart"]
     assert blue > 0.5 > red
-    red, green, blue = colour["grinning face"]
+    red, green, blue = color["grinning face"]
     assert min(red, green) > 0 > blue
-    assert max(colour["black circle"]) < -0.3
+    assert max(color["black circle"]) < -0.3
     flag = images[[item.words[0] for item in few].index("flag france")]
-    # Blue, white, red from left to right.
+    # Blue, white and red from left to right.
     assert (flag[2, 16, 4] > flag[0, 16, 4]) & (flag[:, 16, 16].min() > 0.7) & (flag[0, 16, 28] > flag[2, 16, 28])
 
 
 def test_skin_tone_and_gender_have_one_base():
-    """Near-duplicates share it; others do not."""
+    """Near-duplicates have the same base, others do not."""
 
     def base(text):
         return NamedEmoji(tuple(map(ord, text)), None, []).base
@@ -118,7 +118,7 @@ def test_an_image_keeps_its_own_captions(few, tmp_path):
 
 
 def test_held_out_emoji_are_the_reference(few, tmp_path):
-    """They are asked for by number, and training never sees them."""
+    """They are requested by number, and training never uses them."""
     module = ready(tmp_path, held_out=0.4)
     assert 0 < len(module.reference) < len(few)
     assert len(module.train) + len(module.reference) == len(few)

@@ -1,4 +1,4 @@
-"""Feature networks that a user brings."""
+"""Feature networks written by users."""
 
 import lightning as L
 import pytest
@@ -14,7 +14,7 @@ from decm_lightning.teachers import Teacher
 
 
 class Rows(nn.Module):
-    """What a user would write: a plain module with `num_features`."""
+    """A plain module with `num_features`, as a user would write it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights under the names of the public ones, in a file named by its own hash as theirs is."""
+    """Random weights with the names of the public ones, in a file named by its hash."""
     folder = tmp_path_factory.mktemp("inception")
     torch.save(seeded(Inception(), SEED), folder / "weights.pth")
     digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
@@ -52,7 +52,7 @@ def test_spatial_features_are_rows_by_columns_by_channels_of_the_first_branch(ne
     hook = network.network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[2]))
     views = network(uint8_images(2, 32, torch.Generator().manual_seed(0)))
     hook.remove()
-    # As numpy flattens ADM's activations, whose channels are last.
+    # The order in which numpy flattens ADM's activations, whose channels come last.
     expected = np.transpose(seen[0].numpy(), (0, 2, 3, 1))[..., :7].reshape(2, -1)
     assert views["spatial"].shape == (2, 2023)
     np.testing.assert_array_equal(views["spatial"].numpy(), expected)
@@ -76,7 +76,7 @@ def test_resizing_is_tensorflows(generator):
             above = images[..., top, left] * (1 - x + left) + images[..., top, right] * (x - left)
             below = images[..., bottom, left] * (1 - x + left) + images[..., bottom, right] * (x - left)
             torch.testing.assert_close(resized[..., row, column], above * (1 - y + top) + below * (y - top))
-    # torch's own, with half a pixel more, is another one.
+    # torch's interpolation adds half a pixel, so it differs.
     assert not torch.allclose(resized, torch.nn.functional.interpolate(images, (7, 7), mode="bilinear"), atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""What is no LightningDiT or SiT is refused on one line: the file, what was found instead, and what to do."""
+"""Files that are not a LightningDiT or SiT are refused in one line, with the file, the finding and the remedy."""
 
 import pickle
 import random
@@ -33,7 +33,7 @@ def test_missing_weights_are_reported(stored, requested, small, tmp_path):
 
 
 def test_an_unknown_number_of_heads_is_reported(tmp_path):
-    """Without QK norm and without the table."""
+    """A checkpoint without QK norm and rotary tables."""
     state = DiT(**SMALL, qk_norm=False).state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith("feat_rope")}
     with pytest.raises(ValueError, match=r"q_norm.*freqs_cos.* 16: .*heads"):
@@ -131,7 +131,7 @@ FAULTS += [cut_positions, flatten_patches, empty, widen_heads, twice]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tensors_that_do_not_fit_are_listed(fault, small, tmp_path):
-    """Both what is missing and what is left over, in one line with the file's name."""
+    """Missing and unexpected tensors are listed in one line with the name of the file."""
     state = dict(small.state_dict())
     message = fault(state)
     with pytest.raises(ValueError, match=message) as refused:
@@ -168,7 +168,7 @@ class Trap:
     ids=str,
 )
 def test_other_contents_are_refused(content, message, tmp_path, monkeypatch):
-    """With what was found instead; nothing is run."""
+    """The message says what was found, and no code is run."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         load(written(content, tmp_path / "other.pt"))
@@ -207,7 +207,7 @@ def test_a_renamed_file_is_read_or_named(small, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_missing_permission_is_not_a_missing_file(suffix, small):
-    """Neither for the file, nor for its folder."""
+    """The permission may be missing for the file or for its folder."""
     with open_folder() as folder:
         path = folder / "in" / f"a{suffix}"
         path.parent.mkdir()
@@ -222,7 +222,7 @@ def test_a_missing_permission_is_not_a_missing_file(suffix, small):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_garbage_is_refused_whatever_it_is(small, tmp_path):
-    """Random bytes, random pickles, and real files cut short or with bytes changed: a ValueError or the network."""
+    """Random bytes, random pickles, and truncated or modified files either raise a ValueError or load."""
     draw = random.Random(0)
     torch.save(small.state_dict(), tmp_path / "real.pt")
     save_file(small.state_dict(), tmp_path / "real.safetensors")

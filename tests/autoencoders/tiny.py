@@ -1,4 +1,4 @@
-"""Tiny autoencoders of diffusers' real classes with random weights, as save_pretrained writes them."""
+"""Tiny autoencoders of the real diffusers classes with random weights, written by save_pretrained."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def save_kl(folder: Path, seed: int = 0, latent_channels: int = 2) -> Path:
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=latent_channels, sample_size=16,
     )  # fmt: skip
-    # The variance that a trained one has: at random it is about 1, and its samples all noise.
+    # The variance of a trained autoencoder. With random weights it is about 1, so that samples are pure noise.
     with torch.no_grad():
         model.quant_conv.bias[latent_channels:] -= 4
     model.save_pretrained(folder)

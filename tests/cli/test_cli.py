@@ -92,7 +92,7 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
         torch.save({key: value for key, value in whole.items() if key != lacking}, "partial.ckpt")
         code, _, err = run("fit", "--ckpt_path", "partial.ckpt", "--trainer.max_steps", "3")
         assert code == 2
-        assert f"decm: error: partial.ckpt has no {lacking}: take a whole one" in err
+        assert f"decm: error: partial.ckpt lacks {lacking}: " in err
     code, _, err = run("test", "--ckpt_path", last, "--trainer.callbacks", "[]")
     assert code == 2
     assert "decm: error: nothing was measured: test needs a callback that logs" in err
@@ -291,9 +291,9 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "s1 must be between 0 and 1, both excluded: got 1.5",
         ),
         (["export", "nowhere.ckpt", "out"], "no checkpoint or folder at nowhere.ckpt"),
-        (["export", "teacher", ""], "the folder to write has no name: got ''"),
-        (["export", "teacher", "list.yaml"], "list.yaml is a file: give a folder"),
-        (["export", "teacher", "other"], "other holds another model (config.json is not of decm-lightning)"),
+        (["export", "teacher", ""], "must have a name: got ''"),
+        (["export", "teacher", "list.yaml"], "list.yaml is a file: "),
+        (["export", "teacher", "other"], "other contains another model (config.json is not of decm-lightning)"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (digits("fit", "--model.init_args.ema_deca", "0.9"), "Option 'ema_deca' is not accepted"),
         (digits("fit", "--model.init_args.ema_decay", "1.5"), "ema_decay must be in [0, 1): got 1.5"),

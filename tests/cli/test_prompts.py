@@ -178,7 +178,9 @@ def test_an_image_of_another_size_or_a_foreign_one_is_not_taken(decm, tmp_path):
 def test_prompts_that_are_cut_are_counted(decm, caplog, monkeypatch):
     monkeypatch.setattr(TextEncoder.__init__, "__defaults__", (12,))
     assert decm(*GENERATE, "--out", "images")[0] == 0
-    assert [message for message in caplog.messages if "cut" in message] == ["2 of 3 captions were cut to 12 tokens"]
+    assert [message for message in caplog.messages if "truncated" in message] == [
+        "2 of 3 captions were truncated to 12 tokens"
+    ]
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63)])

@@ -1,4 +1,4 @@
-"""The emoji: pictures and words that belong together, a split without near-duplicates, captions that repeat."""
+"""The emoji data: matching images and names, a split without near-duplicates, reproducible captions."""
 
 import re
 
@@ -20,8 +20,8 @@ def found():
 
 @pytest.fixture
 def few(found, monkeypatch):
-    """Seven emoji only: encoding all takes a minute."""
-    chosen = [picture for picture in found if picture.words[0] in CHOSEN]
+    """Only seven emoji, because encoding all takes a minute."""
+    chosen = [item for item in found if item.words[0] in CHOSEN]
     monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     return chosen
 
@@ -35,35 +35,35 @@ def ready(tmp_path, **arguments):
 
 def test_there_are_about_1900_each_once(found):
     assert 1890 < len(found) < 1950
-    assert len({picture.code for picture in found}) == len({picture.file for picture in found}) == len(found)
-    assert all(Image.open(picture.file).size == (72, 72) for picture in found[::50])
+    assert len({item.code for item in found}) == len({item.file for item in found}) == len(found)
+    assert all(Image.open(item.file).size == (72, 72) for item in found[::50])
 
 
-def test_words_belong_to_their_pictures(few, tmp_path):
-    """A red heart is red, and a blue one blue: the mean of what is not white says so."""
+def test_words_belong_to_their_items(few, tmp_path):
+    """The mean of all pixels that are not white is red for a red heart and blue for a blue one."""
     module = ready(tmp_path, held_out=0)
     images = module.train.__getitems__(range(len(few))).x_1
     assert images.shape == (7, 3, 32, 32)
     assert images.min() >= -1
     assert images.max() == 1
-    colour = {}
-    for picture, image in zip(few, images, strict=True):
+    color = {}
+    for item, image in zip(few, images, strict=True):
         ink = image[:, image.mean(0) < 0.9]
-        colour[picture.words[0]] = ink.mean(1).tolist()
-    red, green, blue = colour["red heart"]
+        color[item.words[0]] = ink.mean(1).tolist()
+    red, green, blue = color["red heart"]
     assert red > 0.5 > max(green, blue)
-    red, green, blue = colour["blue heart"]
+    red, green, blue = color["blue heart"]
     assert blue > 0.5 > red
-    red, green, blue = colour["grinning face"]
+    red, green, blue = color["grinning face"]
     assert min(red, green) > 0 > blue
-    assert max(colour["black circle"]) < -0.3
-    flag = images[[picture.words[0] for picture in few].index("flag france")]
-    # Blue, white, red from left to right.
+    assert max(color["black circle"]) < -0.3
+    flag = images[[item.words[0] for item in few].index("flag france")]
+    # Blue, white and red from left to right.
     assert (flag[2, 16, 4] > flag[0, 16, 4]) & (flag[:, 16, 16].min() > 0.7) & (flag[0, 16, 28] > flag[2, 16, 28])
 
 
 def test_skin_tone_and_gender_have_one_base():
-    """Near-duplicates share it; others do not."""
+    """Near-duplicates have the same base, others do not."""
 
     def base(text):
         return NamedEmoji(tuple(map(ord, text)), None, []).base
@@ -78,8 +78,8 @@ def test_skin_tone_and_gender_have_one_base():
 
 def test_near_duplicates_are_held_out_together(found):
     by_base = {}
-    for picture in found:
-        by_base.setdefault(picture.base, set()).add(picture.words[0])
+    for item in found:
+        by_base.setdefault(item.base, set()).add(item.words[0])
     assert {"person running", "man running", "woman running"} in by_base.values()
     assert max(map(len, by_base.values())) <= 4
 
@@ -97,8 +97,8 @@ def test_captions_are_the_name_and_some_of_its_keywords():
 
 
 def test_keywords_are_words_that_the_name_lacks(found):
-    for picture in found:
-        name, *others = picture.words
+    for item in found:
+        name, *others = item.words
         assert not any(word in name for word in others)
         assert len(set(others)) == len(others)
         assert all(re.fullmatch(r"[^\W\d_]+( [^\W\d_]+)*", word.strip()) for word in others), others
@@ -111,14 +111,14 @@ def test_an_image_keeps_its_own_captions(few, tmp_path):
     for variant in range(2):
         batch = module.train.__getitems__([count * variant + row for row in range(count)])
         assert torch.equal(batch.x_1, module.train.__getitems__(range(count)).x_1)
-        expected = module.encoder([caption(picture.words, variant) for picture in few])
+        expected = module.encoder([caption(item.words, variant) for item in few])
         assert torch.equal(batch.condition.mask[:, : expected.mask.shape[1]], expected.mask)
         error = (batch.condition.tokens[:, : expected.mask.shape[1]] - expected.tokens)[expected.mask].abs()
         assert error.max() < 2e-3
 
 
 def test_held_out_emoji_are_the_reference(few, tmp_path):
-    """They are asked for by number, and training never sees them."""
+    """They are requested by number, and training never uses them."""
     module = ready(tmp_path, held_out=0.4)
     assert 0 < len(module.reference) < len(few)
     assert len(module.train) + len(module.reference) == len(few)

@@ -61,7 +61,7 @@ def test_shifts_move_by_one_pixel_at_most():
 
 
 def test_digits_features_refuse_other_shapes():
-    with pytest.raises(ValueError, match=r"takes images \(b, 1, 8, 8\): got \(2, 1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"images \(b, 1, 8, 8\): got \(2, 1, 28, 28\)"):
         DigitsFeatures()(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
 
 

@@ -107,7 +107,7 @@ def test_a_score_that_cannot_be_loaded_is_said_and_the_rest_is_measured(tmp_path
     scorer = CLIPScore(str(tmp_path))
     written = measured(tmp_path, distiller(digits()), Digits(reference_size=20), DigitsFeatures(), scorer)
     assert written["protocol"]["clip_score"].startswith(
-        f"not measured: no CLIPModel and CLIPProcessor at {tmp_path}: give a folder"
+        f"not measured: no CLIPModel and CLIPProcessor at {tmp_path}: pass a folder"
     )
     assert "fd" in written["rows"][0]
     assert "clip_score" not in written["rows"][0]

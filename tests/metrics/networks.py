@@ -1,4 +1,4 @@
-"""Feature networks of the tests: a small one with all the metrics of Inception, and weights for Inception itself."""
+"""Feature networks for tests: a small one with all the metrics of Inception, and random weights for Inception."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet, Inception
 
 
 class Small(FeatureNetwork):
-    """Fixed random mixtures of the pixels, under the names of Inception's views and with its metrics."""
+    """Fixed random mixtures of the pixels, with the outputs and metrics of Inception."""
 
     name = "small mixtures"
     num_features = 6
@@ -40,9 +40,9 @@ COLUMNS = ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
 
 @torch.no_grad()
 def seeded(network: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Return weights for a network of convolutions and batch normalizations, all of them at work.
+    """Return nontrivial weights for a network of convolutions and batch normalizations.
 
-    Drawn in the order of their names, so that networks with the same names have the same weights.
+    The weights are generated in the order of their names, so networks with the same names have the same weights.
     """
     generator = torch.Generator().manual_seed(seed)
     state = {}

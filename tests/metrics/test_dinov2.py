@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """A tiny DINOv2 with random weights, saved as the real ones are."""
+    """A tiny DINOv2 with random weights, saved like the real ones."""
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56
@@ -35,7 +35,7 @@ def test_features_are_the_class_token_of_pictures_that_pil_resized(folder, side,
     plain = transformers.Dinov2Model.from_pretrained(folder).eval()
     with torch.no_grad():
         expected = plain(torch.from_numpy(pixels).float().permute(0, 3, 1, 2)).pooler_output
-    # PIL rounds after each of the two directions, which a level of 255 here and there shows.
+    # PIL rounds after each of the two axes, so a few pixels differ by one level.
     torch.testing.assert_close(network(images), expected, atol=0.02, rtol=0)
     assert expected.std() > 0.5
 
@@ -62,5 +62,5 @@ def test_a_missing_model_and_a_missing_library_are_named(folder, monkeypatch, tm
 
 def test_other_channels_are_refused(folder):
     network = DINOv2Features(folder)
-    with pytest.raises(ValueError, match=r"takes images \(b, 1 or 3, h, w\): got \(1, 2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"images \(b, 1 or 3, h, w\): got \(1, 2, 8, 8\)"):
         network(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))

@@ -13,12 +13,12 @@ from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 @pytest.fixture
 def few_subsets(monkeypatch):
-    """Ten subsets rather than a hundred, for speed."""
+    """Use ten subsets rather than a hundred, for speed."""
     monkeypatch.setattr("decm_lightning.metrics.metric.KID_SUBSETS", 10)
 
 
 class Pixels(nn.Module):
-    """Pixels as features, and a count of the images seen."""
+    """Pixels as features, with a count of the images."""
 
     num_features = 4
 
@@ -58,7 +58,7 @@ def cubic_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_frechet_distance_of_gaussians_is_the_closed_form(generator):
     real, made = images(40_000, 128, 20, generator), images(40_000, 100, 25, generator)
-    # Four independent pixels, each with (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2.
+    # Each of the four independent pixels contributes (mu_1 - mu_2)^2 + (sigma_1 - sigma_2)^2.
     assert quality(real, made).compute()["fd"] == pytest.approx(4 * (28**2 + 5**2), rel=0.01)
 
 
@@ -125,7 +125,7 @@ def test_random_subsets_repeat_and_leave_the_global_generator_alone(generator, f
 def test_too_few_images_and_floats_are_refused(generator):
     with pytest.raises(ValueError, match="at least 2 images of each kind: got 10 real, 1 generated"):
         quality(images(10, 0, 1, generator), images(1, 0, 1, generator)).compute()
-    with pytest.raises(ValueError, match=r"must be uint8, see to_uint8: got torch\.float32"):
+    with pytest.raises(ValueError, match=r"uint8: got torch\.float32"):
         FeatureMetrics(Pixels()).update(torch.zeros(2, 1, 2, 2), real=True)
 
 

@@ -1,4 +1,4 @@
-"""Feature networks that a user brings."""
+"""Feature networks written by users."""
 
 import lightning as L
 import pytest
@@ -14,7 +14,7 @@ from decm_lightning.teachers import Teacher
 
 
 class Rows(nn.Module):
-    """What a user would write: a plain module with `num_features`."""
+    """A plain module with `num_features`, as a user would write it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_a_name_is_the_class_unless_one_is_given():
 
 
 def test_a_module_without_num_features_is_refused():
-    with pytest.raises(ValueError, match="num_features, its number of features: Linear"):
+    with pytest.raises(ValueError, match="num_features: got Linear"):
         FeatureMetrics(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="num_features"):
         Evaluation([Rows(), nn.Linear(2, 2)], ["student/mix/1"])

@@ -9,7 +9,7 @@ from decm_lightning.metrics.frechet import FrechetDistance, Moments
 
 
 def features(rows: int, size: int, generator: torch.Generator, shift: float = 0.0) -> Tensor:
-    """Correlated features, some directions a million times as wide as others: Inception's are so, too."""
+    """Correlated features whose scales differ by a factor of a million, as in Inception."""
     mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
     widths = torch.logspace(-3, 3, size, dtype=torch.float64)
     return torch.randn(rows, size, generator=generator, dtype=torch.float64) * widths @ mixing + shift
@@ -23,7 +23,7 @@ def measured(real: Tensor, generated: Tensor) -> FrechetDistance:
 
 
 def by_singular_values(real: Tensor, generated: Tensor) -> float:
-    """The distance without any root of a matrix: the singular values of X_r X_g^T sum to the trace of the root."""
+    """The distance without a matrix root: the singular values of X_r X_g^T sum to the trace of the root."""
     x, y = ((part - part.mean(0)).numpy() / (len(part) - 1) ** 0.5 for part in (real, generated))
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return ((real.mean(0) - generated.mean(0)) ** 2).sum().item() + (x**2).sum() + (y**2).sum() - 2 * root
@@ -51,7 +51,7 @@ def test_scipys_root_of_a_singular_product_agrees_where_it_is_finite(generator):
     root = sqrtm(s_r @ s_g)
     assert np.isfinite(root).all()
     expected = ((real.mean(0) - generated.mean(0)) ** 2).sum().item() + np.trace(s_r + s_g - 2 * root.real)
-    # Its own error at a singular matrix: about the root of the machine precision, in each null direction.
+    # The error of that root for singular matrices is about the root of the machine precision per null direction.
     assert measured(real, generated).compute().item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_the_kept_factor_follows_new_real_features(generator):
 
 @pytest.mark.parametrize("collapsed", [(False, True), (True, False), (True, True)])
 def test_images_that_are_all_alike_are_far_and_no_error(collapsed, generator):
-    """Such as those of a student that has collapsed: its covariance is 0, but for what rounding leaves of its mean."""
+    """A collapsed student has such features: the covariance is 0 up to the rounding of the mean."""
     sets = [torch.rand(300, 20, generator=generator, dtype=torch.float64) for _ in collapsed]
     real, generated = (x[:1].expand(len(x), -1) if alike else x for x, alike in zip(sets, collapsed, strict=True))
     spread = sum(x.var(0).sum() for x in (real, generated))
@@ -103,5 +103,5 @@ def test_a_matrix_that_is_no_covariance_is_refused(generator):
     distance = FrechetDistance(4)
     distance.given = Moments(torch.zeros(4).double(), torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])).double())
     distance.update(features(30, 4, generator), real=False)
-    with pytest.raises(ValueError, match=r"real features have no covariance matrix: .* from -0.1 to 1"):
+    with pytest.raises(ValueError, match=r"real features .* from -0.1 to 1"):
         distance.compute()

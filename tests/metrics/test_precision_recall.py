@@ -18,7 +18,7 @@ def measured(real: Tensor, generated: Tensor, **options) -> list[float]:
 
 
 def inside(queries: Tensor, manifold: Tensor, neighbors: int) -> float:
-    """The share of queries in a ball of the manifold, by scikit-learn's search: distances, and radii around each."""
+    """The fraction of queries inside a ball of the manifold, computed with scikit-learn's neighbor search."""
     search = NearestNeighbors(n_neighbors=neighbors).fit(manifold.numpy())
     radii = search.kneighbors(return_distance=True)[0][:, -1]
     distances, numbers = search.kneighbors(queries.numpy(), n_neighbors=len(manifold))

@@ -1,4 +1,4 @@
-"""Scores against prompts, by tiny random models of the real classes."""
+"""Prompt scores with tiny random models of the real classes."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
-    """A CLIPModel with random weights, and its processor, as save_pretrained writes them."""
+    """A CLIPModel with random weights and its processor, written by save_pretrained."""
     folder = tmp_path_factory.mktemp("clip")
     text = SIZES | {"vocab_size": 40, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1}
     vision = SIZES | {"image_size": 16, "patch_size": 8}
@@ -39,7 +39,7 @@ def clip(tmp_path_factory) -> str:
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(CLIP_WORDS)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    # The one without torchvision has this name in newer transformers only.
+    # Only newer transformers have this name for the processor without torchvision.
     kind = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
     images = getattr(transformers, kind)(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_convert_rgb=True
@@ -50,7 +50,7 @@ def clip(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory) -> str:
-    """A BlipForImageTextRetrieval with random weights, and its processor, as save_pretrained writes them."""
+    """A BlipForImageTextRetrieval with random weights and its processor, written by save_pretrained."""
     folder = tmp_path_factory.mktemp("blip")
     text = SIZES | {"vocab_size": 9, "max_position_embeddings": LENGTH, "encoder_hidden_size": 16}
     text |= {"pad_token_id": 0, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "initializer_range": 0.5}
@@ -95,7 +95,7 @@ def generated(scorer, images: Tensor, prompts: list[str]) -> FeatureMetrics:
 
 @pytest.mark.parametrize(("scorer", "name", "cosine", "scale"), SCORERS)
 def test_the_score_is_the_mean_of_the_models_own_cosines(scorer, name, cosine, scale, generator, request):
-    """The model's forward takes one pair at a time; ours takes a batch with prompts of several lengths."""
+    """The model's forward is called for one pair at a time, ours with a batch of prompts of different lengths."""
     folder = request.getfixturevalue(name)
     images = uint8_images(4, 20, generator)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
@@ -141,7 +141,7 @@ def test_without_weights_it_is_left_out_with_the_reason(tmp_path, caplog):
 
 
 def test_a_model_that_fails_at_its_first_score_is_left_out(clip, blip, generator):
-    """Before anything is measured; here it is the model of one class in the folder of another."""
+    """The failure is reported before anything is measured; here the folder contains a model of another class."""
     for scorer, folder in ((BLIPScore(clip), clip), (CLIPScore(blip), blip)):
         metrics = generated(scorer, uint8_images(2, 5, generator), ["a", "b"])
         assert folder in metrics.unavailable[scorer.column]
@@ -150,7 +150,7 @@ def test_a_model_that_fails_at_its_first_score_is_left_out(clip, blip, generator
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(blip, tmp_path):
-    """Such as those of BLIP's captioning checkpoint, which has no projections for retrieval."""
+    """BLIP's captioning checkpoint, for example, lacks the projections for retrieval."""
     shutil.copytree(blip, tmp_path / "part")
     state = load_file(tmp_path / "part" / "model.safetensors")
     kept = {name: value for name, value in state.items() if not name.startswith("vision_proj")}
@@ -182,7 +182,7 @@ def test_training_does_not_load_it():
 
 def test_prompts_in_words_are_needed(clip):
     metrics = FeatureMetrics(CLIPScore(clip))
-    with pytest.raises(ValueError, match=r"clip_score needs prompts in words: .* such as demo\.Emoji"):
+    with pytest.raises(ValueError, match=r"clip_score .*demo\.Emoji"):
         metrics.update(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), real=False)
 
 

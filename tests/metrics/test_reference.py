@@ -16,12 +16,12 @@ from tests.metrics.networks import COLUMNS, Small, uint8_images
 
 @pytest.fixture
 def images(generator) -> np.ndarray:
-    """Grey images as files hold them, uint8 (n, h, w, c)."""
+    """Gray images in the layout of files, uint8 (n, h, w, c)."""
     return uint8_images(50, 8, generator, channels=1).permute(0, 2, 3, 1).numpy()
 
 
 def moments(images: np.ndarray) -> dict[str, np.ndarray]:
-    """What ADM's files hold of the features of Small."""
+    """The statistics of the features of Small in the format of ADM."""
     views = Small()(torch.from_numpy(images).permute(0, 3, 1, 2))
     found = {}
     for view, (mean, covariance) in {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
@@ -30,7 +30,7 @@ def moments(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> FeatureMetrics:
-    """The metrics against a file, or against the images themselves."""
+    """The metrics computed with a reference file, or with the images themselves."""
     reference = None if path is None else read(path)
     quality = FeatureMetrics(Small(), reference=reference)
     if reference is None:
@@ -43,7 +43,7 @@ def measured(path: Path | None, real: np.ndarray, generated: torch.Tensor) -> Fe
 
 
 def write(folder: Path, kind: str, images: np.ndarray) -> Path:
-    """A reference in one of the public forms."""
+    """Write a reference in one of the public formats."""
     file = folder / f"{kind}.npz"
     known = moments(images)
     if kind == "adm":
@@ -82,7 +82,7 @@ def test_moments_alone_give_the_distances_and_say_what_they_cannot(tmp_path, gen
 
 
 def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
-    # ADM's moments are of all training images, its images 10,000 of them.
+    # ADM's moments include all training images, its images are 10,000 of them.
     known = moments(images)
     np.savez(tmp_path / "shifted.npz", arr_0=images, mu=known["mu"] + 1, sigma=known["sigma"])
     quality = measured(tmp_path / "shifted.npz", images, torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -94,7 +94,7 @@ def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
 
 def test_moments_are_no_use_to_another_network(tmp_path, images):
     facm, adm = write(tmp_path, "facm", images), write(tmp_path, "adm", images)
-    with pytest.raises(ValueError, match=r"no fd on the digits classifier: .*facm.npz has no images, and its moments"):
+    with pytest.raises(ValueError, match=r"fd on the digits classifier .*facm.npz has no images, and its moments"):
         FeatureMetrics(DigitsFeatures(), reference=read(facm))
     quality = FeatureMetrics(DigitsFeatures(), reference=read(adm))
     assert quality.needs_real
@@ -136,7 +136,7 @@ def test_other_files_are_refused(tmp_path, images):
     np.savez(tmp_path / "other.npz", samples=images)
     assert "has samples: expected mu and sigma" in refused(tmp_path / "other.npz")
     np.savez(tmp_path / "half.npz", mu=np.zeros(4))
-    assert "has mu but no sigma" in refused(tmp_path / "half.npz")
+    assert "has mu but lacks sigma" in refused(tmp_path / "half.npz")
     np.savez(tmp_path / "shape.npz", mu=np.zeros(4), sigma=np.eye(5))
     assert "mu must be (d,) and sigma (d, d): got (4,) and (5, 5)" in refused(tmp_path / "shape.npz")
     np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
@@ -158,7 +158,7 @@ def test_other_folders_are_refused(tmp_path):
     Image.new("RGB", (8, 6)).save(empty / "a.png")
     Image.new("L", (9, 6)).save(empty / "b.jpg")
     assert f"{empty / 'b.jpg'} is 9 x 6, and {empty / 'a.png'} 8 x 6" in refused(empty)
-    (empty / "b.jpg").write_text("no picture")
+    (empty / "b.jpg").write_text("not an image")
     assert f"{empty / 'b.jpg'} cannot be read as an image" in refused(empty)
     Image.effect_noise((64, 64), 50).save(empty / "a.png")
     (empty / "b.jpg").unlink()

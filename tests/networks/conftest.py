@@ -1,4 +1,4 @@
-"""LightningDiT's output by its formulas alone, apart from any module of the package."""
+"""LightningDiT's output computed from its formulas, without any module of the package."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Formulas:
-    """The network with these weights, for patch size 1, in float64."""
+    """The network with given weights, for patch size 1, in float64."""
 
     def __init__(self, weights: dict[str, Tensor], head_width: int) -> None:
         self.w = {name: tensor.double() for name, tensor in weights.items()}
@@ -20,7 +20,7 @@ class Formulas:
         return h @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
 
     def rms(self, name, h):
-        # A norm without weights is none.
+        # Without weights, there is no norm.
         weight = self.w.get(f"{name}.weight")
         return h if weight is None else h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
@@ -30,7 +30,7 @@ class Formulas:
         return self.dense(f"{name}.mlp.2", F.silu(hidden))
 
     def turn(self, h):
-        """Multiply each pair of neighbours, as a complex number, by e^(i angle)."""
+        """Multiply each pair of neighbors, as a complex number, by e^(i angle)."""
         half, grid = self.head_width // 2, math.isqrt(h.shape[-2])
         frequencies = 10_000 ** -(torch.arange(0, half, 2, dtype=torch.float64) / half)
         row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
@@ -57,10 +57,10 @@ class Formulas:
             h = h + gate * getattr(self, update)(f"{name}.{update}", inner)
         return h
 
-    def output(self, x, t, labels, landing=None):
+    def output(self, x, t, labels, s=None):
         c = self.embed("t_embedder", t) + self.w["y_embedder.embedding_table.weight"][labels]
-        if landing is not None:
-            c = c + self.embed("r_embedder", landing)
+        if s is not None:
+            c = c + self.embed("r_embedder", s)
         h = torch.einsum("bcn,dc->bnd", x.double().flatten(2), self.w["x_embedder.proj.weight"][..., 0, 0])
         h = h + self.w["x_embedder.proj.bias"] + self.w["pos_embed"]
         for i in range(sum(name.endswith("w3.weight") for name in self.w)):
@@ -72,5 +72,5 @@ class Formulas:
 
 @pytest.fixture
 def reference() -> Callable[..., Tensor]:
-    """A function from weights, x_t, t, labels, the width of a head and s, if any, to the output."""
+    """A function from weights, x_t, t, labels, the head width and optionally s to the output."""
     return lambda weights, x, t, labels, head_width, s=None: Formulas(weights, head_width).output(x, t, labels, s)

@@ -1,4 +1,4 @@
-"""The DiT: the published network to rounding, a student that starts as its teacher, and honest sizes."""
+"""The DiT matches the published network, a student starts as its teacher, and wrong sizes are reported."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def inputs(generator):
 
 
 def test_network_is_lightningdit():
-    """With its weights, loaded strictly, the output is that of the public code."""
+    """With strictly loaded weights, the output is that of the public code."""
     tensors = load_file(FIXTURE)
     network = DiT(**TINY, end_time=True).eval()
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
@@ -43,13 +43,13 @@ def test_network_is_lightningdit():
 
 @pytest.mark.parametrize("table", ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"])
 def test_fixed_tables_are_those_of_lightningdit(table):
-    """Positions are not only loaded rightly: a new network has them."""
+    """A new network has the same positions as the public weights."""
     expected = load_file(FIXTURE)[f"weight.{table}"]
     torch.testing.assert_close(DiT(**TINY).state_dict()[table], expected, rtol=0, atol=1e-6)
 
 
-def test_start_and_landing_time_are_not_interchangeable():
-    """The agreement above depends on the order of the times and on the labels: it is no accident."""
+def test_start_and_end_time_are_not_interchangeable():
+    """The output depends on the order of the times and on the labels, so the agreement above is not an accident."""
     tensors = load_file(FIXTURE)
     network = DiT(**TINY, end_time=True).eval()
     network.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
@@ -60,25 +60,25 @@ def test_start_and_landing_time_are_not_interchangeable():
 
 
 def test_xl_has_the_published_number_of_parameters():
-    """LightningDiT-XL/1 for 16 x 16 x 32 latents: 675,260,768, the fixed positions included."""
+    """LightningDiT-XL/1 for 16 x 16 x 32 latents: 675,260,768, including the fixed positions."""
     with torch.device("meta"):
         network = DiT(16, 32, patch_size=1, width=1152, depth=28, heads=16, num_classes=1000)
     assert sum(parameter.numel() for parameter in network.parameters()) == 675_260_768
 
 
-def test_student_starts_as_its_teacher_for_every_landing_time(inputs):
-    """The copy with an end time equals the teacher whatever s is, and asks nothing else of its weights."""
+def test_student_starts_as_its_teacher_for_every_end_time(inputs):
+    """The copy with an end time equals the teacher for every s."""
     x_t, t, s, labels = inputs
     teacher = randomised(DiT(**TINY))
     student = teacher.with_end_time().eval()
     expected = teacher(x_t, t, t, labels)
     assert expected.abs().max() > 0.1
-    for landing in (s, t, torch.zeros(5), torch.ones(5), 1 - s):
-        torch.testing.assert_close(student(x_t, t, landing, labels), expected, rtol=0, atol=1e-6)
+    for end in (s, t, torch.zeros(5), torch.ones(5), 1 - s):
+        torch.testing.assert_close(student(x_t, t, end, labels), expected, rtol=0, atol=1e-6)
 
 
 def test_student_is_a_copy(inputs):
-    """Training it leaves the teacher alone; s then matters."""
+    """Training the student does not change the teacher, and afterwards u depends on s."""
     x_t, t, s, labels = inputs
     teacher = randomised(DiT(**TINY))
     before = teacher(x_t, t, t, labels)
@@ -87,21 +87,21 @@ def test_student_is_a_copy(inputs):
     assert (student(x_t, t, s, labels) - student(x_t, t, t, labels)).abs().max() > 1e-2
 
 
-def test_landing_time_of_a_student_is_kept_when_copied_again(inputs):
-    """A network that already embeds s is copied as it is."""
+def test_copy_of_a_student_has_the_same_end_time_embedding(inputs):
+    """The copy of a network that already embeds s is identical."""
     student = randomised(DiT(**TINY, end_time=True))
     assert torch.equal(student.with_end_time().eval()(*inputs), student(*inputs))
 
 
-def test_landing_time_is_trained_from_the_first_step(inputs):
-    """Its zero output layer has a gradient, or it would stay zero for ever."""
+def test_end_time_is_trained_from_the_first_step(inputs):
+    """The zero output layer has a gradient; otherwise it would stay zero."""
     student = randomised(DiT(**TINY)).with_end_time()
     student(*inputs).square().sum().backward()
     assert student.r_embedder.mlp[2].weight.grad.abs().max() > 1e-3
 
 
-def test_network_without_landing_time_ignores_it(inputs):
-    """A teacher's velocity does not depend on s, to the bit."""
+def test_network_without_end_time_ignores_it(inputs):
+    """A teacher's velocity is bit-identical for all s."""
     x_t, t, s, labels = inputs
     teacher = randomised(DiT(**TINY))
     assert torch.equal(teacher(x_t, t, s, labels), teacher(x_t, t, t, labels))
@@ -109,13 +109,13 @@ def test_network_without_landing_time_ignores_it(inputs):
 
 
 def test_new_network_is_zero(inputs):
-    """Zero modulation and output: training starts from u = 0."""
+    """With zero modulation and output layers, training starts from u = 0."""
     assert not DiT(**TINY, end_time=True)(*inputs).any()
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_unpatchify_puts_patches_back(patch_size, generator):
-    """It inverts the cut into patches, with channels last in each."""
+    """It inverts the split into patches, in which channels come last."""
     network = DiT(8, 3, patch_size=patch_size, width=16, depth=1, heads=2, num_classes=2)
     image = torch.randn(2, 3, 8, 8, generator=generator)
     tokens = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
@@ -123,7 +123,7 @@ def test_unpatchify_puts_patches_back(patch_size, generator):
 
 
 def test_tokens_are_read_and_written_at_the_same_place(generator):
-    """With no block at work, a patch of the input moves the same patch of the output, and only that."""
+    """Without blocks, a patch of the input only affects the same patch of the output."""
     network = DiT(8, 3, patch_size=2, width=16, depth=1, heads=2, num_classes=2)
     torch.nn.init.normal_(network.final_layer.linear.weight)
     t, labels = torch.zeros(1), torch.tensor([0])
@@ -137,7 +137,7 @@ def test_tokens_are_read_and_written_at_the_same_place(generator):
 
 
 def test_rows_do_not_mix(inputs):
-    """A row's velocity is the same alone and in a batch."""
+    """The velocity of a row does not depend on the rest of the batch."""
     network = randomised(DiT(**TINY, end_time=True))
     alone = torch.cat([network(*(part[i : i + 1] for part in inputs)) for i in range(5)])
     torch.testing.assert_close(network(*inputs), alone, rtol=0, atol=1e-4)
@@ -151,7 +151,7 @@ def test_null_is_the_class_after_the_last():
 
 
 def test_missing_labels_are_refused_with_the_remedy(inputs):
-    """There is no unconditional pass without the null class."""
+    """An unconditional pass needs the null class."""
     x_t, t, s, _ = inputs
     with pytest.raises(ValueError, match="null"):
         DiT(**TINY)(x_t, t, s, None)
@@ -171,6 +171,6 @@ def test_missing_labels_are_refused_with_the_remedy(inputs):
     ],
 )
 def test_impossible_sizes_are_refused(changed, value):
-    """The message holds them."""
+    """The message contains the sizes."""
     with pytest.raises(ValueError, match=value):
         DiT(**TINY | changed)

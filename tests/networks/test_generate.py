@@ -1,4 +1,4 @@
-"""Network.generate: the images of every command, for labels and captions, on networks as they are loaded."""
+"""Network.generate returns the images of the commands, for labels and captions."""
 
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ def pixels(images):
 
 @pytest.mark.parametrize("options", [[], ["--sampler", "consistency", "--steps", "3"], ["--sampler", "mix?s1=0.6"]])
 def test_images_are_those_of_decm_sample(options, student, tmp_path, monkeypatch):
-    """To the bit, for the same rows: the k-th image of class c is row k * 10 + c."""
+    """The images are bit-identical for the same rows; the k-th image of class c is row k * 10 + c."""
     settings = ["--seed", "7", "--classes", "[3, 5]", "--per_class", "2", "--out", str(tmp_path / "images")]
     monkeypatch.setattr(sys, "argv", ["decm", "sample", str(WEIGHTS / "digits/student"), *settings, *options])
     assert cli.main() == 0
@@ -51,19 +51,19 @@ def test_images_are_those_of_decm_sample(options, student, tmp_path, monkeypatch
 
 
 def test_labels_may_be_a_number_a_list_a_tensor_or_left_out(student):
-    """Left out, row i has class i mod 10, as in `decm test`."""
+    """By default, row i has class i mod 10, as in `decm test`."""
     all_classes = pixels(student.generate())
     assert all_classes.shape == (10, 8, 8)
     assert np.array_equal(pixels(student.generate(range(10), steps=2)), all_classes)
     assert np.array_equal(pixels(student.generate(torch.arange(10))), all_classes)
-    # Up to rounding: the batch is another.
+    # Another batch size changes rounding.
     assert np.abs(pixels(student.generate(3, rows=[3]))[0].astype(int) - all_classes[3]).max() <= 1
     assert np.abs(pixels(student.generate(rows=range(8, 12)))[:2].astype(int) - all_classes[8:]).max() <= 1
     assert len(student.generate(3, rows=range(4))) == 4
 
 
 def test_gradients_modes_and_dtype_stay_as_they_are(latent_student):
-    """Each part has the mode that it had; an image is made in eval mode."""
+    """Images are generated in eval mode, and each submodule's mode is restored."""
     modes = []
     latent_student.train()
     latent_student.blocks[0].eval()
@@ -78,7 +78,7 @@ def test_gradients_modes_and_dtype_stay_as_they_are(latent_student):
 
 
 def test_latents_need_a_decoder(latent_student):
-    """The decoder makes images of the samples, clamped to [-1, 1] and rounded."""
+    """The decoder turns samples into images, which are clamped to [-1, 1] and rounded."""
     with pytest.raises(ValueError, match=r"latents \(4, 4, 4\).*decoder="):
         latent_student.generate([0, 1])
     seen = []
@@ -97,19 +97,19 @@ def test_latents_need_a_decoder(latent_student):
 
 
 def test_points_are_returned_as_a_tensor():
-    """With labels or without a condition, in the dtype of the network."""
+    """Samples have the dtype of the network, with labels or without a condition."""
     assert MLP(2).generate(rows=range(5)).shape == (5, 2)
     points = MLP(2, num_classes=3).double().generate()
     assert points.shape == (3, 2)
     assert points.dtype == torch.float64
-    with pytest.raises(ValueError, match=r"no condition.*3"):
+    with pytest.raises(ValueError, match=r"MLP.*condition.*3"):
         MLP(2).generate(3)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least 1: got 0 rows"):
         MLP(2).generate(rows=[])
 
 
 def test_a_network_that_ignores_the_end_time_is_sampled_by_50_euler_steps():
-    """As its velocity field; a flow map by 2 steps of mix, and by 50 where euler is requested."""
+    """A velocity field uses 50 steps of euler; a flow map uses 2 steps of mix, or 50 if euler is requested."""
     calls = []
     for end_time, options in ((False, {}), (True, {}), (True, {"sampler": "euler"}), (False, {"sampler": "mix"})):
         network = DiT(in_channels=1, num_classes=2, end_time=end_time, **TINY)
@@ -121,7 +121,7 @@ def test_a_network_that_ignores_the_end_time_is_sampled_by_50_euler_steps():
 
 
 def test_captions_go_through_the_encoder_that_the_config_names():
-    """The stored emoji student names MiniLM; equal captions are encoded once, and rows keep their order."""
+    """The stored emoji student names MiniLM. Equal captions are encoded once, and rows stay in order."""
     network = load(WEIGHTS / "emoji/student")
     images = network.generate(["red heart", "dog", "red heart"], rows=[0, 1, 0])
     assert [image.mode for image in images] == ["RGB"] * 3
@@ -133,7 +133,7 @@ def test_captions_go_through_the_encoder_that_the_config_names():
 
 
 def test_captions_without_a_known_encoder_need_one():
-    """Encoded captions need none, and one caption serves all rows."""
+    """Encoded captions need no encoder, and a single caption is used for all rows."""
     network = TextDiT(in_channels=1, caption_width=6, end_time=True, **TINY)
     with pytest.raises(ValueError, match=r"text_encoder.*encoder="):
         network.generate("dog")
@@ -142,7 +142,7 @@ def test_captions_without_a_known_encoder_need_one():
 
 
 def test_students_of_a_pipeline_use_its_text_encoders(tmp_path):
-    """A LoRA student of a tiny SD3 in bfloat16: samples are computed in float32, as its adapters are."""
+    """Samples of a LoRA student of a tiny bfloat16 SD3 are in float32, the dtype of its adapters."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from decm_lightning.teachers import DiffusersTeacher
@@ -162,8 +162,8 @@ def test_students_of_a_pipeline_use_its_text_encoders(tmp_path):
         ([10, 11, -1], {}, r"0 to 10.*\[11, -1\]"),
         (torch.tensor(0.5), {}, "integers.*float32"),
         (torch.tensor([[1]]), {}, r"integers.*\(1, 1\)"),
-        ([], {}, "0 and 0"),
-        ([1, 2], {"rows": [1]}, "1 and 2"),
+        ([], {}, "0 rows and 0 "),
+        ([1, 2], {"rows": [1]}, "1 rows and 2 "),
         ("three", {}, "captions"),
         (3, {"encoder": "minilm"}, "captions"),
         (3, {"steps": 0}, "steps.*0"),
@@ -179,5 +179,5 @@ def test_what_does_not_fit_the_network_is_refused(condition, options, message, s
 
 @pytest.mark.parametrize("condition", [None, 3, [], ["dog", 3]])
 def test_a_network_of_captions_refuses_anything_else(condition):
-    with pytest.raises(ValueError, match="give a text"):
+    with pytest.raises(ValueError, match=r"TextDiT.*captions: got"):
         TextDiT(in_channels=1, caption_width=6, end_time=True, **TINY).generate(condition)

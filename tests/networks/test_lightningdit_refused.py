@@ -1,4 +1,4 @@
-"""What is no LightningDiT or SiT is refused on one line: the file, what was found instead, and what to do."""
+"""Files that are not a LightningDiT or SiT are refused in one line, with the file, the finding and the remedy."""
 
 import pickle
 import random
@@ -25,77 +25,73 @@ def written(content, path):
     return path
 
 
-@pytest.mark.parametrize(("there", "asked"), [("model", "ema"), ("ema", "model")])
-def test_weights_that_are_not_there_are_refused(there, asked, small, tmp_path):
-    path = written({there: small.state_dict(), "opt": {}}, tmp_path / "one.pt")
-    with pytest.raises(ValueError, match=f"one.pt: no weights '{asked}' in it, only {there}: give weights='{there}'"):
-        load(path, weights=asked)
+@pytest.mark.parametrize(("stored", "requested"), [("model", "ema"), ("ema", "model")])
+def test_missing_weights_are_reported(stored, requested, small, tmp_path):
+    path = written({stored: small.state_dict(), "opt": {}}, tmp_path / "one.pt")
+    with pytest.raises(ValueError, match=f"one.pt: .*'{requested}'.*{stored}.*weights='{stored}'"):
+        load(path, weights=requested)
 
 
-def test_heads_that_cannot_be_told_are_said_to_be(tmp_path):
-    """Without QK norm and without the table."""
+def test_an_unknown_number_of_heads_is_reported(tmp_path):
+    """A checkpoint without QK norm and rotary tables."""
     state = DiT(**SMALL, qk_norm=False).state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith("feat_rope")}
-    with pytest.raises(
-        ValueError, match=r"the number of heads cannot be told: .*q_norm.* and 16 is the .*: give heads"
-    ):
+    with pytest.raises(ValueError, match=r"q_norm.*freqs_cos.* 16: .*heads"):
         load(written(state, tmp_path / "bare.pt"))
 
 
 def lose(state):
     del state["blocks.1.attn.qkv.bias"], state["t_embedder.mlp.0.weight"]
-    return r"missing: 2 \(t_embedder.mlp.0.weight, blocks.1.attn.qkv.bias\); left over: 0; of another .*: 0; a Light"
+    return r"missing: 2 \(t_embedder.mlp.0.weight, blocks.1.attn.qkv.bias\); unexpected: 0; .*: 0; .*LightningDiT"
 
 
 def add(state):
     state |= {f"projector.{i}.weight": torch.zeros(2) for i in range(5)}
-    return r"missing: 0; left over: 5 \(projector.0.weight, .*projector.2.weight and 2 more\); of another .*: 0; a L"
+    return r"missing: 0; unexpected: 5 \(projector.0.weight, .*projector.2.weight and 2 more\); .*: 0; .*LightningDiT"
 
 
 def reshape(state):
     state["blocks.0.attn.qkv.weight"] = torch.zeros(48, 15)
-    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\); .*remove other"
+    return r"wrong shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 15\) of .*, not \(48, 16\)\)"
 
 
 def triple_the_output(state):
     state |= {"final_layer.linear.weight": torch.zeros(6, 16), "final_layer.linear.bias": torch.zeros(6)}
-    return (
-        r"of another shape or type: 2 \(final_layer.linear.weight \(6, 16\) .*, not \(2, 16\), final_layer.linear.bias"
-    )
+    return r"wrong shape or type: 2 \(final_layer.linear.weight \(6, 16\) .*, not \(2, 16\), final_layer.linear.bias"
 
 
 def quantise(state):
     state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].to(torch.int8)
-    return r"of another shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 16\) of torch.int8"
+    return r"wrong shape or type: 1 \(blocks.0.attn.qkv.weight \(48, 16\) of torch.int8"
 
 
 def skip_a_block(state):
     for name in [name for name in state if name.startswith("blocks.1.")]:
         state[name.replace("blocks.1.", "blocks.7.")] = state.pop(name)
-    return r"missing: 14 \(blocks.1.norm1.weight, .* and 11 more\); left over: 14 \(blocks.7.norm1.weight"
+    return r"missing: 14 \(blocks.1.norm1.weight, .* and 11 more\); unexpected: 14 \(blocks.7.norm1.weight"
 
 
 def call_swiglu_gelu(state):
     for name in [name for name in state if ".mlp.w" in name]:
         state[name.replace("w12", "fc1").replace("w3", "fc2")] = state.pop(name)
-    return r"of another shape or type: 4 \(blocks.0.mlp.fc1.weight \(84, 16\) .*, not \(42, 16\), .* and 1 more\)"
+    return r"wrong shape or type: 4 \(blocks.0.mlp.fc1.weight \(84, 16\) .*, not \(42, 16\), .* and 1 more\)"
 
 
 def use_another_mlp(state):
     for name in [name for name in state if ".mlp.w" in name]:
         state[name.replace("w12", "up").replace("w3", "down")] = state.pop(name)
-    return r"nor a LightningDiT, SiT or DiT: missing .* are blocks.0.mlp.w3.weight; it holds"
+    return r"LightningDiT, SiT or DiT: missing .*: blocks.0.mlp.w3.weight; found: "
 
 
 def use_layer_norm_with_weights(state):
     for name in [name for name in state if name.endswith(("norm1.weight", "norm2.weight", "norm_final.weight"))]:
         state[name.replace("weight", "bias")] = torch.zeros(16)
-    return r"missing: 0; left over: 5 \(blocks.0.norm1.bias, .* and 2 more\); .* a LightningDiT, SiT or DiT"
+    return r"missing: 0; unexpected: 5 \(blocks.0.norm1.bias, .* and 2 more\); .*LightningDiT, SiT or DiT"
 
 
 def use_layer_norm_at_the_end(state):
     del state["final_layer.norm_final.weight"]
-    return r"missing: 0; left over: 4 \(blocks.0.norm1.weight, .* and 1 more\); .* a LightningDiT, SiT or DiT"
+    return r"missing: 0; unexpected: 4 \(blocks.0.norm1.weight, .* and 1 more\); .*LightningDiT, SiT or DiT"
 
 
 def drop_qk_norm_of_a_block(state):
@@ -105,27 +101,27 @@ def drop_qk_norm_of_a_block(state):
 
 def cut_positions(state):
     state["pos_embed"] = state["pos_embed"][:, :15]
-    return r"pos_embed must be that of a square grid: got 15 tokens"
+    return r"pos_embed .*got 15 tokens"
 
 
 def flatten_patches(state):
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].flatten(1)
-    return r"missing or of other dimensions are x_embedder.proj.weight; it holds"
+    return r"dimensions: x_embedder.proj.weight; found: "
 
 
 def empty(state):
     state["x_embedder.proj.weight"] = torch.zeros(0, 2, 1, 1)
-    return r"missing or of other dimensions are x_embedder.proj.weight; it holds"
+    return r"dimensions: x_embedder.proj.weight; found: "
 
 
 def widen_heads(state):
     state["blocks.0.attn.q_norm.weight"] = torch.ones(1000)
-    return r"of another shape or type: 6 \(.*q_norm.weight \(1000,\)"
+    return r"wrong shape or type: 6 \(.*q_norm.weight \(1000,\)"
 
 
 def twice(state):
     state["module.pos_embed"] = state["pos_embed"]
-    return r"pos_embed is there twice, as module.pos_embed too: keep one"
+    return r"pos_embed, .*module.pos_embed: "
 
 
 FAULTS = [lose, add, reshape, triple_the_output, quantise, skip_a_block, call_swiglu_gelu, use_another_mlp]
@@ -135,7 +131,7 @@ FAULTS += [cut_positions, flatten_patches, empty, widen_heads, twice]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tensors_that_do_not_fit_are_listed(fault, small, tmp_path):
-    """Both what is missing and what is left over, in one line with the file's name."""
+    """Missing and unexpected tensors are listed in one line with the name of the file."""
     state = dict(small.state_dict())
     message = fault(state)
     with pytest.raises(ValueError, match=message) as refused:
@@ -158,24 +154,21 @@ class Trap:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.zeros(3), "expected tensors by name: got one Tensor"),
-        ([torch.zeros(3)], "expected tensors by name: got one list"),
+        (torch.zeros(3), "expected .*: got Tensor"),
+        ([torch.zeros(3)], "expected .*: got list"),
         ({}, "got nothing"),
         ({"ema": {}}, "got nothing"),
         ({"ema": 0.999, "step": 3}, "got ema, step"),
-        ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "nor a LightningDiT, SiT or DiT: .*; it holds x"),
-        ({"epoch": 3, "weights": {"x": torch.zeros(1)}}, "alone or under ema, state_dict, .*: got epoch, weights"),
+        ({"epoch": 3, "state_dict": {"x": torch.zeros(1)}}, "LightningDiT, SiT or DiT: .*: x$"),
+        ({"epoch": 3, "weights": {"x": torch.zeros(1)}}, "ema, state_dict, .*: got epoch, weights"),
         ({"ema": {"decay": 0.999, "pos_embed": torch.zeros(1)}}, "got decay"),
-        ({0: torch.zeros(3)}, "dimensions are pos_embed, .* and 3 more; it holds 0"),
-        (
-            Trap(),
-            "other.pt cannot be read: it holds io.open, which could run code; if you trust the file, load it with",
-        ),
+        ({0: torch.zeros(3)}, "dimensions: pos_embed, .* and 3 more; found: 0"),
+        (Trap(), "other.pt cannot be read: .*io.open.*weights_only=False"),
     ],
     ids=str,
 )
 def test_other_contents_are_refused(content, message, tmp_path, monkeypatch):
-    """With what was found instead; nothing is run."""
+    """The message says what was found, and no code is run."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         load(written(content, tmp_path / "other.pt"))
@@ -214,7 +207,7 @@ def test_a_renamed_file_is_read_or_named(small, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_missing_permission_is_not_a_missing_file(suffix, small):
-    """Neither for the file, nor for its folder."""
+    """The permission may be missing for the file or for its folder."""
     with open_folder() as folder:
         path = folder / "in" / f"a{suffix}"
         path.parent.mkdir()
@@ -229,7 +222,7 @@ def test_a_missing_permission_is_not_a_missing_file(suffix, small):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_garbage_is_refused_whatever_it_is(small, tmp_path):
-    """Random bytes, random pickles, and real files cut short or with bytes changed: a ValueError or the network."""
+    """Random bytes, random pickles, and truncated or modified files either raise a ValueError or load."""
     draw = random.Random(0)
     torch.save(small.state_dict(), tmp_path / "real.pt")
     save_file(small.state_dict(), tmp_path / "real.safetensors")

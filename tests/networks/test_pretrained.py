@@ -1,4 +1,4 @@
-"""Networks come back from disk to the bit, and what is no network of ours is refused."""
+"""Saved networks load bit-identically, and anything else is refused."""
 
 import errno
 import gc
@@ -36,7 +36,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def test_saved_network_comes_back_to_the_bit(network, tmp_path):
-    """Weights, arguments and output survive the round trip, in a folder that is made."""
+    """Weights, arguments and output survive the round trip, and the folder is created."""
     save(network, tmp_path / "new" / "folder")
     loaded = load(tmp_path / "new" / "folder")
     assert same_weights(loaded, network)
@@ -47,7 +47,7 @@ def test_saved_network_comes_back_to_the_bit(network, tmp_path):
 
 
 def test_saved_mlp_comes_back_to_the_bit(tmp_path):
-    """The network of points is kept in the same way."""
+    """The MLP survives the round trip too."""
     network = MLP(dimensions=3, width=8, depth=2, num_classes=4)
     torch.nn.init.normal_(network.end_time.weight)
     save(network, tmp_path)
@@ -58,7 +58,7 @@ def test_saved_mlp_comes_back_to_the_bit(tmp_path):
 
 
 def test_loaded_network_is_ready_to_sample(network, tmp_path):
-    """It is in eval mode."""
+    """The loaded network is in eval mode."""
     save(network.train(), tmp_path)
     assert not load(tmp_path).training
 
@@ -73,7 +73,7 @@ def test_folder_holds_a_readable_description(network, tmp_path):
 
 
 def test_checkpoint_gives_the_averaged_weights(network, tmp_path):
-    """Of the two sets in a training checkpoint, the average is loaded."""
+    """By default, the averaged weights of a training checkpoint are loaded."""
     trained = DiT(**network.config)
     state = {f"average.{k}": v for k, v in network.state_dict().items()}
     state |= {f"network.{k}": v for k, v in trained.state_dict().items()}
@@ -95,7 +95,7 @@ def test_weights_of_a_checkpoint_are_chosen(weights, network, tmp_path):
 
 @pytest.fixture
 def hub(network, tmp_path, monkeypatch):
-    """A cache of the hub with nobody/student in it, and no way to the hub itself."""
+    """A hub cache that contains nobody/student, without access to the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     stored = tmp_path / "hub" / "models--nobody--student"
@@ -113,30 +113,28 @@ def test_a_name_on_the_hub_is_loaded_and_a_local_path_goes_first(hub, network):
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub):
-    with pytest.raises(
-        FileNotFoundError, match="no network nobody/else: neither a folder nor on the Hugging Face hub"
-    ) as e:
+    with pytest.raises(FileNotFoundError, match=r"network nobody/else .*folder.*hub") as e:
         load("nobody/else")
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("path", ["nobody/student.pt", "a/nobody/student", "./student", "/student", "nobody", "../a"])
 def test_other_paths_are_never_looked_for_on_the_hub(path, hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("contacted the hub"))
     with pytest.raises(FileNotFoundError, match=f"no checkpoint or folder at {path}$"):
         load(path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.ckpt"])
 def test_missing_path_is_named(name, tmp_path):
-    """The message holds the path."""
+    """The message contains the path."""
     with pytest.raises(FileNotFoundError, match=f"no checkpoint or folder at .*{name}$"):
         load(tmp_path / name)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_missing_file_of_a_folder_is_named(file, network, tmp_path):
-    """The message holds the file that is missing."""
+    """The message contains the missing file."""
     save(network, tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
@@ -144,7 +142,7 @@ def test_missing_file_of_a_folder_is_named(file, network, tmp_path):
 
 
 def test_folder_of_another_class_is_refused(network, tmp_path):
-    """A description that names no network of ours is refused, with the names of ours."""
+    """A description with an unknown class is refused, and the message lists the known classes."""
     save(network, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 8}))
     with pytest.raises(
@@ -154,14 +152,14 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
 
 
 def test_foreign_checkpoint_is_refused(tmp_path):
-    """A checkpoint that does not describe its network, and is not a public one, is refused by name."""
+    """A checkpoint that neither describes its network nor is a public one is refused, with its name."""
     torch.save({"state_dict": {"x": torch.zeros(1)}, "epoch": 3}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match=r"foreign.ckpt: neither a checkpoint of decm-lightning.*it holds x"):
+    with pytest.raises(ValueError, match=r"foreign.ckpt: .*: x$"):
         load(tmp_path / "foreign.ckpt")
 
 
 def test_file_that_is_no_checkpoint_is_refused(tmp_path):
-    """A file of another kind is refused by name too."""
+    """A file of another kind is refused, with its name."""
     (tmp_path / "notes.ckpt").write_text("weights are elsewhere")
     with pytest.raises(ValueError, match=r"notes.ckpt cannot be read: text instead of tensors"):
         load(tmp_path / "notes.ckpt")
@@ -170,9 +168,9 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "cause"),
     [
-        ("config.json", '{"_class_name": "DiT", "input_size": 4, "in_channels": 2, "colour": 3}', "argument 'colour'"),
+        ("config.json", '{"_class_name": "DiT", "input_size": 4, "in_channels": 2, "color": 3}', "argument 'color'"),
         ("config.json", '{"_class_name": "DiT"}', "missing .* argument"),
-        ("config.json", "[1, 2]", r"config.json must hold _class_name and the arguments: got \[1, 2\]"),
+        ("config.json", "[1, 2]", r"config.json must .*_class_name.*: got \[1, 2\]"),
         ("config.json", '{"_class', "Unterminated string"),
         ("config.json", b"\xff", "'utf-8' codec"),
         ("config.json", {"width": 32}, r"size mismatch for .* \.\.\."),
@@ -193,10 +191,10 @@ def test_broken_folder_is_named_with_the_cause_in_one_line(file, content, cause,
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ({"network": {"_class_name": "MLP", "colour": 3}, "state_dict": {}}, "cannot be loaded: .*argument"),
+        ({"network": {"_class_name": "MLP", "color": 3}, "state_dict": {}}, "cannot be loaded: .*argument"),
         ({"state_dict": {}}, "cannot be loaded: .*Missing key"),
         ({"state_dict": [1]}, "cannot be loaded: 'list' object"),
-        ({}, "cannot be loaded: it has no 'state_dict'"),
+        ({}, "cannot be loaded: .*'state_dict'"),
     ],
 )
 def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network, tmp_path):
@@ -209,21 +207,21 @@ def test_broken_checkpoint_is_named_with_the_cause(checkpoint, message, network,
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"optimizer_states": None}, "no optimizer_states: take a whole one, which ModelCheckpoint writes"),
-        ({"seed": None, "state_dict": None}, "no state_dict and no seed"),
-        ({"state_dict": {}}, "no weights pos_embed"),
+        ({"optimizer_states": None}, "lacks optimizer_states: .*ModelCheckpoint"),
+        ({"seed": None, "state_dict": None}, "lacks state_dict and seed"),
+        ({"state_dict": {}}, "lacks .*pos_embed"),
         (
             {"state_dict": {"pos_embed": torch.zeros(1, 4, 8)}},
-            r"weights pos_embed of shape \(1, 4, 8\), not \(1, 4, 16\)",
+            r"has weights pos_embed of shape \(1, 4, 8\), not \(1, 4, 16\)",
         ),
     ],
 )
-def test_partial_checkpoint_is_refused_before_training_goes_on(changed, message, network, tmp_path):
-    """What is read only to be measured needs no optimizer's state."""
+def test_partial_checkpoint_is_refused_before_training_resumes(changed, message, network, tmp_path):
+    """A checkpoint that is only evaluated needs no optimizer state."""
     file = tmp_path / "partial.ckpt"
     whole = {"network": describe(network), "state_dict": network.state_dict(), "seed": 0, "optimizer_states": [{}]}
     torch.save({key: value for key, value in (whole | changed).items() if value is not None}, file)
-    with pytest.raises(ValueError, match=f"^{file} has {message}"):
+    with pytest.raises(ValueError, match=f"^{file} {message}"):
         refuse_partial(file, network, resume=True)
     if "optimizer_states" in changed:
         refuse_partial(file, network, resume=False)
@@ -277,7 +275,7 @@ def test_what_is_written_has_the_permissions_of_the_umask(network, tmp_path):
 
 @pytest.mark.parametrize("failing", ["config.json", "model.safetensors"])
 def test_a_save_that_fails_leaves_the_old_network(failing, network, tmp_path, monkeypatch):
-    """Whichever of the two files it was."""
+    """Either of the two files may be the one that fails."""
     save(network, tmp_path)
     other = DiT(**network.config | {"width": 32})
     if failing == "config.json":
@@ -298,13 +296,13 @@ def full_disk(*_, **__):
 
 
 def replace_and_die(at, plain=os.replace):
-    """Return a function like os.replace, which instead of its call number `at` kills the process."""
+    """Return a function like os.replace that kills the process at call number `at`."""
     calls = itertools.count(1)
     return lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == at else plain(*paths)
 
 
 def test_a_save_killed_at_either_rename_leaves_a_usable_network(tmp_path):
-    """By SIGKILL, which lets nothing clean up."""
+    """The process is killed by SIGKILL, so it cannot clean up."""
     torch.manual_seed(0)
     save(MLP(width=8), tmp_path)
     for at in (1, 2):
@@ -339,13 +337,13 @@ def test_a_network_is_saved_onto_itself(network, tmp_path):
 def test_another_model_is_not_overwritten(files, message, network, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"^{tmp_path} .*{message}.*: give another folder"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} .*{message}.*another folder"):
         save(network, tmp_path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files
 
 
 def test_a_folder_of_other_files_is_written_to(network, tmp_path):
-    """And its own README stays."""
+    """An existing README is not replaced."""
     (tmp_path / "README.md").write_text("mine")
     save(network, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -356,19 +354,19 @@ def test_a_name_that_is_no_folder_is_refused(network, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file is a file"):
         save(network, tmp_path / "file")
-    with pytest.raises(ValueError, match="the folder to write has no name: got ''"):
+    with pytest.raises(ValueError, match="must have a name: got ''"):
         save(network, "")
 
 
 def test_the_hubs_own_loader_reads_the_folder(network, tmp_path):
-    """Network.from_pretrained, of PyTorchModelHubMixin."""
+    """Network.from_pretrained of PyTorchModelHubMixin."""
     save(network, tmp_path)
     assert same_weights(DiT.from_pretrained(tmp_path), network)
     assert "library_name: decm-lightning" in (tmp_path / "README.md").read_text()
 
 
 def test_what_the_hubs_own_writer_writes_is_loaded(network, tmp_path):
-    """Network.save_pretrained, and so push_to_hub; also into a folder that was written before."""
+    """Network.save_pretrained, which push_to_hub uses, also overwrites an existing folder."""
     for _ in range(2):
         network.save_pretrained(tmp_path)
         assert same_weights(load(tmp_path), network)
@@ -383,7 +381,7 @@ def test_a_description_without_a_class_is_named(network, tmp_path):
 
 
 class Foreign(MLP):
-    """A network class that the package does not know by name."""
+    """A network class from outside the package."""
 
 
 def test_a_network_class_from_elsewhere_is_found_by_its_module(tmp_path, monkeypatch):
@@ -400,7 +398,7 @@ def test_a_network_class_from_elsewhere_is_found_by_its_module(tmp_path, monkeyp
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder with a network whose class is in a module that was never imported and leaves a trace when it is."""
+    """A folder with a network whose module has not been imported and leaves a trace when it is."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "unseen.py").write_text(
         "from pathlib import Path\nfrom decm_lightning.networks import MLP\n"
@@ -411,17 +409,17 @@ def elsewhere(tmp_path, monkeypatch):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "unseen.Unseen"}))
     yield tmp_path / "student"
     sys.modules.pop("unseen", None)
-    # The class stays known as long as it lives.
+    # The class is known as long as it exists.
     gc.collect()
 
 
 def test_a_config_does_not_choose_what_is_imported(elsewhere, tmp_path):
-    """Only the user does, by importing it or by allowing it."""
-    message = f"^{elsewhere} cannot be loaded: its network class unseen.Unseen is not imported: .*trust"
+    """Only the user decides, by importing the module or with trust=True."""
+    message = f"^{elsewhere} cannot be loaded: .*network class unseen.Unseen is not imported: .*trust"
     with pytest.raises(ValueError, match=message):
         load(elsewhere)
     torch.save({"network": json.loads((elsewhere / "config.json").read_text()), "state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"its network class unseen.Unseen is not imported"):
+    with pytest.raises(ValueError, match=r"network class unseen.Unseen is not imported"):
         load(tmp_path / "a.ckpt")
     assert not (tmp_path / "ran").exists()
     assert type(load(elsewhere, trust=True)).__name__ == "Unseen"
@@ -440,6 +438,6 @@ def test_other_modules_are_not_imported(name, network, tmp_path):
 
 
 def test_networks_of_this_package_are_imported_when_needed(tmp_path):
-    """Such as those of diffusers, which the teachers bring along."""
+    """Such as the diffusers models in the folders of teachers."""
     with pytest.raises(OSError, match=r"config.json"):
         build({"_class_name": "decm_lightning.teachers.diffusers_network.DiffusersNetwork", "model": str(tmp_path)})

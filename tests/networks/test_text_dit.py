@@ -1,4 +1,4 @@
-"""The DiT that reads captions: its formulas, what a mask leaves out, its null caption, and its exact derivative."""
+"""The caption-conditional DiT: its formulas, masks, null caption, and exact derivative."""
 
 import math
 
@@ -48,14 +48,14 @@ def inputs(rows: int = ROWS):
 
 
 def along(rows: int) -> Tangent:
-    """Return a direction over x, t and s."""
+    """Return a tangent of x, t and s."""
     generator = torch.Generator().manual_seed(3)
     dx = torch.randn(rows, 2, 4, 4, generator=generator, dtype=torch.float64)
     return Tangent(dx, *torch.randn(2, rows, generator=generator, dtype=torch.float64))
 
 
 def by_formulas(network: TextDiT, x, t, s, captions):
-    """Return u of one row by the formulas alone, from the weights; tokens that are masked are cut off."""
+    """Return u of one row, computed from the weights by the formulas; masked tokens are removed."""
     w = network.state_dict()
 
     def dense(name, h):
@@ -114,7 +114,7 @@ def close(actual, expected, tolerance=1e-12):
 
 
 def test_network_is_its_formulas():
-    """Row by row, with the masked tokens cut off instead of masked, in float64."""
+    """Each row agrees in float64 with a computation that removes masked tokens."""
     network, (x_t, t, s, captions) = make(), inputs()
     u = network(x_t, t, s, captions)
     assert u.abs().max() > 0.1
@@ -126,7 +126,7 @@ def test_network_is_its_formulas():
 
 
 def test_a_pixel_skip_is_its_formulas():
-    """Of one row, pixel by pixel, around what the same weights give without it."""
+    """The head is computed pixel by pixel from the output of the same weights without it."""
     network, (x_t, t, s, captions) = make(features=5), inputs()
     plain = make()
     plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("pixel_skip")})
@@ -164,7 +164,7 @@ def test_a_new_pixel_skip_adds_nothing():
 
 
 def test_masked_tokens_have_no_influence_at_all():
-    """Not on u and not on a gradient, to the bit, even if they are not finite; the others have."""
+    """u and its gradients are bit-identical even if masked tokens are NaN; other tokens have an influence."""
     network, (x_t, t, s, captions) = make(), inputs()
     hidden = ~captions.mask[..., None]
     spoilt = captions._replace(tokens=captions.tokens.masked_fill(hidden, float("nan")))
@@ -176,12 +176,12 @@ def test_masked_tokens_have_no_influence_at_all():
         results.append([u.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     moved = (network(x_t, t, s, captions._replace(tokens=captions.tokens + 1)) - results[0][0]).flatten(1)
-    # The last row's caption has no token.
+    # The caption of the last row has no tokens.
     assert (moved.abs().amax(1) > 1e-3).tolist() == [True, True, True, False]
 
 
 def test_a_caption_is_the_same_padded_or_not_and_in_any_order():
-    """More padding changes nothing, nor does another order of tokens: positions are the text encoder's business."""
+    """Neither padding nor the order of tokens changes the output, because positions are part of the text encoder."""
     network, (x_t, t, s, captions) = make(), inputs()
     u = network(x_t, t, s, captions)
     longer = Captions(F.pad(captions.tokens, (0, 0, 0, 7), value=9.0), F.pad(captions.mask, (0, 7)))
@@ -193,7 +193,7 @@ def test_a_caption_is_the_same_padded_or_not_and_in_any_order():
 
 
 def test_the_null_caption_is_learnt_and_the_same_for_all():
-    """Null rows do not see their caption, are finite, and train the token that stands for it."""
+    """Null rows do not depend on their caption, are finite, and train the learned token."""
     network, (x_t, t, s, captions) = make(), inputs()
     same = [value[:1].expand(ROWS, *value.shape[1:]) for value in (x_t, t, s)]
     u = network(*same, network.null(captions))
@@ -207,7 +207,7 @@ def test_the_null_caption_is_learnt_and_the_same_for_all():
 
 
 def test_null_captions_join_with_others_for_guidance():
-    """v_cond + (w - 1) (v_cond - v_null), in one call of the network."""
+    """Guidance is v_cond + (w - 1) (v_cond - v_null) in one call of the network."""
     network, (x_t, t, _, captions) = make(), inputs()
     field = GuidedField(lambda x, time, given: network(x, time, time, given), network.null, Guidance(2.5))
     v_cond, v_null = network(x_t, t, t, captions), network(x_t, t, t, network.null(captions))
@@ -218,7 +218,7 @@ def test_null_captions_join_with_others_for_guidance():
 
 
 def test_rows_do_not_mix():
-    """A row's velocity is the same alone and in a batch."""
+    """The velocity of a row does not depend on the rest of the batch."""
     network, (x_t, t, s, captions) = make(), inputs()
     rows = [slice(row, row + 1) for row in range(ROWS)]
     alone = [network(x_t[row], t[row], s[row], conditions.select(captions, row)) for row in rows]
@@ -226,13 +226,13 @@ def test_rows_do_not_mix():
 
 
 def test_student_starts_as_its_teacher_for_every_landing_time():
-    """The copy with an end time equals the teacher whatever s is; then s is trained, and copied as it is."""
+    """The copy with an end time equals the teacher for every s. After training, copies have the same embedding of s."""
     teacher, (x_t, t, s, captions) = make(end_time=False), inputs()
     expected = teacher(x_t, t, t, captions)
     assert torch.equal(teacher(x_t, t, s, captions), expected)
     student = teacher.with_end_time().eval()
-    for landing in (s, torch.zeros_like(s), torch.ones_like(s)):
-        close(student(x_t, t, landing, captions), expected)
+    for end in (s, torch.zeros_like(s), torch.ones_like(s)):
+        close(student(x_t, t, end, captions), expected)
     student(x_t, t, s, captions).square().sum().backward()
     assert student.r_embedder.mlp[2].weight.grad.abs().max() > 1e-3
     trained = make()
@@ -241,7 +241,7 @@ def test_student_starts_as_its_teacher_for_every_landing_time():
 
 
 def test_new_network_is_zero():
-    """Zero modulation and output: training starts from u = 0."""
+    """With zero modulation and output layers, training starts from u = 0."""
     assert not TextDiT(**TINY).double()(*inputs()).any()
 
 
@@ -249,7 +249,7 @@ def test_new_network_is_zero():
     ("rows", "checkpointed", "features"), [(2, False, 0), (4, True, 0), (4, False, 5), (2, True, 5)]
 )
 def test_dual_engine_is_exact(rows, checkpointed, features):
-    """u and its gradients to the bit, jvp as torch.func.jvp in float64, null rows included."""
+    """u and its gradients are bit-identical, and jvp agrees with torch.func.jvp in float64, including null rows."""
     network, arguments = make(features=features), inputs()
     exact = functional(network, *arguments, along(rows)).jvp
     assert exact.abs().max() > 0.1
@@ -268,7 +268,7 @@ def test_dual_engine_is_exact(rows, checkpointed, features):
 @pytest.mark.compiled
 @pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dual_engine_is_exact_when_compiled(checkpointed):
-    """Blocks in one graph without breaks, u, jvp and gradients as in an eager pass."""
+    """Blocks compile without graph breaks, and u, jvp and gradients agree with an eager pass."""
     torch.compiler.reset()
     results = []
     for backend in (None, "aot_eager"):
@@ -285,14 +285,14 @@ def test_dual_engine_is_exact_when_compiled(checkpointed):
 
 
 def test_dual_engine_is_chosen_by_the_networks_own_example():
-    """It passes through on shapes alone."""
+    """The forward pass works on the meta device."""
     network = TextDiT(**TINY)
     assert choose(network, network.example()).name == "dual"
     assert network(*network.example()).shape == (2, 2, 4, 4)
 
 
 def test_a_saved_network_is_loaded_as_it_was(tmp_path):
-    """By its class and arguments."""
+    """The config names its class and arguments."""
     network = make().float()
     arguments = [value.float() for value in inputs()[:3]]
     save(network, tmp_path)
@@ -302,7 +302,7 @@ def test_a_saved_network_is_loaded_as_it_was(tmp_path):
 
 
 def test_other_conditions_are_refused_with_the_remedy():
-    """Labels, none, tokens of another encoder, and captions that cannot be made null."""
+    """Labels, None, tokens of another encoder, and captions without a mask for the null caption."""
     network, (x_t, t, s, captions) = make(), inputs()
     for condition in (None, torch.zeros(ROWS, dtype=torch.long)):
         with pytest.raises(ValueError, match="TextDiT needs Captions"):
@@ -324,13 +324,13 @@ def test_other_conditions_are_refused_with_the_remedy():
     ],
 )
 def test_impossible_sizes_are_refused(changed, value):
-    """The message holds them."""
+    """The message contains the sizes."""
     with pytest.raises(ValueError, match=value):
         TextDiT(**TINY | changed)
 
 
 def test_a_caption_costs_few_parameters_more_than_a_class():
-    """Beside cross-attention (4 width^2) and its modulation (3 width^2) in each block, a DiT of the same sizes."""
+    """It has the parameters of a DiT plus cross-attention (4 width^2) and its modulation (3 width^2) in each block."""
     width, depth, caption = 64, 3, 32
     shared = {"input_size": 8, "in_channels": 3, "patch_size": 2, "width": width, "depth": depth, "heads": 4}
     count = [

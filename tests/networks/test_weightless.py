@@ -1,4 +1,4 @@
-"""Networks that are built without their weights: nothing of a weight file is read, and nothing takes memory."""
+"""Networks built without weights: no weight file is read and no memory is used."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def assert_without_weights(network: torch.nn.Module) -> None:
 
 
 def test_load_reads_no_weights(tmp_path):
-    """A weight file that is cut short does not matter."""
+    """A truncated weight file does not matter."""
     network = DiT(**SIZES, num_classes=3)
     save(network, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -46,7 +46,7 @@ def test_public_networks_have_their_shapes_alone(prediction, tmp_path):
 
 
 class Computing(MLP):
-    """A network from elsewhere, which computes with its weights while it is built."""
+    """A network from outside the package that computes with its weights in the constructor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the tests of teachers share: a step of training with a teacher that a config names."""
+"""Shared by the tests of teachers: one training step with a teacher from a config."""
 
 import logging
 import sys
@@ -14,9 +14,9 @@ CONFIG = str(Path(__file__).parents[2] / "configs/digits/decm.yaml")
 
 @pytest.fixture
 def fit(monkeypatch, tmp_path) -> Callable[..., int]:
-    """A function from a teacher and its arguments to the exit code of one step of training in an empty folder."""
+    """A function from a teacher and its arguments to the exit code of one training step in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    # Lightning's log handler keeps the standard error of the first test, which pytest has closed.
+    # Lightning's log handler still refers to the standard error of the first test, which pytest has closed.
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(teacher: str, arguments: dict[str, str], *argv: str) -> int:

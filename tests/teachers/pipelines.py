@@ -1,4 +1,4 @@
-"""Tiny random pipelines of diffusers' real classes, with tokenizers of letters."""
+"""Tiny random pipelines of the real diffusers classes, with character tokenizers."""
 
 from diffusers import (
     AutoencoderDC,
@@ -34,7 +34,7 @@ TEXT = {"joint_attention_dim": 16, "caption_projection_dim": 16}
 
 
 def vae(levels=1):
-    """Every level but the first halves the sides."""
+    """Every level except the first halves the sides."""
     sizes = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     return AutoencoderKL(**sizes, block_out_channels=(4,) * levels, norm_num_groups=1, shift_factor=0.1)
 

@@ -1,4 +1,4 @@
-"""Predicted noise becomes the velocity of our path: exactly on a Gaussian, and as diffusers' own sampler steps."""
+"""Noise predictions are converted to velocities: exactly on a Gaussian, and in agreement with diffusers' sampler."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from decm_lightning.teachers.noise_prediction import NoisePrediction
 
 KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 STEPS = np.arange(1000)
-# Where each step's ratio of signal to noise is on our path: t / (1 - t) = a / b.
+# The time with the signal-to-noise ratio of each step: t / (1 - t) = a / b.
 TIMES = torch.from_numpy(np.sqrt(KEPT) / (np.sqrt(KEPT) + np.sqrt(1 - KEPT)))
 
 
@@ -45,20 +45,20 @@ def exact(flow):
 
 
 def largest_error(exact, flow, t, generator):
-    """Return that of the velocity at points of the flow's own marginals at times t."""
+    """Return the error of the velocity at samples of the flow's marginals at times t."""
     deviation = expand(flow.scale(t), t[:, None]) * torch.randn(len(t), 3, generator=generator, dtype=t.dtype)
     x_t = t[:, None] * flow.mean + deviation
     return (NoisePrediction().velocity(exact, x_t, t) - flow.velocity(x_t, t)).abs().max().item()
 
 
 def test_velocity_is_exact_at_every_step(exact, flow, generator):
-    """At the times of the 1,000 steps, to the last digits of float64."""
+    """At the times of the 1,000 steps, the error is rounding in float64."""
     assert largest_error(exact, flow, TIMES, generator) <= 1e-9
     assert (exact.steps[0] - torch.from_numpy(STEPS)).abs().max() <= 1e-9
 
 
 def test_velocity_is_right_between_the_steps(exact, flow, generator):
-    """Over all times the model was trained for, to what interpolating its schedule costs."""
+    """At all times within the schedule, the error is that of interpolating the schedule."""
     t = torch.linspace(TIMES[-1], TIMES[0], 20_001, dtype=torch.float64)
     assert largest_error(exact, flow, t, generator) <= 1e-3
 
@@ -73,7 +73,7 @@ def test_velocity_is_held_beyond_the_last_steps(exact, flow, generator):
 
 
 def test_velocity_is_right_in_float32(flow, generator):
-    """In which training asks for it."""
+    """Training uses this precision."""
     t = torch.linspace(TIMES[-1], 1, 5001, dtype=torch.float64)
     x_t = t[:, None] * flow.mean + flow.scale(t)[:, None] * torch.randn(5001, 3, generator=generator).double()
     v = NoisePrediction().velocity(ExactNoise(flow), x_t.float(), t.float())
@@ -82,7 +82,7 @@ def test_velocity_is_right_in_float32(flow, generator):
 
 
 def test_times_just_outside_are_those_of_the_ends(exact):
-    """Rounding in a sampler's grid gives no NaN."""
+    """Rounding in the time grid of a sampler does not lead to NaN."""
     x_t = torch.ones(2, 3, dtype=torch.float64)
     v, expected = (
         NoisePrediction().velocity(exact, x_t, torch.tensor(times, dtype=torch.float64))
@@ -99,7 +99,7 @@ def test_other_betas_have_other_steps():
 
 @pytest.fixture
 def model(tmp_path):
-    """A tiny model that also predicts the variance, with no weight zero; it is saved in tmp_path."""
+    """A tiny model with nonzero weights that also predicts the variance, saved in tmp_path."""
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "norm_num_groups": 4}
     model = DiTTransformer2DModel(
@@ -113,7 +113,7 @@ def model(tmp_path):
 
 @pytest.mark.parametrize(("k", "to"), [(999, 899), (500, 499), (500, 300), (40, 39), (3, 0)])
 def test_a_step_of_euler_is_one_of_diffusers_own_ddim(k, to, model, generator, tmp_path):
-    """With the noise held, DDIM moves on a straight line of our path: from the same x_t to the same x_s."""
+    """For a constant noise, a DDIM step is a straight line of our path, from the same x_t to the same x_s."""
     x_t = torch.randn(4, 1, 8, 8, generator=generator)
     labels = torch.tensor([0, 3, 9, 10])
     scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=False)
@@ -123,13 +123,13 @@ def test_a_step_of_euler_is_one_of_diffusers_own_ddim(k, to, model, generator, t
     z = x_t / length_t
     with torch.no_grad():
         noise = model.eval()(z, timestep=torch.full((4,), k), class_labels=labels).sample[:, :1]
-    landing = length_s * scheduler.step(noise, k, z).prev_sample
+    x_s = length_s * scheduler.step(noise, k, z).prev_sample
     v = DiffusersTeacher(str(tmp_path))(x_t, t.expand(4), labels)
-    torch.testing.assert_close(x_t + (s - t) * v, landing, rtol=0, atol=2e-5)
+    torch.testing.assert_close(x_t + (s - t) * v, x_s, rtol=0, atol=2e-5)
 
 
 def test_model_comes_from_a_folder_or_a_pipelines(model, tmp_path, generator):
-    """To the bit."""
+    """The results are bit-identical."""
     model.save_pretrained(tmp_path / "pipeline" / "transformer")
     inputs = (torch.randn(3, 1, 8, 8, generator=generator), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([1, 9, 10]))
     v = DiffusersTeacher(str(tmp_path))(*inputs)
@@ -144,7 +144,7 @@ def test_a_pipeline_with_weights_in_half_precision_alone_is_read(model, tmp_path
     found = DiffusersTeacher(str(tmp_path / "pipeline")).network.model.state_dict()
     found = {name.replace(".emb.embedding.", ".emb."): tensor for name, tensor in found.items()}
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in model.state_dict().items())
-    assert f"{folder} has weights in fp16 only: read those" in caplog.messages
+    assert f"{folder} only has fp16 weights: using those" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_a_damaged_file_is_named_with_the_cause(content, cause, model, tmp_path)
         DiffusersTeacher(str(tmp_path))
 
 
-@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: proj_out_2.bias"), ("add", "left over: odd")])
+@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: proj_out_2.bias"), ("add", "unexpected: odd")])
 def test_tensors_that_do_not_fit_are_refused(fault, message, model, tmp_path):
-    """Where diffusers would go on with random weights."""
+    """diffusers would continue with random weights."""
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if fault == "lose":
@@ -184,7 +184,7 @@ def test_missing_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_guidance_has_the_null_class(model, tmp_path, generator):
-    """Class 10 of its eleven rows."""
+    """The null class is 10, the last of eleven rows."""
     teacher = DiffusersTeacher(str(tmp_path))
     x_t, t, labels = torch.randn(64, 1, 8, 8, generator=generator), torch.full((64,), 0.5), torch.full((64,), 3)
     assert teacher.null(labels).tolist() == [10] * 64
@@ -216,9 +216,9 @@ def test_betas_of_a_config_reach_the_network(model, tmp_path):
     assert load(tmp_path / "student").noise == teacher.network.noise == NoisePrediction(1e-3, 0.05, 200)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["a student with LoRA", "a student of its own"])
+@pytest.mark.parametrize("own", [True, False], ids=["a student with LoRA", "a separate student"])
 def test_config_names_it(own, fit, model, tmp_path):
-    """A step is trained, with the schedule in the config."""
+    """One step is trained with the schedule from the config."""
     student = "--model.init_args.student"
     sizes = {"input_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 10}
     argv = [] if own else [student, "decm_lightning.networks.DiT"]

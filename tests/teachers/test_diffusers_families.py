@@ -1,4 +1,4 @@
-"""One contract for all of diffusers' text-to-image transformers, on tiny random instances of the real classes."""
+"""The same tests for all supported diffusers transformers, on tiny random instances of the real classes."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ TEXT = {"joint_attention_dim": 6, "pooled_projection_dim": 7}
 
 @dataclass
 class Family:
-    """A tiny model, and a step of its pipeline's sampler by diffusers alone.
+    """A tiny model, and one step of its pipeline's sampler computed by diffusers.
 
     Attributes:
         make: makes the model.
@@ -105,7 +105,7 @@ def pixart_step(model, x_t, captions):
     scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(10)
     first, second = (scheduler.alphas_cumprod[k].item() for k in (600, 500))
-    t, s = (kept**0.5 / (kept**0.5 + (1 - kept) ** 0.5) for kept in (first, second))
+    t, s = (signal**0.5 / (signal**0.5 + (1 - signal) ** 0.5) for signal in (first, second))
     z = x_t / (t**2 + (1 - t) ** 2) ** 0.5
     sizes = {"resolution": None, "aspect_ratio": None}
     if model.use_additional_conditions:
@@ -167,7 +167,7 @@ FAMILIES = {
 
 @dataclass
 class Case:
-    """A family's model in a folder, a teacher read from it, and inputs."""
+    """A model of a family in a folder, a teacher loaded from it, and inputs."""
 
     family: Family
     folder: Path
@@ -182,7 +182,7 @@ class Case:
 
 @pytest.fixture(params=["sd3", "flux", "sana", "pixart", "dit"])
 def case(request, tmp_path) -> Case:
-    """One of the families, with no weight zero."""
+    """One of the families, with nonzero weights."""
     family = FAMILIES[request.param]
     torch.manual_seed(0)
     model = family.make().eval()
@@ -204,7 +204,7 @@ def case(request, tmp_path) -> Case:
 
 
 def changed(teacher: Teacher) -> nn.Module:
-    """Return a student of which nothing that was added is zero."""
+    """Return a student whose added parameters are nonzero."""
     student = teacher.student()
     for name, parameter in student.named_parameters():
         if name in student.added:
@@ -213,18 +213,18 @@ def changed(teacher: Teacher) -> nn.Module:
 
 
 def wide(values: Any) -> Any:
-    """Return the values with all floating-point tensors among them in float64."""
+    """Return the values with all floating-point tensors in float64."""
     return tree_map_only(Tensor, lambda value: value.double() if value.is_floating_point() else value, values)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Compare relative to the largest element; by default to float32's last digits, as kernels differ by alignment."""
+    """Compare relative to the largest element, by default up to float32 rounding, because kernels depend on alignment."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("case", FAMILIES, indirect=True)
 def test_velocity_is_that_of_the_pipelines_own_sampler(case):
-    """A step of diffusers' scheduler goes from x_t along v to x_s."""
+    """A step of the diffusers scheduler leads from x_t along v to x_s."""
     with torch.no_grad():
         t, s, x_s = case.family.step(case.model, case.x_t, case.captions)
     v = case.teacher(case.x_t, torch.full((3,), t), case.captions)
@@ -247,8 +247,8 @@ def test_captions_matter_and_only_where_their_mask_says(case):
     assert (case.teacher(case.x_t, case.t, case.captions._replace(tokens=tokens)) - v).abs().max() > 1e-3
 
 
-def test_student_is_the_teacher_at_first_for_every_landing_time(case):
-    """What was added ends in zeros, and no longer once it has been changed."""
+def test_student_initially_equals_the_teacher_for_every_end_time(case):
+    """The added parameters initially have no influence, and have one after they are changed."""
     student = case.teacher.student()
     v = case.teacher(case.x_t, case.t, case.captions)
     for s in (case.t, case.s, torch.ones(3)):
@@ -261,7 +261,7 @@ def test_student_is_the_teacher_at_first_for_every_landing_time(case):
 
 
 def test_weights_are_held_once(case):
-    """Teacher, student and a copy of the student have the model's in common, and adapters of their own."""
+    """Teacher, student and a copy of the student share the pretrained weights and have separate adapters."""
     student = case.teacher.student()
     average = copy.deepcopy(student)
     base = {name: value.data_ptr() for name, value in case.teacher.network.named_parameters()}
@@ -279,7 +279,7 @@ def test_weights_are_held_once(case):
 
 
 def test_adapters_are_on_every_attention(case):
-    """Two matrices of rank 2 beside each projection of the attention, and no others."""
+    """Only the attention projections have adapters, two matrices of rank 2 each."""
     student = case.teacher.student()
     adapted = {name for name, module in student.named_modules() if hasattr(module, "lora_A")}
     attention = {
@@ -290,7 +290,7 @@ def test_adapters_are_on_every_attention(case):
 
 
 def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
-    """By the engine that is chosen, in one pass; the difference is of fourth order, as times are embedded * 1000."""
+    """The selected engine agrees in one pass with a fourth-order difference, needed because times are multiplied by 1000."""
     student = changed(case.teacher).double()
     assert (
         choose(student, student.example()).reason
@@ -309,7 +309,7 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
     def at(h):
         return student(*(p + h * d for p, d in zip(point, (along.x, along.t, along.s), strict=True)), captions)
 
-    # Times are rounded to float32 on their way to the sinusoids: a smaller h would show that.
+    # Times are rounded to float32 before the sinusoids, which a smaller h would reveal.
     h = 5e-5
     with torch.no_grad():
         difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
@@ -318,7 +318,7 @@ def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
 
 @pytest.mark.parametrize("argument", ["x", "t", "s"])
 def test_derivative_along_each_argument_alone(argument, case):
-    """None of them is lost on its way through diffusers' code."""
+    """None of the tangents is lost in the code of diffusers."""
     student = changed(case.teacher).double()
     captions = wide(case.captions)
     point = (case.x_t.double(), case.t.double(), case.s.double())
@@ -338,7 +338,7 @@ def test_derivative_is_finite_at_both_ends_of_time(case):
 
 
 def test_gradient_checkpointing_changes_nothing(case):
-    """Not u, nor jvp, nor the gradients, which reach what was added and nothing else."""
+    """u, jvp and the gradients do not change; only the added parameters have gradients."""
     student = changed(case.teacher)
     runs = []
     student.units()[0].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -376,8 +376,8 @@ def test_teacher_is_unchanged_by_its_students_training(case):
 def test_student_is_saved_without_its_base_and_comes_back_to_the_bit(case):
     student = changed(case.teacher).eval()
     save(student, case.folder / "student")
-    kept = load_file(case.folder / "student" / "model.safetensors")
-    assert kept.keys() == student.added
+    saved = load_file(case.folder / "student" / "model.safetensors")
+    assert saved.keys() == student.added
     loaded = load(case.folder / "student")
     assert type(loaded) is type(student)
     assert loaded.config == student.config
@@ -386,8 +386,8 @@ def test_student_is_saved_without_its_base_and_comes_back_to_the_bit(case):
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     inputs = (case.x_t, case.t, case.s, case.captions)
     assert_close(loaded(*inputs), student(*inputs))
-    del kept[next(iter(kept))]
-    save_file(kept, case.folder / "student" / "model.safetensors")
+    del saved[next(iter(saved))]
+    save_file(saved, case.folder / "student" / "model.safetensors")
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)missing"):
         load(case.folder / "student")
 
@@ -401,14 +401,14 @@ def test_a_student_whose_base_was_replaced_is_refused_with_both_hashes(case):
     case.model.save_pretrained(case.folder / "transformer")
     after = DiffusersTeacher(str(case.folder / "transformer")).identity()
     assert after != before
-    with pytest.raises(ValueError, match=rf"other weights \({after}\).*trained on \({before}\)") as caught:
+    with pytest.raises(ValueError, match=rf"weights {after}.*trained on {before}") as caught:
         load(case.folder / "student")
     assert str(case.folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_student_can_start_from_a_student(case):
-    """With its adapters, which train on."""
+    """The adapters are copied and stay trainable."""
     student = changed(case.teacher)
     again = Teacher(copy.deepcopy(student)).student()
     inputs = (case.x_t, case.t, case.s, case.captions)
@@ -418,7 +418,7 @@ def test_a_student_can_start_from_a_student(case):
 
 def test_guided_velocity_has_the_empty_prompt(case):
     if case.teacher.network.embeds_guidance:
-        with pytest.raises(ValueError, match="has guidance embedded: leave the guidance scale at 1"):
+        with pytest.raises(ValueError, match="embedded_guidance"):
             case.teacher.null(case.captions)
         return
     case.teacher.empty = case.empty
@@ -451,7 +451,7 @@ def test_narrow_weights_leave_what_was_added_in_float32(case):
 @pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "bf16 weights"])
 @pytest.mark.parametrize("argument", ["x", "t", "s"])
 def test_derivative_in_bfloat16(mixed, argument, case):
-    """Near float64's along each argument; a time rounded before it is multiplied by 1000 would be off by over 100 %."""
+    """The derivative in each argument is near that of float64; rounding times before multiplying would err by 100 %."""
     teacher = DiffusersTeacher(str(case.folder), lora_rank=2, dtype="float32" if mixed else "bfloat16")
     student = changed(teacher)
     point = (case.x_t, case.t, case.s, case.captions)
@@ -464,9 +464,9 @@ def test_derivative_in_bfloat16(mixed, argument, case):
         assert (given - true).norm() < 0.2 * true.norm()
 
 
-@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: "), ("add", "left over: odd")])
+@pytest.mark.parametrize(("fault", "message"), [("lose", "missing: "), ("add", "unexpected: odd")])
 def test_tensors_that_do_not_fit_are_refused(fault, message, case):
-    """Where diffusers would go on with random weights."""
+    """diffusers would continue with random weights."""
     file = case.folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if fault == "lose":
@@ -479,7 +479,7 @@ def test_tensors_that_do_not_fit_are_refused(fault, message, case):
 
 
 def test_labels_are_never_dropped(tmp_path):
-    """Not in training mode either, in which diffusers' DiT would drop every tenth."""
+    """This also holds in training mode, in which the DiT of diffusers would drop every tenth label."""
     make_dit().save_pretrained(tmp_path)
     student = changed(DiffusersTeacher(str(tmp_path), lora_rank=2))
     assert student.training
@@ -493,7 +493,7 @@ def test_a_condition_of_another_kind_is_refused(case):
             with pytest.raises(ValueError, match=r"use teacher.null\(labels\)"):
                 case.teacher(case.x_t, case.t, condition)
         return
-    with pytest.raises(ValueError, match=r"needs Captions, and teacher.null\(captions\) .*: got labels \(3,\)"):
+    with pytest.raises(ValueError, match=r"Captions.*teacher.null\(captions\).*: got labels \(3,\)"):
         case.teacher(case.x_t, case.t, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"must be \(b, n, 6\): got \(3, 3, 5\)"):
         case.teacher(case.x_t, case.t, case.captions._replace(tokens=case.captions.tokens[..., :5]))
@@ -507,9 +507,9 @@ def test_other_targets_and_ranks(case):
         str(case.folder), lora_rank=3, targets=["proj_out_2" if case.family.labels else "proj_out"]
     )
     student = teacher.student()
-    # Two matrices, and the two layers of the end time's embedding.
+    # Two matrices, and the two layers of the end-time embedding.
     assert len(student.added) >= 6
-    with pytest.raises(ValueError, match="targets must end names of projections: got 'nothing', which ends none"):
+    with pytest.raises(ValueError, match=r"targets .*'nothing'"):
         DiffusersTeacher(str(case.folder), targets=["to_q", "nothing"]).student()
     with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
         DiffusersTeacher(str(case.folder), lora_rank=0)
@@ -519,7 +519,7 @@ def test_an_unknown_family_is_refused_with_the_known(tmp_path):
     LuminaNextDiT2DModel(
         sample_size=4, num_layers=1, num_attention_heads=2, num_kv_heads=2, hidden_size=16, cross_attention_dim=8
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"LuminaNextDiT2DModel: known are {', '.join(ROWS)}"):
+    with pytest.raises(ValueError, match=f"LuminaNextDiT2DModel: .*{', '.join(ROWS)}"):
         DiffusersTeacher(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Captions by the text encoders of diffusers' pipelines: tiny random ones of the real classes, read from a folder."""
+"""Captions encoded by the text encoders of diffusers pipelines, on tiny random instances of the real classes."""
 
 import inspect
 
@@ -30,11 +30,11 @@ def case(request, tmp_path):
 
 
 class HandedError(Exception):
-    """What a pipeline hands to its transformer."""
+    """The arguments that a pipeline passes to its transformer."""
 
 
 def handed(pipeline, prompt: str) -> dict[str, Tensor]:
-    """Return it for a prompt, from a run of the pipeline that stops there; with guidance, the empty prompt is first."""
+    """Return these arguments for a prompt by interrupting the pipeline; with guidance, the empty prompt comes first."""
 
     def stop(module, args, kwargs):
         raise HandedError(kwargs)
@@ -52,7 +52,7 @@ def handed(pipeline, prompt: str) -> dict[str, Tensor]:
 
 
 def test_captions_are_what_the_pipeline_hands_to_its_transformer(case):
-    """Of each prompt, and of the empty prompt of guidance."""
+    """This holds for each prompt and for the empty prompt of guidance."""
     name, pipeline, folder = case
     prompts = DiffusersPrompts(folder, max_tokens=6)
     captions, empty = prompts(PROMPTS), prompts.empty()
@@ -73,7 +73,7 @@ def test_captions_are_what_the_pipeline_hands_to_its_transformer(case):
 
 
 def test_guided_velocity_has_the_empty_prompt_of_the_pipeline(case):
-    """Encoded once, when it is first asked for, and the encoders let go."""
+    """It is encoded once, when it is first needed, and the encoders are released."""
     _, _, folder = case
     teacher = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=6)
     captions = DiffusersPrompts(folder, max_tokens=6)(PROMPTS)
@@ -95,9 +95,7 @@ def test_captions_that_do_not_fit_the_empty_prompt_are_refused(case):
     _, _, folder = case
     teacher = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=6)
     captions = DiffusersPrompts(folder, max_tokens=4)(PROMPTS)
-    with pytest.raises(
-        ValueError, match=r"the empty prompt has \d+ tokens and captions \d+: encode both with one max_t"
-    ):
+    with pytest.raises(ValueError, match=r"empty prompt .*got \d+ and \d+, .*max_tokens"):
         teacher.null(captions)
     if captions.mask is not None:
         with pytest.raises(ValueError, match="captions must have one too"):
@@ -110,15 +108,13 @@ def test_a_folder_without_encoders_is_refused(case, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path / "alone")
     teacher = DiffusersTeacher(str(tmp_path / "alone"), lora_rank=2)
     captions = DiffusersPrompts(case[2], max_tokens=6)(PROMPTS)
-    with pytest.raises(ValueError, match="has no text encoders: give the folder of a pipeline"):
+    with pytest.raises(ValueError, match=r"has no text encoders: .*model_index.json"):
         teacher.null(captions)
 
 
 def test_other_pipelines_and_lengths_are_refused(tmp_path):
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), **BLOCKS), DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="is a DDPMPipeline: captions are known of StableDiffusion3, Flux, Sana, PixArt"
-    ):
+    with pytest.raises(ValueError, match=r"is a DDPMPipeline: .*StableDiffusion3, Flux, Sana, PixArt"):
         DiffusersPrompts(str(tmp_path))(["a cat"])
     with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
         DiffusersPrompts(str(tmp_path), max_tokens=0)

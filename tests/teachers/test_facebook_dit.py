@@ -1,4 +1,4 @@
-"""facebookresearch/DiT's checkpoints: velocities by the published formulas, and never taken for SiT's."""
+"""Checkpoints of facebookresearch/DiT: the velocity agrees with the formulas, and DiT is distinguished from SiT."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("step", [999, 731, 500, 20, 1])
 def test_velocity_is_that_of_the_noise_at_every_step(step, path, generator):
-    """By the formulas of the network and of DDPM, in float64."""
+    """The formulas of the network and of DDPM are computed in float64."""
     torch.save(weights(), path)
     teacher = PretrainedTeacher(path, heads=HEADS, prediction="noise")
     teacher.network.double()
@@ -42,7 +42,7 @@ def test_velocity_is_that_of_the_noise_at_every_step(step, path, generator):
 
 
 def test_its_time_embedding_is_not_that_of_diffusers(path):
-    """Their frequencies are 10000^(-i / 128) and 10000^(-i / 127)."""
+    """The frequencies are 10000^(-i / 128) and 10000^(-i / 127)."""
     network = weights()
     torch.save(network, path)
     embedder = PretrainedTeacher(path, heads=HEADS, prediction="noise").network.t_embedder
@@ -63,14 +63,14 @@ def constructed(sign):
     into, out = found["x_embedder.proj.weight"], found["final_layer.linear.weight"]
     for number in range(12):
         channel, row, column = number // 4, number // 2 % 2, number % 2
-        # A pair of opposite entries, of mean 0: layer norm leaves the direction.
+        # A pair of opposite entries has mean 0, so layer norm does not change its direction.
         into[number, channel, row, column], into[12 + number, channel, row, column] = 1, -1
         out[(row * 2 + column) * 2 * CHANNELS + channel, number] = sign
     return found
 
 
 def trained(prediction):
-    """Return the tensors of a small network after 100 steps of DDPM or of flow matching on correlated colours."""
+    """Return the tensors of a small network after 100 steps of DDPM or of flow matching on correlated colors."""
     torch.manual_seed(0)
     network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=2, heads=HEADS, num_classes=5, **SIT)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
@@ -103,8 +103,8 @@ def trained(prediction):
     ],
     ids=["constructed noise", "constructed velocity", "trained noise", "trained velocity"],
 )
-def test_a_dit_is_told_from_a_sit_and_never_taken_for_it(make, prediction, path, generator):
-    """Their files have the same names and shapes."""
+def test_dit_and_sit_are_distinguished(make, prediction, path, generator):
+    """Their tensors have the same names and shapes."""
     torch.save({"ema": make()}, path)
     found, given = PretrainedTeacher(path, heads=HEADS), PretrainedTeacher(path, heads=HEADS, prediction=prediction)
     assert found.prediction == prediction
@@ -122,7 +122,7 @@ def test_real_networks_of_this_package_predict_velocities(name):
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", None])
 def test_random_weights_are_what_is_said(prediction, path, caplog):
-    """Tests and rehearsals use them; without a word they are velocities, which the log says."""
+    """They are assumed to predict velocities, with a warning in the log."""
     torch.save(weights(), path)
     teacher = PretrainedTeacher(path, heads=HEADS, prediction=prediction)
     assert prediction_of(teacher.network) is None
@@ -132,7 +132,7 @@ def test_random_weights_are_what_is_said(prediction, path, caplog):
 
 @pytest.mark.parametrize("time_convention", ["standard", "facm"])
 def test_a_lightningdit_that_predicts_noise_is_found(time_convention, path):
-    """RMSNorm and rotary positions: a fresh one's blocks change nothing, and its output is what it embeds."""
+    """A network with RMSNorm and rotary positions is recognized as well."""
     network = DiT(SIZE, CHANNELS, patch_size=2, width=24, depth=1, heads=HEADS, num_classes=5)
     plain = constructed(1)
     network.pos_embed.data.zero_()
@@ -151,7 +151,7 @@ def test_a_lightningdit_that_predicts_noise_is_found(time_convention, path):
 
 
 def test_every_process_finds_the_same_prediction(path):
-    """Also one that is sent its shard, and has no weights afterwards."""
+    """This includes a process that receives its shard and has no weights otherwise."""
     torch.save(constructed(1), path)
     with without_weights():
         teacher = PretrainedTeacher(path, heads=HEADS)
@@ -163,7 +163,7 @@ def test_every_process_finds_the_same_prediction(path):
 def test_what_it_cannot_do_is_said(path):
     torch.save(weights(), path)
     teacher = PretrainedTeacher(path, heads=HEADS, prediction="noise")
-    with pytest.raises(ValueError, match=r"cannot start a student: give Distiller.student=.*networks.DiT"):
+    with pytest.raises(ValueError, match=r"Distiller.student=.*networks.DiT"):
         teacher.student()
     with pytest.raises(ValueError, match="needs class labels"):
         teacher(torch.zeros(1, CHANNELS, SIZE, SIZE), torch.zeros(1), None)
@@ -174,7 +174,7 @@ def test_what_it_cannot_do_is_said(path):
 
 
 def test_config_names_it(fit, path):
-    """A student is given; a step is trained."""
+    """One step is trained with a separate student."""
     network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, **SIT)
     torch.save(network.state_dict(), path)
     student = {"class_path": "decm_lightning.networks.DiT", "init_args": network.config | {"end_time": True}}

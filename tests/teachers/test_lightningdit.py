@@ -1,4 +1,4 @@
-"""A public LightningDiT as a teacher: its velocity in our convention, its student, and its place in a config."""
+"""A public LightningDiT as a teacher: its velocity in our convention, its student, and its use in a config."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def inputs(generator):
 
 
 def test_velocity_is_the_networks_at_the_same_time(path, inputs):
-    """LightningDiT's path is ours, noise at 0, velocity data minus noise: nothing is converted."""
+    """LightningDiT has our path (noise at 0, velocity data minus noise), so nothing is converted."""
     network = checkpoint(path)
     x_t, t, labels = inputs
     assert torch.equal(PretrainedTeacher(str(path))(x_t, t, labels), network(x_t, t, t, labels))
 
 
 def test_velocity_is_the_networks_at_two_minus_t(path, inputs):
-    """FACM's students give theirs there: in our convention it is the same to rounding, and at t another."""
+    """FACM's students return the velocity at 2 - t; converted, it is the same up to rounding."""
     network = checkpoint(path)
     x_t, t, labels = inputs
     v = PretrainedTeacher(str(path), time_convention="facm")(x_t, t, labels)
@@ -53,7 +53,7 @@ def test_velocity_is_the_networks_at_two_minus_t(path, inputs):
 
 @pytest.mark.parametrize("time_convention", ["standard", "facm"])
 def test_student_begins_as_the_teacher_and_needs_no_time_convention(time_convention, path, inputs, tmp_path):
-    """For every end time; the convention is in the weights and needs no mention any more."""
+    """The student equals it for every end time, because the weights were converted to our convention."""
     checkpoint(path)
     x_t, t, labels = inputs
     teacher = PretrainedTeacher(str(path), time_convention=time_convention)
@@ -75,7 +75,7 @@ def test_teacher_is_frozen_and_its_student_is_not(path):
 
 
 def test_checkpoint_with_an_auxiliary_time_is_a_flow_map(path, inputs):
-    """Its velocity is that of a jump of no length, and its student is the flow map as it was trained."""
+    """Its velocity is u(x_t, t, t), and its student is the trained flow map."""
     network = checkpoint(path, end_time=True)
     x_t, t, labels = inputs
     teacher = PretrainedTeacher(str(path))
@@ -102,7 +102,7 @@ def test_other_time_conventions_are_refused(path):
 
 
 def test_config_names_it(fit, path):
-    """With its arguments, and a step is trained."""
+    """The arguments are set in the config, and one step is trained."""
     checkpoint(path)
     assert fit("PretrainedTeacher", {"path": "teacher.pt", "time_convention": "facm"}) == 0
 

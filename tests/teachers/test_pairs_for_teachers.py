@@ -1,4 +1,4 @@
-"""Pairs for text-to-image teachers: latents and captions of tiny pipelines of the real classes; configs/sd35.yaml."""
+"""Latents and captions for text-to-image teachers, with tiny pipelines of the real classes; configs/sd35.yaml."""
 
 import colorsys
 import io
@@ -37,18 +37,18 @@ def save(pipeline, folder):
     return str(folder)
 
 
-def colour(row):
-    """Return the colour of image number `row`."""
+def color(row):
+    """Return the color of image number `row`."""
     return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(row / len(TEXTS), 1, 1))
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A tar of images of one colour each, with a caption each."""
+    """A tar of captioned images, each of a single color."""
     with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
         for row, text in enumerate(TEXTS):
             image = io.BytesIO()
-            Image.new("RGB", (8, 8), colour(row)).save(image, "png")
+            Image.new("RGB", (8, 8), color(row)).save(image, "png")
             for ending, content in (("png", image.getvalue()), ("txt", text.encode())):
                 member = tarfile.TarInfo(f"{row:02d}.{ending}")
                 member.size = len(content)
@@ -57,7 +57,7 @@ def source(tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the batches that a network would be given."""
+    """Store the batches that a network would receive."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class Recorder(L.LightningModule):
 
 @pytest.mark.parametrize("latents", ["cached", "on_the_fly"])
 def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
-    """Shuffled, through Lightning and a loading process, in two epochs; each pair once in each."""
+    """Pairs are shuffled and loaded by Lightning in a worker process, each once in each of two epochs."""
     torch.manual_seed(0)
     folder = save(sd3(levels=2), tmp_path / "sd3")
     prompts = DiffusersPrompts(folder, max_tokens=6)
@@ -85,7 +85,7 @@ def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
     )
     trainer.fit(recorder, datamodule=data)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-    images = torch.tensor([colour(row) for row in range(len(TEXTS))])[:, :, None, None].expand(-1, -1, 8, 8)
+    images = torch.tensor([color(row) for row in range(len(TEXTS))])[:, :, None, None].expand(-1, -1, 8, 8)
     with torch.no_grad():
         latents = (vae.encode(images / 127.5 - 1).latent_dist.mode() - 0.1) * vae.config.scaling_factor
     captions = prompts(TEXTS)
@@ -93,7 +93,7 @@ def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
     for batch in recorder.batches:
         apart = torch.cdist(batch.x_1.flatten(1), latents.flatten(1))
         nearest, rows = apart.min(1)
-        # Kept ones are in half precision.
+        # Cached captions are in half precision.
         assert nearest.max() < (1e-4 if latents == "on_the_fly" else 5e-3) < apart.sort(1).values[:, 1].min()
         for found, expected in zip(batch.condition, captions, strict=True):
             assert found is expected is None or torch.allclose(found, expected[rows], rtol=0, atol=1e-5)
@@ -107,7 +107,7 @@ def test_latents_and_captions_arrive_in_their_pairs(latents, source, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
-    """To half precision, with mask or pooled vector and as many tokens as the teacher's empty prompt."""
+    """They agree up to half precision, with mask or pooled vector and the length of the teacher's empty prompt."""
     torch.manual_seed(0)
     folder = save(FAMILIES[family](), tmp_path / family)
     found = {}
@@ -131,7 +131,7 @@ def test_captions_from_the_cache_are_those_on_the_fly(family, source, tmp_path):
         torch.testing.assert_close(cached.pooled, live.pooled, rtol=2e-3, atol=2e-3)
     null = DiffusersTeacher(folder, lora_rank=2, latent_size=4, max_tokens=20).null(cached)
     assert null.tokens.shape == cached.tokens.shape
-    # None is written where captions are encoded on the fly.
+    # Captions that are encoded on the fly are not written.
     assert len(list(tmp_path.glob("captions-*.safetensors"))) == 1
 
 
@@ -146,12 +146,12 @@ def test_encoders_are_known_by_their_files_and_settings(tmp_path):
 
 
 def test_captions_that_are_cut_are_counted_and_not_repeated(tmp_path, caplog, monkeypatch):
-    """The pipeline's own words at every step are left out."""
+    """The log lines of the pipeline at every step are suppressed."""
     torch.manual_seed(0)
     prompts = DiffusersPrompts(save(sd3(), tmp_path / "sd3"), max_tokens=6)
-    # One token for each letter, for each space, before the first word, and at the end.
+    # There is one token for each letter and space, one before the first word, and one at the end.
     assert prompts.measured(["a cat", "abc", "abcde"]) == [7, 5, 7]
-    assert "2 of 3 captions were cut to 6 tokens" in caplog.text
+    assert "2 of 3 captions were truncated to 6 tokens" in caplog.text
     prompts([""])
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     caplog.clear()
@@ -177,7 +177,7 @@ def decm(source, tmp_path, monkeypatch):
     base += [f"{data}.vae={folder}", f"{data}.batch_size=3", f"{data}.held_out=0.3", f"{data}.num_workers=0"]
     base += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     monkeypatch.chdir(tmp_path)
-    # Lightning's log handler keeps the standard error of the first test, which pytest has closed.
+    # Lightning's log handler still refers to the standard error of the first test, which pytest has closed.
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def callbacks(into):
@@ -197,8 +197,8 @@ def decm(source, tmp_path, monkeypatch):
 
 
 def test_the_config_trains_is_resumed_and_draws(decm, tmp_path, monkeypatch):
-    """Two steps and one more are three, bit for bit; what it draws are images."""
-    # The warm-up of the config is a part of the run's length.
+    """Two steps and one more are bit-identical to three, and the generated samples are images."""
+    # The warm-up in the config is a fraction of the length of the run.
     constant = ("--model.init_args.lr_scheduler.warmup=0", "--model.init_args.objective.init_args.r_decay_steps=20000")
     assert decm("whole", 3, *constant) == 0
     assert decm("half", 2, *constant) == 0
@@ -223,16 +223,16 @@ def test_the_config_trains_is_resumed_and_draws(decm, tmp_path, monkeypatch):
 BAD = {
     "channels": (["{data}.vae={kl}"], "the pairs are latents of {kl} (2, 4, 4) and the network's (4, 4, 4): "),
     "size": (["{data}.size=16"], "the pairs are latents of {folder} (4, 8, 8) and the network's (4, 4, 4): "),
-    "odd size": (["{data}.size=9"], "size must be a multiple of the VAE's 2 pixels a latent: got 9"),
-    "no VAE": (["{data}.vae=nowhere/at/all"], "no folder nowhere/at/all, and no VAE of that name on the Hugging Face"),
+    "odd size": (["{data}.size=9"], "size must be a multiple of 2, the VAE's downsampling: got 9"),
+    "no VAE": (["{data}.vae=nowhere/at/all"], "VAE nowhere/at/all not found, "),
     "pixels": (["{data}.vae=null"], "the pairs are images (3, 8, 8) and the network's (4, 4, 4): "),
     "length": (
         ["{data}.encoder.init_args.max_tokens=4"],
-        "the empty prompt has 15 tokens and captions 13: encode both",
+        "number of tokens: got 15 and 13, ",
     ),
     "no encoders": (
         ["{data}.encoder.init_args.model={kl}"],
-        "{kl} has no text encoders: give the folder of a pipeline",
+        "{kl} has no text encoders: ",
     ),
 }
 

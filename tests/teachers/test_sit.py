@@ -1,4 +1,4 @@
-"""A public SiT as a teacher: its tensors by their published names and shapes, its velocity by the formulas."""
+"""A public SiT as a teacher: its tensors have the published names and shapes, its velocity follows the formulas."""
 
 import math
 
@@ -34,7 +34,7 @@ def shapes(width, depth, patch, channels, tokens, classes, outputs=2):
 
 
 def weights(outputs=2):
-    """Return random tensors of the small network, positions included."""
+    """Return random tensors of the small network, including positions."""
     torch.manual_seed(0)
     tokens = (SIZE // PATCH) ** 2
     named = shapes(WIDTH, DEPTH, PATCH, CHANNELS, tokens, CLASSES, outputs)
@@ -75,7 +75,7 @@ def sit(w, x, t, labels):
         h = h + gate_2 * dense(f"{name}.mlp.fc2", gelu(dense(f"{name}.mlp.fc1", inner)))
     shift, scale = dense("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, -1)
     patches = dense("final_layer.linear", norm(h) * (1 + scale) + shift).unflatten(-1, (PATCH, PATCH, -1))
-    # Of the channels, which come last in a patch, the first half is the velocity.
+    # Channels come last in a patch; their first half is the velocity.
     patches = patches[..., :CHANNELS].flatten(2, 3).permute(0, 3, 2, 1).flatten(1, 2)
     return F.fold(patches, SIZE, PATCH, stride=PATCH)
 
@@ -125,10 +125,10 @@ def test_every_tensor_is_placed_wherever_it_is_in_the_file(layout, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"missing: 1 \(blocks.1.mlp.fc1.bias\); left over: 0"),
+        (lambda w: w.pop("blocks.1.mlp.fc1.bias"), r"missing: 1 \(blocks.1.mlp.fc1.bias\); unexpected: 0"),
         (
             lambda w: w.update({"projectors.0.weight": torch.zeros(2)}),
-            r"missing: 0; left over: 1 \(projectors.0.weight",
+            r"missing: 0; unexpected: 1 \(projectors.0.weight",
         ),
         (lambda w: w.update({"r_embedder.mlp.0.bias": torch.zeros(24)}), r"missing: 3 \(r_embedder.mlp.0.weight"),
     ],
@@ -142,7 +142,7 @@ def test_tensors_that_do_not_fit_are_listed(change, message, path):
         PretrainedTeacher(path, heads=HEADS)
 
 
-def test_heads_that_nothing_tells_are_asked_for(path):
+def test_an_unknown_number_of_heads_must_be_passed(path):
     with pytest.raises(ValueError, match=r"sit.pt: the number of heads .* and 24 is the width of no .*: give heads"):
         PretrainedTeacher(path)
     with pytest.raises(ValueError, match=r"sit.pt: width / heads must be a multiple of 4: got 24 / 0"):
@@ -159,7 +159,7 @@ def test_published_sizes_are_known_by_their_width(size):
 
 
 def test_xl_has_the_published_tensors_and_number_of_parameters():
-    """SiT-XL/2 for 32 x 32 x 4 latents: 675,129,632, the fixed positions included."""
+    """SiT-XL/2 for 32 x 32 x 4 latents: 675,129,632, including the fixed positions."""
     with torch.device("meta"):
         network = DiT(32, 4, patch_size=2, **SIT)
     assert {name: tuple(v.shape) for name, v in network.state_dict().items()} == shapes(1152, 28, 2, 4, 256, 1000)
@@ -167,7 +167,7 @@ def test_xl_has_the_published_tensors_and_number_of_parameters():
 
 
 def test_positions_of_a_new_network_are_those_of_sit():
-    """Sines before cosines; the column in the first half of the width, the row in the second."""
+    """Sines come before cosines, and the column is in the first half of the width, the row in the second."""
     frequencies = 10_000 ** (-torch.arange(6, dtype=torch.float64) / 6)
     expected = []
     for row in range(4):
@@ -178,8 +178,8 @@ def test_positions_of_a_new_network_are_those_of_sit():
     torch.testing.assert_close(network.pos_embed[0].double(), torch.stack(expected), rtol=0, atol=1e-7)
 
 
-def test_student_begins_as_the_teacher_for_every_landing_time(path, inputs, tmp_path):
-    """And comes back from disk as it was."""
+def test_student_initially_equals_the_teacher_for_every_end_time(path, inputs, tmp_path):
+    """It is unchanged after saving and loading."""
     teacher = PretrainedTeacher(path, heads=HEADS)
     x_t, t, labels = (part.float() if part.is_floating_point() else part for part in inputs)
     v = teacher(x_t, t, labels)
@@ -191,7 +191,7 @@ def test_student_begins_as_the_teacher_for_every_landing_time(path, inputs, tmp_
 
 
 def test_derivative_of_the_student_is_exact(path, inputs, generator):
-    """The dual engine passes through LayerNorm, GELU and the channels left out as torch.func.jvp does."""
+    """The dual engine agrees with torch.func.jvp for LayerNorm, GELU and dropped channels."""
     student = PretrainedTeacher(path, heads=HEADS).student().double()
     torch.nn.init.normal_(student.r_embedder.mlp[2].weight, std=0.3)
     x_t, t, labels = inputs
@@ -205,7 +205,7 @@ def test_derivative_of_the_student_is_exact(path, inputs, generator):
 
 
 def test_config_names_it(fit, tmp_path):
-    """With its arguments, and a step is trained: on the digits, 8 x 8 grey pixels in patches of 2."""
+    """One step is trained on the digits, 8 x 8 gray pixels in patches of 2, with arguments from the config."""
     torch.manual_seed(0)
     network = DiT(8, 1, 2, 16, 1, 2, num_classes=10, **SIT)
     torch.save({"ema": network.state_dict()}, tmp_path / "sit.pt")

@@ -1,4 +1,4 @@
-"""Autoencoders (VAEs): images to latents and back, behind one interface."""
+"""Autoencoders (VAEs) behind one interface: encode images to latents and decode latents to images."""
 
 from decm_lightning.autoencoders.autoencoder import Autoencoder
 from decm_lightning.autoencoders.loading import load_autoencoder

@@ -1,4 +1,4 @@
-"""A frozen autoencoder: what encodes images into latents, decodes them, and knows its own name."""
+"""A frozen autoencoder that encodes images, decodes latents, and has an identity."""
 
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,10 @@ from decm_lightning.files import tensors_sha256
 
 
 class Autoencoder(nn.Module):
-    """One of diffusers' AutoencoderKL, AutoencoderDC and AutoencoderTiny, in float32, frozen and in eval mode.
+    """An AutoencoderKL, AutoencoderDC or AutoencoderTiny of diffusers, in float32, frozen and in eval mode.
 
-    Latents are as the encoder makes them: the model's own scaling_factor and shift_factor are not applied. What
-    normalizes them is kept with the latents (latents_stats.pt), so that there is one place for it.
+    Latents are the raw output of the encoder: scaling_factor and shift_factor of the model are not applied. The only
+    normalization is the one stored with the latents (latents_stats.pt).
 
     Args:
         model: the model, with its config.
@@ -28,30 +28,30 @@ class Autoencoder(nn.Module):
         self.latent_channels: int = config.latent_channels
         levels = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
         self.downsampling = 2 ** (len(levels) - 1)
-        """Pixels of an image along the side of one latent."""
+        """The ratio of image size to latent size."""
 
     @cached_property
     def identity(self) -> str:
-        """The class and the first 16 digits of the SHA-256 of all weights: latents are decoded by what made them."""
+        """The class and the first 16 digits of the SHA-256 of all weights, to match latents with their autoencoder."""
         return f"{type(self.model).__name__} {tensors_sha256(self.model.state_dict())[:16]}"
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """Return (c, h, w) of the latents of images of size x size pixels.
+        """Return the shape (c, h, w) of the latents of images of size x size pixels.
 
         Raises:
-            ValueError: if the size is no multiple of `downsampling`.
+            ValueError: if the size is not a multiple of `downsampling`.
         """
         if size < 1 or size % self.downsampling:
-            raise ValueError(f"size must be a multiple of the VAE's {self.downsampling} pixels a latent: got {size}")
+            raise ValueError(f"size must be a multiple of {self.downsampling}, the VAE's downsampling: got {size}")
         return self.latent_channels, size // self.downsampling, size // self.downsampling
 
     @torch.no_grad()
     def encode(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b z p q"] | None = None
     ) -> Float[Tensor, "b z p q"]:
-        """Return the latents of images in [-1, 1]: mean + std noise of their posterior, or its mode without noise.
+        """Return the latents of images in [-1, 1]: mean + std * noise of the posterior, or its mode without noise.
 
-        AutoencoderDC and AutoencoderTiny have no posterior: noise changes nothing.
+        AutoencoderDC and AutoencoderTiny have no posterior and ignore the noise.
         """
         encoded = self.model.encode(images)
         if "latent_dist" in encoded:

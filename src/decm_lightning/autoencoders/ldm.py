@@ -1,6 +1,6 @@
-"""Checkpoints of latent diffusion's AutoencoderKL (CompVis; VA-VAE, arXiv 2501.01423) in diffusers' names.
+"""Convert AutoencoderKL checkpoints of latent diffusion (CompVis; VA-VAE, arXiv 2501.01423) to the names of diffusers.
 
-diffusers' own converter leaves out attention inside the levels, which VA-VAE has at its coarsest.
+The converter of diffusers does not support attention inside the levels, which VA-VAE has at the coarsest level.
 """
 
 import re
@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 TRAINING = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
-"""Beginnings of the names that only training needs: the discriminator, and what VA-VAE's latents are aligned to."""
+"""Prefixes of tensors that only training needs: the discriminator, and the model that VA-VAE aligns its latents to."""
 FIRST_STAGE = "first_stage_model."
-"""The beginning of the autoencoder's names in the checkpoint of a whole latent diffusion model."""
+"""The prefix of the autoencoder in the checkpoint of a whole latent diffusion model."""
 PREFIX = re.compile(r"^((first_stage_model|model|vae)\.)+")
-"""Beginnings that training scripts add to the names."""
+"""Prefixes that training scripts add to the names."""
 DIFFUSERS = ("encoder.down_blocks.", "encoder.layers.", "decoder.up_blocks.")
-"""Beginnings of names in diffusers' own files, whose architecture is in the config next to them."""
+"""Prefixes of names in diffusers files, whose architecture is in a separate config."""
 INSIDE_BLOCKS = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -34,7 +34,7 @@ INSIDE_BLOCKS = (
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the autoencoder's own tensors, without wrappers' prefixes and without what only training needs.
+    """Return the tensors of the autoencoder without prefixes, and without those that only training needs.
 
     Raises:
         ValueError: if two tensors have the same name without their prefixes.
@@ -44,28 +44,28 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {PREFIX.sub("", name): tensor for name, tensor in own.items()}
     if len(named) < len(own):
         raise ValueError(
-            f"{len(own) - len(named)} tensors are there twice, with and without a prefix: keep one of them"
+            f"{len(own) - len(named)} tensors occur twice, with and without a prefix: remove the duplicates"
         )
     return {name: tensor for name, tensor in named.items() if not name.startswith(TRAINING)}
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of diffusers' AutoencoderKL that has these tensors, from their names and shapes.
+    """Return the arguments of the diffusers AutoencoderKL with these tensors, inferred from names and shapes.
 
     Raises:
-        ValueError: if they are no such autoencoder, or its encoder makes no variance (double_z false).
+        ValueError: if the tensors are not of such an autoencoder, or its encoder predicts no variance (double_z false).
     """
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
     ends = [f"{part}.{end}.weight" for part in ("encoder", "decoder") for end in ("conv_in", "conv_out")]
     lacking = [name for name in (*ends, *firsts) if name not in tensors]
     if any(name.startswith(DIFFUSERS) for name in tensors):
-        raise ValueError("its tensors are named as diffusers names them: give its folder, which has a config.json")
+        raise ValueError("the tensors have the names of diffusers: pass the folder, which has a config.json")
     if lacking or not levels:
-        raise ValueError(f"no LDM AutoencoderKL: it lacks {', '.join(lacking) or 'encoder.down'}")
+        raise ValueError(f"not an LDM AutoencoderKL: it lacks {', '.join(lacking) or 'encoder.down'}")
     latent_channels, moments = tensors["decoder.conv_in.weight"].shape[1], len(tensors["encoder.conv_out.weight"])
     if moments != 2 * latent_channels:
-        raise ValueError(f"its encoder must make mean and variance, {2 * latent_channels} channels: got {moments}")
+        raise ValueError(f"the encoder must output mean and variance, {2 * latent_channels} channels: got {moments}")
 
     def attentive(level: str) -> bool:
         return f"{level}.attn.0.q.weight" in tensors
@@ -86,12 +86,12 @@ def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under diffusers' names; the 1 x 1 convolutions of attention become linear layers."""
+    """Return the tensors under the names of diffusers; 1 x 1 convolutions of attention become linear layers."""
     levels = _count(tensors, r"decoder\.up\.(\d+)\.")
     renamed = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
-        # The decoder's levels are numbered by resolution there, and in the order of their use here.
+        # LDM numbers the decoder levels by resolution, diffusers in the order of use.
         name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
         for pattern, replacement in INSIDE_BLOCKS:
             name = re.sub(pattern, replacement, name)

@@ -1,4 +1,4 @@
-"""Autoencoders from folders, from the Hugging Face hub, and from latent diffusion's checkpoint files."""
+"""Load autoencoders from folders, from the Hugging Face hub, and from checkpoint files of latent diffusion."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,25 +19,25 @@ FILES = (".safetensors", ".pt", ".pth", ".ckpt")
 def load_autoencoder(path: str | Path) -> Autoencoder:
     """Return the autoencoder at `path`, in float32, on the CPU.
 
-    A file holds an AutoencoderKL under the names of latent diffusion (CompVis), such as VA-VAE's, alone or under `ema`,
-    `state_dict`, `model`, `vae` or `module`, and perhaps with prefixes such as `module.`; its architecture is read off
-    the shapes of its tensors, and every tensor must have its place but those of the losses it was trained with. Of a
-    whole latent diffusion model the first stage is read.
+    A checkpoint file must contain an AutoencoderKL with the names of latent diffusion (CompVis), such as VA-VAE. The
+    tensors may be nested under `ema`, `state_dict`, `model`, `vae` or `module` and have prefixes such as `module.`. The
+    architecture is inferred from their shapes and must match them exactly; tensors of training losses are ignored. From
+    a whole latent diffusion model, only the first stage is read.
 
     Args:
-        path: a folder or a name on the Hugging Face hub of one of diffusers' AutoencoderKL, AutoencoderDC and
-            AutoencoderTiny, or of a pipeline with one in `vae`; or a .safetensors, .pt or .ckpt file.
+        path: a folder, or a name on the Hugging Face hub, of an AutoencoderKL, AutoencoderDC or AutoencoderTiny of
+            diffusers, or of a pipeline with one in `vae`; or a .safetensors, .pt or .ckpt file.
 
     Raises:
-        OSError: if there is nothing at `path`, it may not be read, or it is a name that the hub does not have.
-        ValueError: if it is another model or file, or tensors are missing, left over, or of another shape.
+        OSError: if nothing exists at `path` or on the hub, or it may not be read.
+        ValueError: if it is another model or file, or tensors are missing, unexpected, or of the wrong shape.
     """
     path = Path(path)
     if path.is_file() or (path.suffix in FILES and not path.is_dir()):
         try:
             tensors = read_tensors(path)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"no file {path}: give a VAE's file, its folder, or its name on the hub") from error
+            raise FileNotFoundError(f"no file {path}: pass a VAE's file, its folder, or its name on the hub") from error
         return Autoencoder(_from_ldm(tensors, path))
     return Autoencoder(_from_diffusers(str(path)))
 
@@ -55,8 +55,8 @@ def _from_ldm(tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
     expected = model.state_dict()
     faults = {
         "missing": sorted(expected.keys() - converted.keys()),
-        "left over": sorted(converted.keys() - expected.keys()),
-        "of another shape": [n for n in expected if n in converted and expected[n].shape != converted[n].shape],
+        "unexpected": sorted(converted.keys() - expected.keys()),
+        "wrong shape": [n for n in expected if n in converted and expected[n].shape != converted[n].shape],
     }
     refuse_unfit(path, faults)
     model.load_state_dict({name: tensor.float() for name, tensor in converted.items()}, assign=True)
@@ -71,6 +71,6 @@ def _from_diffusers(path: str) -> nn.Module:
     kind = config.get("_class_name")
     if kind not in KINDS:
         found = "names no class (_class_name)" if kind is None else f"is a {kind}"
-        raise ValueError(f"{Path(path, subfolder or '')} {found}: a VAE is one of {', '.join(KINDS)}")
-    # Low memory wants accelerate, and VAEs are small.
+        raise ValueError(f"{Path(path, subfolder or '')} {found}: expected one of {', '.join(KINDS)}")
+    # Low-memory loading needs accelerate, and VAEs are small.
     return from_pretrained(getattr(diffusers, kind), path, subfolder, low_cpu_mem_usage=False)

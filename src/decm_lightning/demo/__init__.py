@@ -1,4 +1,4 @@
-"""What the small examples need: emoji with captions, feature networks for digits and small images, a caption probe."""
+"""Components of the small examples: captioned emoji, feature networks for small images, and a caption probe."""
 
 from decm_lightning.demo.caption_probe import CaptionProbe
 from decm_lightning.demo.emoji import Emoji

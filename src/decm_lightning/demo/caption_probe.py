@@ -1,4 +1,4 @@
-"""Caption accuracy: whether a ridge regression that was fitted to real images finds the caption of a generated one."""
+"""Caption accuracy: how often a ridge regression fitted to real images identifies the caption of a generated image."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -19,14 +19,14 @@ AT_ONCE = 64
 PENALTIES = tuple(10 ** (power / 2) for power in range(-2, 15))
 """Candidates for the ridge penalty."""
 SAME = 1 - 1e-4
-"""Captions are equal from this cosine of their embeddings: sums in another order differ by rounding."""
+"""The cosine of embeddings above which captions are equal, apart from the rounding of sums in another order."""
 
 
 class CaptionedRows(Protocol):
-    """Images with captions, which may have to be encoded."""
+    """Images with captions, which may not be encoded yet."""
 
     def __len__(self) -> int:
-        """Return their number."""
+        """Return the number of images."""
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
@@ -48,9 +48,9 @@ class CaptionProbe(FeatureNetwork):
 
     With image features x and caption embeddings y (the normalized mean of a caption's tokens) of real training pairs,
     W minimizes sum |y - y_mean - W (x - x_mean)|^2 + a |W|^2, with the penalty a that has the smallest leave-one-out
-    error. An image counts as its caption's in the top k if fewer than k other held-out captions have a cosine
+    error. The caption of an image is in the top k if fewer than k other held-out captions have a cosine
     cos(W (x - x_mean), y - y_mean) at least as large. Columns are fractions of the samples, in [0, 1]. The protocol
-    has the value of chance, k / number of held-out captions, and of the real images.
+    states the values of chance, k / number of held-out captions, and of the real images.
 
     Args:
         features: a feature network with one output, such as demo.EfficientNetLite0Features.
@@ -88,7 +88,7 @@ class CaptionProbe(FeatureNetwork):
 
     @torch.no_grad()
     def prepare(self, data: CaptionedData, read: Callable[[Batch], Batch]) -> None:
-        """Fit to the training pairs of the data module, with its held-out captions as candidates.
+        """Fit the probe to training pairs of the data module, with its held-out captions as candidates.
 
         Args:
             data: the data module.
@@ -99,9 +99,9 @@ class CaptionProbe(FeatureNetwork):
             ValueError: if the data have no captions.
         """
         if not isinstance(data, CaptionedData):
-            remedy = "give the trainer a datamodule of pairs, such as demo.Emoji"
-            raise ValueError(f"caption accuracy needs images with captions: {remedy}, not {type(data).__name__}")
-        # If an image has several captions, these items have its first one, and so do the candidates.
+            remedy = "use a data module of pairs, such as demo.Emoji"
+            raise ValueError(f"caption accuracy needs images with captions: got {type(data).__name__}, {remedy}")
+        # If an image has several captions, these items and the candidates use the first one.
         rows = torch.linspace(0, len(data.train) - 1, min(len(data.train), self.pairs)).long().tolist()
         features, captions = [], []
         for part in _batches(rows):
@@ -112,7 +112,7 @@ class CaptionProbe(FeatureNetwork):
         self.fit(torch.cat(features), torch.cat(captions), torch.cat(candidates))
 
     def fit(self, features: Float[Tensor, "n d"], captions: Float[Tensor, "n e"], held: Float[Tensor, "m e"]) -> None:
-        """Fit to features and caption embeddings of real images, with the held-out captions as candidates."""
+        """Fit the probe to features and caption embeddings of real images, with held-out captions as candidates."""
         try:
             from sklearn.linear_model import RidgeCV
         except ImportError as error:
@@ -127,7 +127,7 @@ class CaptionProbe(FeatureNetwork):
         self.fitted = len(features)
 
     def ranks(self, features: Float[Tensor, "b d"], captions: Float[Tensor, "b e"]) -> Int[Tensor, " b"]:
-        """Return how many other candidates are at least as close to an image as its own caption: 0 is correct.
+        """Return the number of other candidates that match an image at least as well as its caption; 0 is correct.
 
         Raises:
             ValueError: if a caption is not among the candidates.
@@ -136,14 +136,14 @@ class CaptionProbe(FeatureNetwork):
         nearest, own = similarity.max(1)
         if (nearest < SAME).any():
             row = int(nearest.argmin())
-            raise ValueError(f"caption {row} of the batch is not held out: it is not among {len(self.candidates)}")
+            raise ValueError(f"caption {row} of the batch is not among the {len(self.candidates)} held-out captions")
         scores = normalize((features - self.x_mean) @ self.weight.T, dim=1) @ self.candidates.T
-        # Counting the worse candidates makes ties and NaN count against the image.
+        # Counting the worse candidates makes ties and NaN count as errors.
         return len(self.candidates) - 1 - (scores < scores.gather(1, own[:, None])).sum(1)
 
 
 class CaptionAccuracy(FeatureMetric):
-    """The fractions of images whose caption is the probe's first guess, or among its first five."""
+    """The fractions of images whose caption is among the first k guesses of the probe."""
 
     needs_real = False
     needs_prompts = True
@@ -154,13 +154,13 @@ class CaptionAccuracy(FeatureMetric):
         self.probe = probe
 
     def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
-        """Add a batch of features with their captions; real images of a reference have none and are ignored."""
+        """Add a batch of features with their captions. Real images without captions are ignored."""
         if real and prompts.condition is None:
             return
         self.hits.update(self.probe.ranks(views[self.view], embedding(prompts.condition)), real)
 
     def describe(self, counts: Counts) -> str:
-        """Return what the probe was fitted to, and the values of chance and of real images."""
+        """Return the settings of the fit, and the values of chance and of real images."""
         number = len(self.probe.candidates)
         real, _ = self.hits.compute()
         chance = " and ".join(f"{k / number:.3g}" for k in self.hits.top)
@@ -175,7 +175,7 @@ class CaptionAccuracy(FeatureMetric):
 
 
 class Hits(Metric):
-    """Fractions of ranks below each k, of real and of generated images: (2, len(top)); NaN without images."""
+    """Fractions of ranks below each k for real and generated images, (2, len(top)); NaN without images."""
 
     full_state_update = False
     hits: Tensor
@@ -198,17 +198,17 @@ class Hits(Metric):
         return self.hits.double() / self.seen
 
     def reset(self) -> None:
-        """Forget the generated images and keep the real ones."""
+        """Discard the generated images but not the real ones."""
         hits, seen = self.hits.clone(), self.seen.clone()
         super().reset()
         self.hits[0], self.seen[0] = hits[0], seen[0]
 
 
 def embedding(condition: Condition) -> Float[Tensor, "b e"]:
-    """Return the normalized mean of each caption's tokens; for MiniLM that is its sentence embedding.
+    """Return the normalized mean of each caption's tokens, which for MiniLM is the sentence embedding.
 
     Raises:
-        ValueError: if the condition is not captions.
+        ValueError: if the condition is not Captions.
     """
     if not isinstance(condition, Captions):
         raise ValueError(f"caption accuracy needs captions: got {type(condition).__name__}")

@@ -18,12 +18,12 @@ from decm_lightning.image_reader import pixels_of
 from decm_lightning.text import MiniLM, TextEncoder, encode
 
 PRESENTATION = 0xFE0F
-"""The code point that requests the colored form of a character; some file names have it."""
+"""The code point that selects the colored form of a character; some file names contain it."""
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDERS = (0x2640, 0x2642)
 KEYWORDS = 6
-"""Maximum number in a caption: encoding and attention cost grow with its length."""
+"""Maximum number of keywords in a caption. The costs of encoding and attention grow with its length."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class NamedEmoji:
 
     Attributes:
         code: its code points, without the presentation selector.
-        file: a PNG of 72 x 72.
-        words: its name, then its keywords.
+        file: a PNG of 72 x 72 pixels.
+        words: its name, followed by its keywords.
     """
 
     code: tuple[int, ...]
@@ -50,8 +50,8 @@ class NamedEmoji:
 class Emoji(CaptionedImages):
     """Twemoji on white, (3, size, size) in [-1, 1], with captions "name, keyword, keyword ...".
 
-    In training an image has one of `variants` captions, chosen in each epoch: the name with its first keywords, or with
-    some of them in another order. Emoji that differ only in skin tone or gender are held out together.
+    In each epoch, a training image has one of `variants` captions: its name with the first keywords, or with a random
+    selection of keywords. Emoji that differ only in skin tone or gender are held out together.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
@@ -59,8 +59,8 @@ class Emoji(CaptionedImages):
         encoder: the text encoder; None for MiniLM.
         cache: folder for the encoded captions.
         held_out: fraction of emoji that are held out, in [0, 1).
-        variants: captions of each image, at least 1.
-        reference_size: maximum number of reference images; None for all that are held out.
+        variants: captions per image, at least 1.
+        reference_size: maximum number of reference images; None for all held-out images.
         num_workers: loading processes; 0 is fastest here.
 
     Raises:
@@ -87,7 +87,7 @@ class Emoji(CaptionedImages):
         self.variants = variants
 
     def prepare_data(self) -> None:
-        """Encode the captions that are not in the cache, on one process of each machine."""
+        """Encode captions that are not in the cache, in one process per machine."""
         encode(self._captions(read_emoji()), self.encoder, self.cache, self.device)
 
     def setup(self, stage: str) -> None:
@@ -133,7 +133,15 @@ def read_emoji() -> list[NamedEmoji]:
 
 
 def caption(words: list[str], variant: int) -> str:
-    """Return a caption: the name and 6 keywords for variant 0, the name and any 0 to 6 keywords for others."""
+    """Return a caption: the name with up to 6 keywords.
+
+    >>> caption(["red heart", "love", "romance"], variant=0)
+    'red heart, love, romance'
+
+    Args:
+        words: the name, followed by keywords.
+        variant: 0 for the first keywords; other variants have a fixed random selection of 0 to 6 keywords.
+    """
     name, *others = words
     if variant:
         choice = Random(f"{name} {variant}")
@@ -143,7 +151,7 @@ def caption(words: list[str], variant: int) -> str:
 
 def _words(labels: list[str]) -> list[str]:
     name, *others = (word.replace("_", " ") for word in labels)
-    # Emoticons are not words, and parts of the name are redundant.
+    # Skip emoticons, and keywords that the name contains.
     return [name, *(word for word in dict.fromkeys(others) if word.replace(" ", "").isalpha() and word not in name)]
 
 

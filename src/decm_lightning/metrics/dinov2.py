@@ -7,7 +7,7 @@ from decm_lightning.metrics.features import FeatureNetwork, as_rgb, from_pretrai
 from decm_lightning.metrics.metric import FeatureMetric, Frechet
 
 SIDE = 224
-# Of ImageNet's pixels in [0, 1].
+# Mean and standard deviation of ImageNet pixels in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -15,9 +15,9 @@ STD = (0.229, 0.224, 0.225)
 class DINOv2Features(FeatureNetwork):
     """The class token of DINOv2 (arXiv 2304.07193); column `fd_dinov2`.
 
-    As in dgm-eval, the code of that study: ViT-L/14, images of 224 x 224 pixels (bicubic, antialiased, rounded to
-    integers), normalized by ImageNet's mean and standard deviation. transformers interpolates the position embedding
-    slightly differently from the original code, so the last digits differ from published values.
+    The settings are those of dgm-eval, the code of arXiv 2306.04675: ViT-L/14 on images of 224 x 224 pixels (bicubic,
+    antialiased, rounded to integers), normalized by ImageNet's mean and standard deviation. transformers interpolates
+    the position embedding slightly differently from the original code, so the last digits differ from published values.
 
     Args:
         model: a folder written by Dinov2Model.save_pretrained, or a name on the Hugging Face hub.

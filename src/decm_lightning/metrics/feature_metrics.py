@@ -1,4 +1,4 @@
-"""All the metrics of one feature network."""
+"""The metrics of a feature network, computed from one forward pass per image."""
 
 import logging
 from collections.abc import Callable
@@ -18,23 +18,23 @@ NO_PROMPTS = Prompts()
 
 
 class FeatureMetrics:
-    """The metrics of a feature network, which sees each image once; values are over the images of all processes.
+    """All metrics of a feature network, which sees each image once. Values include the images of all processes.
 
-    A metric that is unavailable, for example because its weights are missing, is left out with a warning. This is not
-    an nn.Module: inside a LightningModule, its network would be saved in every checkpoint.
+    An unavailable metric, for example one whose weights are missing, is skipped with a warning. This is not an
+    nn.Module: in a LightningModule, its network would be saved in every checkpoint.
 
     Args:
         features: a FeatureNetwork, or any nn.Module with `num_features`.
         seed: seed of KID's subsets and of the splits of the Inception Score.
         reference: the real images or their moments; None if the images will be passed to `update`.
-        validation: whether to measure only what is fast enough for every validation.
+        validation: whether to skip metrics that are too slow for every validation.
         batch_size: images per forward pass of the network, at least 1.
 
     Attributes:
-        unavailable: why a column is not measured, by column.
+        unavailable: the reason why a column is not measured, by column.
 
     Raises:
-        ValueError: if the module has no num_features, or the reference has nothing for this network or moments of
+        ValueError: if the module has no num_features, or the reference has no data for this network or moments of
             another dimension.
     """
 
@@ -57,7 +57,7 @@ class FeatureMetrics:
         unserved = {column: reason for metric, reason in reasons.items() if reason for column in metric.columns}
         if not self.has_distance and unserved:
             column, reason = next(iter(unserved.items()))
-            raise ValueError(f"no {column} on {self.name}: {reason}")
+            raise ValueError(f"{column} on {self.name} cannot be measured: {reason}")
         self.unavailable |= unserved
         self.is_prepared = False
         self.seen = {real: SumMetric().set_dtype(torch.float64) for real in (True, False)}
@@ -88,7 +88,7 @@ class FeatureMetrics:
         return any(metric.needs_prompts for metric in self.metrics)
 
     def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
-        """Let the network fit itself to real training images, once, if there is anything to measure.
+        """Fit the network to real training images once, if there are metrics.
 
         Args:
             data: the data module.
@@ -109,22 +109,22 @@ class FeatureMetrics:
         """Add real or generated images, uint8 (b, c, h, w), with their conditions if they are known.
 
         Raises:
-            ValueError: if the images are not uint8, or a metric needs other prompts of generated images.
+            ValueError: if the images are not uint8, or a metric needs prompts that are not passed.
         """
         if images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, see to_uint8: got {images.dtype}")
+            raise ValueError(f"images must be uint8: got {images.dtype}, convert them with to_uint8")
         self.seen[real].update(len(images))
         if not self.metrics:
             return
         device = self.seen[real].device
         outputs = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
-        # One update for all of them: every process must make the same number of updates.
+        # A single update per batch: every process must make the same number of updates.
         views = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
         for metric in self.metrics:
             metric.update(views, real, prompts)
 
     def reset_generated(self) -> None:
-        """Forget the generated images and keep the real ones."""
+        """Discard the generated images but not the real ones."""
         self.seen[False].reset()
         for metric in self.metrics:
             metric.metric.reset()
@@ -141,7 +141,7 @@ class FeatureMetrics:
         return {columns: line for columns, line in lines.items() if line}
 
     def compute(self) -> dict[str, float]:
-        """Return the value of each column; torch's global generators keep their state.
+        """Return the value of each column. The state of torch's global generators does not change.
 
         Raises:
             ValueError: if there are fewer than two real or two generated images.
@@ -150,7 +150,7 @@ class FeatureMetrics:
         counts = self.counts()
         if counts.generated < 2 or (self.needs_real and counts.real < 2):
             found = f"{counts.real} real, {counts.generated} generated"
-            raise ValueError(f"a distance needs at least 2 images of each kind: got {found}")
+            raise ValueError(f"metrics need at least 2 images of each kind: got {found}")
         return {name: value for metric in self.metrics for name, value in metric.compute(counts, self.seed).items()}
 
     def _is_available(self, metric: FeatureMetric) -> bool:

@@ -1,4 +1,4 @@
-"""What a feature network must have."""
+"""Feature networks: the interface, and the base class."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -15,7 +15,7 @@ from decm_lightning.types import Batch
 
 @runtime_checkable
 class HasFeatures(Protocol):
-    """What any nn.Module needs to be measured on: it maps uint8 images (b, c, h, w) to features (b, num_features)."""
+    """The interface of a feature network: it maps uint8 images (b, c, h, w) to features (b, num_features)."""
 
     num_features: int
 
@@ -24,10 +24,10 @@ class HasFeatures(Protocol):
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network from uint8 images (b, c, h, w) to features, and the metrics that are measured on them.
+    """A frozen network from uint8 images (b, c, h, w) to features, with the metrics that are measured on them.
 
-    An nn.Module with `num_features` needs no more to be used in `Evaluation`. Derive from this class to set a name, a
-    number of samples, or other metrics.
+    `Evaluation` accepts any nn.Module with `num_features`. Derive from this class to set a name, a number of samples,
+    or other metrics.
 
     Example:
         >>> class Pixels(FeatureNetwork):
@@ -35,11 +35,13 @@ class FeatureNetwork(nn.Module):
         ...     num_features = 64
         ...     def forward(self, images):
         ...         return images.flatten(1).float()
+        >>> [metric.columns for metric in Pixels().metrics()]
+        [('fd',), ('kid',)]
 
     Attributes:
         num_features: number of features.
-        name: name in tables; by default the name of the class.
-        samples: images that a test generates by default; 0 for the number of a validation.
+        name: name in tables; by default the class name.
+        samples: number of images that a test generates by default; 0 for the same number as a validation.
     """
 
     num_features: int
@@ -53,12 +55,12 @@ class FeatureNetwork(nn.Module):
     def metrics(self) -> list[FeatureMetric]:
         """Return new metrics: by default `fd`, the Fréchet distance of the features, and `kid`, the kernel distance.
 
-        A network may return a dict of several outputs, of which each metric reads one.
+        If the network returns a dict of outputs, each metric reads one of them.
         """
         return [Frechet("fd", "features", self.num_features), KID("kid", "features", self.num_features)]
 
     def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
-        """Fit the network to real training images before the first measurement; by default do nothing.
+        """Fit the network to real training images before the first measurement. By default, do nothing.
 
         Args:
             data: the data module.
@@ -67,7 +69,7 @@ class FeatureNetwork(nn.Module):
 
 
 class _Plain(FeatureNetwork):
-    """Any other module with `num_features`."""
+    """A feature network around any module with `num_features`."""
 
     def __init__(self, network: HasFeatures) -> None:
         super().__init__()
@@ -88,33 +90,33 @@ def as_feature_network(network: nn.Module) -> FeatureNetwork:
     if isinstance(network, FeatureNetwork):
         return network
     if not isinstance(network, HasFeatures):
-        raise ValueError(f"a feature network needs num_features, its number of features: {type(network).__name__}")
+        raise ValueError(f"a feature network needs the attribute num_features: got {type(network).__name__}")
     return _Plain(network)
 
 
 def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
-    """Return grey or RGB images (b, 1 or 3, h, w) as float RGB images of the same pixel values.
+    """Return gray or RGB images (b, 1 or 3, h, w) as float RGB images with the same pixel values.
 
     Raises:
         ValueError: naming the network, if the shape is different.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"{name} takes images (b, 1 or 3, h, w): got {tuple(images.shape)}")
+        raise ValueError(f"{name} needs images (b, 1 or 3, h, w): got {tuple(images.shape)}")
     return images.float().expand(-1, 3, -1, -1)
 
 
 def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
-    """Return instances of classes of transformers: a model, frozen, and the processors it needs.
+    """Return a frozen model of transformers and its processors.
 
     Args:
         model: a folder written by save_pretrained of each class, or a name on the Hugging Face hub.
-        classes: the names of the classes, that of the model first.
+        classes: the class names, that of the model first.
         extra: the extra of this package that installs transformers.
 
     Raises:
         ImportError: if transformers is not installed.
         OSError: if the model does not exist.
-        ValueError: if the model has not all weights of its class, which transformers would draw at random.
+        ValueError: if the model lacks weights, which transformers would initialize at random.
     """
     names = " and ".join(classes)
     try:
@@ -126,8 +128,8 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
         network, found = kind.from_pretrained(model, output_loading_info=True)
         loaded = [processor.from_pretrained(model) for processor in processors]
     except (OSError, ValueError) as error:
-        remedy = "give a folder written by save_pretrained, or a name on the Hugging Face hub"
+        remedy = "pass a folder written by save_pretrained, or a name on the Hugging Face hub"
         raise OSError(f"no {names} at {model}: {remedy}") from error
     if missing := sorted(set(found["missing_keys"]) & {name for name, _ in network.named_parameters()}):
-        raise ValueError(f"{model} is not a whole {classes[0]}: it lacks {few(missing)}")
+        raise ValueError(f"{model} is not a complete {classes[0]}: it lacks {few(missing)}")
     return [network.eval().requires_grad_(False), *loaded]

@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of features, by a matrix root that is exact for singular covariances too."""
+"""The Fréchet distance of two sets of features, with a matrix root that is exact even for singular covariances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from decm_lightning.errors import NonFiniteError
 
 ROUNDING = 1e-5
-"""How far rounding may bring eigenvalues below 0, relative to the largest: covariances may be saved in float32."""
+"""How far below 0 rounding may move eigenvalues, relative to the largest. Covariances may be saved in float32."""
 CANCELLED = 1e-10
-"""The same relative to the squared mean, which is subtracted from the mean square."""
+"""The same, relative to the squared mean, which is subtracted from the mean square."""
 
 
 class IdentityFeatures(nn.Identity):
-    """The feature network of a torchmetrics.Metric that is updated with features."""
+    """An identity as the feature network of a torchmetrics.Metric, so that the metric can be updated with features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Moments:
 class FrechetDistance(FrechetInceptionDistance):
     """|mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)) (arXiv 1706.08500), in float64.
 
-    torchmetrics accumulates the moments over all processes. It takes the root from the eigenvalues of S_r S_g, which
-    come out complex if a covariance is singular. Here, with S_r = L L^T, the trace of (S_r S_g)^(1/2) is the sum of the
-    square roots of the eigenvalues of L^T S_g L, which is symmetric. L is reused for the next generated images.
+    torchmetrics accumulates the moments over all processes. It computes the root from the eigenvalues of S_r S_g, which
+    become complex if a covariance is singular. Here, with S_r = L L^T, the trace of (S_r S_g)^(1/2) is the sum of the
+    square roots of the eigenvalues of the symmetric matrix L^T S_g L. L is reused for the next generated images.
 
     Args:
         num_features: d.
 
     Attributes:
-        given: known moments of the real images, used instead of their features.
+        given: precomputed moments of the real images, used instead of their features.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -58,12 +58,12 @@ class FrechetDistance(FrechetInceptionDistance):
         self.factor: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
-        # Derived from the real features, so not a state of torchmetrics.
+        # The factor is derived from the real features, so it is not a state of torchmetrics.
         self.factor = None if self.factor is None else fn(self.factor)
         return super()._apply(fn, *args)
 
     def update(self, imgs: Tensor, real: bool) -> None:
-        """Add features (b, d); real ones are ignored if their moments are given."""
+        """Add features (b, d). Real features are ignored if their moments are `given`."""
         if real and self.given is not None:
             return
         if real:
@@ -75,7 +75,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
         Raises:
             NonFiniteError: if a feature was NaN or infinite.
-            ValueError: if given moments have a covariance with eigenvalues below 0.
+            ValueError: if the covariance of the `given` moments has eigenvalues below 0.
         """
         generated = Moments.of_sums(self.fake_features_sum, self.fake_features_cov_sum, self.fake_features_num_samples)
         if self.given is None:
@@ -99,12 +99,13 @@ def _factor(real: Moments) -> Tensor:
 
 def _finite(matrix: Tensor, name: str) -> Tensor:
     if not matrix.isfinite().all():
-        raise NonFiniteError(f"the covariance of the {name} is not finite: the feature network gave NaN or infinity")
+        raise NonFiniteError(f"the covariance of the {name} is not finite: a feature is NaN or infinite")
     return matrix
 
 
 def _not_negative(values: Tensor, name: str, floor: float) -> Tensor:
     least, greatest = values[0].item(), values[-1].item()
     if least < -max(ROUNDING * greatest, floor):
-        raise ValueError(f"the {name} have no covariance matrix: its eigenvalues go from {least:g} to {greatest:g}")
+        found = f"got eigenvalues from {least:g} to {greatest:g}"
+        raise ValueError(f"the covariance of the {name} must be positive semidefinite: {found}")
     return values.clamp(min=0)

@@ -1,4 +1,4 @@
-"""The Inception network of the FID and its metrics."""
+"""The Inception network of the FID, and its metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from decm_lightning.networks.checkpoint_files import few, read_file
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 DIGEST = "6726825d"
-"""The first digits of the SHA-256 of the file, as its name has them."""
+"""The first digits of the SHA-256 of the file, which are part of its name."""
 
 
 class InceptionFeatures(FeatureNetwork):
     """The FID's network: FID, sFID, Inception Score, improved precision and recall, and KID.
 
     Columns: `fid` (arXiv 1706.08500), `sfid` (arXiv 2103.03841), `inception_score`, `precision`, `recall`, `kid`.
-    Comparable with published values if measured on 50,000 images, which a test generates by default.
+    The values are comparable with published ones if measured on 50,000 images, the default of a test.
 
     Args:
         weights: path of weights-inception-2015-12-05-6726825d.pth (also known as pt_inception-2015-12-05-6726825d.pth);
@@ -31,7 +31,7 @@ class InceptionFeatures(FeatureNetwork):
 
     Raises:
         OSError: if the file does not exist, may not be read, or cannot be downloaded.
-        ValueError: if the file is damaged or has other weights.
+        ValueError: if the file is damaged or contains other weights.
     """
 
     num_features = 2048
@@ -71,9 +71,9 @@ class InceptionFeatures(FeatureNetwork):
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """Return images (b, c, side, side), bilinear as in TensorFlow 1: pixel i is read at position i n / side.
+    """Return images (b, c, side, side), resized bilinearly as in TensorFlow 1: pixel i is read at position i n / side.
 
-    Unlike torch's interpolation it adds no half pixel and does not smooth. It is part of the FID's definition.
+    Unlike torch's interpolation, it neither adds half a pixel nor antialiases. It is part of the definition of the FID.
     """
     for dim in (3, 2):
         size = images.shape[dim]
@@ -92,8 +92,8 @@ def _downloaded() -> Path:
             torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
         except (URLError, OSError, RuntimeError) as error:
             raise OSError(
-                f"Inception's weights cannot be downloaded ({error}): get {URL} elsewhere and put it to {path}, "
-                "or give its path as the argument `weights` of InceptionFeatures"
+                f"Inception's weights cannot be downloaded ({error}): download {URL} elsewhere and copy it to {path}, "
+                "or pass its path as the argument `weights` of InceptionFeatures"
             ) from error
     return path
 
@@ -102,13 +102,13 @@ def _read(path: Path, network: nn.Module) -> dict[str, Any]:
     try:
         state = read_file(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no Inception weights at {path}: they are the file {FILE} of {URL}") from error
+        raise FileNotFoundError(f"no Inception weights at {path}: download {URL}") from error
     expected = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no tensors by name: the FID's weights are the file {FILE} of {URL}")
+        raise ValueError(f"{path} must contain a dict of tensors: the weights of the FID are {URL}")
     found = {name: value.shape for name, value in state.items() if "num_batches" not in name}
     if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
-        raise ValueError(f"{path} has other weights than the FID's Inception: {wrong[0]} and {len(wrong) - 1} more")
+        raise ValueError(f"{path} does not match the FID's Inception: {wrong[0]} and {len(wrong) - 1} more differ")
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise ValueError(f"{path} has NaN or infinite weights: {few(broken)}; download the file again")
+        raise ValueError(f"{path} has NaN or infinite weights: {few(broken)}: download the file again")
     return state

@@ -1,6 +1,7 @@
-"""The architecture of the FID's Inception, with the parameter names of the weights of 2015-12-05."""
+"""The architecture of the FID's Inception, with the parameter names of the weights of 2015-12-05.
 
-# torchmetrics takes this network from torch-fidelity, which needs torchvision and has no spatial features.
+torchmetrics uses the network of torch-fidelity, which needs torchvision and does not return spatial features.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Conv:
 
 Pool = Callable[[Tensor], Tensor]
 Step = Conv | Pool | tuple[Conv, ...]
-"""A step of a branch; parallel convolutions are concatenated."""
+"""One step of a branch. Tuples are parallel convolutions, whose outputs are concatenated."""
 
 # TensorFlow's averages exclude the padding.
 AVERAGE: Pool = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
@@ -113,13 +114,13 @@ BLOCKS = {
     "Mixed_6e": block_c(192),
     "Mixed_7a": REDUCTION_D,
     "Mixed_7b": block_e(AVERAGE),
-    # The maximum in this block only is a mistake of 2015 that is part of every FID.
+    # Max pooling only in this block is a mistake of 2015 that is part of every FID.
     "Mixed_7c": block_e(MAXIMUM),
 }
 
 
 class NormalizedConv(nn.Module):
-    """One `Conv`."""
+    """The module of a `Conv`."""
 
     def __init__(self, channels: int, spec: Conv) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class NormalizedConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Parallel branches, concatenated; every convolution is a child under its own name."""
+    """Parallel branches, concatenated. Every convolution is a direct submodule under its own name."""
 
     def __init__(self, channels: int, branches: Sequence[Sequence[Step]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Metrics on the outputs of a feature network; each feeds one torchmetrics.Metric and returns values by column."""
+"""Metrics on the outputs of a feature network. Each updates a torchmetrics.Metric and returns values by column."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class Prompts(NamedTuple):
 
     Attributes:
         condition: the network's input, b rows.
-        texts: b captions in words; None if there are none.
+        texts: the b captions as text; None if they are unknown.
     """
 
     condition: Condition = None
@@ -49,7 +49,7 @@ class FeatureMetric(ABC):
     Args:
         columns: names of its values.
         view: the output it reads, a key of the network's dict; "features" for a network that returns one tensor.
-        metric: accumulates features and sums over processes. Its reset keeps the real features.
+        metric: accumulates features and sums over processes. Its reset must not discard the real features.
     """
 
     in_validation = False
@@ -65,11 +65,11 @@ class FeatureMetric(ABC):
         self.metric = metric
 
     def unavailable_reason(self) -> str:
-        """Load what the metric needs; return why it cannot be measured here, "" if it can."""
+        """Load what the metric needs; return why it cannot be measured, "" if it can."""
         return ""
 
     def use_reference(self, reference: Reference) -> str:
-        """Use the statistics of a reference; return why the reference does not serve this metric, "" if it does."""
+        """Use the statistics of a reference; return why this metric cannot use it, "" if it can."""
         return f"{reference.path} has no images" if self.needs_real and not reference.images else ""
 
     def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
@@ -77,7 +77,7 @@ class FeatureMetric(ABC):
         self.metric.update(views[self.view], real=real)
 
     def describe(self, counts: Counts) -> str:
-        """Return the settings that its values depend on, "" if there are none."""
+        """Return the settings that its values depend on, "" for none."""
         return ""
 
     @abstractmethod
@@ -89,9 +89,9 @@ class Frechet(FeatureMetric):
     """The Fréchet distance of one output: the FID for the pooled features of Inception.
 
     Args:
-        column: its name.
+        column: name of the value.
         view: the output it reads.
-        num_features: d.
+        num_features: number of features d.
         moments: the name of this output's moments in a reference; "" if a reference never has them.
         in_validation: whether its matrix root is fast enough for every validation.
     """
@@ -106,7 +106,7 @@ class Frechet(FeatureMetric):
         self.in_validation = in_validation
 
     def use_reference(self, reference: Reference) -> str:
-        """Use the moments of the reference, or wait for its images.
+        """Use the moments of the reference, or its images, which are passed to `update`.
 
         Raises:
             ValueError: if the moments have another dimension.
@@ -134,7 +134,8 @@ class Frechet(FeatureMetric):
 class KID(FeatureMetric):
     """The kernel distance (KID), the unbiased MMD^2 with k(x, y) = (x . y / d + 1)^3 (arXiv 1801.01401), in float64.
 
-    The mean over 100 subsets of min(1000, n) images, n the smaller number of images; not multiplied by 1,000.
+    It is the mean over 100 subsets of min(1000, n) images, where n is the smaller number of images, and not multiplied
+    by 1,000.
     """
 
     in_validation = True
@@ -164,7 +165,7 @@ class KID(FeatureMetric):
 
 
 class InceptionScore(FeatureMetric):
-    """The Inception Score exp(E KL(p(y|x) | p(y))) (arXiv 1606.03498), the mean over ten splits; no real images."""
+    """The Inception Score exp(E KL(p(y|x) | p(y))) (arXiv 1606.03498), the mean over ten splits of generated images."""
 
     needs_real = False
 
@@ -196,17 +197,17 @@ class PrecisionRecall(FeatureMetric):
         super().__init__(("precision", "recall"), view, ImprovedPrecisionRecall())
 
     def describe(self, counts: Counts) -> str:
-        """Return k and the numbers of images: both values depend on them."""
+        """Return k and the numbers of images, on which both values depend."""
         return f"k = 3, {counts.generated} generated against {counts.real} real images"
 
     def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return both, in [0, 1]."""
+        """Return precision and recall, in [0, 1]."""
         return dict(zip(self.columns, (value.item() for value in self.metric.compute()), strict=True))
 
 
 def _subsets(counts: Counts) -> tuple[int, int]:
     size = min(KID_SUBSET_SIZE, counts.real, counts.generated)
-    # Subsets of all images are all the same.
+    # Subsets that contain all images are identical.
     return KID_SUBSETS if max(counts.real, counts.generated) > size else 1, size
 
 

@@ -58,7 +58,7 @@ class ImprovedPrecisionRecall(Metric):
         return self._inside(generated, real), self._inside(real, generated)
 
     def reset(self) -> None:
-        """Forget the generated features and keep the real ones."""
+        """Discard the generated features but not the real ones."""
         real = list(self.real_features)
         super().reset()
         self.real_features = real

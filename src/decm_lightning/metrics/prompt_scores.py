@@ -1,7 +1,7 @@
-"""Scores of images against their prompts by models of transformers: CLIP score and BLIP score.
+"""CLIP score and BLIP score: how well images match their prompts according to models of transformers.
 
-They are measured in tests only. The model is loaded when the test begins; if that fails, the column is left out and the
-protocol has the reason. docs/prompt-scores.md tells how other scorers read the images.
+They are only measured in tests. The model is loaded when the test begins. If that fails, the column is skipped and the
+protocol states the reason. docs/prompt-scores.md describes other scorers.
 """
 
 from abc import abstractmethod
@@ -21,7 +21,7 @@ AT_ONCE = 64
 
 
 class PromptScorer(FeatureNetwork):
-    """A model of transformers that compares an image with a prompt; as a feature network it returns the images.
+    """A transformers model that compares images with prompts. As a feature network, it returns the images unchanged.
 
     Args:
         model: a folder written by save_pretrained of the model and of its processor, or a name on the Hugging Face hub.
@@ -52,13 +52,13 @@ class PromptScorer(FeatureNetwork):
         Raises:
             ImportError: if transformers is not installed.
             OSError: if the model does not exist.
-            ValueError: if weights are missing.
+            ValueError: if the model lacks weights.
         """
         self.network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
 
     @torch.no_grad()
     def score(self, images: UInt8[Tensor, "b c h w"], texts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Return the score of each image, grey or RGB, against its prompt, which is cut to the model's length."""
+        """Return the score of each gray or RGB image with its prompt, which is truncated to the model's length."""
         inputs = self.processor(
             text=list(texts),
             images=[to_pil(image.expand(3, -1, -1).cpu()) for image in images],
@@ -85,13 +85,13 @@ class PromptScore(FeatureMetric):
         self.scorer = scorer
 
     def unavailable_reason(self) -> str:
-        """Load the model and score an image; return why that fails."""
+        """Load the model and score an image; return the reason if that fails."""
         try:
             self.scorer.load()
             self.scorer.score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"])
         except (ImportError, OSError, ValueError) as error:
             return " ".join(str(error).split())
-        # Damaged files and a processor of another model can raise anything.
+        # Damaged files, or the processor of another model, can raise any exception.
         except Exception as error:
             return " ".join(f"{self.scorer.name} does not work: {error!r}".split())
         return ""
@@ -100,14 +100,14 @@ class PromptScore(FeatureMetric):
         """Add generated images with their prompts.
 
         Raises:
-            ValueError: if the prompts are not known in words.
+            ValueError: if the prompts are not available as text.
         """
         images = views[self.view]
         if real or not len(images):
             return
         if prompts.texts is None:
-            remedy = "give the trainer a datamodule with texts, such as demo.Emoji"
-            raise ValueError(f"{self.columns[0]} needs prompts in words: {remedy}")
+            remedy = "use a data module with texts, such as demo.Emoji"
+            raise ValueError(f"{self.columns[0]} needs prompts as text: {remedy}")
         for first in range(0, len(images), AT_ONCE):
             part = slice(first, first + AT_ONCE)
             self.metric.update(self.scorer.score(images[part], prompts.texts[part]))
@@ -127,7 +127,7 @@ class CLIPScore(PromptScorer):
     Papers that report about 0.3 leave out the factor 100. Unlike in torchmetrics, a negative mean is not set to 0.
     """
 
-    # torchmetrics has this score, but neither for local folders nor for transformers 5.
+    # The CLIP score of torchmetrics supports neither local folders nor transformers 5.
     classes = ("CLIPModel", "CLIPProcessor")
     column = "clip_score"
     unit = "100 cos(image, prompt)"
@@ -144,7 +144,7 @@ class CLIPScore(PromptScorer):
 class BLIPScore(PromptScorer):
     """The mean of cos(image, prompt) by the projections of BLIP's retrieval model (arXiv 2201.12086); `blip_score`.
 
-    The image-reward package has a score of the same name on BLIP's pretrained checkpoint: other values.
+    The image-reward package has a score of the same name, whose values differ because it uses another BLIP checkpoint.
     """
 
     classes = ("BlipForImageTextRetrieval", "BlipProcessor")

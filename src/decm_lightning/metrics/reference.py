@@ -1,4 +1,4 @@
-"""Real images or moments of their Inception features, read from a file or folder."""
+"""Reference statistics: real images, or moments of their Inception features, read from a file or folder."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ from decm_lightning.metrics.frechet import Moments
 
 log = logging.getLogger(__name__)
 IMAGES = "arr_0"
-# ADM's names: the pooled features and the spatial ones.
+# The names that ADM uses for the moments of pooled and of spatial features.
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 EXPECTED = f"expected mu and sigma, images {IMAGES}, or both"
 
@@ -38,10 +38,10 @@ class Images(Protocol):
         """Return their number, above 0."""
 
     def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
-        """Yield the images of each part, uint8 (n, c, h, w); parts are in ascending order and do not overlap.
+        """Yield the images of each part, uint8 (n, c, h, w). Parts must be in ascending order and not overlap.
 
         Raises:
-            ValueError: if a file is damaged or an image has another size than the first.
+            ValueError: if a file is damaged, or an image differs in size from the first.
         """
 
 
@@ -76,7 +76,7 @@ def read(path: str | Path) -> Reference:
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if the content is none of these.
+        ValueError: if the content is anything else.
     """
     path = Path(path)
     if path.is_dir():
@@ -95,17 +95,17 @@ def read(path: str | Path) -> Reference:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Name the file in the errors of numpy and zipfile."""
+    """Add the file name to errors of numpy and zipfile."""
     try:
         yield
     except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} is damaged or not an .npz file of numbers ({error}): make it again") from error
+        raise ValueError(f"{path} is damaged or not an .npz file of numbers ({error}): create it again") from error
 
 
 class NpzImages:
-    """The images `arr_0` of an .npz file, uint8 (n, h, w, 1 or 3), read as a stream: ADM's are 2 GB.
+    """The images `arr_0` of an .npz file, uint8 (n, h, w, 1 or 3), read as a stream because ADM's files have 2 GB.
 
     Raises:
         ValueError: if the array has another type or shape.
@@ -148,16 +148,16 @@ class NpzImages:
 class FolderImages:
     """The images of a folder and its subfolders in the formats of `image_reader.formats`, ordered by name.
 
-    They have one channel if all are grey, otherwise three. One warning counts the other files.
+    They have one channel if all are gray, otherwise three. Other files are skipped; one warning counts them.
 
     Raises:
-        ValueError: if there is no image, or the header of one is damaged.
+        ValueError: if the folder has no images, or the header of an image is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files, left_out = _images(folder)
         if left_out:
-            rank_zero_only(log.warning)("left out of the reference %s: %s", folder, counted(left_out))
+            rank_zero_only(log.warning)("skipped in the reference %s: %s", folder, counted(left_out))
         if not self.files:
             found = f"; it has {counted(left_out)}" if left_out else ""
             raise ValueError(f"no images in {folder}: expected .jpg, .png, ...{found}")
@@ -185,7 +185,7 @@ class FolderImages:
         if image.size != self.size:
             first = f"{printable(self.files[0])} {self.size[0]} x {self.size[1]}"
             sizes = f"{image.size[0]} x {image.size[1]}, and {first}"
-            raise ValueError(f"images must have one size: {printable(file)} is {sizes}")
+            raise ValueError(f"images must have the same size: {printable(file)} is {sizes}")
         return torch.from_numpy(np.array(image.convert(self.mode)))
 
 
@@ -197,8 +197,8 @@ def _images(folder: Path) -> tuple[list[Path], Counter[str]]:
 def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Path) -> Moments:
     mu, sigma = keys
     if sigma not in content:
-        raise ValueError(f"{path} has {mu} but no {sigma}: {EXPECTED}")
-    # numpy returns the bytes of a member that is not an array.
+        raise ValueError(f"{path} has {mu} but lacks {sigma}: {EXPECTED}")
+    # For a member that is not an array, numpy returns bytes.
     arrays = [np.asarray(content[key]) for key in keys]
     if not all(array.dtype.kind in "fiu" for array in arrays):
         raise ValueError(f"{path}: {mu} and {sigma} must be real numbers: got {arrays[0].dtype}, {arrays[1].dtype}")
@@ -214,5 +214,5 @@ def _moments(content: Mapping[str, np.ndarray], keys: tuple[str, str], path: Pat
     elif covariance.diagonal().min() < 0:
         fault = f"the diagonal of {sigma} has negative variances"
     if fault:
-        raise ValueError(f"{path}: {fault}: make the file again")
+        raise ValueError(f"{path}: {fault}: create the file again")
     return Moments(mean, covariance)

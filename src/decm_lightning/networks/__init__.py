@@ -1,4 +1,4 @@
-"""Networks u(x_t, t, s, condition): DiTs on images and latents by class or caption, an MLP on points; load and save."""
+"""Flow map networks u(x_t, t, s, condition): class- and caption-conditional DiTs and an MLP, with load and save."""
 
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.mlp import MLP

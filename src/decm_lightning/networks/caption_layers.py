@@ -1,4 +1,4 @@
-"""What makes a DiT read captions: their tokens made fit for it, attention to them, and the block around all."""
+"""Layers of a caption-conditional DiT: the caption embedding, cross-attention, and the transformer block."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ from decm_lightning.types import Captions
 
 
 class Context(NamedTuple):
-    """Captions as the blocks read them.
+    """Embedded captions, the input of the blocks.
 
     Attributes:
-        tokens: (b, 1 + n, width), the learnt token first.
-        mask: true where a token is attended to, (b, 1, 1, 1 + n).
-        mean: one vector for each caption, (b, width).
+        tokens: (b, 1 + n, width); the first token is learned.
+        mask: true for the tokens to attend to, (b, 1, 1, 1 + n).
+        mean: one summary vector per caption, (b, width).
     """
 
     tokens: Tokens
@@ -28,10 +28,10 @@ class Context(NamedTuple):
 
 
 class CaptionEmbedding(nn.Module):
-    """Projects a text encoder's tokens, puts a learnt token before them, and sums them up in one vector.
+    """Project the tokens of a text encoder, prepend a learned token, and summarize each caption in one vector.
 
-    The learnt token is always attended to. In a caption without tokens it is the only one, and the summary is that of
-    a mean of zero: the null caption of classifier-free guidance is learnt by both.
+    The learned token is never masked. In a caption without tokens it is the only one, and the summary is computed from
+    a mean of zero. This is how the network learns the null caption of classifier-free guidance.
     """
 
     def __init__(self, caption_width: int, width: int) -> None:
@@ -42,10 +42,10 @@ class CaptionEmbedding(nn.Module):
         self.summary = nn.Sequential(linear(caption_width, width, 0.02), nn.SiLU(), linear(width, width, 0.02))
 
     def forward(self, captions: Captions) -> Context:
-        """Return the tokens, which of them are there, and the summary; what is masked is not read at all."""
+        """Return the tokens, their mask and the summary. Masked tokens have no influence, even if they are NaN."""
         tokens = captions.tokens.to(self.proj.weight.dtype)
         mask = torch.ones_like(tokens[..., 0], dtype=torch.bool) if captions.mask is None else captions.mask
-        # Zero times a masked token would do, but for one that is not finite.
+        # Multiplication by the mask would not remove NaN and infinity.
         tokens = self.norm(tokens.masked_fill(~mask[..., None], 0))
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         tokens = torch.cat([self.first.expand(len(tokens), -1, -1), self.proj(tokens)], 1)
@@ -53,7 +53,7 @@ class CaptionEmbedding(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens to caption tokens, which have no positions here, with normalized queries and keys."""
+    """Attention from image tokens to caption tokens, with normalized queries and keys and without positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
 
 
 class CaptionBlock(nn.Module):
-    """Self-attention, attention to the caption, and SwiGLU, each shifted, scaled and gated by the embedding."""
+    """Self-attention, cross-attention to the caption, and SwiGLU, each shifted, scaled and gated by the embedding."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class CaptionBlock(nn.Module):
         mask: Bool[Tensor, "b 1 1 m"],
         checkpointed: bool = False,
     ) -> Tokens:
-        """Return the tokens after all three; `checkpointed` keeps nothing in between for the backward pass."""
+        """Return the updated tokens. With `checkpointed`, the backward pass recomputes the activations."""
         if checkpointed:
             return checkpoint(self.thirds, x, embedding, rotary, captions, mask, use_reentrant=False)
         return self.thirds(x, embedding, rotary, captions, mask)
@@ -107,7 +107,7 @@ class CaptionBlock(nn.Module):
         captions: Float[Tensor, "b m d"],
         mask: Bool[Tensor, "b 1 1 m"],
     ) -> Tokens:
-        """Return the tokens after self-attention, then attention to the caption, then the MLP."""
+        """Return the tokens after self-attention, cross-attention and the MLP."""
         first, second, third = self.adaLN_modulation(embedding).chunk(3, dim=-1)
         shift, scale, gate = first.chunk(3, dim=-1)
         x = x + gate[:, None] * self.attn(modulate(self.norm1(x), scale, shift), rotary)

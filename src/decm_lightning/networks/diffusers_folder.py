@@ -1,4 +1,4 @@
-"""Models of diffusers from a folder or the hub: which of their files are read, and which file is at fault."""
+"""Load diffusers models from a folder or the Hugging Face hub, with errors that name the file at fault."""
 
 import json
 import logging
@@ -12,33 +12,33 @@ from decm_lightning.files import describe_unreadable
 from decm_lightning.networks.checkpoint_files import few
 
 WEIGHTS = "diffusion_pytorch_model"
-"""How the names of weights begin."""
+"""The prefix of the names of weight files."""
 VARIANT = "fp16"
-"""The variant that is read if a model has no weights in full precision."""
+"""The variant to load if a model has no full-precision weights."""
 FAULTS = {
     "missing_keys": "missing",
-    "unexpected_keys": "left over",
-    "mismatched_keys": "of another shape",
+    "unexpected_keys": "unexpected",
+    "mismatched_keys": "wrong shape",
     "error_msgs": "errors",
 }
-"""What diffusers reports about the tensors that it has loaded."""
+"""The faults in the loading report of diffusers, and how errors name them."""
 log = logging.getLogger(__name__)
 
 
 def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | None, dict[str, Any]]:
-    """Find a model that is alone in a folder or hub repository, or one part of a pipeline, and read its config.
+    """Find a model, stored alone or as part of a pipeline, and read its config.
 
     Args:
         cls: any model class of diffusers.
         path: a folder, or a name on the Hugging Face hub.
-        subfolder: where a pipeline has the model.
-        what: the model, for errors.
+        subfolder: the subfolder of the model in a pipeline.
+        what: what errors call the model.
 
     Returns:
-        The subfolder it is in, None for the folder itself; and its config.
+        The subfolder that contains the model, None for the folder itself; and the config.
 
     Raises:
-        OSError: if there is no such folder or name.
+        OSError: if the folder or hub name does not exist.
         ValueError: naming the file, if the config is not JSON.
     """
     if Path(path).is_dir():
@@ -46,7 +46,7 @@ def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | N
             file = Path(path, place or "", "config.json")
             if file.is_file():
                 return place, _read_config(file, what)
-        remedy = f"give the folder of a {what} or of its pipeline"
+        remedy = f"pass the folder of a {what} or of its pipeline"
         raise FileNotFoundError(f"no config.json in {path} or {path}/{subfolder}: {remedy}")
     try:
         return None, cls.load_config(path)
@@ -54,8 +54,8 @@ def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | N
         try:
             return subfolder, cls.load_config(path, subfolder=subfolder)
         except OSError as error:
-            name = f"no folder {path}, and no {what} of that name on the Hugging Face hub"
-            raise FileNotFoundError(name) from error
+            fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub"
+            raise FileNotFoundError(fault) from error
 
 
 def _read_config(file: Path, what: str) -> dict[str, Any]:
@@ -64,49 +64,49 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold the arguments of a {what}: got {type(config).__name__}")
+        raise ValueError(f"{file} must contain the arguments of a {what}: got {type(config).__name__}")
     return config
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Load a diffusers model, and check that its files have exactly its weights.
+    """Load a diffusers model, and check that its files contain exactly its weights.
 
     Args:
         cls: its class, such as diffusers.AutoencoderKL.
         path: a folder, or a name on the Hugging Face hub.
-        subfolder: where in it the model is; None for the folder itself.
-        options: for the class's own from_pretrained.
+        subfolder: the subfolder of the model; None for the folder itself.
+        options: passed to the from_pretrained of the class.
 
     Raises:
-        OSError: if there is no such folder or name.
-        ValueError: naming the file, if one cannot be read; or naming tensors, if some are missing or left over.
+        OSError: if the folder or hub name does not exist.
+        ValueError: naming the file, if one cannot be read; or naming tensors, if some are missing or unexpected.
     """
     try:
         model, report = _load(cls, path, subfolder, options)
     except Exception as error:
-        # diffusers reports a missing permission and a damaged file in many ways.
+        # diffusers raises various errors for files that are damaged or may not be read, without naming the file.
         for file in sorted(Path(path, subfolder or "").glob("*.safetensors")):
             if cause := describe_unreadable(file):
                 raise ValueError(f"{file} cannot be read: {cause}") from error
         if isinstance(error, RuntimeError):
-            # torch names every tensor that does not fit.
+            # The message of torch lists every tensor that does not match.
             cause = shorten(str(error).replace("\t", " "), 300, placeholder=" ...")
             raise ValueError(f"{Path(path, subfolder or '')} cannot be loaded: {cause}") from error
         raise
-    # It would continue with random weights.
+    # diffusers initializes missing weights at random.
     refuse_unfit(path, {word: [str(name) for name in report.get(key, ())] for key, word in FAULTS.items()})
     return model
 
 
 def refuse_unfit(where: str | Path, faults: Mapping[str, Sequence[str]]) -> None:
-    """Compare the tensors of a file or folder with those of a model.
+    """Raise an error if any tensor of a file or folder does not match the model.
 
     Raises:
-        ValueError: that lists the tensors that do not fit, by what is wrong with them.
+        ValueError: listing the tensors by fault.
     """
     found = "; ".join(f"{word}: {few(names, 5)}" for word, names in faults.items() if names)
     if found:
-        raise ValueError(f"{where}: its tensors are not those of its architecture; {found}")
+        raise ValueError(f"{where}: the tensors do not match the architecture; {found}")
 
 
 def _load(cls: Any, path: str, subfolder: str | None, options: dict[str, Any]) -> Any:
@@ -118,9 +118,9 @@ def _load(cls: Any, path: str, subfolder: str | None, options: dict[str, Any]) -
         except OSError as error:
             if folder.is_dir() or "file named" not in str(error):
                 raise
-    # The files of a name on the hub are not known in advance.
+    # The files in a hub repository are not known in advance.
     loaded = cls.from_pretrained(path, variant=VARIANT, **options)
-    log.warning("%s has weights in %s only: read those", folder if half else path, VARIANT)
+    log.warning("%s only has %s weights: using those", folder if half else path, VARIANT)
     return loaded
 
 

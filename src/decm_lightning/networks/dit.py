@@ -1,7 +1,7 @@
-"""A diffusion transformer with a second time: the student, and without the second time the teacher.
+"""A class-conditional diffusion transformer: a student reads the end time, a teacher does not.
 
 Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and SiT (arXiv 2401.08740), so that their
-public checkpoints load as they are; `r_embedder` is FACM's name for the embedder of the end time s.
+public checkpoints load without conversion. `r_embedder` is FACM's name for the embedder of the end time s.
 """
 
 from typing import Literal, get_args
@@ -17,14 +17,20 @@ from decm_lightning.types import Condition, Sample, Time
 
 
 class DiT(Network):
-    """u(x_t, t, s, condition) on square images or latents, by adaLN-Zero blocks.
+    """A DiT u(x_t, t, s, labels) on square images or latents, with adaLN-Zero blocks.
 
-    By default a LightningDiT: RMSNorm, QK norm, RoPE and SwiGLU. A SiT, the transformer of DiT, is `norm="layer",
-    mlp="gelu", rotary=False, qk_norm=False, learn_sigma=True`.
+    The default architecture is that of LightningDiT: RMSNorm, QK norm, RoPE and SwiGLU. For SiT, which uses the
+    transformer of DiT, pass `norm="layer", mlp="gelu", rotary=False, qk_norm=False, learn_sigma=True`.
 
-    Weights begin as in DiT (arXiv 2212.09748): Xavier projections, zero modulation and output, embeddings of std 0.02.
-    With `end_time` the embedding of s is added to those of t and of the class. Its output layer starts at zero, so
-    that a student begun from a teacher's weights is the teacher for every s.
+    Weights are initialized as in DiT (arXiv 2212.09748): Xavier projections, zero modulation and output layers, and
+    embeddings with standard deviation 0.02. With `end_time` the embedding of s is added to those of t and the class.
+    Its output layer starts at zero, so a student initialized from a teacher equals the teacher for every s.
+
+    Example:
+        >>> network = DiT(input_size=8, in_channels=1, patch_size=2, width=32, depth=2, heads=2, num_classes=10)
+        >>> x_t, t, s, labels = network.example(rows=4)
+        >>> network(x_t, t, s, labels).shape
+        torch.Size([4, 1, 8, 8])
 
     Args:
         input_size: height and width of the input, a multiple of patch_size.
@@ -34,22 +40,22 @@ class DiT(Network):
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
-        num_classes: classes; index num_classes is the null class.
-        end_time: embed the end time s; without it s is ignored.
-        qk_norm: normalize queries and keys; LightningDiT's own checkpoints do not.
-        shift: let the embedding shift as well as scale and gate each half of a block.
-        norm: "rms" with learnt weights, or "layer" without.
-        mlp: the feed-forward network: "swiglu", or "gelu".
-        rotary: rotary positions in the attention, beside the fixed ones that are added to the tokens.
-        learn_sigma: give as many output channels again, which are dropped: where DiT predicts a variance, SiT has
-            weights that nothing trains.
+        num_classes: number of classes; label num_classes is the null class.
+        end_time: embed the end time s; otherwise s is ignored.
+        qk_norm: normalize queries and keys. LightningDiT's own checkpoints have no QK norm.
+        shift: let the embedding shift each half of a block, in addition to scaling and gating it.
+        norm: "rms" with learned weights, or "layer" without weights.
+        mlp: the feed-forward network, "swiglu" or "gelu".
+        rotary: use rotary positions in the attention, in addition to the fixed positions added to the tokens.
+        learn_sigma: double the output channels and drop the second half, in which DiT predicts a variance and SiT has
+            untrained weights.
 
     Raises:
-        ValueError: if a size is below 1 or does not divide as it must, or there is no such norm or mlp.
+        ValueError: if a size is below 1 or not divisible as described, or norm or mlp is unknown.
     """
 
     prediction: Literal["velocity", "noise"] | None = "velocity"
-    """What the network predicts; None for one from a public file, which does not say."""
+    """What the network predicts; None if it was loaded from a public file, which does not record it."""
 
     def __init__(
         self,
@@ -108,7 +114,7 @@ class DiT(Network):
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
 
         Raises:
-            ValueError: if the condition is not of labels; the null class is `null(labels)`.
+            ValueError: if the condition is not a tensor of labels. Unconditional rows need `null(labels)`.
         """
         if not isinstance(condition, Tensor):
             raise ValueError("DiT needs class labels: use network.null(labels) for unconditional rows")
@@ -122,7 +128,7 @@ class DiT(Network):
         u = self.unpatchify(self.final_layer(tokens, embedding))
         if self.learn_sigma:
             u = u[:, : self.in_channels]
-        # A copy where it is a view: FSDP2 hangs its hooks on the output, and warns of views.
+        # FSDP2 attaches hooks to the output and warns if it is a view.
         return u.contiguous().to(x_t.dtype)
 
     def units(self) -> list[nn.Module]:
@@ -130,13 +136,13 @@ class DiT(Network):
         return list(self.blocks)
 
     def unpatchify(self, tokens: Tensor) -> Sample:
-        """Return the image whose patches the tokens (b, n, p * p * c) are."""
+        """Return the images (b, c, h, w) made of the patches (b, n, p * p * c)."""
         return rearrange(
             tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch_size, q=self.patch_size
         )
 
     def with_end_time(self) -> "DiT":
-        """Return a copy that also embeds s, and at first equals this network for every s."""
+        """Return a copy that also embeds s and initially equals this network for every s."""
         student = DiT(**(self.config | {"end_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
@@ -144,10 +150,10 @@ class DiT(Network):
 
 
 def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, depth: int, heads: int) -> None:
-    """Refuse sizes of which no transformer can be built.
+    """Check that a transformer of these sizes can be built.
 
     Raises:
-        ValueError: if one is below 1 or does not divide as it must.
+        ValueError: if a size is below 1 or not divisible as described in `DiT`.
     """
     sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "depth": depth}
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Embeddings: of a time, of a class, and of a position on the grid."""
+"""Embeddings of patches, times, classes and grid positions."""
 
 import math
 
@@ -12,7 +12,7 @@ from decm_lightning.types import Time
 
 
 class PatchEmbedding(nn.Module):
-    """Square patches of an image, each projected to one token."""
+    """Project each square patch of an image to one token."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -20,16 +20,16 @@ class PatchEmbedding(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Return the tokens, row by row."""
+        """Return the tokens in row-major order."""
         return rearrange(self.proj(x.to(self.proj.weight.dtype)), "b d h w -> b (h w) d")
 
 
 class TimeEmbedding(nn.Module):
-    """An MLP over sinusoids of a time in [0, 1]: cosines first, periods from 2 pi to 2 pi * 10,000.
+    """An MLP on sinusoids of a time in [0, 1]: cosines first, with periods from 2 pi to 2 pi * 10,000.
 
     The time is not multiplied by 1000: an embedding that is smooth over [0, 1] keeps the derivative in t small.
-    The sinusoids are computed in the dtype of the time, which is float32 also where weights are narrower. With
-    `zero_output` the embedding is at first 0 for every time.
+    The sinusoids are computed in the dtype of the time, which is float32 even if the weights are narrower. With
+    `zero_output` the embedding is initially 0 for every time.
     """
 
     def __init__(self, width: int, sinusoids: int = 256, zero_output: bool = False) -> None:
@@ -47,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A table of classes and, in its last row, the null class of classifier-free guidance."""
+    """An embedding table of the classes; its last row is the null class of classifier-free guidance."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ClassEmbedding(nn.Module):
 
 
 def sin_cos_positions(width: int, grid: int) -> Float[Tensor, "1 n d"]:
-    """Return fixed sine and cosine embeddings of a square grid: the first half of the width for columns, then rows."""
+    """Return fixed sine and cosine embeddings of a square grid: columns in the first half of the width, then rows."""
     frequencies = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], -1)

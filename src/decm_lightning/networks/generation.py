@@ -1,4 +1,4 @@
-"""Images, or other samples, of a network for labels or captions: what `Network.generate` does."""
+"""The implementation of `Network.generate`: images or other samples for labels or captions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from decm_lightning.networks.network import Network
 
 Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
-"""Labels or captions, or one of them for all samples; None for each class once, or for no condition."""
+"""Labels or captions, or a single one for all samples; None for each class once, or for no condition."""
 BATCH = 256
-"""Samples that are computed together, as in `decm sample`."""
+"""Samples per batch, as in `decm sample`."""
 
 
 def generate(
@@ -38,7 +38,7 @@ def generate(
     decoder: Callable[[Sample], Sample] | None,
     options: Mapping[str, Any],
 ) -> list[Image.Image] | Tensor:
-    """Return what `Network.generate` documents."""
+    """Return images or samples; see `Network.generate`."""
     check_seed(seed)
     if sampler is None:
         sampler = "mix" if network.reads_end_time else "euler"
@@ -46,7 +46,7 @@ def generate(
         steps = 50 if sampler == "euler" else 2
     is_image = len(network.sample_shape) == 3
     if is_image and decoder is None and network.sample_shape[0] not in (1, 3):
-        raise ValueError(f"samples are latents {network.sample_shape}, not images: give decoder=, a VAE's")
+        raise ValueError(f"the samples are latents {network.sample_shape}, not images: pass decoder=, such as a VAE's")
     method = samplers.sampler(sampler, **options)
     with evaluating(network), torch.no_grad():
         conditions, rows = _conditions(network, condition, rows, encoder)
@@ -61,7 +61,7 @@ def generate(
 def _samples(
     network: "Network", method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int
 ) -> Sample:
-    # Adapters are wider than the frozen weights around them, and a model with adapters casts its own input.
+    # LoRA adapters may have a wider dtype than the frozen weights; such a model casts its input itself.
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in network.parameters()))
     device = next(network.parameters()).device
     return samplers.generate(
@@ -72,26 +72,28 @@ def _samples(
 def _conditions(
     network: "Network", requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
 ) -> tuple[Condition, Sequence[int]]:
-    """Return a condition with a row for each sample, on the network's device, and the numbers of the samples."""
+    """Return the condition of each sample, on the network's device, and the sample numbers."""
     device = next(network.parameters()).device
-    found: Condition
+    condition: Condition
     if isinstance(network.example(1)[3], Captions):
-        found = _captions(network, requested, encoder)
+        condition = _captions(network, requested, encoder)
     elif encoder is not None or isinstance(requested, str | Captions):
-        raise ValueError(f"{type(network).__name__} does not read captions")
+        raise ValueError(f"{type(network).__name__} does not accept captions")
     elif not network.num_classes:
         if requested is not None:
-            raise ValueError(f"{type(network).__name__} has no condition: got {requested!r}")
-        found = None
+            raise ValueError(f"{type(network).__name__} does not accept a condition: got {requested!r}")
+        condition = None
     else:
-        found = _labels(network, requested, rows)
-    count = 1 if found is None else len(_pytree.tree_leaves(found)[0])
+        condition = _labels(network, requested, rows)
+    count = 1 if condition is None else len(_pytree.tree_leaves(condition)[0])
     rows = range(count) if rows is None else rows
     if count == 1 < len(rows):
-        found = select(found, torch.zeros(len(rows), dtype=torch.long))
+        condition = select(condition, torch.zeros(len(rows), dtype=torch.long))
     elif count != len(rows) or not count:
-        raise ValueError(f"rows must be as many as conditions, at least one: got {len(rows)} and {count}")
-    return _pytree.tree_map_only(Tensor, lambda part: part.to(device), found), rows
+        raise ValueError(
+            f"rows and conditions must have the same length, at least 1: got {len(rows)} rows and {count} conditions"
+        )
+    return _pytree.tree_map_only(Tensor, lambda part: part.to(device), condition), rows
 
 
 def _captions(network: "Network", requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
@@ -99,15 +101,15 @@ def _captions(network: "Network", requested: Requested, encoder: CaptionEncoder 
         return requested
     texts = [requested] if isinstance(requested, str) else requested
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{type(network).__name__} reads captions: give a text or a list of texts: got {requested!r}")
+        raise ValueError(f"{type(network).__name__} needs a caption or a list of captions: got {requested!r}")
     if encoder is None:
         encoder = network.caption_encoder()
     elif isinstance(encoder, str):
         encoder = named_encoder(encoder, next(network.parameters()).device)
-    different = list(dict.fromkeys(map(str, texts)))
-    encoder.measured(different)
-    captions = encoder(different)
-    return select(captions, torch.tensor([different.index(str(text)) for text in texts]))
+    unique = list(dict.fromkeys(map(str, texts)))
+    encoder.measured(unique)
+    captions = encoder(unique)
+    return select(captions, torch.tensor([unique.index(str(text)) for text in texts]))
 
 
 def _labels(network: "Network", requested: Requested, rows: Sequence[int] | None) -> Tensor:
@@ -117,13 +119,13 @@ def _labels(network: "Network", requested: Requested, rows: Sequence[int] | None
     if labels.ndim > 1 or (labels.numel() and labels.is_floating_point()):
         raise ValueError(f"labels must be a list of integers: got {labels.dtype} {tuple(labels.shape)}")
     if (outside := labels[(labels < 0) | (labels > network.num_classes)]).numel():
-        raise ValueError(f"labels must be from 0 to {network.num_classes}, the null class: got {outside.tolist()}")
+        raise ValueError(f"labels must be from 0 to {network.num_classes} (the null class): got {outside.tolist()}")
     return labels.long()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and restore the mode of each of its parts afterwards."""
+    """Put a module into eval mode, and restore the mode of each submodule afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

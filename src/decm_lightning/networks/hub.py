@@ -1,4 +1,4 @@
-"""Folders that are on this machine, or on the Hugging Face hub."""
+"""Find folders on this machine or on the Hugging Face hub."""
 
 import re
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml")
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Return whether a path can only be a name on the hub: user/name, where no folder `user` is on this machine.
+    """Return whether a path can only be a hub name: user/name, without a local folder `user`.
 
-    A mistyped path such as runs/digits is thus never looked up there, nor is a missing file.
+    Mistyped paths in an existing folder, such as runs/digits, and missing files are therefore never looked up there.
     """
     name = str(path)
     return bool(HUB_NAME.fullmatch(name)) and not name.endswith(FILES) and not Path(name).parent.exists()
 
 
 def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
-    """Return the folder at `path`; or the one of that name on the hub, which is downloaded once.
+    """Return the folder at `path`, or download the folder of that name from the hub once.
 
     Args:
-        path: a folder, which goes before a name on the hub.
-        what: it holds, for the error.
-        patterns: of the files to download.
-        ignore: patterns of files that are not downloaded.
+        path: a folder, or a name on the hub. An existing folder takes precedence.
+        what: what errors call the content.
+        patterns: patterns of the files to download.
+        ignore: patterns of the files to skip.
 
     Raises:
-        FileNotFoundError: in one line, if it is neither, or the hub cannot be reached.
+        FileNotFoundError: in one line, if neither exists or the hub cannot be reached.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -38,4 +38,5 @@ def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Seque
         return Path(snapshot_download(str(path), allow_patterns=list(patterns), ignore_patterns=list(ignore)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"no {what} {path}: neither a folder nor on the Hugging Face hub ({reason})") from error
+        fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub ({reason})"
+        raise FileNotFoundError(fault) from error

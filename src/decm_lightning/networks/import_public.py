@@ -1,7 +1,7 @@
-"""Public checkpoints of diffusion transformers as a DiT of this package: LightningDiT's, FACM's, SiT's and DiT's.
+"""Import public LightningDiT, FACM, SiT and DiT checkpoints as a DiT of this package.
 
-LightningDiT is of arXiv 2501.01423, FACM of 2507.03738, SiT of 2401.08740, DiT of 2212.09748. Their tensors are named
-as those of `dit`.
+Sources: LightningDiT (arXiv 2501.01423), FACM (2507.03738), SiT (2401.08740), DiT (2212.09748). Their tensors have the
+names used in `dit`.
 """
 
 import math
@@ -17,7 +17,7 @@ from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.layers import Rotary
 from decm_lightning.networks.weightless import is_weightless
 
-# The tensors whose shapes, of so many dimensions, tell the architecture.
+# The tensors that determine the architecture, and their numbers of dimensions.
 SHAPES = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
@@ -27,67 +27,66 @@ SHAPES = {
 }
 GELU, SWIGLU = "blocks.0.mlp.fc2.weight", "blocks.0.mlp.w3.weight"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Heads by the width of the published sizes S, B, L and XL, for networks in which nothing has the width of a head."""
+"""Heads by the width of the published sizes S, B, L and XL, for checkpoints in which no tensor shows the head width."""
 
 
 def import_public(tensors: Mapping[str, Tensor], heads: int | None = None) -> DiT:
-    """Return the network that has these tensors, in float32 and eval mode.
+    """Return the network with these tensors, in float32 and eval mode.
 
-    Their path is that of this package: t = 0 noise, t = 1 data. A LightningDiT and a SiT give data minus noise, a DiT
-    gives noise. The architecture is found from the names and shapes of the tensors, and every tensor must have its
-    place. Rotary tables may be there or not: a network with SwiGLU has rotary positions in any case, one with GELU if
-    the tables are there.
+    The architecture is inferred from the names and shapes of the tensors, which must match it exactly. LightningDiT and
+    SiT follow the path of this package (t = 0 noise, t = 1 data) and predict data minus noise; DiT predicts noise.
+    Rotary tables are optional: a network with SwiGLU always has rotary positions, one with GELU only with the tables.
 
     Args:
-        tensors: by their plain names.
-        heads: attention heads; None for what QK norm or the rotary table tells, else for those of the published sizes.
+        tensors: the tensors by their plain names.
+        heads: attention heads; None to infer them from QK norm, the rotary table or the published sizes.
 
     Raises:
-        ValueError: if they are not of such a network, do not tell the heads, or one is missing, left over, of another
-            shape, or with other rotary positions.
+        ValueError: if the tensors are not of such a network, the number of heads cannot be inferred, or a tensor is
+            missing, unexpected, of the wrong shape, or a table of different rotary positions.
     """
     config = architecture(tensors, heads)
-    # Without memory: only the names and shapes of its tensors are needed, which are then put in their places.
+    # On the meta device: only names and shapes are needed, because the tensors are assigned afterwards.
     with torch.device("meta"):
         network = DiT(**config)
     network.prediction = None
-    places = network.state_dict()
+    expected = network.state_dict()
     tables = _tables(config["width"] // config["heads"], network.side) if config["rotary"] else {}
-    _check_places(tensors, places, [name for name in places if name not in tables])
+    _check_tensors(tensors, expected, [name for name in expected if name not in tables])
     _check_tables(tensors, tables, network.side)
     if is_weightless():
         return network.eval()
     state = {
         name: tables[name]
         if name in tables
-        # A copy of its own: the file may be changed while the network lives.
+        # Copied: the file may be memory-mapped, and may change while the network is in use.
         else tensors[name].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for name in places
+        for name in expected
     }
     network.load_state_dict(state, assign=True)
     return network.eval()
 
 
 def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-    """Return the arguments of the DiT that has these tensors, from their names and shapes alone.
+    """Return the arguments of the DiT with these tensors, inferred from their names and shapes.
 
     Raises:
-        ValueError: if a tensor that would tell is missing or has too many or too few dimensions, or nothing tells the
-            heads.
+        ValueError: if a required tensor is missing or has the wrong number of dimensions, or the number of heads cannot
+            be inferred.
     """
     mlp_out = GELU if GELU in tensors else SWIGLU
     needed = SHAPES | {mlp_out: 2}
-    unfit = [n for n, dims in needed.items() if n not in tensors or tensors[n].ndim != dims or not tensors[n].numel()]
-    if unfit:
+    faulty = [n for n, dims in needed.items() if n not in tensors or tensors[n].ndim != dims or not tensors[n].numel()]
+    if faulty:
         raise ValueError(
             "neither a checkpoint of decm-lightning, which describes its network, nor a LightningDiT, SiT or DiT: "
-            f"missing or of other dimensions are {few(unfit)}; it holds {few(list(tensors))}"
+            f"missing or with the wrong number of dimensions: {few(faulty)}; found: {few(list(tensors))}"
         )
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     tokens = tensors["pos_embed"].shape[1]
     grid = math.isqrt(tokens)
     if grid * grid != tokens:
-        raise ValueError(f"pos_embed must be that of a square grid: got {tokens} tokens")
+        raise ValueError(f"pos_embed must cover a square grid: got {tokens} tokens")
     return {
         "input_size": grid * patch_size,
         "in_channels": channels,
@@ -107,18 +106,18 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
     }
 
 
-def _check_places(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor], needed: Sequence[str]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed: Sequence[str]) -> None:
     missing = [name for name in needed if name not in tensors]
-    left_over = [name for name in tensors if name not in places]
-    unfit = [
+    unexpected = [name for name in tensors if name not in expected]
+    faulty = [
         f"{name} {tuple(tensors[name].shape)} of {tensors[name].dtype}, not {tuple(place.shape)}"
-        for name, place in places.items()
+        for name, place in expected.items()
         if name in tensors and not (tensors[name].shape == place.shape and tensors[name].is_floating_point())
     ]
-    if missing or left_over or unfit:
+    if missing or unexpected or faulty:
         raise ValueError(
-            f"tensors missing: {_counted(missing)}; left over: {_counted(left_over)}; of another shape or type: "
-            f"{_counted(unfit)}; a LightningDiT, SiT or DiT has a place for each: remove other tensors from the file"
+            f"tensors missing: {_counted(missing)}; unexpected: {_counted(unexpected)}; wrong shape or type: "
+            f"{_counted(faulty)}; the file must contain exactly the tensors of a LightningDiT, SiT or DiT"
         )
 
 
@@ -126,14 +125,14 @@ def _check_tables(tensors: Mapping[str, Tensor], tables: Mapping[str, Tensor], g
     for name, table in tables.items():
         if name not in tensors:
             continue
-        given = tensors[name]
-        # An angle is as wrong as its frequency is rounded, times the row; narrower types round the table itself.
-        rounding = max(grid * torch.finfo(torch.float32).eps, torch.finfo(given.dtype).eps)
-        difference = (given.double() - table.double()).abs().max().item()
+        found = tensors[name]
+        # The error of an angle is the rounding of its frequency times the row; narrower dtypes also round the table.
+        rounding = max(grid * torch.finfo(torch.float32).eps, torch.finfo(found.dtype).eps)
+        difference = (found.double() - table.double()).abs().max().item()
         if not difference <= max(1e-6, rounding):
             raise ValueError(
-                f"{name} is not that of rotary positions with base 10,000 on a {grid} x {grid} grid: they differ by "
-                f"{difference:.2g}; such a network is not supported"
+                f"{name} differs by {difference:.2g} from rotary positions with base 10,000 on a {grid} x {grid} grid: "
+                "other rotary positions are not supported"
             )
 
 
@@ -147,14 +146,14 @@ def _heads(tensors: Mapping[str, Tensor], width: int) -> int:
             return max(width // tensors[name].shape[-1], 1)
     if width not in HEADS:
         raise ValueError(
-            "the number of heads cannot be told: there is no blocks.0.attn.q_norm.weight (QK norm) and no "
-            f"feat_rope.freqs_cos (rotary table), and {width} is the width of no published size: give heads"
+            "the number of heads cannot be inferred: blocks.0.attn.q_norm.weight (QK norm) and feat_rope.freqs_cos "
+            f"(rotary table) are missing, and no published size has width {width}: pass heads"
         )
     return HEADS[width]
 
 
 def _mlp_ratio(width: int, hidden: int, part: float) -> float:
-    # The shortest decimal that gives the hidden width.
+    # The shortest decimal that yields the hidden width.
     ratios = (round((hidden + 0.5) / part / width, digits) for digits in range(17))
     return next(ratio for ratio in ratios if int(part * ratio * width) == hidden)
 

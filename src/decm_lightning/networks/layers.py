@@ -1,4 +1,4 @@
-"""The parts of a DiT: normalization, attention, a feed-forward network, and the adaptive block around them."""
+"""Layers of a DiT: normalization, attention, feed-forward networks, and the adaLN-Zero block."""
 
 from typing import Literal, TypeAlias
 
@@ -16,7 +16,7 @@ FeedForwardName: TypeAlias = Literal["swiglu", "gelu"]
 
 
 def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
-    """Return a projection with bias 0 and weights of standard deviation `std`, 0 included; None for Xavier's."""
+    """Return a projection with zero bias and weights of standard deviation `std`, which may be 0; None for Xavier."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight) if std is None else nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
@@ -24,15 +24,16 @@ def linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
 
 
 def modulate(x: Tokens, scale: Embedding, shift: Embedding | None = None) -> Tokens:
-    """Return x (1 + scale) + shift, with one scale and, if any, one shift per sample."""
+    """Return x (1 + scale) + shift, with one scale and optionally one shift per sample."""
     scaled = x * (1 + scale[:, None])
     return scaled if shift is None else scaled + shift[:, None]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, times a learnt weight (arXiv 1910.07467).
+    """x / rms(x) over the last axis, times a learned weight (arXiv 1910.07467).
 
-    The root mean square is taken in at least float32, and the weight applied after the cast back, as LightningDiT does.
+    As in LightningDiT, the root mean square is computed in at least float32, and the weight is applied after casting
+    back.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -61,7 +62,7 @@ class SwiGLU(nn.Module):
 
 
 class GELUFeedForward(nn.Module):
-    """fc2(gelu(fc1(x))), with the GELU that is approximated by tanh (arXiv 1606.08415), as in DiT and SiT."""
+    """fc2(gelu(fc1(x))) with the tanh approximation of GELU (arXiv 1606.08415), as in DiT and SiT."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -74,25 +75,25 @@ class GELUFeedForward(nn.Module):
 
 
 def norm_layer(name: NormName, width: int) -> nn.Module:
-    """Return RMSNorm with its learnt weight, or LayerNorm without one: DiT's modulation scales and shifts already."""
+    """Return RMSNorm with a learned weight, or LayerNorm without one: DiT's modulation already scales and shifts."""
     return RMSNorm(width) if name == "rms" else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 def feed_forward(name: FeedForwardName, width: int, ratio: float) -> nn.Module:
-    """Return a feed-forward network whose hidden width is ratio times the width, and of SwiGLU 2 / 3 of that."""
+    """Return a feed-forward network with hidden width ratio * width, or 2 / 3 of that for SwiGLU."""
     return SwiGLU(width, int(2 / 3 * ratio * width)) if name == "swiglu" else GELUFeedForward(width, int(ratio * width))
 
 
 class Rotary(nn.Module):
-    """Rotary positions on a square grid (arXiv 2104.09864): half of a head turns with the row, half with the column.
+    """Rotary positions on a square grid (arXiv 2104.09864): half of each head encodes the row, half the column.
 
-    Neighbouring elements form the pairs that are rotated; frequencies are 10000^(-2i / (d / 2)) for a head of size d.
+    Neighboring elements form the rotated pairs. The frequencies are 10000^(-2i / (d / 2)) for a head of size d.
     """
 
     def __init__(self, head_width: int, grid: int) -> None:
         super().__init__()
         half = head_width // 2
-        # Rounded as LightningDiT's: at row 32 another order of operations is 2e-6 off.
+        # The order of operations is LightningDiT's: another one differs by 2e-6 at row 32.
         frequencies = 1 / 10_000 ** (torch.arange(0, half, 2).float() / half)
         angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
         rows = angles[:, None, :].expand(grid, grid, -1)
@@ -111,10 +112,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, with rotary positions if any and, unless told not to, normalized queries and keys.
-
-    Both are normalized by RMSNorm over each head (arXiv 2302.05442).
-    """
+    """Self-attention with optional rotary positions and QK norm, an RMSNorm over each head (arXiv 2302.05442)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()
@@ -137,7 +135,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each shifted, scaled and gated by the embedding (adaLN-Zero, arXiv 2212.09748).
 
-    Without `shift` the embedding only scales and gates.
+    Without `shift`, the embedding only scales and gates.
     """
 
     def __init__(
@@ -159,13 +157,13 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * self.parts * width, 0.0))
 
     def forward(self, x: Tokens, embedding: Embedding, rotary: Rotary | None, checkpointed: bool = False) -> Tokens:
-        """Return the tokens after both halves; `checkpointed` keeps nothing in between for the backward pass."""
+        """Return the updated tokens. With `checkpointed`, the backward pass recomputes the activations."""
         if checkpointed:
             return checkpoint(self.halves, x, embedding, rotary, use_reentrant=False)
         return self.halves(x, embedding, rotary)
 
     def halves(self, x: Tokens, embedding: Embedding, rotary: Rotary | None) -> Tokens:
-        """Return the tokens after attention, and then the feed-forward network."""
+        """Return the tokens after attention and the feed-forward network."""
         first, second = self.adaLN_modulation(embedding).chunk(2, dim=-1)
         *shift, scale, gate = first.chunk(self.parts, dim=-1)
         x = x + gate[:, None] * self.attn(modulate(self.norm1(x), scale, *shift), rotary)
@@ -183,6 +181,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, 0.0))
 
     def forward(self, x: Tokens, embedding: Embedding) -> Float[Tensor, "b n p"]:
-        """Return the tokens' patches, flattened."""
+        """Return the flattened patches."""
         shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), scale, shift))

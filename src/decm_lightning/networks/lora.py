@@ -1,4 +1,4 @@
-"""A network around frozen pretrained weights: LoRA and an end time are added, and only they train."""
+"""LoRA networks: frozen pretrained weights with trainable adapters and an end-time embedding."""
 
 import copy
 from abc import abstractmethod
@@ -14,16 +14,16 @@ from decm_lightning.networks.network import Network
 
 
 class LoRANetwork(Network):
-    """A network around a pretrained `model` whose weights never change: what trains is added by `adapt`.
+    """A network around a frozen pretrained `model`; `adapt` adds the trainable parameters.
 
     Low-rank adaptation (LoRA, arXiv 2106.09685) turns a projection W x into W x + B A x, with A of shape (lora_rank,
-    inputs) and B of (outputs, lora_rank), which starts at zero: at first nothing is changed. Frozen weights are held
-    once: copies of the network share them and have their own adapters. Nor are they in its state_dict: only the added
-    parameters are saved and loaded, a small part of the whole, for the model that the network's config names.
+    inputs) and B of (outputs, lora_rank). B starts at zero, so the output is initially unchanged. Copies of the network
+    share the frozen weights and have separate adapters. The state_dict only contains the added parameters; the frozen
+    weights come from the model that the config names.
 
     Args:
         model: the pretrained model, which is frozen.
-        targets: ends of the names of the projections to adapt, unless `adapt` is given others.
+        targets: the default projections to adapt, as suffixes of their names.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[str]) -> None:
@@ -31,25 +31,25 @@ class LoRANetwork(Network):
         self.model: Any = model.requires_grad_(False)
         self.targets = tuple(targets)
         self.added: frozenset[str] = frozenset()
-        """The names of the parameters that are no part of the pretrained model."""
+        """The names of the parameters added to the pretrained model."""
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
 
     @abstractmethod
     def add_end_time(self) -> None:
-        """Add an embedding of s to the model, in place, that is zero at first."""
+        """Add an embedding of s to the model in place; it is initially zero."""
 
     def adapt(self, lora_rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
-        """Add adapters and an end time, in float32 or wider and the only parameters that train; return the network.
+        """Add trainable adapters and an end-time embedding, in float32 or wider, and return the network.
 
         Args:
-            lora_rank: of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
-            targets: ends of the names of the projections to adapt; None for the attention's.
+            lora_rank: rank of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
+            targets: projections to adapt, as suffixes of their names; None for those of the attention.
 
         Raises:
             ImportError: if peft is not installed.
-            ValueError: if lora_rank is below 1, there is no projection of one of the names, or `config["base"]` is the
-                hash of other pretrained weights.
+            ValueError: if lora_rank is below 1, a target matches no projection, or `config["base"]` is the hash of
+                different pretrained weights.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -60,9 +60,9 @@ class LoRANetwork(Network):
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         targets = self.targets if targets is None else tuple(targets)
         for target in targets:
-            # peft ignores one that is not there, if another is.
+            # peft only reports an error if none of the targets matches.
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ValueError(f"targets must end names of projections: got {target!r}, which ends none")
+                raise ValueError(f"targets must be suffixes of projection names: {target!r} matches none")
         if "base" in self.config:
             self.config["base"] = self._checked_base()
         inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(targets)), self.model)
@@ -75,9 +75,9 @@ class LoRANetwork(Network):
         return self
 
     def with_end_time(self, lora_rank: int = 64, targets: Sequence[str] | None = None) -> "LoRANetwork":
-        """Return a copy that also reads s, and at first equals this network for every s; its base is this one's.
+        """Return a copy that also reads s and initially equals this network for every s.
 
-        A network that has an end time already keeps it, and its adapters.
+        The copy shares the frozen weights. If the network already has an end time, the copy has the same adapters.
         """
         student = copy.deepcopy(self)
         if not self.added:
@@ -88,11 +88,11 @@ class LoRANetwork(Network):
 
     @property
     def reads_end_time(self) -> bool:
-        """Whether the end time was added."""
+        """Whether an end time was added."""
         return bool(self.added)
 
     def identity(self) -> str:
-        """Return the first 16 digits of the SHA-256 of all weights, those of the pretrained model included."""
+        """Return the first 16 digits of the SHA-256 of all weights, including those of the pretrained model."""
         return tensors_sha256(self.state_dict() | _base(self))[:16]
 
     def _checked_base(self) -> str:
@@ -100,15 +100,15 @@ class LoRANetwork(Network):
         if saved not in (None, found):
             where = self.config.get("model", "the pretrained model")
             raise ValueError(
-                f"{where} has other weights ({found}) than those that the student was trained on ({saved}): "
-                "give the same revision of the model"
+                f"{where} has weights {found}, but the student was trained on {saved}: "
+                "use the same revision of the model"
             )
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoRANetwork":
-        """Copy what was added, and share the rest."""
+        """Copy the added parameters and share the others."""
         memo |= {id(parameter): parameter for name, parameter in self.named_parameters() if name not in self.added}
-        # A move would give each module a buffer of its own, and SD3.5's position embeddings alone are 0.9 GB.
+        # Share modules, not just buffers: moving a copied module would duplicate its buffers (0.9 GB in SD3.5).
         memo |= {id(module): module for module in self.modules() if any(True for _ in module.buffers(recurse=False))}
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -117,13 +117,13 @@ class LoRANetwork(Network):
 
 
 def _without_base(network: LoRANetwork, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
-    """Leave out of a state_dict what the pretrained model has."""
+    """Remove the weights of the pretrained model from a state_dict."""
     for name in _base(network):
         del state[prefix + name]
 
 
 def _with_base(network: LoRANetwork, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Fill in for load_state_dict what `_without_base` left out."""
+    """Restore for load_state_dict what `_without_base` removed."""
     state.update({prefix + name: tensor for name, tensor in _base(network).items()})
 
 

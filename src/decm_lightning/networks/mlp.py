@@ -1,4 +1,4 @@
-"""A small MLP flow map for points in a plane: the student of the notebooks and of the exact tests."""
+"""A small MLP flow map on points, for notebooks and exact tests."""
 
 import copy
 
@@ -11,15 +11,21 @@ from decm_lightning.types import Condition, Sample, Time
 
 
 class MLP(Network):
-    """u(x_t, t, s, condition) for x of shape (b, dimensions), by SiLU layers over (x, t, s, class).
+    """An MLP u(x_t, t, s, labels) on points x of shape (b, dimensions), with SiLU activations.
 
-    Times enter raw, and s by weights that start at zero, so that the network at first ignores s.
+    Times are not embedded. The weights of s start at zero, so the network initially ignores s.
+
+    Example:
+        >>> network = MLP(dimensions=2, num_classes=8)
+        >>> x_t, t, s, labels = network.example(rows=4)
+        >>> network(x_t, t, s, labels).shape
+        torch.Size([4, 2])
 
     Args:
         dimensions: size of x.
         width: hidden width.
-        depth: hidden layers, at least 1.
-        num_classes: classes; 0 for an unconditional flow. Index num_classes is the null class.
+        depth: number of hidden layers, at least 1.
+        num_classes: number of classes, 0 for an unconditional flow. Label num_classes is the null class.
     """
 
     def __init__(self, dimensions: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
@@ -44,5 +50,5 @@ class MLP(Network):
         return self.end(nn.functional.silu(h))
 
     def with_end_time(self) -> "MLP":
-        """Return a copy: this network always reads s."""
+        """Return a trainable copy; this network always reads s."""
         return copy.deepcopy(self).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""A last look at whole pixels, for transformers whose patches are large."""
+"""A convolutional output head with a skip connection from the pixels, for transformers with large patches."""
 
 import torch
 from einops import rearrange
@@ -10,14 +10,15 @@ from decm_lightning.types import Sample
 
 
 class PixelSkipHead(nn.Module):
-    """What the blocks made, plus gain x_t, plus three 3 x 3 convolutions of both; gain and features by the embedding.
+    """Return u + gain x_t + conv(u, x_t) for the output u of the blocks, with three 3 x 3 convolutions.
 
-    A velocity E[x_1] - x_0 holds all of the noise, which does not fit through tokens of hardly more values than a patch
-    has, and patches that do not see each other leave seams (as U-ViT found: arXiv 2209.12152, section 3.1). Here noise
-    has a way past the blocks, and neighbouring pixels meet. At first it adds nothing.
+    The embedding determines the gain and modulates the features. A velocity E[x_1] - x_0 contains all of the noise,
+    which tokens with hardly more values than a patch cannot carry, and independent patches leave seams (see U-ViT,
+    arXiv 2209.12152, section 3.1). This head lets the noise bypass the blocks and connects neighboring pixels. It
+    initially adds zero.
 
     Args:
-        channels: those of x_t and of the velocity.
+        channels: channels of x_t and of the velocity.
         width: size of the embedding.
         features: channels between the convolutions.
     """
@@ -34,7 +35,7 @@ class PixelSkipHead(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, image: Sample, x_t: Sample, embedding: Embedding) -> Sample:
-        """Return u, (b, c, h, w), of what the blocks made of x_t."""
+        """Return the velocity (b, c, h, w), given the output `image` of the blocks."""
         modulation = rearrange(self.modulation(embedding), "b d -> b d 1 1")
         gain, shift, scale = modulation.split(self.sizes, dim=1)
         features = self.enter(torch.cat([image, x_t.to(image.dtype)], 1)) * (1 + scale) + shift

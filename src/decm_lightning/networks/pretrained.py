@@ -1,4 +1,4 @@
-"""Networks to and from disk: folders with config.json and model.safetensors, training checkpoints, and public files."""
+"""Load and save networks: folders with config.json and model.safetensors, training checkpoints, and public files."""
 
 import json
 import os
@@ -27,9 +27,9 @@ from decm_lightning.networks.weightless import is_weightless, on_meta
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-"""The files of a network's folder."""
+"""The files in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
-"""The prefixes of the names of the averaged weights, and of those as trained, in a training checkpoint."""
+"""The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 
 
 def load(
@@ -39,24 +39,28 @@ def load(
     weights: Weights | None = None,
     heads: int | None = None,
 ) -> Network:
-    """Return a network ready to sample: in eval mode, and from a training checkpoint its averaged (EMA) weights.
+    """Load a network in eval mode, by default with the averaged (EMA) weights of a training checkpoint.
 
-    Within `weightless.without_weights` no weights are read: the network is on the meta device, whatever `device` is.
+    Within `weightless.without_weights`, no weights are read and the network is on the meta device.
+
+    Example:
+        >>> load("weights/digits/student").sample_shape
+        (1, 8, 8)
 
     Args:
-        path: a folder written by `save`; a checkpoint written by training (a .ckpt file or a folder of shards); a
-            public LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face
-            hub. A local path goes first, and only a name with one slash and no suffix is looked for on the hub.
-        device: where to put it.
+        path: a folder written by `save`; a training checkpoint (a .ckpt file or a folder of shards); a public
+            LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face hub.
+            Local paths take precedence, and only a name with one slash and no suffix is looked up on the hub.
+        device: the device to move the network to.
         trust: import the module of a network class from outside this package, which runs its code. A class that is
-            imported already needs no trust.
-        weights: which of the two sets in a training checkpoint to read: "ema", the averaged ones, or "model"; None for
-            "ema" if there are any. A folder or file with one set ignores it.
-        heads: attention heads of a public network; None for those that its tensors or its published size tell.
+            already imported does not need it.
+        weights: the set to read from a training checkpoint: "ema" or "model"; None for "ema" if it exists. A folder or
+            file with a single set ignores it.
+        heads: attention heads of a public network; None to infer them from its tensors or its published size.
 
     Raises:
-        OSError: naming the file, if there is nothing at `path`, it may not be read, or the hub does not have it.
-        ValueError: naming `path` and the cause, if it is damaged or holds no network of a known class or architecture.
+        OSError: naming the file, if nothing exists at `path`, it may not be read, or it is not on the hub.
+        ValueError: naming `path` and the cause, if it is damaged or its class or architecture is unknown.
     """
     place = _on_this_machine(path)
     if is_sharded(place):
@@ -67,21 +71,21 @@ def load(
 
 
 def save(network: Network, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into `folder`, and a model card if there is none.
+    """Write config.json and model.safetensors to `folder`, and a model card unless there is one.
 
-    The folder is created if it is missing. An existing network is replaced when both files are complete,
-    and stays usable if writing fails.
+    The folder is created if necessary. An existing network is replaced once both files are complete, and stays usable
+    if writing fails.
 
     Raises:
         OSError: naming the file, if it cannot be written, for example because the disk is full.
-        ValueError: if `folder` holds anything other than a network of this package.
+        ValueError: if `folder` contains anything other than a network of this package.
     """
     folder = check_target(folder)
     described = json.dumps(describe(network), sort_keys=True, indent=2)
     with atomic(folder / WEIGHTS) as weights:
         save_model(network, str(weights))
         with weights.open("rb") as content:
-            # The weights are large: flushed now, they follow their config at once.
+            # Flushing the large weights now keeps the time between the two renames short.
             os.fsync(content.fileno())
         with atomic(folder / CONFIG) as config:
             config.write_text(described, encoding="utf-8")
@@ -91,31 +95,32 @@ def save(network: Network, folder: str | Path) -> None:
 
 
 def check_target(folder: str | Path) -> Path:
-    """Return a folder that `save` may write to: one that is missing, or holds no other model.
+    """Return `folder` if `save` may write to it: it must not exist yet, or not contain another model.
 
     Raises:
         NotADirectoryError: if it is a file.
-        ValueError: if it is "", or holds a config.json or model.safetensors of something else, or a sharded checkpoint.
+        ValueError: if it is "", or contains a sharded checkpoint, or a config.json or model.safetensors of another
+            model.
     """
     if not str(folder):
-        raise ValueError("the folder to write has no name: got ''")
+        raise ValueError("the output folder must have a name: got ''")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: give a folder")
+        raise NotADirectoryError(f"{folder} is a file: choose a folder")
     if is_sharded(folder):
-        raise ValueError(f"{folder} is a sharded checkpoint: give another folder")
+        raise ValueError(f"{folder} is a sharded checkpoint: choose another folder")
     found = _class_in(folder / CONFIG)
     other = found is None and (folder / WEIGHTS).exists()
     if found is not None and found not in CLASSES and "." not in found:
         other = True
     if other:
         file = WEIGHTS if found is None else CONFIG
-        raise ValueError(f"{folder} holds another model ({file} is not of decm-lightning): give another folder")
+        raise ValueError(f"{folder} contains another model ({file} is not of decm-lightning): choose another folder")
     return folder
 
 
 def _class_in(config: Path) -> str | None:
-    """Return the class that a config.json names, "" if it names none, None if there is no such file."""
+    """Return the class that a config.json names, "" if it names none, None if the file does not exist."""
     try:
         described = json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,19 +131,19 @@ def _class_in(config: Path) -> str | None:
 
 
 def describe(network: Network) -> dict[str, Any]:
-    """Return what is needed to build the network again: its class name and its arguments."""
-    # Imported here: it takes longer than all else together, and `load` does not need it.
+    """Return the class name and arguments of a network, from which `build` creates it again."""
+    # Imported here: it dominates the import time, and `load` does not need it.
     from torch.distributed.fsdp import FSDPModule
 
-    # FSDP2 gives what it shards a class of its own, before the class it was of.
+    # FSDP2 replaces the class of a sharded module by a subclass.
     cls = next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
-    # Classes from elsewhere are found again by their module.
+    # A class from outside this package needs its module to be found again.
     name = cls.__name__ if cls in CLASSES.values() else f"{cls.__module__}.{cls.__qualname__}"
     return {"_class_name": name, **network.config}
 
 
 def description(checkpoint: str | Path) -> dict[str, Any]:
-    """Return what `describe` gave of the network in a training checkpoint, without reading its weights.
+    """Return the description of the network in a training checkpoint, without reading the weights.
 
     Raises:
         ValueError: if it is not a checkpoint of this package.
@@ -148,52 +153,57 @@ def description(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -> None:
-    """Compare what a checkpoint says of its network with the one that its weights are for.
+    """Check that a checkpoint was saved from a network with the same arguments.
 
     Raises:
-        ValueError: naming all arguments in which they differ.
+        ValueError: naming all arguments that differ.
     """
-    # An older description may lack arguments that have come since, with defaults that leave all as it was.
+    # Older descriptions may lack newer arguments, whose defaults preserve the old behavior.
     expected = {key: value for key, value in describe(network).items() if key in found and found[key] != value}
     if expected:
-        differing = ", ".join(f"{key} {found[key]}, not {value}" for key, value in expected.items())
-        raise ValueError(f"{where} holds another network than the config builds ({differing}): change one of them")
+        differing = ", ".join(
+            f"{key}: {found[key]} in the checkpoint, {value} in the config" for key, value in expected.items()
+        )
+        fault = f"{where} was saved from a different network than the config describes ({differing})"
+        raise ValueError(f"{fault}: change one of them")
 
 
 def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
-    """Compare a training checkpoint in one file with all that a module, or a run that goes on, will look for in it.
+    """Check that a training checkpoint in one file has everything that a module, or a resumed run, reads from it.
 
     Raises:
-        ValueError: naming what it lacks, or the first weight that is missing or of another shape.
+        ValueError: naming the missing entries, or the first weight that is missing or has the wrong shape.
     """
     found = read_file(checkpoint)
     needed = ("state_dict", "seed", "optimizer_states") if resume else ("state_dict", "seed")
     if lacking := [key for key in needed if key not in found]:
-        remedy = "take a whole one, which ModelCheckpoint writes unless told to save_weights_only"
-        raise ValueError(f"{checkpoint} has no {' and no '.join(lacking)}: {remedy}")
+        remedy = "use a full checkpoint, written by ModelCheckpoint without save_weights_only"
+        raise ValueError(f"{checkpoint} lacks {' and '.join(lacking)}: {remedy}")
     weights = found["state_dict"]
     for name, tensor in module.state_dict().items():
         if name not in weights:
-            raise ValueError(f"{checkpoint} has no weights {name}: take another checkpoint")
-        given, known = tuple(weights[name].shape), tuple(tensor.shape)
-        if given != known:
-            raise ValueError(f"{checkpoint} has weights {name} of shape {given}, not {known}: take another checkpoint")
+            raise ValueError(f"{checkpoint} lacks the weights {name}: use another checkpoint")
+        shape, expected = tuple(weights[name].shape), tuple(tensor.shape)
+        if shape != expected:
+            raise ValueError(
+                f"{checkpoint} has weights {name} of shape {shape}, not {expected}: use another checkpoint"
+            )
 
 
 def build(description: dict[str, Any], trust: bool = False) -> Network:
-    """Return a new network from what `describe` gave.
+    """Create a network from the result of `describe`.
 
     Args:
-        description: the class and its arguments.
-        trust: import the module of a class outside this package; see `load`.
+        description: the class name and the arguments.
+        trust: import the module of a class from outside this package; see `load`.
 
     Raises:
-        ValueError: if the class is unknown, or of a module that may not be imported.
+        ValueError: if the class is unknown, or in a module that may not be imported.
     """
     arguments = dict(description)
     name = arguments.pop("_class_name", None)
     if not isinstance(name, str):
-        raise ValueError(f"its description names no network class (_class_name): got {name}")
+        raise ValueError(f"the description must name a network class (_class_name): got {name}")
     cls = _class_of(name, trust)
     return on_meta(cls, **arguments) if is_weightless() else cls(**arguments)
 
@@ -204,9 +214,9 @@ def _class_of(name: str, trust: bool) -> type[Network]:
         return cls
     module, _, attribute = name.rpartition(".")
     if module and not (trust or module.startswith("decm_lightning.")):
-        # A file must not choose which code runs.
-        remedy = "import that module first, or give trust=True (--trust true) if you trust the file"
-        raise ValueError(f"its network class {name} is not imported: {remedy}")
+        # A file must not decide which code runs.
+        remedy = "import its module first, or pass trust=True (--trust true) if you trust the file"
+        raise ValueError(f"the network class {name} is not imported: {remedy}")
     try:
         found = getattr(import_module(module), attribute) if module else None
     except (ImportError, AttributeError):
@@ -228,12 +238,12 @@ def _from_folder(folder: Path, trust: bool) -> Network:
         try:
             file.stat()
         except FileNotFoundError as error:
-            expected = f"a network folder holds {CONFIG} and {WEIGHTS}"
+            expected = f"a network folder contains {CONFIG} and {WEIGHTS}"
             raise FileNotFoundError(f"{file} is missing: {expected}") from error
     with _naming(folder):
         described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
-            raise ValueError(f"{CONFIG} must hold _class_name and the arguments: got {described}")
+            raise ValueError(f"{CONFIG} must contain _class_name and the arguments: got {described}")
         network = build(described, trust)
     if not is_weightless():
         tensors = read_file(weights)
@@ -270,7 +280,7 @@ def _on_this_machine(path: str | Path) -> Path:
     if is_hub_name(path):
         return download(path, "network", [CONFIG, WEIGHTS])
     try:
-        # Unlike Path.exists, which takes a missing permission for a missing file in some versions of Python.
+        # In some Python versions, Path.exists reports a missing permission as a missing file.
         Path(path).stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no checkpoint or folder at {path}") from error
@@ -282,8 +292,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        cause = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        # Torch names every weight that does not fit.
+        cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        # The message of torch lists every weight that does not match.
         raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
 
 

@@ -1,8 +1,8 @@
-"""Sharded checkpoints: a folder into which each process of FSDP2 has written its part of every tensor.
+"""Sharded checkpoints: folders to which each FSDP2 process writes its shard of every tensor.
 
-Lightning's ModelParallelStrategy writes weights and optimizers by torch.distributed.checkpoint, and all else that an
-ordinary checkpoint holds, such as the step and what describes the network, into `meta.pt` beside them.
-torch.distributed.checkpoint is imported where it is needed alone: it takes a second.
+Lightning's ModelParallelStrategy saves weights and optimizers with torch.distributed.checkpoint. The other entries of a
+checkpoint, such as the step and the description of the network, are stored next to them in `meta.pt`.
+torch.distributed.checkpoint is imported only where it is needed, because that takes a second.
 """
 
 import warnings
@@ -18,55 +18,55 @@ from decm_lightning.files import atomic
 from decm_lightning.networks.checkpoint_files import read_file
 
 REST, INDEX = "meta.pt", ".metadata"
-"""What is no tensor, and where the parts of each tensor are; both are written last."""
+"""The file of everything but tensors, and the index of the shards; both are written last."""
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether there is a sharded checkpoint at `path`, or what is left of one."""
+    """Return whether `path` is a complete or incomplete sharded checkpoint."""
     return path.is_dir() and ((path / REST).exists() or (path / INDEX).exists() or any(path.glob("*.distcp")))
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Return all of a sharded checkpoint but weights and optimizers.
+    """Return the entries of a sharded checkpoint other than weights and optimizers.
 
     Raises:
-        ValueError: if `folder` holds no sharded checkpoint, or one whose saving was cut short.
+        ValueError: if `folder` is not a sharded checkpoint, or an incomplete one.
     """
     missing = [name for name in (INDEX, REST) if not (folder / name).is_file()]
     if missing and is_sharded(folder):
-        raise ValueError(f"{folder} has no {' and no '.join(missing)}: its saving was cut short, take an earlier one")
+        raise ValueError(f"{folder} is incomplete, it lacks {' and '.join(missing)}: use an earlier checkpoint")
     if missing:
-        raise ValueError(f"{folder} is no sharded checkpoint: a folder with {INDEX} and {REST} is expected")
+        raise ValueError(f"{folder} is not a sharded checkpoint: expected a folder with {INDEX} and {REST}")
     rest = read_file(folder / REST)
     if not isinstance(rest, dict):
-        raise ValueError(f"{folder / REST} must hold a dict: got {type(rest).__name__}")
+        raise ValueError(f"{folder / REST} must contain a dict: got {type(rest).__name__}")
     return rest
 
 
 def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Read weights into tensors, in place and by their names in the state_dict; of the files no more than these.
+    """Read weights into tensors in place, by their names in the state_dict. Other weights are not read.
 
     Raises:
-        ValueError: if one is missing or has another shape, or a file is missing or cut short.
+        ValueError: if a weight is missing or has the wrong shape, or a file is missing or truncated.
     """
     from torch.distributed import checkpoint as dcp
 
     with _as_one_line(folder), warnings.catch_warnings():
-        # That only this process reads is what is wanted.
+        # Only this process is supposed to read.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load({"state_dict": dict(tensors)}, checkpoint_id=folder, no_dist=True)
 
 
 def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return a sharded checkpoint as one process would have written it, optimizers included.
+    """Return a sharded checkpoint in the layout of a checkpoint in one file, including the optimizers.
 
     Args:
         folder: the checkpoint.
-        scratch: a folder with room for all tensors, which are written there temporarily.
+        scratch: a folder with space for a temporary copy of all tensors.
 
     Raises:
-        OSError: naming `scratch`, if that cannot be written, for example because the disk is full.
-        ValueError: if `folder` holds no sharded checkpoint, or not all of one.
+        OSError: naming `scratch`, if it cannot be written to, for example because the disk is full.
+        ValueError: if `folder` is not a sharded checkpoint, or an incomplete one.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -82,7 +82,7 @@ def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
-    # Sharded, an optimizer knows its parameters by name; otherwise by their place in its groups.
+    # Sharded optimizer states use parameter names as keys, ordinary ones use positions in the parameter groups.
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     return {
@@ -104,6 +104,6 @@ def _as_one_line(folder: Path) -> Iterator[None]:
 
 
 def cause(error: Any) -> str:
-    """Return in one line what a CheckpointException is about: its own text holds the traceback of every process."""
+    """Return the cause of a CheckpointException in one line; its message has the tracebacks of all processes."""
     first, _ = next(iter(error.failures.values()))
     return str(first).splitlines()[0] if str(first) else type(first).__name__

@@ -1,4 +1,4 @@
-"""A diffusion transformer that reads captions: the DiT with attention to their tokens in each block."""
+"""A caption-conditional diffusion transformer: a DiT with cross-attention to the caption in each block."""
 
 import torch
 from einops import rearrange
@@ -14,30 +14,35 @@ from decm_lightning.types import Captions, Condition, Sample, Time
 
 
 class TextDiT(Network):
-    """u(x_t, t, s, captions) on square images or latents: adaLN-Zero blocks of self-attention, cross-attention, SwiGLU.
+    """A DiT u(x_t, t, s, captions) on square images or latents, with cross-attention in its adaLN-Zero blocks.
 
-    As `DiT`, with the caption in the class's place: image tokens attend to its tokens in each block, as in PixArt
-    (arXiv 2310.00426), and the mean of its tokens is added to the embeddings of t and s. Tokens that the captions' mask
-    leaves out have no influence. A learnt token stands before those of every caption, and alone in the null caption.
-    `Captions.pooled` is not read. Weights begin as in `DiT`; the embedding of s ends in zeros, so that a student begun
-    from a teacher's weights is the teacher for every s.
+    It differs from `DiT` in the condition. Image tokens attend to the caption tokens in each block, as in PixArt (arXiv
+    2310.00426), and a summary of the caption is added to the embeddings of t and s. Masked tokens have no influence. A
+    learned token is prepended to every caption; in the null caption it is the only token. `Captions.pooled` is ignored.
+    Weights are initialized as in `DiT`, so a student initialized from a teacher equals the teacher for every s.
+
+    Example:
+        >>> network = TextDiT(8, 3, caption_width=16, patch_size=2, width=32, depth=2, heads=2)
+        >>> x_t, t, s, captions = network.example(rows=4)
+        >>> network(x_t, t, s, captions).shape
+        torch.Size([4, 3, 8, 8])
 
     Args:
         input_size: height and width of the input, a multiple of patch_size.
         in_channels: channels of the input and of the velocity.
-        caption_width: size of a caption token, as the text encoder gives it.
+        caption_width: size of a caption token of the text encoder.
         patch_size: side of the square patch that becomes one token.
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
         depth: number of blocks, at least 1.
         heads: attention heads.
-        mlp_ratio: hidden width of the MLP before the 2 / 3 of SwiGLU.
-        features: those of a `PixelSkipHead` of the pixels, for patches of 8 x 8 pixels and the like; 0 for none.
-        end_time: embed the end time s; without it s is ignored.
-        text_encoder: name of the text encoder that it is trained with, such as "minilm" (see `text.named_encoder`);
+        mlp_ratio: hidden width of the MLP relative to `width`, before the factor 2 / 3 of SwiGLU.
+        features: channels of a `PixelSkipHead`, for large patches such as 8 x 8 pixels; 0 for no head.
+        end_time: embed the end time s; otherwise s is ignored.
+        text_encoder: name of the text encoder of the training captions, such as "minilm" (see `text.named_encoder`);
             `generate` uses it by default.
 
     Raises:
-        ValueError: if a size is below 1 or does not divide as it must.
+        ValueError: if a size is below 1 or not divisible as described.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class TextDiT(Network):
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
 
         Raises:
-            ValueError: if the condition is none of captions with tokens of size caption_width.
+            ValueError: if the condition is not Captions with tokens of size caption_width.
         """
         captions = self.checked(condition)
         context = self.caption_embedder(captions)
@@ -105,32 +110,34 @@ class TextDiT(Network):
         return (u if self.pixel_skip is None else self.pixel_skip(u, x_t, embedding)).to(x_t.dtype)
 
     def checked(self, condition: Condition) -> Captions:
-        """Return the condition, if it is one for this network.
+        """Return the condition after checking that it matches this network.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if it does not.
         """
         if not isinstance(condition, Captions):
-            given = "None" if condition is None else f"labels {tuple(condition.shape)}"
-            raise ValueError(f"TextDiT needs Captions, and network.null(captions) for unconditional rows: got {given}")
+            found = "None" if condition is None else f"labels {tuple(condition.shape)}"
+            raise ValueError(f"TextDiT needs Captions, or network.null(captions) for unconditional rows: got {found}")
         if condition.tokens.shape[-1] != self.caption_width:
             shape = tuple(condition.tokens.shape)
-            raise ValueError(f"caption tokens must be (b, n, {self.caption_width}): got {shape}, of another encoder?")
+            raise ValueError(
+                f"caption tokens must be (b, n, {self.caption_width}): got {shape}, use the network's text encoder"
+            )
         return condition
 
     def null(self, condition: Condition) -> Condition:
-        """Return as many captions without a token: all that is left to attend to is the learnt one.
+        """Return the captions with all tokens masked, so that only the learned token remains.
 
         Raises:
-            ValueError: if the condition is none of captions, or has no mask to say so.
+            ValueError: if the condition is not Captions, or has no mask.
         """
         captions = self.checked(condition)
         if captions.mask is None:
-            raise ValueError("a null caption needs a mask: give Captions one, true everywhere")
+            raise ValueError("a null caption needs a mask: pass Captions with a mask that is true everywhere")
         return captions._replace(mask=torch.zeros_like(captions.mask))
 
     def example(self, rows: int = 2) -> tuple[Sample, Time, Time, Condition]:
-        """Return arguments that this network takes: zeros of the right shapes."""
+        """Return example arguments of the forward pass: zeros of the right shapes."""
         x_t = next(self.parameters()).new_zeros(rows, *self.sample_shape)
         times = torch.full((rows,), 0.5, device=x_t.device)
         captions = Captions(x_t.new_zeros(rows, 2, self.caption_width), x_t.new_ones(rows, 2, dtype=torch.bool))
@@ -141,7 +148,7 @@ class TextDiT(Network):
         return list(self.blocks)
 
     def with_end_time(self) -> "TextDiT":
-        """Return a copy that also embeds s, and at first equals this network for every s."""
+        """Return a copy that also embeds s and initially equals this network for every s."""
         student = TextDiT(**(self.config | {"end_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)

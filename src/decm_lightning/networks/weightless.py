@@ -1,4 +1,4 @@
-"""Networks without weights: built on the meta device, for processes to which another one sends the weights."""
+"""Build networks on the meta device, for processes that receive their weights from another process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 @contextmanager
 def without_weights(enabled: bool = True) -> Iterator[None]:
-    """Within the block, if enabled, `load` builds networks on the meta device and reads no weights."""
+    """Make `load` build networks on the meta device, without reading weights, within the block if enabled."""
     token = _WEIGHTLESS.set(enabled)
     try:
         yield
@@ -24,15 +24,15 @@ def without_weights(enabled: bool = True) -> Iterator[None]:
 
 
 def is_weightless() -> bool:
-    """Return whether this is within `without_weights`."""
+    """Return whether the caller is within `without_weights`."""
     return _WEIGHTLESS.get()
 
 
 def on_meta(cls: type[Built], *args: Any, **kwargs: Any) -> Built:
     """Return a new network on the meta device.
 
-    Those of this package are built there and take no memory. One from elsewhere may compute with its weights while it
-    is built, so it is moved there afterwards.
+    Networks of this package are built there and take no memory. Other classes may compute with their weights in the
+    constructor, so those networks are moved there afterwards.
     """
     if not cls.__module__.startswith("decm_lightning."):
         return cls(*args, **kwargs).to("meta")

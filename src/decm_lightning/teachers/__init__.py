@@ -1,4 +1,4 @@
-"""Teachers: frozen velocity fields, converted into the convention of `path`."""
+"""Teachers: frozen velocity fields, converted to the convention of `path`."""
 
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher

@@ -1,13 +1,11 @@
-"""The families of diffusers' transformers, one row each: what differs between them, and nothing else knows them.
+"""The supported families of diffusers transformers. All differences between families are in this module.
 
 To add a family:
 
-1. Write a function such as `_sd3` that calls the model on (x, times, condition) and returns its prediction. Pass
-   `times`, the pair (time, s), where the model takes a time: it must reach the model's time embedding unchanged.
-2. Add a row to `FAMILIES` under the transformer's class name: this function, the time that the model takes at our t,
-   the sign of its velocity (or that it predicts noise), the modules that embed its time, to which the embedding of s is
-   added, the attention's projections for LoRA, and what its condition carries.
-3. For captions, say where the parts of captions are in what the pipeline's `encode_prompt` returns.
+1. Write a function such as `_sd3` that calls the model on (x, times, condition) and returns its prediction. Pass the
+   pair `times` = (time, s) in place of the time: it must reach the time embedding of the model unchanged.
+2. Add an entry to `FAMILIES` under the class name of the transformer; the attributes of `Family` describe its fields.
+3. For captions, set the positions of their parts in the output of the pipeline's `encode_prompt`.
 4. Add a tiny model and one step of the pipeline's sampler to tests/teachers/test_diffusers_families.py.
 """
 
@@ -23,23 +21,23 @@ from decm_lightning.networks.embedding import TimeEmbedding
 from decm_lightning.types import Captions, Labels, Time
 
 Times: TypeAlias = tuple[Time, Time]
-"""The model's own time, and the end time s in [0, 1]."""
+"""The time in the convention of the model, and the end time s in [0, 1]."""
 SELF_AND_CROSS = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = (*SELF_AND_CROSS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""The attention's projections, which diffusers' own LoRA training adapts; joint attention also has the text's."""
+"""The attention projections that the LoRA training of diffusers adapts; joint attention adds those of the text."""
 PIXELS = 8
-"""Pixels along the side of one latent of PixArt's VAE."""
+"""The downsampling factor of PixArt's VAE."""
 
 
 class TimeInput(nn.Module):
-    """A time embedding of diffusers that takes the pair (time, s), and adds the embedding of s once there is one.
+    """A diffusers time embedding that accepts the pair (time, s), and adds an embedding of s after `add_end_time`.
 
-    s is embedded as it is, in [0, 1]: times 1000, as diffusers embeds t, its derivative would be large.
+    s is embedded in [0, 1]. Multiplying it by 1000, as diffusers does with t, would make the derivative large.
 
     Args:
-        embedding: the model's own, from a time and more to (b, width).
-        width: of the embedding.
-        guidance: the guidance scale, for families that embed one.
+        embedding: the time embedding of the model; its output is (b, width).
+        width: size of the embedding.
+        guidance: the guidance scale, for families that embed it.
     """
 
     def __init__(self, embedding: nn.Module, width: int, guidance: float | None = None) -> None:
@@ -50,7 +48,7 @@ class TimeInput(nn.Module):
         self.end_time: TimeEmbedding | None = None
 
     def add_end_time(self) -> None:
-        """Add an embedding of s that is zero at first."""
+        """Add an embedding of s that is initially zero."""
         device = next(self.embedding.parameters()).device
         self.end_time = TimeEmbedding(self.width, zero_output=True).to(device)
 
@@ -62,14 +60,14 @@ class TimeInput(nn.Module):
 
 
 class FluxTimeInput(TimeInput):
-    """Flux's: the times come with the pooled caption.
+    """The time embedding of Flux, which receives the times together with the pooled caption.
 
-    Flux rounds its time and guidance to the dtype of its activations before it multiplies them by 1000: in bfloat16 the
-    derivative in t would be that of another point.
+    Flux rounds time and guidance to the dtype of its activations before it multiplies them by 1000. In bfloat16, the
+    derivative in t would then be evaluated at a different point, so this class multiplies first.
     """
 
     def forward(self, *args: Any) -> Tensor:  # type: ignore[override]
-        """Return the embedding, (b, width), from arguments of which the last is (pooled, times)."""
+        """Return the embedding, (b, width); the last argument is (pooled, times)."""
         pooled, (time, s) = args[-1]
         if self.guidance is None:
             return super().forward((1000 * time, s), pooled)
@@ -78,7 +76,7 @@ class FluxTimeInput(TimeInput):
 
 
 class PromptOutputs(NamedTuple):
-    """The positions of the parts of captions in the output of a pipeline's `encode_prompt`."""
+    """Positions of tokens, mask and pooled vector in the output of a pipeline's `encode_prompt`."""
 
     tokens: int
     mask: int | None = None
@@ -86,7 +84,7 @@ class PromptOutputs(NamedTuple):
 
 
 PROMPT, EMPTY = PromptOutputs(tokens=0, mask=1), PromptOutputs(tokens=2, mask=3)
-"""Those of Sana and PixArt."""
+"""The positions in Sana and PixArt."""
 
 
 def _thousandfold(_: Any, t: Time) -> Time:
@@ -95,22 +93,22 @@ def _thousandfold(_: Any, t: Time) -> Time:
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a family of transformers.
+    """The properties of a family of transformers.
 
     Attributes:
-        call: the prediction of a model for (model, x, times, condition); channels beyond those of x are dropped.
-        time: the model's time for (config, t); unused if it predicts noise, whose steps `NoisePrediction` gives.
-        sign: of its velocity in our convention: -1 if it predicts noise - data.
-        predicts_noise: it predicts DDPM's noise.
-        time_input: takes the times to the model's time embedding.
-        embedding: the names of the modules that embed the time; "*" is the number of a block.
-        targets: ends of the names of the projections that LoRA adapts.
-        caption_width: the entry of the model's config that is the width of a caption's token; None for class labels.
-        packing: the side of the square of latents that the model takes as one token of packed channels.
-        embeds_guidance: a model of this family may embed a guidance scale.
-        pipeline: the beginning of the names of its pipelines' classes.
-        prompt: where its prompts are in what `encode_prompt` returns.
-        empty: where the empty prompt of guidance is; None if it is encoded as any other.
+        call: maps (model, x, times, condition) to the prediction; channels beyond those of x are dropped.
+        time: maps (config, t) to the time of the model. Noise predictions use the steps of `NoisePrediction` instead.
+        sign: factor that converts its velocity to our convention: -1 if it predicts noise - data.
+        predicts_noise: whether it predicts the noise of DDPM.
+        time_input: the class that passes the times to the time embedding.
+        embedding: name pattern of the modules that embed the time; "*" stands for a block number.
+        targets: the projections that LoRA adapts, as suffixes of their names.
+        caption_width: config key of the size of a caption token; None for class labels.
+        packing: side of the square of latents that the model packs into one token.
+        embeds_guidance: whether models of this family may embed a guidance scale.
+        pipeline: prefix of the class names of its pipelines.
+        prompt: positions of the prompts in the output of `encode_prompt`.
+        empty: positions of the empty prompt of guidance; None if it is encoded like any prompt.
     """
 
     call: Callable[[Any, Tensor, Times, Any], Tensor]
@@ -129,7 +127,7 @@ class Family:
 
 
 def _sd3(model: Any, x: Tensor, times: Times, captions: Captions) -> Tensor:
-    # No mask: the pipeline lets the model read the encoder's padding, too.
+    # No mask: in the pipeline, the model also reads the padding of the encoder.
     return model(x, captions.tokens, captions.pooled, times).sample
 
 
@@ -175,7 +173,7 @@ FAMILIES = {
         prompt=PromptOutputs(tokens=0, pooled=2),
         empty=PromptOutputs(tokens=1, pooled=3),
     ),
-    # Flux.1: a rectified flow like SD3's on packs of 2 x 2 latents. An embedded scale replaces guidance's second pass.
+    # Flux.1: a rectified flow like SD3 on packs of 2 x 2 latents. An embedded scale replaces the second guidance pass.
     "FluxTransformer2DModel": Family(
         _flux,
         embedding="time_text_embed",
@@ -196,12 +194,12 @@ FAMILIES = {
         time=lambda config, t: 1000 * config.timestep_scale * (1 - t),
         pipeline="Sana",
     ),
-    # PixArt-Alpha and -Sigma (arXiv 2310.00426). Near t = 0 their predicted data are divided by a small a, which
-    # multiplies an error of the noise by up to 158: the noise edge is harder to learn than with a velocity.
+    # PixArt-Alpha and -Sigma (arXiv 2310.00426). Near t = 0 the predicted data are divided by a small a, which
+    # amplifies errors of the noise by up to 158: times near noise are harder to learn than with a velocity.
     "PixArtTransformer2DModel": Family(_pixart, embedding="adaln_single.emb", predicts_noise=True, pipeline="PixArt"),
-    # DiT (arXiv 2212.09748): by class. Each block has a time embedding of its own.
+    # DiT (arXiv 2212.09748), class-conditional. Each block has its own time embedding.
     "DiTTransformer2DModel": Family(
         _dit, embedding="transformer_blocks.*.norm1.emb", predicts_noise=True, caption_width=None
     ),
 }
-"""By the class of the transformer in diffusers."""
+"""The families by the class name of the transformer in diffusers."""

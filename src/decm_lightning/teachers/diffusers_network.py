@@ -1,4 +1,4 @@
-"""A transformer of diffusers as a network of this package: u(x_t, t, s, condition), with LoRA for an end time."""
+"""A diffusers transformer as a network u(x_t, t, s, condition) of this package, with LoRA and an end time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,22 +21,22 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 class DiffusersNetwork(LoRANetwork):
-    """u(x_t, t, s, condition) by a transformer of one of the `FAMILIES`, in the convention of `path`.
+    """A transformer u(x_t, t, s, condition) of one of the `FAMILIES`, in the convention of `path`.
 
-    Without adapters it is the model as it was trained: its velocity, for every s. It reads captions as its pipeline
-    encodes them (`DiffusersPrompts`), or class labels.
+    Without adapters, u is the velocity of the pretrained model for every s. The condition is class labels, or captions
+    as encoded by the pipeline (`DiffusersPrompts`).
 
     Args:
-        lora_rank: of the LoRA adapters, which come with an end time; None for the model alone.
-        base: with a lora_rank, the hash of the pretrained weights that the adapters were trained on, which `adapt`
-            writes into the config; None for any.
+        lora_rank: rank of the LoRA adapters, which are added together with an end time; None for the model alone.
+        base: hash of the pretrained weights that the adapters were trained on, checked if lora_rank is set; None for
+            any weights. `adapt` writes it into the config.
 
     The other arguments are those of `DiffusersTeacher`. Adapters and end time are in float32, whatever `dtype` is.
 
     Raises:
-        OSError: if there is no such folder or name.
-        ValueError: if tensors of the model are missing or left over, it is of an unknown family, or `base` is the hash
-            of other weights.
+        OSError: if the folder or hub name does not exist.
+        ValueError: if tensors of the model are missing or unexpected, its family is unknown, or `base` is the hash of
+            other weights.
     """
 
     time_scale = 1000.0
@@ -62,7 +62,7 @@ class DiffusersNetwork(LoRANetwork):
         self.embeds_guidance = bool(settings.get("guidance_embeds"))
         if self.embeds_guidance and not self.family.embeds_guidance:
             raise ValueError(
-                f"{model} embeds guidance, so it is a SANA-Sprint, a few-step student already: give a Sana"
+                f"{model} embeds guidance, so it is a SANA-Sprint, which is already a few-step student: use a Sana"
             )
         size = latent_size or settings.get("sample_size") or 128
         self.sample_shape = (settings.in_channels // self.family.packing**2, size, size)
@@ -75,7 +75,7 @@ class DiffusersNetwork(LoRANetwork):
                 scale = embedded_guidance if self.embeds_guidance else None
                 self.model.set_submodule(name, self.family.time_input(module, width, scale))
             if hasattr(module, "dropout_prob"):
-                # In training mode DiT would drop labels on its own.
+                # In training mode, DiT would randomly drop labels.
                 module.dropout_prob = 0.0
         if lora_rank is not None:
             self.adapt(lora_rank, targets)
@@ -84,7 +84,7 @@ class DiffusersNetwork(LoRANetwork):
         """Return the mean velocity u over (t, s), shaped like x_t.
 
         Raises:
-            ValueError: if the condition is not one for this model.
+            ValueError: if the condition does not match the model.
         """
         condition = self.checked(condition)
         if self.family.predicts_noise:
@@ -93,19 +93,19 @@ class DiffusersNetwork(LoRANetwork):
         return self.family.sign * self._predict(x_t, (time, s), condition)
 
     def checked(self, condition: Condition) -> Any:
-        """Return the condition, if it is one for this model.
+        """Return the condition after checking that it matches the model.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if it does not.
         """
         if self.caption_width is None:
             if not isinstance(condition, Tensor):
                 raise ValueError(f"{self.kind} needs class labels: use teacher.null(labels) for unconditional rows")
             return condition
         if not isinstance(condition, Captions):
-            given = "None" if condition is None else f"labels {tuple(condition.shape)}"
+            found = "None" if condition is None else f"labels {tuple(condition.shape)}"
             raise ValueError(
-                f"{self.kind} needs Captions, and teacher.null(captions) for unconditional rows: got {given}"
+                f"{self.kind} needs Captions, or teacher.null(captions) for unconditional rows: got {found}"
             )
         if condition.tokens.shape[-1] != self.caption_width:
             shape = tuple(condition.tokens.shape)
@@ -117,13 +117,13 @@ class DiffusersNetwork(LoRANetwork):
         return condition
 
     def add_end_time(self) -> None:
-        """Add an embedding of s to every time embedding of the model, zero at first."""
+        """Add an embedding of s to every time embedding of the model; it is initially zero."""
         for module in list(self.model.modules()):
             if isinstance(module, TimeInput):
                 module.add_end_time()
 
     def caption_encoder(self) -> CaptionEncoder:
-        """Return the text encoders of the model's own pipeline."""
+        """Return the text encoders of the pipeline that contains the model."""
         return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device)
 
     def units(self) -> list[nn.Module]:
@@ -131,7 +131,7 @@ class DiffusersNetwork(LoRANetwork):
         return [*self.model.transformer_blocks, *getattr(self.model, "single_transformer_blocks", ())]
 
     def example(self, rows: int = 2) -> tuple[Sample, Time, Time, Condition]:
-        """Return arguments that this network takes: zeros of the right shapes."""
+        """Return example arguments of the forward pass: zeros of the right shapes."""
         x_t = next(self.model.parameters()).new_zeros(rows, *self.sample_shape)
         times = torch.full((rows,), 0.5, device=x_t.device)
         if self.caption_width is None:
@@ -140,7 +140,7 @@ class DiffusersNetwork(LoRANetwork):
         return x_t, times, times, Captions(x_t.new_zeros(rows, 2, self.caption_width), None, pooled)
 
     def null(self, condition: Condition) -> Condition:
-        """Return null classes; the empty prompt is known to the teacher, which has the text encoders.
+        """Return null classes. Only the teacher has the text encoders for the empty prompt.
 
         Raises:
             ValueError: if the model reads captions.
@@ -151,7 +151,7 @@ class DiffusersNetwork(LoRANetwork):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the model keeps only the inputs of each block for the backward pass."""
+        """Whether the model only stores the inputs of each block and recomputes the rest in the backward pass."""
         return self.model.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -164,27 +164,27 @@ class DiffusersNetwork(LoRANetwork):
             Tensor, lambda part: part.to(dtype) if part.is_floating_point() else part, condition
         )
         predicted = self.family.call(self.model, x.to(dtype), times, condition)
-        # The other channels, if any, are a predicted variance.
+        # Further channels are a predicted variance.
         return predicted[:, : x.shape[1]].to(x.dtype)
 
 
 def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
-    """Return a transformer of diffusers, alone or in a pipeline, in eval mode, and its class name.
+    """Load a diffusers transformer, stored alone or in a pipeline; return it in eval mode with its class name.
 
     Args:
         path: a folder, or a name on the Hugging Face hub.
-        dtype: of its weights.
+        dtype: dtype of its weights.
 
     Raises:
-        OSError: if there is no such folder or name.
-        ValueError: if it is of an unknown family, a file cannot be read, or tensors are missing or left over.
+        OSError: if the folder or hub name does not exist.
+        ValueError: if its family is unknown, a file cannot be read, or tensors are missing or unexpected.
     """
-    # Imported here: nothing else in the method needs diffusers, and it takes seconds.
+    # Imported here: it takes seconds, and other teachers do not need diffusers.
     import diffusers
 
     subfolder, config = find_config(diffusers.SD3Transformer2DModel, path, "transformer", "transformer")
     kind = config.get("_class_name")
     if kind not in FAMILIES:
-        raise ValueError(f"{path} holds a transformer of class {kind}: known are {', '.join(FAMILIES)}")
+        raise ValueError(f"{path} contains a transformer of class {kind}: supported are {', '.join(FAMILIES)}")
     model = from_pretrained(getattr(diffusers, kind), path, subfolder, torch_dtype=getattr(torch, dtype))
     return model.eval(), kind

@@ -1,4 +1,4 @@
-"""Captions by the text encoders of a pipeline of diffusers, through the pipeline's own code."""
+"""Encode captions with the text encoders and the `encode_prompt` of a diffusers pipeline."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from decm_lightning.types import Captions
 
 
 class DiffusersPrompts(CaptionEncoder):
-    """Encode prompts into captions by the tokenizers and text encoders of a pipeline of one of the `FAMILIES`.
+    """Encode prompts with the tokenizers and text encoders of a pipeline of one of the `FAMILIES`.
 
-    They are loaded at the first call. Sana's prompts are encoded with its pipeline's instruction for the text encoder,
-    and the empty prompt of guidance without it, as the pipeline does.
+    The encoders are loaded at the first call. As in its pipeline, the prompts of Sana are encoded with an instruction
+    for the text encoder, and its empty prompt without.
 
     Args:
         model: the folder of a pipeline, or its name on the Hugging Face hub.
-        max_tokens: the length in tokens to which prompts are padded or cut (max_sequence_length in diffusers; SD3 puts
-            77 tokens of CLIP before them); None for the pipeline's own.
-        dtype: of the text encoders: "float32", "bfloat16" or "float16".
-        device: where they work; training moves them to its own.
+        max_tokens: number of tokens to which prompts are padded or truncated (max_sequence_length in diffusers; SD3
+            prepends 77 tokens of CLIP); None for the default of the pipeline.
+        dtype: dtype of the text encoders: "float32", "bfloat16" or "float16".
+        device: device of the text encoders; training moves them to its device.
 
     Raises:
         ValueError: if max_tokens is below 1.
@@ -44,38 +44,38 @@ class DiffusersPrompts(CaptionEncoder):
 
     @cached_property
     def max_tokens(self) -> int:  # type: ignore[override]
-        """The length to which prompts are padded or cut: the requested one, or the pipeline's own."""
-        own: int = inspect.signature(self._class.encode_prompt).parameters["max_sequence_length"].default
-        return self.requested_tokens or own
+        """The number of tokens to which prompts are padded or truncated: as requested, or the pipeline's default."""
+        default: int = inspect.signature(self._class.encode_prompt).parameters["max_sequence_length"].default
+        return self.requested_tokens or default
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the pipeline's class, max_tokens, dtype, and the files of encoders and tokenizers."""
+        """A hash of the pipeline class, max_tokens, dtype, and the files of encoders and tokenizers."""
         files = [file for part in self._parts for file in (self._folder / part).glob("*") if file.is_file()]
         return fingerprint(f"{self._class.__name__} {self.max_tokens} {self.dtype}", sorted(files))
 
     def to(self, device: str | torch.device) -> None:
-        """Work on this device from now on."""
+        """Move the encoders to a device, now or when they are loaded."""
         moved = torch.device(device) != self.device
         self.device = torch.device(device)
         if moved and "pipeline" in self.__dict__:
             self.pipeline.to(self.device)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Return how many tokens each caption has, uncut: of T5 or Gemma, the last of the pipeline's encoders."""
+        """Return the untruncated number of tokens of each caption, by the pipeline's last tokenizer (T5 or Gemma)."""
         return [len(ids) for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def __call__(self, prompts: Sequence[str]) -> Captions:
-        """Return the captions, (b, n, d), on the encoders' device.
+        """Return the encoded captions, (b, n, d), on the device of the encoders.
 
         Raises:
-            OSError: if there is no such folder or name.
-            ValueError: if it is not a pipeline, or is one of an unknown family.
+            OSError: if the folder or hub name does not exist.
+            ValueError: if it is not a pipeline of a supported family.
         """
         return _captions(self._encode(prompts, guided=False), self._family.prompt)
 
     def empty(self) -> Captions:
-        """Return the empty prompt of guidance, one row; release the encoders afterwards if they were not in use."""
+        """Return the empty prompt of guidance, one row. Encoders loaded for it are released afterwards."""
         in_use = "pipeline" in self.__dict__
         outputs = self._family.empty
         captions = self([""]) if outputs is None else _captions(self._encode([""], guided=True), outputs)
@@ -86,7 +86,7 @@ class DiffusersPrompts(CaptionEncoder):
     @cached_property
     @torch.inference_mode(False)
     def pipeline(self) -> Any:
-        """The pipeline without what makes images of captions."""
+        """The pipeline without transformer and VAE."""
         dtype = getattr(torch, self.dtype)
         pipeline = self._class.from_pretrained(self.model, transformer=None, vae=None, torch_dtype=dtype)
         return pipeline.to(self.device)
@@ -96,7 +96,7 @@ class DiffusersPrompts(CaptionEncoder):
         from diffusers import DiffusionPipeline
 
         if Path(self.model).is_dir() and not (Path(self.model) / "model_index.json").is_file():
-            raise ValueError(f"{self.model} has no text encoders: give the folder of a pipeline, with model_index.json")
+            raise ValueError(f"{self.model} has no text encoders: pass a pipeline folder, which has a model_index.json")
         return dict(DiffusionPipeline.load_config(self.model))
 
     @property
@@ -113,11 +113,11 @@ class DiffusersPrompts(CaptionEncoder):
         for beginning, family in known.items():
             if name.startswith(beginning):
                 return family
-        raise ValueError(f"{self.model} is a {name}: captions are known of {', '.join(known)}")
+        raise ValueError(f"{self.model} is a {name}: supported pipelines are {', '.join(known)}")
 
     @property
     def _parts(self) -> list[str]:
-        """The names of the encoders and tokenizers that the pipeline has."""
+        """The names of the pipeline's encoders and tokenizers."""
         named = {name: kind for name, kind in self._index.items() if name.startswith(("text_encoder", "tokenizer"))}
         return sorted(name for name, kind in named.items() if kind[0] is not None)
 
@@ -159,7 +159,7 @@ def _captions(encoded: tuple[Any, ...], outputs: PromptOutputs) -> Captions:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # Pipelines repeat every caption that they cut, in training at every step.
+    # Pipelines log every caption that they truncate, in training at every step.
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -1,4 +1,4 @@
-"""A transformer of diffusers as a teacher, whose student is the same weights with LoRA."""
+"""A diffusers transformer as a teacher; the student shares its weights and adds LoRA."""
 
 from functools import cached_property
 
@@ -17,28 +17,27 @@ from decm_lightning.types import Captions, Condition
 class DiffusersTeacher(Teacher):
     """A frozen SD3, Flux, Sana, PixArt or DiT of diffusers; `student()` shares its weights, with LoRA and an end time.
 
-    The family is recognized from the folder's config (`diffusers_families`). Teacher and student take the memory of one
-    model. Captions are what the pipeline's `encode_prompt` gives, as `DiffusersPrompts` returns them. Samples are
-    latents of the pipeline's VAE, normalized as the pipeline does: (z - shift_factor) scaling_factor, from its config.
+    The family is read from the config of the model (`diffusers_families`). Teacher and student together take the memory
+    of one model. Captions are the output of the pipeline's `encode_prompt`, as returned by `DiffusersPrompts`. Samples
+    are latents of the pipeline's VAE with the pipeline's normalization (z - shift_factor) scaling_factor.
 
     Example:
-        >>> teacher = DiffusersTeacher("stabilityai/stable-diffusion-3.5-medium", lora_rank=64)
+        >>> teacher = DiffusersTeacher("stabilityai/stable-diffusion-3.5-medium", lora_rank=64)  # doctest: +SKIP
 
     Args:
-        model: a folder, or a name on the Hugging Face hub, of a pipeline or of its transformer alone.
-        lora_rank: of the student's LoRA adapters, at least 1.
-        targets: ends of the names of the projections to adapt; None for the attention's.
-        dtype: of the pretrained weights, which teacher and student share.
-        latent_size: height and width of the latents; None for the model's own, which for Flux is its pipeline's 128.
-        max_tokens: tokens of the empty prompt, as of all captions; None for the pipeline's own.
-        embedded_guidance: the guidance scale that a Flux embeds. One pass then gives the guided velocity, so that the
-            distiller's guidance scale stays 1.
-        noise: the schedule of a PixArt or DiT, which predicts noise, as in its pipeline's scheduler_config.json.
+        model: folder, or name on the Hugging Face hub, of a pipeline or of its transformer.
+        lora_rank: rank of the student's LoRA adapters, at least 1.
+        targets: projections to adapt, as suffixes of their names; None for those of the attention.
+        dtype: dtype of the pretrained weights, which teacher and student share.
+        latent_size: height and width of the latents; None for the size in the config of the model, or 128 for Flux.
+        max_tokens: tokens of the empty prompt, which all captions must have too; None for the pipeline's default.
+        embedded_guidance: the guidance scale that a Flux embeds. A single pass then returns the guided velocity, so the
+            guidance scale of the distiller stays 1.
+        noise: the schedule of a PixArt or DiT, which predict noise, as in the scheduler_config.json of its pipeline.
 
     Raises:
-        OSError: if there is no such folder or name.
-        ValueError: if tensors of the model are missing or left over, it is of an unknown family, or lora_rank is below
-            1.
+        OSError: if the folder or hub name does not exist.
+        ValueError: if tensors of the model are missing or unexpected, its family is unknown, or lora_rank is below 1.
     """
 
     network: DiffusersNetwork
@@ -63,31 +62,31 @@ class DiffusersTeacher(Teacher):
 
     @cached_property
     def empty(self) -> Captions:
-        """The empty prompt, one row, by the pipeline's text encoders, which are loaded for it and released."""
+        """The encoded empty prompt, one row. The text encoders are loaded for it and released afterwards."""
         return self.prompts.empty()
 
     def null(self, condition: Condition) -> Condition:
-        """Return null classes, or as many empty prompts as there are captions, as the pipeline encodes them.
+        """Return a null class for each label, or an empty prompt for each caption.
 
         Raises:
-            ValueError: if the model embeds guidance, its folder has no text encoders, or captions are of another length
-                or kind.
+            ValueError: if the model embeds guidance, its folder has no text encoders, or the captions differ from the
+                empty prompt in length or in having a mask.
         """
         if self.network.embeds_guidance:
             raise ValueError(
-                "this model has guidance embedded: leave the guidance scale at 1, and set embedded_guidance instead"
+                "the model embeds guidance: leave the guidance scale at 1, and set embedded_guidance instead"
             )
         if condition is None:
             return None
         captions = self.network.checked(condition)
         if not isinstance(captions, Captions):
             return self.network.null(captions)
-        rows, given = len(captions.tokens), captions.tokens.shape[1]
-        # Moved once: each copy to a GPU waits for it.
+        rows, length = len(captions.tokens), captions.tokens.shape[1]
+        # Moved once: every copy to a GPU synchronizes with it.
         self.empty = _pytree.tree_map_only(Tensor, lambda part: part.to(captions.tokens.device), self.empty)
-        if self.empty.tokens.shape[1] != given:
-            has = self.empty.tokens.shape[1]
-            raise ValueError(f"the empty prompt has {has} tokens and captions {given}: encode both with one max_tokens")
+        if self.empty.tokens.shape[1] != length:
+            found = f"got {self.empty.tokens.shape[1]} and {length}, set the same max_tokens for both"
+            raise ValueError(f"the empty prompt and the captions must have the same number of tokens: {found}")
         if captions.mask is None and self.empty.mask is not None:
             raise ValueError("the empty prompt has a mask: captions must have one too")
         mask = None
@@ -99,9 +98,9 @@ class DiffusersTeacher(Teacher):
         return Captions(tokens.expand(rows, -1, -1), mask if mask is None else mask.expand(rows, -1), pooled)
 
     def student(self) -> Network:
-        """Return a trainable flow map that equals the teacher for every end time, and shares its weights."""
+        """Return a trainable flow map that initially equals the teacher for every end time and shares its weights."""
         return self.network.with_end_time(self.lora_rank, self.targets).train()
 
     def sharded(self) -> list[Network]:
-        """Return none: a student with LoRA shares the weights, and other processes do not send them."""
+        """Return no networks: a student with LoRA shares the weights, which therefore stay whole in each process."""
         return []

@@ -1,4 +1,4 @@
-"""A flow with a closed-form velocity as a teacher: for tests and notebooks."""
+"""A flow with a closed-form velocity as a teacher, for tests and notebooks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from decm_lightning.types import Captions, Condition, Labels, Sample, Time
 
 
 class ExactTeacher(Teacher):
-    """The exact velocity of a Gaussian mixture, whose components are its classes.
+    """A teacher with the exact velocity of a Gaussian mixture; the components are the classes.
 
     Args:
         flow: the mixture.
@@ -22,28 +22,28 @@ class ExactTeacher(Teacher):
         self.flow = flow
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the flow's own velocity.
+        """Return the exact velocity.
 
         Raises:
-            ValueError: if the condition is of captions.
+            ValueError: if the condition is Captions.
         """
         return self.flow(x_t, t, _labels(condition))
 
     def null(self, condition: Condition) -> Condition:
-        """Return the condition that leaves the mixture whole."""
+        """Return the condition that selects the whole mixture."""
         return self.flow.null(_labels(condition))
 
     def networks(self) -> list[Network]:
-        """Return none."""
+        """Return no networks."""
         return []
 
     def student(self) -> Network:
-        """Refuse: a formula has no weights to start from.
+        """Raise an error: a formula has no weights to initialize a student from.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("an exact flow has no network to start a student from: give Distiller(student=...)")
+        raise ValueError("an exact flow has no weights to initialize a student from: pass Distiller(student=...)")
 
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Do nothing: the flow follows the device and dtype of its input."""
@@ -52,5 +52,5 @@ class ExactTeacher(Teacher):
 
 def _labels(condition: Condition) -> Labels:
     if isinstance(condition, Captions):
-        raise ValueError("the components of an exact flow are its classes: give labels, not captions")
+        raise ValueError("the components of an exact flow are its classes: pass labels, not captions")
     return condition

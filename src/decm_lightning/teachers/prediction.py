@@ -1,4 +1,4 @@
-"""What a network predicts, found from its output: the tensors of SiT and DiT have the same names and shapes."""
+"""Infer from its output what a network predicts, because the tensors of SiT and DiT have the same names and shapes."""
 
 from typing import Literal
 
@@ -11,14 +11,15 @@ Prediction = Literal["velocity", "noise"]
 LAST_STEP = 999.0
 """The noisiest step of DDPM."""
 CLEAR = 0.8
-"""A correlation beyond this, toward -1 or 1, is clear; at times outside its training any value may occur."""
+"""The absolute correlation above which a result is clear. At times not seen in training, any value may occur."""
 
 
 def prediction_of(network: Network) -> Prediction | None:
-    """Return what a trained network predicts from pure noise x_0; None if that is not clear, as for random weights.
+    """Return what a trained network predicts; None if that is unclear, for example for random weights.
 
-    A velocity is E[x_1] - x_0 at t = 0: its correlation with x_0 is near -1. A prediction of DDPM's noise is x_0 itself
-    at the last step: near 1. What does not depend on x_0, such as the mean of the data, is subtracted first.
+    The network is evaluated on pure noise x_0. A velocity at t = 0 is E[x_1] - x_0, whose correlation with x_0 is near
+    -1. DDPM's noise at the last step is x_0, with a correlation near 1. The part of the output that does not depend on
+    x_0, such as the mean of the data, is subtracted first.
     """
     is_velocity, is_noise = _correlation(network, NOISE) < -CLEAR, _correlation(network, LAST_STEP) > CLEAR
     if is_velocity == is_noise:
@@ -30,7 +31,7 @@ def prediction_of(network: Network) -> Prediction | None:
 def _correlation(network: Network, time: float) -> float:
     parameter = next(network.parameters())
     x_0 = torch.randn(1, *network.sample_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
-    # The difference of the outputs at x_0 and -x_0 has no constant part.
+    # The constant part cancels in the difference of the outputs at x_0 and -x_0.
     pair = torch.cat([x_0, -x_0])
     times = torch.full((2,), time, dtype=pair.dtype, device=pair.device)
     labels = network.null(torch.zeros(2, dtype=torch.long, device=pair.device))

@@ -1,4 +1,4 @@
-"""Captions for a network: frozen text encoders, and what they gave, kept on disk."""
+"""Frozen text encoders, and a disk cache of encoded captions."""
 
 from decm_lightning.text.cache import EncodedCaptions, encode
 from decm_lightning.text.encoder import CaptionEncoder, MiniLM, TextEncoder, named_encoder

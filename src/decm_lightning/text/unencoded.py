@@ -1,4 +1,4 @@
-"""Captions that are encoded when they are needed: kept, all of them would not fit a disk."""
+"""Captions that are encoded on the fly, for data sets whose encoded captions would not fit on a disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class UnencodedCaptions:
-    """n captions in words; what a loader reads of them is their numbers.
+    """n captions as text. A data loader only reads their numbers, which `encode` turns into tokens.
 
     Attributes:
         texts: the captions.
@@ -30,11 +30,11 @@ class UnencodedCaptions:
         return len(self.texts)
 
     def read(self, rows: Sequence[int] | Tensor) -> Int[Tensor, " b"]:
-        """Return the numbers as they are, for `encode`."""
+        """Return the numbers as a tensor, for `encode`."""
         return torch.as_tensor(rows)
 
     def encode(self, numbers: Int[Tensor, " b"], encoder: CaptionEncoder) -> Captions:
-        """Return the captions of these numbers, padded to the longest of them, where the encoder works."""
+        """Return the encoded captions of these numbers, padded to the longest, on the device of the encoder."""
         parts = [encoder([self.texts[number] for number in part.tolist()]) for part in numbers.split(CHUNK)]
         longest = max(part.tokens.shape[1] for part in parts)
         joined = conditions.join([_padded(part, longest) for part in parts])
@@ -44,7 +44,7 @@ class UnencodedCaptions:
 
 def _padded(captions: Captions, longest: int) -> Captions:
     more = longest - captions.tokens.shape[1]
-    # Without a mask all have one length.
+    # Captions without a mask all have the same length.
     if not more or captions.mask is None:
         return captions
     return captions._replace(tokens=pad(captions.tokens, (0, 0, 0, more)), mask=pad(captions.mask, (0, more)))

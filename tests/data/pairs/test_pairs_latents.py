@@ -190,8 +190,8 @@ def test_latents_beyond_half_precision_are_refused_by_the_name_of_their_image(de
 
 BAD = {
     "no source": (["nowhere"], "no folder or file at nowhere"),
-    "size": (["--vae", "vae", "--size", "15"], "size must be a multiple of the VAE's 2 pixels a latent: got 15"),
-    "no VAE": (["--vae", "not/there/at/all"], "no folder not/there/at/all, and no VAE of that name"),
+    "size": (["--vae", "vae", "--size", "15"], "size must be a multiple of 2, the VAE's downsampling: got 15"),
+    "no VAE": (["--vae", "not/there/at/all"], "VAE not/there/at/all not found, "),
     "encoder": (["--encoder", "Nothing"], "encoder"),
     "device": (["--device", "nothing"], "device 'nothing' is not available"),
     "no size": (["--size", "0"], "size and max_characters must be at least 1: got 0 and 2000"),

@@ -68,7 +68,7 @@ def sample_prompts(
     read = read_prompts(Path(prompts))
     network, target = load_model(model, True, out, seed, device, trust)
     generator = image_generator(network, sampler, all_steps[0], seed, vae, latents)
-    text_encoder = network.caption_encoder() if encoder is None else named_encoder(encoder, device)
+    text_encoder = network.caption_encoder() if encoder is None else _encoder(encoder, device)
     outputs = PromptOutputs(generator, read, text_encoder, per_prompt)
     if is_grid(target):
         columns = [replace(generator, steps=generator.steps if number is None else number) for number in all_steps]
@@ -159,3 +159,12 @@ class PromptOutputs:
 
 def _metadata(root: Path, number: int) -> Path:
     return root / f"{number:05d}" / METADATA
+
+
+def _encoder(name: str, device: str) -> CaptionEncoder:
+    if not (Path(name) / "model_index.json").is_file():
+        return named_encoder(name)
+    # Imported here: only pipelines need it.
+    from decm_lightning.teachers import DiffusersPrompts
+
+    return DiffusersPrompts(name, device=device)

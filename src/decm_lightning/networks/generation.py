@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,9 +18,6 @@ from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
 from decm_lightning.types import Captions, Condition, Sample
 
-if TYPE_CHECKING:
-    from decm_lightning.networks.network import Network
-
 Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
 """Labels or captions, or a single one for all samples; None for each class once, or for no condition."""
 BATCH = 256
@@ -28,7 +25,7 @@ BATCH = 256
 
 
 def generate(
-    network: "Network",
+    network: Any,
     condition: Requested,
     steps: int | None,
     seed: int,
@@ -58,9 +55,7 @@ def generate(
         return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
 
 
-def _samples(
-    network: "Network", method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int
-) -> Sample:
+def _samples(network: Any, method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int) -> Sample:
     # LoRA adapters may have a wider dtype than the frozen weights; such a model casts its input itself.
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in network.parameters()))
     device = next(network.parameters()).device
@@ -70,7 +65,7 @@ def _samples(
 
 
 def _conditions(
-    network: "Network", requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
+    network: Any, requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
 ) -> tuple[Condition, Sequence[int]]:
     """Return the condition of each sample, on the network's device, and the sample numbers."""
     device = next(network.parameters()).device
@@ -96,23 +91,22 @@ def _conditions(
     return _pytree.tree_map_only(Tensor, lambda part: part.to(device), condition), rows
 
 
-def _captions(network: "Network", requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
+def _captions(network: Any, requested: Requested, encoder: CaptionEncoder | str | None) -> Condition:
     if isinstance(requested, Captions):
         return requested
     texts = [requested] if isinstance(requested, str) else requested
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{type(network).__name__} needs a caption or a list of captions: got {requested!r}")
-    if encoder is None:
-        encoder = network.caption_encoder()
-    elif isinstance(encoder, str):
-        encoder = named_encoder(encoder, next(network.parameters()).device)
+    used: CaptionEncoder = network.caption_encoder() if encoder is None else encoder  # type: ignore[assignment]
+    if isinstance(encoder, str):
+        used = named_encoder(encoder)
     unique = list(dict.fromkeys(map(str, texts)))
-    encoder.measured(unique)
-    captions = encoder(unique)
+    used.measured(unique)
+    captions = used(unique)
     return select(captions, torch.tensor([unique.index(str(text)) for text in texts]))
 
 
-def _labels(network: "Network", requested: Requested, rows: Sequence[int] | None) -> Tensor:
+def _labels(network: Any, requested: Requested, rows: Sequence[int] | None) -> Tensor:
     if requested is None:
         requested = [row % network.num_classes for row in (range(network.num_classes) if rows is None else rows)]
     labels = torch.atleast_1d(torch.as_tensor(requested))

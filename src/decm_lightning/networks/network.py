@@ -21,6 +21,9 @@ from decm_lightning.types import Condition, Sample, Time
 COMPILER = "2.13"
 """The oldest torch version that compiles all networks without graph breaks."""
 
+CONFIG = "config.json"
+"""The file with the description of a network."""
+
 
 class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning", license="apache-2.0"):
     """A trainable flow map: u = network(x_t, t, s, condition) is the mean velocity from time t to the end time s.
@@ -106,12 +109,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         name = self.config.get("text_encoder")
         if name is None:
             raise ValueError("the config names no text_encoder: pass encoder=, the one the network was trained with")
-        return named_encoder(name, next(self.parameters()).device)
+        return named_encoder(name)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The config.json of the mixin does not name the class, which `load` needs.
-        from decm_lightning.networks.pretrained import CONFIG, describe
-
         super()._save_pretrained(save_directory)
         with atomic(save_directory / CONFIG) as config:
             config.write_text(json.dumps(describe(self), sort_keys=True, indent=2), encoding="utf-8")
@@ -162,3 +163,16 @@ def check_compiler() -> None:
     # Before 2.13, Dynamo breaks the graph at `isinstance(x, A | B)`, `bool(list)` and einops' view of a dual.
     if torch.__version__ < TorchVersion(COMPILER):
         raise ValueError(f"compile: true needs torch {COMPILER} or newer: got {torch.__version__}; set compile: false")
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """Return the class name and arguments of a network, from which `build` creates it again."""
+    # Imported here: it dominates the import time, and `load` does not need it.
+    from torch.distributed.fsdp import FSDPModule
+
+    # FSDP2 replaces the class of a sharded module by a subclass.
+    cls = next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
+    # A class from outside this package needs its module to be found again.
+    is_own = cls.__module__.startswith("decm_lightning.networks.")
+    name = cls.__name__ if is_own else f"{cls.__module__}.{cls.__qualname__}"
+    return {"_class_name": name, **network.config}

@@ -19,14 +19,14 @@ from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
-from decm_lightning.networks.network import Network
+from decm_lightning.networks.network import CONFIG, Network, describe
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 """The files in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
@@ -128,18 +128,6 @@ def _class_in(config: Path) -> str | None:
     except ValueError:
         return ""
     return str(described.get("_class_name", "")) if isinstance(described, dict) else ""
-
-
-def describe(network: Network) -> dict[str, Any]:
-    """Return the class name and arguments of a network, from which `build` creates it again."""
-    # Imported here: it dominates the import time, and `load` does not need it.
-    from torch.distributed.fsdp import FSDPModule
-
-    # FSDP2 replaces the class of a sharded module by a subclass.
-    cls = next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
-    # A class from outside this package needs its module to be found again.
-    name = cls.__name__ if cls in CLASSES.values() else f"{cls.__module__}.{cls.__qualname__}"
-    return {"_class_name": name, **network.config}
 
 
 def description(checkpoint: str | Path) -> dict[str, Any]:

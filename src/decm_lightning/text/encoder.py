@@ -167,21 +167,12 @@ class MiniLM(TextEncoder):
         return Path(get_model_path())
 
 
-def named_encoder(name: str, device: str | torch.device = "cpu") -> CaptionEncoder:
-    """Return a text encoder by name.
+def named_encoder(name: str) -> CaptionEncoder:
+    """Return the text encoder of a name: "minilm", or a folder or name on the Hugging Face hub for `TextEncoder`.
 
-    Args:
-        name: "minilm", the folder of a diffusers pipeline, or a folder or hub name for `TextEncoder`.
-        device: the device of the encoders of a pipeline.
+    The encoders of a diffusers pipeline are `teachers.DiffusersPrompts`.
     """
-    if name.lower() == "minilm":
-        return MiniLM()
-    if (Path(name) / "model_index.json").is_file():
-        # Imported here: only pipelines need diffusers.
-        from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
-
-        return DiffusersPrompts(name, device=device)
-    return TextEncoder(name)
+    return MiniLM() if name.lower() == "minilm" else TextEncoder(name)
 
 
 def fingerprint(title: str, files: Iterable[Path]) -> str:

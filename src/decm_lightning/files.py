@@ -168,7 +168,7 @@ def describe_head(head: bytes) -> str:
 
 
 def _describe_tensors(path: Path, head: bytes, size: int) -> str:
-    """Describe the defect of a file of tensors with `size` bytes that begins with `head`; return "" if none is found."""
+    """Describe the defect of a file of tensors, which has `size` bytes and begins with `head`; "" if none is found."""
     if head.startswith(ZIP) and not zipfile.is_zipfile(path):
         return f"cut short at {size} bytes: the end of the zip file is missing"
     if head.startswith(ZIP) and path.suffix == ".safetensors":

@@ -225,7 +225,7 @@ def test_the_vae_is_compared_and_tried(decm):
     assert "one to 3 x 8 x 8, from " in out
     for vae, message in (
         ("other", "which would decode them wrongly"),
-        ("wide", "the latents have 2 channels: the VAE's have 4"),
+        ("wide", "the latents have 2 channels, but the VAE has 4"),
     ):
         code, out, err = decm("validate-data", "latents", "--vae", vae)
         assert code == 2
@@ -249,7 +249,7 @@ def test_unnormalised_latents_are_refused_before_training(decm):
 
 def test_latents_of_another_size_are_refused_before_training(decm):
     argv = fit("--model.init_args.network.init_args.in_channels", "4")
-    refused(decm, argv, "latents of latents are (2, 4, 4): the network makes (4, 4, 4)")
+    refused(decm, argv, "latents of latents are (2, 4, 4) and the network's (4, 4, 4)")
 
 
 def test_a_teacher_trains_on_latents(decm):

@@ -71,7 +71,7 @@ class HasNetwork(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The parts of a data module that evaluation uses, with defaults. Without `condition`, samples have class labels."""
+    """The parts of a data module that evaluation uses, with defaults. Samples have labels without `condition`."""
 
     num_classes: int = 0
     condition: Callable[[Sequence[int], int], Condition] | None = None
@@ -86,7 +86,7 @@ PARTS = (HasClasses, HasConditions, HasTexts, DecodesSamples, ReleasesDecoder, H
 
 
 def evaluation_data(datamodule: object) -> EvaluationData:
-    """Return the parts of a data module, or of None, that evaluation uses. Call this after `setup`, which may add parts."""
+    """Return the parts of a data module, or of None, that evaluation uses. Call it after `setup`."""
     parts = zip(fields(EvaluationData), PARTS, strict=True)
     return EvaluationData(
         **{part.name: getattr(datamodule, part.name) for part, has in parts if isinstance(datamodule, has)}

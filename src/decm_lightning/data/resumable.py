@@ -191,7 +191,7 @@ class ResumableData(L.LightningDataModule):
         return [0]
 
     def evenly(self, rows: Dataset[Batch]) -> DataLoader[Batch]:
-        """Return a loader of all rows in order. The rows are split evenly among the processes, each row exactly once."""
+        """Return a loader of all rows in order. They are split evenly among the processes, without repeats."""
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = EvenBatches(rows, EVALUATED_AT_ONCE, rank, world)
         return DataLoader(rows, batch_size=None, sampler=batches, **self.options())

@@ -44,7 +44,7 @@ class TarMember:
 
     @property
     def key(self) -> str:
-        """The path up to the first dot of the file name. It is webdataset's key, which all members of a sample share."""
+        """The path up to the first dot of the file name: webdataset's key, shared by all members of a sample."""
         folder, slash, last = self.name.rpartition("/")
         return f"{folder}{slash}{last.partition('.')[0]}"
 

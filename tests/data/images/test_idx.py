@@ -46,7 +46,7 @@ def test_the_reference_can_be_cut(tmp_path):
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: give --data.folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: .*--data.folder"):
         ready(IDXImages(str(tmp_path / "nowhere")))
     write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
@@ -57,8 +57,8 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda content: content[:-5], r"holds 49 values: its header says \(6, 3, 3\)"),
-        (lambda content: content + b"x", r"holds 55 values: its header says \(6, 3, 3\)"),
+        (lambda content: content[:-5], r"holds 49 values, .* \(6, 3, 3\)"),
+        (lambda content: content + b"x", r"holds 55 values, .* \(6, 3, 3\)"),
         (lambda content: b"PK" + content[2:], "not an IDX file of unsigned bytes: it begins with 504b0803"),
         (
             lambda content: content[:2] + b"\x0d" + content[3:],
@@ -69,12 +69,12 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
         (lambda content: content[:10], "cut short in the header of an IDX file, after 10 bytes"),
         (lambda content: content[:3], "cut short in the header of an IDX file, after 3 bytes"),
         (lambda content: content[:3] + b"\0" + content[4:], "cut short in the header"),
-        (lambda content: content[:4] + b"\xff" * 12, r"holds 0 values: its header says \(4294967295, "),
+        (lambda content: content[:4] + b"\xff" * 12, r"holds 0 values, .* \(4294967295, "),
         (lambda content: LFS.encode(), "git lfs pull"),
         (lambda content: b"<html></html>", "web page"),
-        (lambda content: gzip.compress(content)[:-20] + bytes(20), "not a whole gzip file"),
-        (lambda content: gzip.compress(content)[:12] + bytes(50), "not a whole gzip file"),
-        (lambda content: b"\x1f\x8b" + bytes(50), "not a whole gzip file"),
+        (lambda content: gzip.compress(content)[:-20] + bytes(20), "gzip"),
+        (lambda content: gzip.compress(content)[:12] + bytes(50), "gzip"),
+        (lambda content: b"\x1f\x8b" + bytes(50), "gzip"),
     ],
 )
 def test_a_spoilt_file_is_refused(spoil, message, tmp_path):
@@ -128,13 +128,13 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path):
     write_idx(tmp_path, compress=True)
     file = tmp_path / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-6])
-    with pytest.raises(ValueError, match="not a whole gzip file"):
+    with pytest.raises(ValueError, match="gzip"):
         ready(IDXImages(str(tmp_path)))
 
 
 def test_a_label_out_of_range_is_named_by_its_row(tmp_path):
     write_idx(tmp_path, counts=(4, 4), labels=[0, 1, 12, 3])
-    with pytest.raises(ValueError, match="row 2 is 12, above 9"):
+    with pytest.raises(ValueError, match=r"row 2 is 12: .* 9$"):
         ready(IDXImages(str(tmp_path)))
 
 
@@ -142,5 +142,5 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path):
     write_idx(tmp_path, counts=(6, 4))
     labels = struct.pack(">2I", 0x801, 5) + bytes(5)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
-    with pytest.raises(ValueError, match="do not fit each other"):
+    with pytest.raises(ValueError, match=r"train files .*\(6, 3, 3\).*\(5,\)"):
         ready(IDXImages(str(tmp_path)))

@@ -203,7 +203,7 @@ def test_links_and_second_images_of_a_name_in_a_tar_are_counted(tmp_path):
                 member.type, member.linkname = kind, "1.png"
             tar.addfile(member, io.BytesIO(IMAGE))
     files = ImageFiles(str(tmp_path))
-    assert files.left_out == {"images of a name that comes again": 1, ".png ": 1, "links and sparse files": 2}
+    assert files.left_out == {"images with a duplicate name": 1, ".png ": 1, "links and sparse files": 2}
     assert files.read(0, 4).shape == (3, 4, 4)
 
 

@@ -59,7 +59,7 @@ def test_without_a_vae_there_are_no_pictures(folder):
     latents = data(folder)
     latents.setup("fit")
     with pytest.raises(
-        ValueError, match=r"latents need a decoder: give --data.init_args.vae the VAE that encoded them"
+        ValueError, match=r"decoder.*--data\.init_args\.vae"
     ):
         latents.decode(torch.zeros(1, 2, 4, 4))
 
@@ -92,7 +92,7 @@ def test_a_vae_of_other_channels_is_refused(folder, tmp_path):
     save_kl(tmp_path / "other", latent_channels=4)
     with (
         pytest.warns(UserWarning, match="unknown"),
-        pytest.raises(ValueError, match="the latents have 2 channels: the VAE's have 4"),
+        pytest.raises(ValueError, match="2 channels.* 4$"),
     ):
         data(folder, vae=str(tmp_path / "other")).setup("fit")
 

@@ -68,7 +68,8 @@ def _refuse_compressed(tar: Path) -> None:
         start = content.read(8)
     for mark, name in COMPRESSED.items():
         if start.startswith(mark):
-            raise ValueError(f"{tar} is compressed ({name}): images are read in random order, so decompress it to a plain tar")
+            remedy = "decompress it to a plain tar, because images are read in random order"
+            raise ValueError(f"{tar} is compressed ({name}): {remedy}")
 
 
 def _sort(member: TarMember, images: Members, labels: Members, left_out: Counter[str]) -> None:

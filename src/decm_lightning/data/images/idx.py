@@ -62,7 +62,7 @@ class IDXImages(InMemoryImages):
         if labels.max() >= self.num_classes:
             row = int((labels >= self.num_classes).nonzero()[0])
             raise ValueError(
-                f"{part} labels in {self.folder}: row {row} is {labels[row]}, but the largest label is {self.num_classes - 1}"
+                f"{part} labels in {self.folder}: row {row} is {labels[row]}: expected at most {self.num_classes - 1}"
             )
         return LabelledImages(images[:, None].float() / 127.5 - 1, labels.long())
 

@@ -47,8 +47,8 @@ class ImageFiles:
 
     In a folder of class folders (ImageNet's layout), classes are numbered by their sorted names, and class folders may
     have subfolders. In tars, the class of each image is stored next to it, as name.cls, name.json ({"label": 3} or
-    {"cls": 3}) or name.txt. A folder with a tar at its top level is read as tars. Files with a suffix in
-    `image_reader.suffixes` are images. Links are followed, and hidden files are left out.
+    {"cls": 3}) or name.txt. A folder is read as tars if a tar is at its top level or all its files are
+    tars. Images have one of the suffixes in `image_reader.suffixes`. Links are followed, and hidden files are left out.
 
     Args:
         source: a folder of class folders, a folder of .tar files, one .tar file, or a pattern such as "train-*.tar".
@@ -84,7 +84,7 @@ class ImageFiles:
             self.files = self._from_folder(path, listing)
             self.num_classes = len(listing.folders)
             if num_classes not in (None, self.num_classes):
-                raise ValueError(f"{source} has {self.num_classes} class folders, but num_classes is {num_classes}")
+                raise ValueError(f"{source} has {self.num_classes} class folders: num_classes is {num_classes}")
         if listing is not None:
             self._count_others(listing, bool(tars))
         if not self.files:
@@ -102,8 +102,8 @@ class ImageFiles:
             ValueError: if the source is a folder of class folders and `folder` is inside it.
         """
         if not self.files[0].tar and Path(folder).resolve().is_relative_to(Path(self.source).resolve()):
-            what = f"{printable(folder)} is inside the image folder {printable(self.source)}, where each folder is a class"
-            raise ValueError(f"{what}: set --out to a folder outside of it")
+            source = f"the image folder {printable(self.source)}, where each folder is a class"
+            raise ValueError(f"{printable(folder)} is inside {source}: set --out to a folder outside of it")
 
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
         """Return the pixels of an image, center-cropped to size x size.

@@ -316,7 +316,7 @@ def test_damaged_files_of_a_folder_are_encoded_again_or_named(decm):
     request = Path("latents/manifest/request.json")
     for damage in (b"", b"{}", b"[]", b"null", b"\xff\xfe"):
         request.write_bytes(damage)
-        refused(decm, command("latents"), "manifest/request.json is damaged: delete latents, or give another --out")
+        refused(decm, command("latents"), "manifest/request.json is damaged: delete latents, or choose another --out")
 
 
 def test_a_folder_in_use_is_refused(decm):
@@ -326,7 +326,7 @@ def test_a_folder_in_use_is_refused(decm):
     lock = [sys.executable, "-u", "-c", hold, "latents/manifest/encode.lock"]
     with subprocess.Popen(lock, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        refused(decm, command("latents"), "another process encodes into latents: wait until it has ended")
+        refused(decm, command("latents"), "another process is encoding into latents")
         other.kill()
     assert decm(*command("latents"))[0] == 0
 
@@ -398,10 +398,10 @@ def grey_vae():
         (command("images/latents"), "images/latents is inside the image folder images"),
         (command("latents", "--posterior", "median"), "posterior: Expected a typing.Literal"),
         (["encode", "--vae", "vae", "--out", "latents"], "images"),
-        (command("begun", size=18), "begun was begun with size 16: got 18; give the same, or another --out"),
-        (command("begun", vae="other"), "begun was begun with vae AutoencoderKL"),
-        (command("begun", "--seed", "1"), "begun was begun with seed 0: got 1; give the same, or another --out"),
-        (command("begun", "--shard_size", "9"), "begun was begun with shard_size 8: got 9; give the same"),
+        (command("begun", size=18), "begun was started with size 16, but now size is 18"),
+        (command("begun", vae="other"), "begun was started with vae AutoencoderKL"),
+        (command("begun", "--seed", "1"), "begun was started with seed 0, but now seed is 1"),
+        (command("begun", "--shard_size", "9"), "begun was started with shard_size 8, but now shard_size is 9"),
         (command("latents", "--seed", "-1"), "seed must be from 0 to 2**63 - 1: got -1"),
         (command("latents", "--seed", str(1 << 63)), "seed must be from 0 to 2**63 - 1: got 9223372036854775808"),
         (command("latents", "--on_error", "ignore"), "on_error: Expected a typing.Literal"),

@@ -91,8 +91,8 @@ class LatentNormalization:
         )
 
     def _describe(self) -> str:
-        way = f"(z - mean) / std with {STATISTICS}" if self.has_statistics else "no normalization (latent_norm is false)"
-        return f"{way}, times {self.multiplier:g}"
+        formula = f"(z - mean) / std with {STATISTICS}" if self.has_statistics else "z (latent_norm is false)"
+        return f"{formula}, times {self.multiplier:g}"
 
     def _remedy(self, std: float) -> str:
         if not self.has_statistics:

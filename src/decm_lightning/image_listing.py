@@ -53,7 +53,7 @@ def kind(name: str) -> str:
     """Return the kind of a file that is left out, which is its suffix in lower case.
 
     Example:
-        >>> kind("Photos.TAR.GZ"), kind("README")
+        >>> kind("photos.tar.GZ"), kind("README")
         ('.tar.gz', 'no suffix')
     """
     ends = PurePath(name).suffixes[-2:]

@@ -1,4 +1,4 @@
-"""Text-image pairs: each format read to the pixel, every fault counted and named, and captions in any script."""
+"""Text-image pairs: all formats give the same pixels, all errors are counted and named, and captions use any script."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ def encoder(tmp_path_factory):
 
 
 def image(colour, kind="png", size=(12, 8)):
-    """Return the bytes of an image file of one colour."""
+    """Return the bytes of an image file of one color."""
     content = io.BytesIO()
     options = {"lossless": True} if kind == "webp" else {"quality": 100} if kind == "jpeg" else {}
     Image.new("RGB", size, colour).save(content, kind, **options)
@@ -87,7 +87,7 @@ def as_parquet(folder):
 
 
 def as_arrow(folder):
-    """What datasets' save_to_disk writes: an Arrow stream."""
+    """The format of datasets' save_to_disk: an Arrow stream."""
     import pyarrow as pa
     from pyarrow import ipc
 
@@ -129,7 +129,7 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
-    """Pixels to 2 of 255 (JPEG), captions to the token, in every script, each with its own image."""
+    """Pixels agree to 2 of 255 (JPEG), and captions in all scripts agree exactly and belong to the right images."""
     FORMATS[kind](source)
     module = ready(source, encoder, tmp_path, held_out=0)
     assert len(module.train) == len(SCRIPTS)
@@ -144,7 +144,7 @@ def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
 
 
 def test_a_second_run_reads_nothing_again(source, encoder, tmp_path):
-    """Pixels and tokens come from the cache; a changed source is read anew."""
+    """Pixels and tokens come from the cache. A changed source is read again."""
     as_tars(source)
     first = ready(source, encoder, tmp_path)
     broken = TextEncoder(encoder.path, max_tokens=encoder.max_tokens)
@@ -171,17 +171,17 @@ FAULTS = {
     ),
     "half a character": (
         [("a.png", image((1, 1, 1))), ("a.json", b'{"caption": "cut \\ud83d"}')],
-        r"000.tar: a.png: its caption has half a character \('\\ud83d'\)",
+        r"000.tar: a.png: its caption has .* \('\\ud83d'\)",
     ),
     "a name in Latin-1": (
         [("caf\udce9.png", image((1, 1, 1))), ("caf\udce9.txt", b"x")],
         r"000.tar: caf\\udce9.png: its name is not UTF-8",
     ),
-    "another format": ([("h.svg", b"<svg/>")], r"000.tar: h.svg: is neither image nor caption"),
-    "a name with a dot": ([("a.v1.jpg", image((1, 1, 1), "jpeg"))], r"000.tar: a.v1.jpg: is neither image nor caption"),
+    "another format": ([("h.svg", b"<svg/>")], r"000.tar: h.svg: is neither"),
+    "a name with a dot": ([("a.v1.jpg", image((1, 1, 1), "jpeg"))], r"000.tar: a.v1.jpg: is neither"),
     "5,000 words": (
         [("a.png", image((1, 1, 1))), ("a.txt", b"word " * 5000)],
-        r"000.tar: a.png: its caption is too long \(24999 characters, and max_characters is 2000\)",
+        r"000.tar: a.png: its caption is too long \(24999 .*2000\)",
     ),
     "no caption": ([("a.webp", image((1, 1, 1), "webp"))], r"000.tar: a.webp: has no caption \(.txt, .json\)"),
     "no image": ([("a.txt", b"x")], r"000.tar: a.txt: has no image \(.jpg"),
@@ -213,7 +213,7 @@ def test_a_fault_in_a_tar_is_named_and_fatal_or_left_out(kind, source, encoder, 
 
 
 def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(source, encoder, tmp_path):
-    """Of two members of one name the first is a part of the pair."""
+    """Of two members of one name, the pair uses the first."""
     jpeg = image((1, 1, 1), "jpeg")
     members = [
         ("a.png", image((2, 2, 2))),
@@ -226,11 +226,11 @@ def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(so
     write_tar(source / "a.tar", members)
     with pytest.raises(ValueError, match=r"^3 of 4 pairs") as raised:
         ready(source, encoder, tmp_path)
-    for expected in ("a.tar: a.png: is there twice", "photo.v1.jpg: is neither image nor", "photo.v1.txt: is neither"):
+    for expected in ("a.tar: a.png: is in the tar twice", "photo.v1.jpg: is neither", "photo.v1.txt: is neither"):
         assert expected in str(raised.value)
     with pytest.warns(UserWarning, match="left out"):
-        kept = ready(source, encoder, tmp_path, on_error="skip", held_out=0).train.images
-    assert kept.unique().tolist() == [2]
+        images = ready(source, encoder, tmp_path, on_error="skip", held_out=0).train.images
+    assert images.unique().tolist() == [2]
 
 
 @pytest.mark.parametrize("kind", ["tars", "parquet", "arrow", "csv"])
@@ -246,7 +246,7 @@ def test_a_caption_column_that_is_nowhere_is_refused_with_the_columns_that_are_t
 
 
 def test_rows_that_are_lost_are_counted_and_files_that_are_not_read(source, encoder, tmp_path):
-    """Three of four row groups of 64 rows, and a picture next to a table's tar."""
+    """Three of four row groups of 64 rows are lost, and an image lies next to the tar of a table."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -271,7 +271,7 @@ def test_rows_that_are_lost_are_counted_and_files_that_are_not_read(source, enco
 
 
 def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
-    """Its member is lost, and reading resumes at the next one."""
+    """Only its member is lost, and reading resumes at the next one."""
     as_tars(source)
     file = source / "001.tar"
     with tarfile.open(file) as tar:
@@ -287,7 +287,7 @@ def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
 
 @pytest.mark.parametrize("keep", [0.4, 0.75, "end"])
 def test_a_tar_that_is_cut_short_is_named(keep, source, encoder, tmp_path):
-    """In the middle of a member, and exactly after one, where nothing but the missing end tells."""
+    """The cut is in the middle of a member, or exactly after one, where only the end marker is missing."""
     as_tars(source)
     file = source / "001.tar"
     content = file.read_bytes()
@@ -298,8 +298,8 @@ def test_a_tar_that_is_cut_short_is_named(keep, source, encoder, tmp_path):
     with pytest.raises(ValueError, match=r"001.tar: is (damaged or )?cut short"):
         ready(source, encoder, tmp_path)
     with pytest.warns(UserWarning, match="left out"):
-        kept = len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train)
-    assert kept == 8 if keep == "end" else 4 < kept < 8
+        count = len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train)
+    assert count == 8 if keep == "end" else 4 < count < 8
 
 
 def test_faults_of_tables_are_named_by_their_rows(source, encoder, tmp_path):
@@ -357,7 +357,7 @@ def test_a_csv_with_a_comma_too_many_a_long_name_and_an_image_of_another_format(
 
 
 def test_an_image_that_is_replaced_is_read_anew(source, encoder, tmp_path):
-    """The CSV file that names it is the source, and stays as it is."""
+    """The source is the CSV file that names the image. It does not change."""
     as_csv(source)
     ready(source / "metadata.csv", encoder, tmp_path)
     (source / "sub/1.png").write_bytes(image((77, 77, 77), size=(8, 8)))
@@ -380,7 +380,7 @@ def test_of_two_that_prepare_at_once_the_second_waits(source, tmp_path, monkeypa
         first = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
         assert reading.wait(60)
         second = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
-        # Long enough to come to the lock.
+        # Long enough for the other process to reach the lock.
         with pytest.raises(TimeoutError):
             second.result(0.3)
         go_on.set()
@@ -389,7 +389,7 @@ def test_of_two_that_prepare_at_once_the_second_waits(source, tmp_path, monkeypa
 
 
 def test_what_killed_runs_have_left_is_removed(source, encoder, tmp_path):
-    """But not what another process writes."""
+    """Files that another process is writing are not removed."""
     as_tars(source)
     stale, live = (tmp_path / "cache" / f"pairs-{name}.partial" for name in ("stale", "live"))
     for folder in (stale, live):
@@ -445,7 +445,7 @@ def test_a_split_depends_on_names_alone():
 
 
 def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path):
-    """Number i is that of held-out pair i mod n, which no training batch holds."""
+    """Sample i uses held-out pair i mod n, which is in no training batch."""
     as_csv(source)
     module = ready(source, encoder, tmp_path)
     held = len(module.reference)
@@ -457,7 +457,7 @@ def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path)
     assert apart.min() > 0.5
     assert set(module.texts) <= {" ".join(caption.split()) for caption in SCRIPTS}
     nothing = ready(source, encoder, tmp_path, held_out=0)
-    with pytest.raises(ValueError, match="no pair is held out: got held_out 0 and 8 pairs"):
+    with pytest.raises(ValueError, match="held_out, which is 0 of 8 pairs"):
         nothing.condition([0])
 
 
@@ -493,7 +493,7 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
 
 
 def test_a_teacher_trains_on_pairs_and_is_refused_images_of_another_size(source, encoder, tmp_path):
-    """Through Lightning, with loading processes, in several epochs; the flow-matching loss is finite and logged."""
+    """Train with Lightning and loading processes for several epochs. The flow-matching loss is finite and logged."""
     as_tars(source)
     network = TextDiT(8, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}

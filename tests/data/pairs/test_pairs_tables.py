@@ -1,4 +1,4 @@
-"""Tables of pairs: a damaged row group or record batch costs its own rows, and the count says how many."""
+"""Tables of pairs: a damaged row group or record batch loses only its own rows, which are counted."""
 
 import pyarrow as pa
 import pytest
@@ -73,11 +73,11 @@ def test_both_formats_of_arrow_are_read(kind, suffix, source):
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_a_damaged_batch_of_arrow_costs_its_own_rows(kind, source):
-    """Offsets that point outside of the file, which Arrow itself would follow."""
+    """Its offsets point outside of the file. Arrow itself would follow them."""
     file = source / "a.arrow"
     write_arrow(file, table(), kind)
     content = file.read_bytes()
-    # The offsets of the third batch's captions stand before the captions.
+    # In the third batch, the offsets of the captions come before the captions.
     damage(file, content.index(b"level 80level 81") - 40, 8)
     found = read(source)
     assert levels(found) == [*range(80), *range(120, COUNT)]
@@ -121,7 +121,7 @@ def test_text_that_is_not_utf_8_costs_its_own_row(source):
 
 @pytest.mark.parametrize("kind", ["bytes and path", "path", "file_name", "large", "dictionary"])
 def test_images_may_be_named_instead_of_stored(kind, source, tmp_path):
-    """As Hugging Face's datasets write tables of image files, next to the table or by absolute paths."""
+    """Hugging Face's datasets writes such tables. The image files are next to the table or have absolute paths."""
     write_images(source / "images", 3)
     names = ["images/0.png", str(source / "images/1.png"), "images/nowhere.png"]
     text = pa.array(["a", "b", "c"])

@@ -1,5 +1,4 @@
-"""Tars of pairs: a damaged place costs what it destroys, the caption is that of the requested column, and nothing is
-left out without a count."""
+"""Tars of pairs: damage loses only the damaged members, and everything that is left out is counted."""
 
 import io
 import json
@@ -39,7 +38,7 @@ def test_a_damaged_header_costs_its_own_pair(name, source):
 
 
 def test_joined_tars_are_read_to_the_end(source):
-    """cat a.tar b.tar > joined.tar: zeros in the middle are no damage."""
+    """cat a.tar b.tar > joined.tar has zeros in the middle, which are not damage."""
     first, second = pairs_tar(source / "a.tar", range(3)), pairs_tar(source / "b.tar", range(3, 6))
     joined = first.read_bytes() + second.read_bytes()
     second.unlink()
@@ -72,7 +71,7 @@ def test_compressed_tars_are_read_and_a_cut_one_is_an_error(mode, suffix, source
 
 
 def with_json(source, *values):
-    """A tar of a.png, a.txt and a.json, and so on; None for no JSON file."""
+    """Write a tar of a.png, a.txt, a.json etc. None leaves out the JSON file."""
     members = {}
     for row, value in enumerate(values):
         members |= {f"{row}.png": png(row), f"{row}.txt": b"alt text"}
@@ -91,7 +90,7 @@ def test_a_named_column_is_used_and_where_it_is_missing_the_pair_is_an_error(sou
     assert (levels(found), found.captions) == ([0], ["zero"])
     assert [str(error).partition("a.tar: ")[2] for error in found.errors] == [
         "1.json: has no caption column (expected 'better', found url)",
-        "2.txt: has no .json file (with the caption column 'better')",
+        "2.txt: has no .json file (for the caption column 'better')",
         "3.json: its caption is empty (column better)",
         "4.json: its caption is empty (column better)",
         "5.json: its caption is not text (5)",
@@ -119,7 +118,7 @@ def test_every_format_of_pillow_is_an_image_and_two_of_a_name_are_an_error(sourc
     write_tar(source / "a.tar", members)
     found = read(source)
     assert len(found.captions) == len(kinds)
-    assert "two.png: is one of several images of a name (.png, .gif)" in said(found)
+    assert "two.png: is one of several images with the same name (.png, .gif)" in said(found)
 
 
 def test_links_are_counted_and_hidden_members_are_not(source):

@@ -124,8 +124,8 @@ class Provenance:
         """
         if self.vae != identity:
             raise ValueError(
-                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use the VAE "
-                "that encoded them"
+                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use "
+                "the VAE that encoded them"
             )
 
 

@@ -1,4 +1,4 @@
-"""IDX files: what they hold, and what is said of bad ones."""
+"""IDX files: their content, and the errors of damaged files."""
 
 import gzip
 import struct
@@ -12,7 +12,7 @@ from tests.unprivileged import open_folder, unprivileged
 
 
 def write_idx(folder, counts=(6, 4), compress=False, labels=None):
-    """Write the four files: image i is all i, label i is i."""
+    """Write the four files. All pixels of image i are i, and its label is i."""
     for part, count in zip(("train", "t10k"), counts, strict=True):
         pixels = b"".join(bytes([i]) * 9 for i in range(count))
         for name, content in (
@@ -39,7 +39,7 @@ def test_idx_files_are_read_plain_or_gzipped(compress, tmp_path):
     assert module.reference.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_the_reference_can_be_cut(tmp_path):
+def test_the_reference_can_be_limited(tmp_path):
     write_idx(tmp_path)
     batches = list(ready(IDXImages(str(tmp_path), reference_size=3)).val_dataloader())
     assert torch.cat([batch.condition for batch in batches]).tolist() == [0, 1, 2]
@@ -77,7 +77,7 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
         (lambda content: b"\x1f\x8b" + bytes(50), "gzip"),
     ],
 )
-def test_a_spoilt_file_is_refused(spoil, message, tmp_path):
+def test_a_damaged_file_is_refused(spoil, message, tmp_path):
     write_idx(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
     file.write_bytes(spoil(file.read_bytes()))
@@ -88,7 +88,7 @@ def test_a_spoilt_file_is_refused(spoil, message, tmp_path):
 
 
 def test_a_file_is_read_by_its_content_not_its_name(tmp_path):
-    """Browsers unpack what they download, and keep its name."""
+    """Browsers decompress downloads without a change of name."""
     write_idx(tmp_path)
     for file in tmp_path.glob("*"):
         file.rename(f"{file}.gz")
@@ -116,7 +116,7 @@ def test_a_folder_a_link_and_a_missing_permission_are_named(tmp_path):
             ready(IDXImages(str(folder)))
 
 
-def test_no_images_are_refused(tmp_path):
+def test_files_without_images_are_refused(tmp_path):
     write_idx(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 0, 3, 3))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 0))
@@ -138,7 +138,7 @@ def test_a_label_out_of_range_is_named_by_its_row(tmp_path):
         ready(IDXImages(str(tmp_path)))
 
 
-def test_files_that_do_not_fit_each_other_are_refused(tmp_path):
+def test_files_that_do_not_match_are_refused(tmp_path):
     write_idx(tmp_path, counts=(6, 4))
     labels = struct.pack(">2I", 0x801, 5) + bytes(5)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)

@@ -58,9 +58,7 @@ def test_a_bare_multiplier_is_undone_too(folder):
 def test_without_a_vae_latents_cannot_be_decoded(folder):
     latents = data(folder)
     latents.setup("fit")
-    with pytest.raises(
-        ValueError, match=r"decoder.*--data\.init_args\.vae"
-    ):
+    with pytest.raises(ValueError, match=r"decoder.*--data\.init_args\.vae"):
         latents.decode(torch.zeros(1, 2, 4, 4))
 
 
@@ -81,9 +79,7 @@ def test_pixels_need_no_decoding():
 
 def test_another_vae_is_refused(folder, tmp_path):
     save_kl(tmp_path / "other", seed=1)
-    with pytest.raises(
-        ValueError, match=r"cache.json says that AutoencoderKL .*/other is Auto"
-    ):
+    with pytest.raises(ValueError, match=r"cache.json says that AutoencoderKL .*/other is Auto"):
         data(folder, vae=str(tmp_path / "other")).setup("fit")
 
 

@@ -401,7 +401,7 @@ def test_what_killed_runs_have_left_is_removed(source, encoder, tmp_path):
     assert live.exists()
 
 
-def test_folders_are_no_files_whatever_their_name(source, encoder, tmp_path):
+def test_folders_with_the_suffix_of_a_file_are_not_read(source, encoder, tmp_path):
     as_csv(source)
     for name in ("a.tar", "a.parquet", "a.csv"):
         (source / name).mkdir()
@@ -417,7 +417,7 @@ def test_where_all_pairs_are_bad_the_faults_are_counted_by_their_kind(source, en
         ready(source, encoder, tmp_path, on_error="skip")
 
 
-def test_what_is_no_source_is_refused(source, encoder, tmp_path):
+def test_an_invalid_source_is_refused(source, encoder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
         ready(source / "nowhere", encoder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*expected \*.tar, .*\*.parquet"):
@@ -461,7 +461,7 @@ def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path)
         nothing.condition([0])
 
 
-def test_a_loader_begins_where_it_is_told_with_the_same_captions(source, encoder, tmp_path):
+def test_a_loader_starts_at_its_position_with_the_same_captions(source, encoder, tmp_path):
     as_csv(source)
     data = ready(source, encoder, tmp_path, held_out=0, num_workers=0)
     whole = [batch.condition.tokens for batch in data.train_dataloader()]

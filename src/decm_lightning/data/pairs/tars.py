@@ -54,7 +54,7 @@ def _pairs(
     images = [suffix for suffix in parts if suffix in IMAGES]
     captions = [suffix for suffix in CAPTIONS if suffix in parts]
     if not images and not captions:
-        what = "is neither an image nor a caption by its suffix after the first dot (expected .jpg, .png ...; .txt, .json)"
+        what = "is neither an image nor a caption (its suffix after the first dot is not .jpg, .png ..., .txt or .json)"
         yield from (DataError(place + suffix, what) for suffix in parts)
     elif not images:
         yield DataError(place + captions[0], "has no image (.jpg, .png or another format)")

@@ -264,14 +264,14 @@ def test_a_broken_file_is_named_on_one_line(tmp_path, monkeypatch):
 def test_the_header_tells_the_mode(tmp_path):
     colored = Image.new("P", (2, 2), 1)
     colored.putpalette([0, 0, 0, 1, 2, 3])
-    grey = Image.new("P", (2, 2), 1)
-    grey.putpalette([0, 0, 0, 1, 1, 1])
+    gray = Image.new("P", (2, 2), 1)
+    gray.putpalette([0, 0, 0, 1, 1, 1])
     images = {
         "rgb.png": (Image.new("RGB", (2, 2)), "RGB"),
         "rgba.png": (Image.new("RGBA", (2, 2)), "RGB"),
         "cmyk.jpg": (Image.new("CMYK", (2, 2)), "RGB"),
         "colored.png": (colored, "RGB"),
-        "grey.png": (grey, "L"),
+        "gray.png": (gray, "L"),
         "deep.png": (Image.fromarray(RAMP), "L"),
         "float.tif": (Image.fromarray(np.zeros((2, 2), np.float32)), "L"),
         "alpha.png": (Image.new("LA", (2, 2)), "L"),

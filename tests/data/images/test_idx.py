@@ -55,7 +55,7 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda content: content[:-5], r"holds 49 values, .* \(6, 3, 3\)"),
         (lambda content: content + b"x", r"holds 55 values, .* \(6, 3, 3\)"),
@@ -77,10 +77,10 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
         (lambda content: b"\x1f\x8b" + bytes(50), "gzip"),
     ],
 )
-def test_a_damaged_file_is_refused(spoil, message, tmp_path):
+def test_a_damaged_file_is_refused(damage, message, tmp_path):
     write_idx(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
-    file.write_bytes(spoil(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
         ready(IDXImages(str(tmp_path)))
     assert str(file) in str(caught.value)

@@ -260,7 +260,7 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "is cut short"),
         (
@@ -271,9 +271,9 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
         (lambda whole: b"x" * 100 + whole, r"x.tar is not a tar \(no member can be read\)"),
     ],
 )
-def test_a_tar_that_is_not_whole_is_refused(spoil, message, tmp_path):
+def test_a_tar_that_is_not_whole_is_refused(damage, message, tmp_path):
     file = write_tar(tmp_path / "x.tar", labeled(9, range(9)))
-    file.write_bytes(spoil(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         ImageFiles(str(file))
 

@@ -88,7 +88,7 @@ def test_a_vae_of_other_channels_is_refused(folder, tmp_path):
     save_kl(tmp_path / "other", latent_channels=4)
     with (
         pytest.warns(UserWarning, match="unknown"),
-        pytest.raises(ValueError, match="2 channels.* 4$"),
+        pytest.raises(ValueError, match=r"2 channels.* 4$"),
     ):
         data(folder, vae=str(tmp_path / "other")).setup("fit")
 

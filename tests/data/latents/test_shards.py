@@ -125,7 +125,7 @@ def test_a_gigabyte_is_opened_and_read_in_a_few_megabytes(tmp_path):
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere: .*safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: .*safetensors"):
         Shards(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no \*.safetensors file in .*: expected shards with latents"):
         Shards(tmp_path)

@@ -55,6 +55,6 @@ def levels(prepared: PreparedPairs) -> list[int]:
     return first.tolist()
 
 
-def said(prepared: PreparedPairs) -> str:
+def error_summary(prepared: PreparedPairs) -> str:
     """Return the summary of the errors."""
     return summary("source", len(prepared.captions), prepared.errors)

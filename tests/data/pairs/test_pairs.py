@@ -25,7 +25,7 @@ from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
 
 SCRIPTS = ["a red cat", "кошка", "猫が寝ている", "قطة حمراء", "बिल्ली", "γάτα", "🐱 emoji", "  two \n lines  "]
-COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (9, 9, 9), (99, 9, 9)]
+COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (9, 9, 9), (99, 9, 9)]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def encoder(tmp_path_factory):
     return TextEncoder(str(folder), max_tokens=32)
 
 
-def image(colour, kind="png", size=(12, 8)):
+def image(color, kind="png", size=(12, 8)):
     """Return the bytes of an image file of one color."""
     content = io.BytesIO()
     options = {"lossless": True} if kind == "webp" else {"quality": 100} if kind == "jpeg" else {}
-    Image.new("RGB", size, colour).save(content, kind, **options)
+    Image.new("RGB", size, color).save(content, kind, **options)
     return content.getvalue()
 
 
@@ -63,11 +63,11 @@ def as_tars(folder):
     """Four pairs in each of two tars: .txt and .json captions, all image formats."""
     kinds = [("png", "png"), ("webp", "webp"), ("jpeg", "jpg"), ("jpeg", "jpeg")]
     members = []
-    for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+    for row, (caption, color) in enumerate(zip(SCRIPTS, COLORS, strict=True)):
         kind, ending = kinds[row % 4]
         is_json = row % 2
         text = json.dumps({"caption": caption, "id": row}).encode() if is_json else caption.encode()
-        members.append((f"part/{row:04d}.{ending}", image(colour, kind)))
+        members.append((f"part/{row:04d}.{ending}", image(color, kind)))
         members.append((f"part/{row:04d}.{'json' if is_json else 'txt'}", text))
     write_tar(folder / "000.tar", members[:8])
     write_tar(folder / "001.tar", members[8:])
@@ -81,7 +81,7 @@ def as_parquet(folder):
     (folder / "data").mkdir()
     for part in range(2):
         rows = range(4 * part, 4 * part + 4)
-        images = [{"bytes": image(COLOURS[row]), "path": f"{row}.png"} for row in rows]
+        images = [{"bytes": image(COLORS[row]), "path": f"{row}.png"} for row in rows]
         table = pa.table({"image": images, "text": [SCRIPTS[row] for row in rows], "other": [None] * 4})
         parquet.write_table(table, folder / "data" / f"train-{part:05d}-of-00002.parquet")
 
@@ -91,7 +91,7 @@ def as_arrow(folder):
     import pyarrow as pa
     from pyarrow import ipc
 
-    table = pa.table({"image": [image(colour) for colour in COLOURS], "prompt": SCRIPTS})
+    table = pa.table({"image": [image(color) for color in COLORS], "prompt": SCRIPTS})
     with ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
         stream.write_table(table)
 
@@ -102,9 +102,9 @@ def as_csv(folder):
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as opened:
         rows = csv.writer(opened)
         rows.writerow(["file_name", "text"])
-        for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+        for row, (caption, color) in enumerate(zip(SCRIPTS, COLORS, strict=True)):
             name = f"sub/{row}.png" if row % 2 else f"{row}.png"
-            (folder / name).write_bytes(image(colour))
+            (folder / name).write_bytes(image(color))
             rows.writerow([name, caption])
 
 
@@ -134,7 +134,7 @@ def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
     module = ready(source, encoder, tmp_path, held_out=0)
     assert len(module.train) == len(SCRIPTS)
     x_1, captions = module.train.__getitems__(range(len(SCRIPTS)))
-    expected = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8) / 127.5 - 1
+    expected = torch.tensor(COLORS)[:, :, None, None].expand(-1, -1, 8, 8) / 127.5 - 1
     torch.testing.assert_close(x_1, expected, rtol=0, atol=2.1 / 127.5)
     for row, caption in enumerate(SCRIPTS):
         alone = encoder([" ".join(caption.split())])

@@ -19,7 +19,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-def spoil(file, **values):
+def damage(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -28,9 +28,9 @@ DAMAGE = {
     "half a record": lambda folder: (folder / "pairs.json").write_text('{"captions": ["a'),
     "another record": lambda folder: (folder / "pairs.json").write_text("[1]"),
     "no names": lambda folder: (folder / "pairs.json").write_text('{"captions": []}'),
-    "a name too few": lambda folder: spoil(folder / "pairs.json", names=["a"]),
-    "captions of another type": lambda folder: spoil(folder / "pairs.json", captions=[None] * 5),
-    "another list of errors": lambda folder: spoil(folder / "pairs.json", errors=[{"x": 1}]),
+    "a name too few": lambda folder: damage(folder / "pairs.json", names=["a"]),
+    "captions of another type": lambda folder: damage(folder / "pairs.json", captions=[None] * 5),
+    "another list of errors": lambda folder: damage(folder / "pairs.json", errors=[{"x": 1}]),
     "no stamps": lambda folder: (folder / "stamps.json").unlink(),
     "other stamps": lambda folder: (folder / "stamps.json").write_text('{"a": 1}'),
     "no pixels": lambda folder: (folder / "pixels.bin").unlink(),

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from decm_lightning.data.pairs.csv_records import MAX_LINES, records
-from tests.data.pairs.pair_files import levels, png, read, said, write_images
+from tests.data.pairs.pair_files import levels, png, read, error_summary, write_images
 
 COUNT = 8
 
@@ -58,7 +58,7 @@ def test_a_name_that_no_file_can_have_costs_its_own_row(source):
     write(source, {3: "3\0.png,x"})
     found = read(source)
     assert levels(found) == [0, 1, 2, 4, 5, 6, 7]
-    assert "line 5, 3\0.png: has a NUL byte" in said(found)
+    assert "line 5, 3\0.png: has a NUL byte" in error_summary(found)
     (source / "list.csv").unlink()
     lines = [{"file_name": "\ud800.png", "text": "x"}, {"file_name": "1.png", "text": "b"}]
     (source / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -197,7 +197,7 @@ def test_a_column_that_is_not_there_is_refused_and_an_empty_file(source):
 def test_the_first_caption_that_is_not_empty_is_used(source):
     write(source, {row: f"{row}.png,,the digit {row}" for row in range(COUNT)}, "file_name,caption,text")
     assert read(source).captions == [f"the digit {row}" for row in range(COUNT)]
-    assert "8 x its caption is empty" in said(read(source, "caption"))
+    assert "8 x its caption is empty" in error_summary(read(source, "caption"))
 
 
 def test_json_lines_are_read_and_a_damaged_line_costs_itself(source):

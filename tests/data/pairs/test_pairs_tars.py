@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image, features
 
-from tests.data.pairs.pair_files import levels, pairs_tar, png, read, said, write_tar
+from tests.data.pairs.pair_files import levels, pairs_tar, png, read, error_summary, write_tar
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def test_a_damaged_header_costs_its_own_pair(name, source):
     found = read(source)
     lost = int(name[0])
     assert levels(found) == [row for row in range(10) if row != lost]
-    assert "1 of 10 pairs of source are bad, and an unknown number of pairs could not be read" in said(found)
-    assert f"{lost}.{'txt' if name.endswith('png') else 'png'}: has no" in said(found)
+    assert "1 of 10 pairs of source are bad, and an unknown number of pairs could not be read" in error_summary(found)
+    assert f"{lost}.{'txt' if name.endswith('png') else 'png'}: has no" in error_summary(found)
 
 
 def test_joined_tars_are_read_to_the_end(source):
@@ -67,7 +67,7 @@ def test_compressed_tars_are_read_and_a_cut_one_is_an_error(mode, suffix, source
     assert found.names[:2] == ["a/0", "a/1"]
     content = file.read_bytes()
     file.write_bytes(content[: len(content) * 3 // 4])
-    assert "an unknown number of pairs could not be read" in said(read(source))
+    assert "an unknown number of pairs could not be read" in error_summary(read(source))
 
 
 def with_json(source, *values):
@@ -118,7 +118,7 @@ def test_every_format_of_pillow_is_an_image_and_two_of_a_name_are_an_error(sourc
     write_tar(source / "a.tar", members)
     found = read(source)
     assert len(found.captions) == len(kinds)
-    assert "two.png: is one of several images with the same name (.png, .gif)" in said(found)
+    assert "two.png: is one of several images with the same name (.png, .gif)" in error_summary(found)
 
 
 def test_links_are_counted_and_hidden_members_are_not(source):
@@ -154,5 +154,5 @@ def test_a_file_that_was_not_downloaded_is_named_with_the_cause(content, message
     source.mkdir()
     (source / name).write_bytes(content)
     found = read(source)
-    assert f"{name}: " in said(found)
-    assert message in said(found)
+    assert f"{name}: " in error_summary(found)
+    assert message in error_summary(found)

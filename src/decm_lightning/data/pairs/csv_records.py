@@ -28,7 +28,7 @@ class Record:
 def records(
     lines: Iterable[str], delimiter: str, header: Sequence[str], names_an_image: Callable[[list[str]], bool]
 ) -> Iterator[Record]:
-    """Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
+    r"""Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
 
     A record cannot be read if a quote is not closed within 100 lines, if text follows a closing quote, or if a field
     exceeds the csv module's limit. Reading then resumes at the line after its first one. An open quote may also be
@@ -36,7 +36,7 @@ def records(
     than the header, or if more than one of its lines is itself a row.
 
     Example:
-        >>> lines = ["a.png,one\\n", 'b.png,"open\\n', "c.png,three\\n"]
+        >>> lines = ["a.png,one\n", 'b.png,"open\n', "c.png,three\n"]
         >>> for record in records(lines, ",", ["file", "text"], lambda fields: fields[0].endswith(".png")):
         ...     print(record.fields, record.error)
         ['a.png', 'one'] None

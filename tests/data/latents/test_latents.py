@@ -383,6 +383,7 @@ def test_a_network_for_another_shape_is_refused(tmp_path):
     write_shards(tmp_path)
     recorder = Recorder()
     recorder.network = nn.Identity()
+    recorder.network.num_classes = 0
     recorder.network.sample_shape = (4, 32, 32)
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"latents of .* are \(2, 4, 4\) .*\(4, 32, 32\)"):

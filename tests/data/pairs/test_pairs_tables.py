@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
-from tests.data.pairs.pair_files import levels, png, read, error_summary, write_images
+from tests.data.pairs.pair_files import error_summary, levels, png, read, write_images
 
 COUNT = 200
 GROUP = 40

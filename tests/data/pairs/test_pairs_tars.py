@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image, features
 
-from tests.data.pairs.pair_files import levels, pairs_tar, png, read, error_summary, write_tar
+from tests.data.pairs.pair_files import error_summary, levels, pairs_tar, png, read, write_tar
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch._functorch.config
 from einops import rearrange
 from einops._backends import TorchBackend
 from huggingface_hub import PyTorchModelHubMixin
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -31,9 +32,6 @@ TABLE = (ROOT / "docs" / "private-apis.md").read_text(encoding="utf-8")
     ("function", "parameters"),
     [
         (nn.Module._apply, ["self", "fn", "recurse"]),
-        (LightningCLI._get, ["self", "config", "key"]),
-        (LightningCLI._parse_ckpt_path, ["self"]),
-        (LightningCLI._run_subcommand, ["self", "subcommand"]),
         (LightningCLI._set_seed, ["self"]),
         (Metric._apply, ["self", "fn"]),
         (ModelCheckpoint._find_last_checkpoints, ["self", "trainer"]),
@@ -165,6 +163,12 @@ def test_a_fused_optimizer_says_that_it_takes_a_scaler():
 def test_a_compiled_module_puts_its_prefix_before_names():
     names = torch.compile(nn.Sequential(nn.Linear(1, 1))).state_dict().keys()
     assert names == {"_orig_mod.0.weight", "_orig_mod.0.bias"}
+
+
+def test_a_parser_has_its_options_by_name():
+    parser = ArgumentParser()
+    parser.add_argument("--size")
+    assert "--size" in parser._option_string_actions
 
 
 def test_every_private_name_in_the_source_is_in_the_table():

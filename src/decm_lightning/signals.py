@@ -1,5 +1,6 @@
-"""SIGTERM ends a process that has nothing to save."""
+"""How processes end at a signal, if they have nothing to save."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -25,3 +26,15 @@ def _end(trainer: L.Trainer, signum: int, frame: Any) -> NoReturn:
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signum)
     raise SystemExit(128 + signum)
+
+
+def silence_broken_pipes(worker: int) -> None:
+    """Let a worker end silently if a signal has ended the process that it sends batches to."""
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        # multiprocessing's thread that sends tensors reports its errors here.
+        if not issubclass(kind, BrokenPipeError | ConnectionError):
+            report(kind, *rest)
+
+    sys.excepthook = hook

@@ -211,5 +211,5 @@ def test_what_is_no_pair_is_refused():
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"scikit-learn.*'demo'"):
         prepared(Data())

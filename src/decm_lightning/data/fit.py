@@ -21,9 +21,9 @@ def check_fit(
         ValueError: if the data have more classes than the network, whose null class would be the first extra label, or
             samples of another shape. The message gives the values of both.
     """
-    limit, count = network.num_classes, num_classes or 0
-    if limit and count > limit:
-        raise ValueError(f"the data have {count} classes and the network {limit}: labels must be below num_classes")
+    if num_classes and 0 < network.num_classes < num_classes:
+        both = f"the data have {num_classes} classes and the network {network.num_classes}"
+        raise ValueError(f"{both}: labels must be below num_classes")
     if shape is not None and shape != tuple(network.sample_shape):
         remedy = "build the network for this shape (in_channels, input_size) or use other data"
         raise ValueError(f"{what} {shape} and the network's {tuple(network.sample_shape)}: {remedy}")

@@ -14,6 +14,7 @@ from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents.imagenet import Latents
 from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data.resumable import EpochSampler
+from decm_lightning.networks import MLP
 from tests.data.latents.test_shards import write_shards
 from tests.test_files import LFS
 
@@ -382,9 +383,8 @@ def test_fewer_images_than_a_batch_in_each_process_are_refused(tmp_path):
 def test_a_network_for_another_shape_is_refused(tmp_path):
     write_shards(tmp_path)
     recorder = Recorder()
-    recorder.network = nn.Identity()
-    recorder.network.num_classes = 0
+    recorder.network = MLP()
     recorder.network.sample_shape = (4, 32, 32)
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"latents of .* are \(2, 4, 4\) .*\(4, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"latents of .* are \(2, 4, 4\) and the network's \(4, 32, 32\)"):
         trainer.fit(recorder, ImageNetLatents(str(tmp_path), 4, 0, 10))

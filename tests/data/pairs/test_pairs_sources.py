@@ -115,5 +115,5 @@ def test_a_package_that_is_missing_is_named(name, split, package, source, monkey
     for module in ("decm_lightning.data.pairs.tables", "decm_lightning.data.pairs.hugging_face"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
+    with pytest.raises(ImportError, match=f"needs {package}.*'text'"):
         prepare(source, source.parent / "cache", 4, None, 2000, split)

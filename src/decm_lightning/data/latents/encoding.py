@@ -21,7 +21,7 @@ from decm_lightning.errors import NonFiniteError
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_modes
 from decm_lightning.seeds import generator_of
-from decm_lightning.signals import end_at_sigterm
+from decm_lightning.signals import end_at_sigterm, silence_broken_pipes
 
 Posterior = Literal["sample", "mode"]
 
@@ -167,7 +167,9 @@ class EncodingData(L.LightningDataModule):
         ours = self.plan.pending[self.trainer.global_rank :: self.trainer.world_size]
         shards = {number: self.plan.shards[number] for number in ours}
         batches = ShardBatches(self.images, self.size, shards, self.batch_size)
-        return DataLoader(batches, batch_size=1, num_workers=self.num_workers, collate_fn=_only)
+        return DataLoader(
+            batches, batch_size=1, num_workers=self.num_workers, collate_fn=_only, worker_init_fn=silence_broken_pipes
+        )
 
     def _planned(self) -> Plan:
         files, allow_skipped = self.images.files, self.on_error == "skip"

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, with the permissions of the umask, and a full disk is named by its path."""
+"""Files are written atomically, with the permissions of the umask, and errors name the path."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.unprivileged import open_folder, unprivileged
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
-    """Until then it has another name, next to the final one."""
+    """Until then it has another name in the same folder."""
     file = tmp_path / "new" / "file.txt"
     with atomic(file) as partial:
         partial.write_text("whole")
@@ -24,7 +24,7 @@ def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    """Two files that belong together are either both replaced or both left."""
+    """Two files that belong together are either both replaced or both unchanged."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("old")
 
@@ -41,7 +41,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
-    """safetensors gives its files mode 600."""
+    """safetensors writes files with mode 600."""
     file, before = tmp_path / "weights.safetensors", os.umask(0o027)
     try:
         with atomic(file) as partial:
@@ -53,7 +53,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [lambda p: p.write_bytes(b"x"), lambda p: save_file({"x": torch.zeros(1)}, p)])
 def test_errors_name_the_final_path(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
-    """/dev/full is a disk without room."""
+    """/dev/full acts as a full disk."""
     file = tmp_path / "file"
     (tmp_path / "file.partial").symlink_to("/dev/full")
 
@@ -69,14 +69,14 @@ def test_errors_name_the_final_path(tmp_path: Path, write) -> None:  # type: ign
 
 
 def test_a_missing_permission_is_named(tmp_path: Path) -> None:
-    """A file stands where the folder would be."""
+    """A file has the name of the folder."""
     (tmp_path / "folder").write_text("")
     with pytest.raises(OSError, match="folder"), atomic(tmp_path / "folder" / "file"):
         pass
 
 
 def test_hashes_tell_content_apart(tmp_path: Path) -> None:
-    """Names, shapes, dtypes and values all count; order and strides do not."""
+    """The hash depends on names, shapes, dtypes and values, but not on order or strides."""
     file = tmp_path / "file"
     file.write_bytes(b"abc")
     assert file_sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -120,7 +120,7 @@ def test_an_unreadable_file_is_described_by_its_content(tmp_path: Path, content:
 
 
 def test_an_unreadable_file_is_described_by_its_kind(tmp_path: Path) -> None:
-    """A pipe is not opened: that would wait for ever."""
+    """A named pipe is not opened, because that would block."""
     file = tmp_path / "a.safetensors"
     assert describe_unreadable(file) == "no such file"
     assert describe_unreadable(file / "b") == "no such file"
@@ -135,7 +135,7 @@ def test_an_unreadable_file_is_described_by_its_kind(tmp_path: Path) -> None:
 
 
 def test_a_missing_permission_is_not_a_missing_file() -> None:
-    """Neither of the file, nor of the folder it is in."""
+    """The permission is missing for the file or for its folder."""
     with open_folder() as folder:
         file = folder / "in" / "a.safetensors"
         file.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What is found in a folder, and how the rest is counted."""
+"""The image files that are found in a folder, and the counts of other files."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The reader of image files: every mode and format to 8 bits, upright and on white, and what is said of broken ones."""
+"""The image reader: all modes and formats as 8 bits, upright and on white, and the errors of broken files."""
 
 import io
 import re
@@ -25,7 +25,7 @@ from decm_lightning.image_reader import (
 )
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-"""All 16-bit values that are equal to an 8-bit value."""
+"""All 16-bit values that an 8-bit value represents exactly."""
 EIGHT = (RAMP // 257).astype(np.uint8)
 
 
@@ -40,7 +40,7 @@ def values(source: bytes | Path) -> np.ndarray:
 
 
 def png(width: int, height: int, depth: int, color: int, rows: bytes, **chunks: bytes) -> bytes:
-    """Return a PNG of these bits: Pillow writes some depths itself only, and no 16-bit colors."""
+    """Return a PNG of these bits, because Pillow cannot write all depths and no 16-bit colors."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -55,7 +55,7 @@ def test_16_bits_are_divided_by_257(kind):
     assert (values(file(Image.fromarray(RAMP), kind)) == EIGHT).all()
 
 
-def test_between_two_values_the_nearer_is_taken():
+def test_16_bits_are_rounded_to_the_nearest_value():
     deep = np.array([[128, 129, 257 + 128, 257 + 129, 65535, 0]], np.uint16)
     assert values(file(Image.fromarray(deep))).tolist() == [[0, 1, 1, 2, 255, 0]]
 
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_an_image_is_named_with_the_cause(content, cause, tmp
 
 
 def test_12_bits_and_white_at_0_of_tiff():
-    """Pillow leaves 12 bits as they are, and inverts 8 bits only."""
+    """Pillow does not scale 12 bits, and inverts 8 bits only."""
     for ramp in (RAMP, RAMP.astype(np.float32)):
         plain = file(Image.fromarray(ramp), "tiff")
         inverted = plain.replace(struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0))
@@ -144,7 +144,7 @@ def test_transparency_is_composited_on_white(kind):
     assert (hidden == 255).all()
 
 
-def test_grey_with_alpha_stays_grey():
+def test_gray_with_alpha_stays_gray():
     image = read_image(file(Image.new("LA", (4, 4), (0, 128))))
     assert (image.mode, np.unique(image).tolist()) == ("L", [127])
 
@@ -207,7 +207,7 @@ def test_damaged_exif_data_are_ignored():
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "1", "RGBX"])
-def test_other_modes_become_8_bits_grey_or_rgb(mode, tmp_path):
+def test_other_modes_become_8_bits_gray_or_rgb(mode, tmp_path):
     kind = "jpeg" if mode == "YCbCr" else "tiff"
     image = Image.new("RGB", (8, 8), (255, 255, 255))
     image = image.convert(mode) if mode != "HSV" else image
@@ -264,14 +264,14 @@ def test_a_broken_file_is_named_on_one_line(tmp_path, monkeypatch):
 def test_the_header_tells_the_mode(tmp_path):
     colored = Image.new("P", (2, 2), 1)
     colored.putpalette([0, 0, 0, 1, 2, 3])
-    grey = Image.new("P", (2, 2), 1)
-    grey.putpalette([0, 0, 0, 1, 1, 1])
+    gray = Image.new("P", (2, 2), 1)
+    gray.putpalette([0, 0, 0, 1, 1, 1])
     images = {
         "rgb.png": (Image.new("RGB", (2, 2)), "RGB"),
         "rgba.png": (Image.new("RGBA", (2, 2)), "RGB"),
         "cmyk.jpg": (Image.new("CMYK", (2, 2)), "RGB"),
         "colored.png": (colored, "RGB"),
-        "grey.png": (grey, "L"),
+        "gray.png": (gray, "L"),
         "deep.png": (Image.fromarray(RAMP), "L"),
         "float.tif": (Image.fromarray(np.zeros((2, 2), np.float32)), "L"),
         "alpha.png": (Image.new("LA", (2, 2)), "L"),
@@ -289,7 +289,7 @@ def test_the_header_tells_the_mode(tmp_path):
 
 
 def test_a_header_behind_the_first_bytes_is_found(tmp_path):
-    """A photo may have more EXIF data and profiles than are read at first; libtiff writes its header at the end."""
+    """A photo may have long EXIF data and profiles, and libtiff writes its header at the end."""
     Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg", icc_profile=bytes(200_000))
     Image.effect_noise((400, 400), 50).convert("RGB").save(tmp_path / "b.tif", compression="tiff_lzw")
     assert [read_mode(Location(str(tmp_path / name))) for name in ("a.jpg", "b.tif")] == ["RGB", "RGB"]
@@ -321,7 +321,7 @@ def test_names_are_printable():
 def test_pixels_are_cropped_about_the_center_and_have_three_channels():
     wide = Image.new("RGB", (48, 16), "red")
     wide.paste("blue", (16, 0, 32, 16))
-    # The filter reaches beyond the edge of the crop.
+    # The filter also uses pixels outside of the crop.
     assert (pixels_of(file(wide), 8)[:, :, 2:6] == torch.tensor([0, 0, 255])[:, None, None]).all()
     assert pixels_of(file(Image.new("L", (4, 4), 5)), 4).unique().tolist() == [5]
     assert pixels_of(file(Image.fromarray(RAMP)), 16).shape == (3, 16, 16)

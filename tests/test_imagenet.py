@@ -1,4 +1,4 @@
-"""The configs of ImageNet, on tiny files of the real formats, and the rehearsal that anyone can run."""
+"""The ImageNet configs on tiny files in the real formats, and the rehearsal without ImageNet."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def decm(monkeypatch, *argv: str) -> int:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """What the configs name, in `data/` of the working directory: small, but of the formats of the real files."""
+    """Write the files that the configs name into `data/` of the working directory, small but in the real formats."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/imagenet256-latents").mkdir(parents=True)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet-end-identity"])
 def test_an_imagenet_config_trains_a_step(name, files, monkeypatch):
-    """Teacher, latents, VAE, Inception and reference are read from files, and the student takes a step."""
+    """Teacher, latents, VAE, Inception and reference are read from files, and the student trains for one step."""
     options = {
         "trainer.max_steps": 1,
         "trainer.accelerator": "cpu",
@@ -78,7 +78,7 @@ def test_an_imagenet_config_trains_a_step(name, files, monkeypatch):
 
 @pytest.mark.slow
 def test_decm_test_scores_what_an_imagenet_config_trained(files, monkeypatch):
-    """All columns, by the config's own evaluation on latents, VAE, Inception and reference images, for six samples."""
+    """The evaluation of the config fills all columns from latents, VAE, Inception and references, for six samples."""
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     np.savez("data/VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     text = (ROOT / "configs/imagenet.yaml").read_text()
@@ -119,7 +119,7 @@ SHORT |= {r"val_check_interval: \d+": "val_check_interval: 2", r"euler/20": "eul
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_command_of_the_real_thing(tmp_path, monkeypatch):
-    """The commands of `make imagenet-rehearsal`, in their order, on configs made short."""
+    """Run the commands of `make imagenet-rehearsal` in order, with shortened configs."""
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     (tmp_path / "configs/rehearsal").mkdir(parents=True)
     for config in (ROOT / "configs/rehearsal").glob("*.yaml"):

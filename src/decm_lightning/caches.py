@@ -1,4 +1,4 @@
-"""Cached files and folders that several processes may make at once, and whose maker may be killed."""
+"""Create cached files and folders safely when several processes start at once or one is killed."""
 
 import shutil
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from decm_lightning.files import PARTIAL
 
 
 def make_once(path: Path, make: Callable[[], None], is_current: Callable[[], bool] | None = None) -> None:
-    """Call `make`, which creates `path`, unless it exists. Of two processes, the second waits for the first.
+    """Call `make` to create `path` unless it already exists. A second process waits until the first has finished.
 
     Args:
-        path: a file or folder; while it is made, `path`.lock is locked.
-        make: creates it, through a name that ends with .partial.
-        is_current: whether it exists and need not be made again; by default, whether it exists.
+        path: the file or folder to create. `path`.lock is locked while `make` runs.
+        make: creates `path`. It must write to a name ending in .partial and rename it at the end.
+        is_current: returns whether `path` exists and is up to date; by default, whether it exists.
     """
     is_current = is_current or path.exists
     if is_current():
@@ -28,14 +28,14 @@ def make_once(path: Path, make: Callable[[], None], is_current: Callable[[], boo
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove the partial files and folders that killed processes left, but not those that are being written.
+    """Remove partial files and folders left by killed processes. Those still being written are not touched.
 
     Args:
-        folder: where they are.
-        pattern: of the final names, such as "pairs-*".
+        folder: the folder to search.
+        pattern: pattern of the final names, such as "pairs-*".
     """
     for partial in folder.glob(pattern + PARTIAL):
-        # The process that writes it holds its lock.
+        # A process that is still writing holds the lock.
         with suppress(Timeout), FileLock(f"{str(partial).removesuffix(PARTIAL)}.lock", blocking=False):
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Files that are whole or absent, the content of files and tensors by its hash, and why a file cannot be read.
+"""Write files atomically, hash files and tensors, and explain why a file cannot be read.
 
-Every file of this package is written through `atomic`, and every identity is one of the three hashes below.
+All files of this package are written with `atomic`. All identities are one of the three hashes below.
 """
 
 import errno
@@ -20,33 +20,38 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 PARTIAL = ".partial"
-"""The ending of a file that is still being written."""
+"""Suffix of a file that is still being written."""
 FULL = 1 << 20
-"""A disk with fewer free bytes than this is full."""
+"""A disk with fewer free bytes than this counts as full."""
 ZIP = b"PK\x03\x04"
 LARGEST_HEADER = 100_000_000
-"""safetensors refuses longer ones, in bytes."""
+"""The longest header that safetensors accepts, in bytes."""
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer of 8 bytes."""
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Write a file that is complete under its name or absent, even if the process is killed.
+    """Write a file atomically: it is either complete or absent, even if the process is killed.
 
-    The block writes to the yielded path, next to the final one. When the block succeeds, the file gets the permissions
-    that the umask allows, is flushed to disk and renamed. When it fails, it is removed, and a file that already had the
-    name is untouched. Nest two of them to replace two files together: neither is renamed before both are written.
+    The block writes to the yielded path, a temporary file in the same folder. If the block succeeds, the temporary file
+    gets the permissions that the umask allows, is flushed to disk and renamed. If the block fails, the temporary file
+    is removed and an existing file is left unchanged. To replace two files together, nest two blocks: neither file is
+    renamed before both are written.
 
     Example:
-        >>> with atomic(folder / "settings.json") as partial:
-        ...     partial.write_text(json.dumps(settings))
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "settings.json"
+        >>> with atomic(path) as partial:
+        ...     size = partial.write_text('{"seed": 0}')
+        >>> path.read_text()
+        '{"seed": 0}'
 
     Args:
-        path: the final name; its folder is created if it is missing.
+        path: the final path. A missing folder is created.
 
     Raises:
-        OSError: naming `path`, if it cannot be written, for example because the disk is full.
+        OSError: if `path` cannot be written, for example because the disk is full. The error names `path`.
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
@@ -55,7 +60,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        # safetensors gives its files to their owner alone.
+        # safetensors creates files that only their owner can read.
         partial.chmod(mode)
         with partial.open("rb") as content:
             os.fsync(content.fileno())
@@ -69,32 +74,33 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a file of JSON, whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
-        OSError: as `atomic`.
+        OSError: if the file cannot be written; see `atomic`.
     """
     with atomic(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def text_sha256(text: str) -> str:
-    """Return the SHA-256 of a text in hexadecimal digits."""
+    """Return the SHA-256 of a text as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with Path(path).open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors in hexadecimal digits: of their names, shapes, dtypes and bytes, sorted by name.
+    """Return the SHA-256 of named tensors as hexadecimal digits.
 
-    Sharded tensors are gathered one by one, so all processes must call it and get the same digits.
+    The hash covers names, shapes, dtypes and bytes, sorted by name. Sharded tensors are gathered one at a time, so all
+    processes must call this function. They all get the same result.
     """
-    # Imported here: it takes a second, and a file's own hash does not need it.
+    # The import takes a second, and the hash of a file does not need it.
     from torch.distributed.tensor import DTensor
 
     digest = hashlib.sha256()
@@ -107,28 +113,29 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def describe_unreadable(path: str | Path, text: bool = False) -> str:
-    """Say why a file of tensors (safetensors or torch.save) cannot be read, from its kind, permissions and first bytes.
+    """Explain why a file of tensors (safetensors or torch.save) cannot be read.
 
-    Loaders call this after a failure: safetensors and torch report a missing permission as "No such file", and
-    anything that is not in their format as a broken header.
+    The explanation comes from the file's type, permissions and first bytes. Loaders call this function after a failure,
+    because safetensors and torch report a missing permission as "No such file" and any other format as a broken header.
 
     Example:
-        >>> raise ValueError(f"{file}: {describe_unreadable(file) or error}")
+        >>> describe_unreadable("missing.safetensors")
+        'no such file'
 
     Args:
         path: the file.
-        text: it should hold text, such as JSON, instead of tensors.
+        text: whether the file should hold text, such as JSON, instead of tensors.
 
     Returns:
         A phrase such as "permission denied", "no such file", "a folder instead of a file", "empty (0 bytes)", "a
-        git-lfs pointer instead of the file: run git lfs pull" or "cut short: ..."; empty if nothing is known.
+        git-lfs pointer instead of the file: run git lfs pull" or "cut short at ..."; "" if the cause is unknown.
     """
     path = Path(path)
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             return "a folder instead of a file"
-        # Opening a pipe would wait for its writer.
+        # Opening a named pipe would block until it has a writer.
         if not stat.S_ISREG(status.st_mode):
             return "not a regular file"
         with path.open("rb") as content:
@@ -141,9 +148,11 @@ def describe_unreadable(path: str | Path, text: bool = False) -> str:
 
 
 def describe_head(head: bytes) -> str:
-    """Say by its first 512 bytes why a file of any format but text cannot be read; return "" if they do not tell.
+    """Explain from its first 512 bytes why a binary file cannot be read; return "" if the cause is unknown.
 
-    A pointer of git-lfs, for example, is "a git-lfs pointer instead of the file: run git lfs pull".
+    Example:
+        >>> describe_head(b"version https://git-lfs.github.com/spec/v1")
+        'a git-lfs pointer instead of the file: run git lfs pull'
     """
     if not head:
         return "empty (0 bytes)"
@@ -159,25 +168,25 @@ def describe_head(head: bytes) -> str:
 
 
 def _describe_tensors(path: Path, head: bytes, size: int) -> str:
-    """Return what is wrong with a file of tensors of `size` bytes that begins with `head`, empty if nothing is."""
+    """Describe the defect of a file of tensors, which has `size` bytes and begins with `head`; "" if none is found."""
     if head.startswith(ZIP) and not zipfile.is_zipfile(path):
-        return f"cut short at {size} bytes: a zip file without an end"
+        return f"cut short at {size} bytes: the end of the zip file is missing"
     if head.startswith(ZIP) and path.suffix == ".safetensors":
         return "a zip archive, as torch.save writes"
-    # The length of a safetensors header has zeros among its 8 bytes.
+    # A safetensors file is never all text: its header length has zeros among its 8 bytes.
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return f"text instead of tensors: it begins with {head[:40].decode()!r}"
     return _describe_safetensors(path, size) if path.suffix == ".safetensors" else ""
 
 
 def _describe_safetensors(path: Path, size: int) -> str:
-    """Return what is wrong with the header of a safetensors file, empty if nothing is."""
+    """Describe the defect in the header of a safetensors file; return "" if none is found."""
     with path.open("rb") as content:
         length = int.from_bytes(content.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or (length > size - LENGTH_BYTES and length < LARGEST_HEADER):
             return f"cut short at {size} bytes, within its header"
         if length >= LARGEST_HEADER:
-            return "not a safetensors file: its header would have no end"
+            return f"not a safetensors file: it gives {length} bytes as the length of its header"
         text = content.read(length)
     try:
         header = json.loads(text)
@@ -191,7 +200,7 @@ def _describe_safetensors(path: Path, size: int) -> str:
 
 
 def _cause(error: Exception, partial: Path) -> int | None:
-    """Return the errno behind an error in writing `partial`, None if it is about something else."""
+    """Return the errno of a failure to write `partial`; None if the error has another cause."""
     if isinstance(error, OSError):
         about = error.filename in (None, str(partial), str(partial.parent), partial.parent)
         return error.errno if about and error.errno else None

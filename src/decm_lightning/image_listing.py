@@ -1,4 +1,4 @@
-"""Find the image files of a folder, and count what else is in it."""
+"""Find the image files in a folder and count its other files."""
 
 import os
 from collections import Counter
@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 NAMED = 3
-"""Broken images that an error names; the others are counted."""
+"""The number of broken images that an error names; the rest are only counted."""
 
 HIDDEN = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
-"""What operating systems leave in folders under names without a dot at the front, in lower case."""
+"""Files and folders that operating systems create under names without a leading dot, in lower case."""
 Parts = tuple[str, ...]
 
 
 @dataclass
 class Listing:
-    """The files of a folder and of all folders below it.
+    """The files in a folder and its subfolders.
 
     Attributes:
-        files: those with one of the suffixes, as the parts of their paths relative to the folder, sorted.
-        folders: the names of the folders at the first level, sorted.
-        left_out: the number of files and folders that were left out, by kind.
+        files: files with one of the suffixes, as the parts of their paths relative to the folder, sorted.
+        folders: names of the first-level subfolders, sorted.
+        left_out: number of files and folders that were left out, by kind.
     """
 
     files: list[Parts] = field(default_factory=list)
@@ -30,9 +30,9 @@ class Listing:
 
 
 def list_files(folder: str | Path, suffixes: Collection[str]) -> Listing:
-    """List the files with one of the suffixes, in lower or upper case, in a folder and all folders below it.
+    """List the files in a folder and its subfolders that have one of the suffixes, ignoring case.
 
-    Links are followed, except to a folder that contains the link. Hidden files and folders are left out.
+    Links are followed, except links to a folder that contains them. Hidden files and folders are left out.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -45,19 +45,29 @@ def list_files(folder: str | Path, suffixes: Collection[str]) -> Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden: by a dot at the front of its name, or by a name in HIDDEN."""
+    """Return whether a file or folder is hidden: its name starts with a dot or is in HIDDEN."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 def kind(name: str) -> str:
-    """Return how a file is counted that is left out: by its suffix in lower case."""
+    """Return the kind of a file that is left out, which is its suffix in lower case.
+
+    Example:
+        >>> kind("photos.tar.GZ"), kind("README")
+        ('.tar.gz', 'no suffix')
+    """
     ends = PurePath(name).suffixes[-2:]
     ends = ends if ends[:1] == [".tar"] else ends[-1:]
     return "".join(ends).lower() or "no suffix"
 
 
 def counted(left_out: Counter[str]) -> str:
-    """Return the counts on one line, such as `.txt (3), hidden (1)`, the largest first."""
+    """Return the counts in one line, the largest first.
+
+    Example:
+        >>> counted(Counter({"hidden": 1, ".txt": 3}))
+        '.txt (3), hidden (1)'
+    """
     return ", ".join(f"{kind} ({count})" for kind, count in left_out.most_common())
 
 
@@ -67,7 +77,7 @@ def _walk(
     with os.scandir(folder) as entries:
         for entry in entries:
             name, is_link = entry.name, entry.is_symlink()
-            # The methods of an entry cost no access to the disk, but raise OSError for a link that leads to itself.
+            # The methods of an entry need no disk access, but raise OSError for a link that points to itself.
             if is_hidden(name):
                 listing.left_out["hidden"] += 1
             elif os.path.isdir(entry.path) if is_link else entry.is_dir():
@@ -91,16 +101,16 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def broken(errors: Mapping[str, str]) -> str:
-    """Return on one line how many images are broken, and what is wrong with the first of them, by their names."""
+    """Return one line with the number of broken images, and the names and errors of the first three."""
     named = "; ".join(f"{name} {error}" for name, error in list(errors.items())[:NAMED])
     more = f"; and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
     return f"{len(errors)} broken image{'s' if len(errors) > 1 else ''}: {named}{more}"
 
 
 def printable(name: str | Path) -> str:
-    r"""Return a name of a file with escapes such as \xef for bytes that are not UTF-8 and for control characters."""
+    r"""Return a file name with escapes such as \xef for control characters and bytes that are not UTF-8."""
     text = os.fspath(name)
-    # Almost all names, and there may be a million of them.
+    # There may be a million names, and almost all are printable.
     if text.isprintable():
         return text
     escaped = os.fsencode(text).decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""The one reader of image files: 8 bits, grey or RGB, upright and on white, whatever the file holds."""
+"""Read image files of any format as 8-bit gray or RGB images, upright and composited on white."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ NOT_READ = {
     "GRIB": "Pillow has no decoder",
     "HDF5": "Pillow has no decoder",
 }
-"""The formats that Pillow recognizes and this package does not read, and why."""
+"""Formats that Pillow recognizes but this package does not read, with the reason."""
 THREADS = 16
 HEAD = 512
 Item = TypeVar("Item")
@@ -32,11 +32,11 @@ Result = TypeVar("Result")
 
 
 class Location(NamedTuple):
-    """Where the bytes of an image are.
+    """Where the bytes of an image are stored.
 
     Args:
         file: the file that holds them.
-        offset: the first byte in that file.
+        offset: position of the first byte in that file.
         length: the number of bytes; -1 for the rest of the file.
     """
 
@@ -45,18 +45,18 @@ class Location(NamedTuple):
     length: int = -1
 
     def open(self) -> io.BufferedReader:
-        """Return a stream of the bytes alone."""
+        """Return a stream of these bytes only."""
         whole = Path(self.file).open("rb")  # noqa: SIM115 - the caller closes it
         return whole if self.length < 0 else io.BufferedReader(_Window(whole, self.offset, self.length))
 
     def read(self, count: int = -1) -> bytes:
-        """Return the bytes, or the first `count` of them."""
+        """Return all bytes, or the first `count` bytes."""
         with self.open() as content:
             return content.read(count)
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a separate stream, because Pillow starts at the first byte of a stream."""
+    """A byte range of a file as a separate stream, because Pillow starts at the first byte of a stream."""
 
     def __init__(self, whole: io.BufferedReader, offset: int, length: int) -> None:
         self.whole = whole
@@ -91,8 +91,8 @@ class _Stored(NamedTuple):
     """How a file stores its pixels.
 
     Attributes:
-        packing: in Pillow's words such as "RGB;16B", "" if it does not say.
-        inverted: whether 0 is white, which Pillow honors for 8 bits only: TIFF's PhotometricInterpretation is 0.
+        packing: Pillow's raw mode, such as "RGB;16B"; "" if it is unknown.
+        inverted: whether 0 is white (PhotometricInterpretation 0 in TIFF), which Pillow handles for 8 bits only.
     """
 
     packing: str
@@ -106,50 +106,50 @@ class _Stored(NamedTuple):
         inverted = opened.mode.startswith(("I;16", "F")) and getattr(opened, "tag_v2", {}).get(262) == 0
         return cls(packing if isinstance(packing, str) else "", inverted)
 
-    def is_grey(self, mode: str) -> bool:
-        # Pillow gives 16-bit grey with opacity as RGBA.
+    def is_gray(self, mode: str) -> bool:
+        # Pillow decodes 16-bit gray with alpha as RGBA.
         return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") or self.packing.startswith("LA;")
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are read: all that it decodes, plugins included, but NOT_READ."""
+    """Return Pillow's names of the supported formats: all that it decodes, including plugins, except NOT_READ."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_READ)
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Return the suffixes of the formats that are read, in lower case, with their dots."""
-    # An MPO file, which some cameras write, is a JPEG followed by others.
+    """Return the suffixes of the supported formats, in lower case and with a dot."""
+    # An MPO file, which some cameras write, is a sequence of JPEG images.
     read = {*formats(), "MPO"}
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
 
 def read_image(source: bytes | Path) -> Image.Image:
-    """Return an image with 8 bits a channel, of mode L if it is grey and RGB otherwise.
+    """Read an image with 8 bits per channel, in mode L if it is gray and RGB otherwise.
 
-    - The orientation in its EXIF data is applied; damaged EXIF data are ignored.
-    - Transparent pixels are composited on white, as value * alpha + 255 * (1 - alpha).
-    - 16-bit grey (modes I;16 and I) is divided by 257 and rounded, 12-bit grey by 4095 / 255. Mode I with values
+    - The EXIF orientation is applied. Damaged EXIF data is ignored.
+    - Transparent pixels are composited on white: value * alpha + 255 * (1 - alpha).
+    - 16-bit gray (modes I;16 and I) is divided by 257 and rounded, 12-bit gray by 4095 / 255. Mode I with values
       outside 0..65535 is refused.
-    - Floats (mode F) are scaled from [0, 1] if all of them are in it, else from [0, 255], else from [0, 65535]. Other
+    - Floats (mode F) are scaled from the smallest of [0, 1], [0, 255] and [0, 65535] that contains all values. Other
       values, NaN and infinity are refused.
-    - CMYK, YCbCr, LAB and HSV become RGB. Color profiles are not applied. A palette with grey entries only is grey.
-    - Of several frames the first is read.
+    - CMYK, YCbCr, LAB and HSV are converted to RGB. Color profiles are ignored. An image whose palette is gray is gray.
+    - Only the first frame of an animation is read.
 
     Args:
-        source: the bytes of a file, or its path.
+        source: the content of a file, or its path.
 
     Raises:
-        ValueError: saying what is wrong with the image, after its path if `source` is one.
+        ValueError: if the image cannot be read. The message starts with the path if `source` is a path.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as opened:
             stored = _Stored.of(opened)
             opened.load()
             return _on_white(_upright(opened), stored)
-    # A damaged file fails in any way.
+    # Pillow raises errors of many types for damaged files.
     except Exception as error:
         named = f"{printable(source)} " if isinstance(source, Path) else ""
         content = source if isinstance(source, bytes) else Location(str(source))
@@ -157,20 +157,20 @@ def read_image(source: bytes | Path) -> Image.Image:
 
 
 def pixels_of(image: bytes | Path, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Return an image as RGB pixels, cropped to a square about its center and resized.
+    """Return the RGB pixels of an image, center-cropped to a square and resized.
 
     Raises:
-        ValueError: if it cannot be read, as `read_image` says.
+        ValueError: if the image cannot be read; see `read_image`.
     """
     fitted = ImageOps.fit(read_image(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def read_mode(place: Location) -> str:
-    """Return the mode that `read_image` will give, L or RGB, by the image's header alone if it has no palette.
+    """Return the mode that `read_image` will return, L or RGB. Only an image with a palette is read beyond its header.
 
     Raises:
-        ValueError: if the header is damaged, or the file of a format that is not read.
+        ValueError: if the header is damaged or the format is not supported.
     """
     try:
         with place.open() as content, Image.open(content, formats=formats()) as opened:
@@ -179,17 +179,17 @@ def read_mode(place: Location) -> str:
         raise ValueError(f"cannot be read as an image ({_cause(error, place)})") from error
     if mode in ("P", "PA"):
         return read_image(place.read()).mode
-    return "L" if stored.is_grey(mode) else "RGB"
+    return "L" if stored.is_gray(mode) else "RGB"
 
 
 def read_modes(places: Sequence[Location]) -> Iterator[str | ValueError]:
-    """Yield for each image what `read_mode` returns or raises, in order, reading several at once."""
+    """Yield the result or error of `read_mode` for each image in order. Several images are read at once."""
     return in_threads(_mode_or_error, places)
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Yield the results for all items in order. The function is called in threads, which end with the generator."""
-    # One task for each item would cost more than many of these functions.
+    """Call a function for all items in threads and yield the results in order. The threads end with the generator."""
+    # One task per item would often cost more than the function itself.
     parts = [items[start : start + 64] for start in range(0, len(items), 64)]
     pool = ThreadPoolExecutor(THREADS)
     try:
@@ -227,36 +227,36 @@ def _on_white(image: Image.Image, stored: _Stored) -> Image.Image:
 def _eight_bits(values: np.ndarray, stored: _Stored) -> np.ndarray:
     low, high = values.min(), values.max()
     if not np.isfinite([low, high]).all():
-        raise ValueError("it has pixels that are NaN or infinite")
+        raise ValueError("it has NaN or infinite pixels")
     tops = (1, 255, 65535) if values.dtype.kind == "f" else (4095 if stored.packing.startswith("I;12") else 65535,)
     top = next((top for top in tops if high <= top), None)
     if low < 0 or top is None:
-        raise ValueError(f"its values reach from {low:g} to {high:g}: expected 0 to {tops[-1]}")
+        raise ValueError(f"its values range from {low:g} to {high:g}: expected 0 to {tops[-1]}")
     scaled = np.rint(values * (255 / top)).astype(np.uint8)
     return 255 - scaled if stored.inverted else scaled
 
 
 def _base(image: Image.Image, stored: _Stored) -> Image.Image:
-    """Return the colors as if the image were opaque."""
+    """Return the colors without transparency."""
     if image.mode in ("P", "PA"):
-        # A copy without the transparency, about which Pillow would warn.
+        # Pillow warns when it converts a palette with transparency.
         plain = image.copy()
         plain.info.pop("transparency", None)
         palette = np.array(plain.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
         return plain.convert("L" if (palette == palette[:, :1]).all() else "RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert(f"{image.mode[:-1]}A")
-    return image.convert("L" if stored.is_grey(image.mode) else "RGB")
+    return image.convert("L" if stored.is_gray(image.mode) else "RGB")
 
 
 def _alpha(image: Image.Image, stored: _Stored) -> Image.Image | None:
-    """Return the opacity, mode L; None if the image is opaque everywhere."""
+    """Return the opacity in mode L; None if the image is opaque."""
     if image.mode in ("LA", "RGBA", "La", "RGBa"):
         return image.getchannel(image.getbands()[-1])
     if image.mode in ("P", "PA"):
         return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     key = image.info.get("transparency")
-    # PNG gives the transparent color in the file's own bits, and Pillow the pixels in 8.
+    # PNG stores the transparent color at the file's bit depth, but Pillow returns 8-bit pixels.
     if image.mode in ("1", "L") and isinstance(key, int):
         return _opacity(np.asarray(image.convert("L")) != key * {"L;2": 85, "L;4": 17}.get(stored.packing, 1))
     if image.mode == "RGB" and isinstance(key, tuple):
@@ -270,12 +270,12 @@ def _opacity(opaque: np.ndarray) -> Image.Image:
 
 
 def _cause(error: Exception, content: bytes | Location) -> str:
-    """Return why an image is broken: one line, without an address in memory or the name of a file."""
+    """Return why an image is broken in one line, without memory addresses or file names."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = said.partition("\n")[0].partition(" <_io")[0]
     if not first.startswith("cannot identify image file"):
         return first or repr(error)
-    # The path that Pillow repeats is named by the caller.
+    # Pillow repeats the path here, but the caller names it already.
     return describe_head(content[:HEAD] if isinstance(content, bytes) else content.read(HEAD)) or (
         "cannot identify image file"
     )

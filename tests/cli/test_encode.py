@@ -179,7 +179,7 @@ def test_broken_headers_are_found_before_the_folder_is_begun(decm):
         Path(f"images/flower/{number:04d}.png").write_bytes(b"broken")
     named = "4 broken images: flower/0005.png cannot be read as an image (cannot identify image file); flower/0007.png"
     refused(decm, command("latents"), named)
-    refused(decm, command("latents"), "; and 1 more: replace or delete, or leave out by --on_error skip")
+    refused(decm, command("latents"), "; and 1 more: replace or delete them, or leave them out with --on_error skip")
     assert not list(Path("latents").glob("*.*"))
     assert not Path("latents/manifest/request.json").exists()
 
@@ -196,7 +196,7 @@ def test_broken_pixels_are_named_and_finished_shards_are_kept(workers, decm):
     os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     code, out, _ = decm(*command("latents"))
     assert code == 0
-    assert "2 of 4 shards are up to date, 2 are encoded" in out
+    assert "2 of 4 shards are up to date" in out
     assert shards().items() >= before.items()
     assert decm(*command("again"))[0] == 0
     assert contents("latents") == contents("again")
@@ -316,7 +316,7 @@ def test_damaged_files_of_a_folder_are_encoded_again_or_named(decm):
     request = Path("latents/manifest/request.json")
     for damage in (b"", b"{}", b"[]", b"null", b"\xff\xfe"):
         request.write_bytes(damage)
-        refused(decm, command("latents"), "manifest/request.json is damaged: delete latents, or give another --out")
+        refused(decm, command("latents"), "manifest/request.json is damaged: delete latents, or choose another --out")
 
 
 def test_a_folder_in_use_is_refused(decm):
@@ -326,7 +326,7 @@ def test_a_folder_in_use_is_refused(decm):
     lock = [sys.executable, "-u", "-c", hold, "latents/manifest/encode.lock"]
     with subprocess.Popen(lock, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        refused(decm, command("latents"), "another process encodes into latents: wait until it has ended")
+        refused(decm, command("latents"), "another process is encoding into latents")
         other.kill()
     assert decm(*command("latents"))[0] == 0
 
@@ -394,14 +394,14 @@ def grey_vae():
         (command("latents", "--shard_size", "0"), "shard_size must be at least 1: got 0"),
         (command("latents", "--num_classes", "3"), "images has 2 class folders: num_classes is 3"),
         (command("latents", "--num_classes", "0"), "num_classes must be at least 1: got 0"),
-        (command("images"), "images is inside the images images, where each folder is a class: give --out a folder"),
-        (command("images/latents"), "images/latents is inside the images images, where each folder is a class"),
+        (command("images"), "images is inside the image folder images"),
+        (command("images/latents"), "images/latents is inside the image folder images"),
         (command("latents", "--posterior", "median"), "posterior: Expected a typing.Literal"),
         (["encode", "--vae", "vae", "--out", "latents"], "images"),
-        (command("begun", size=18), "begun was begun with size 16: got 18; give the same, or another --out"),
-        (command("begun", vae="other"), "begun was begun with vae AutoencoderKL"),
-        (command("begun", "--seed", "1"), "begun was begun with seed 0: got 1; give the same, or another --out"),
-        (command("begun", "--shard_size", "9"), "begun was begun with shard_size 8: got 9; give the same"),
+        (command("begun", size=18), "begun was started with size 16, but now size is 18"),
+        (command("begun", vae="other"), "begun was started with vae AutoencoderKL"),
+        (command("begun", "--seed", "1"), "begun was started with seed 0, but now seed is 1"),
+        (command("begun", "--shard_size", "9"), "begun was started with shard_size 8, but now shard_size is 9"),
         (command("latents", "--seed", "-1"), "seed must be from 0 to 2**63 - 1: got -1"),
         (command("latents", "--seed", str(1 << 63)), "seed must be from 0 to 2**63 - 1: got 9223372036854775808"),
         (command("latents", "--on_error", "ignore"), "on_error: Expected a typing.Literal"),

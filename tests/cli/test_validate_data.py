@@ -122,7 +122,7 @@ def test_a_wrong_request_gives_one_clear_line_and_exit_code_2(argv, message, dec
             lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-8]),
             "1 error in latents (1 shard), the first: latents/latents_rank00_shard001.safetensors: cut short at",
         ),
-        (record_shards, f"{SHARD} is not the one that cache.json names"),
+        (record_shards, f"{SHARD} has changed since cache.json"),
     ],
 )
 def test_a_spoilt_folder_gives_one_clear_line_and_exit_code_2(spoil, message, decm):
@@ -148,7 +148,7 @@ def test_all_errors_are_printed_and_counted(decm):
         "b.safetensors: a folder instead of a file",
         "shard001.safetensors: row 2 of labels is 12: expected from 0 to 9 (1 more",
         "latents of latents are 2 x 4 x 4: expected any x 8 x 8",
-        "shard001.safetensors is not the one that cache.json names",
+        "shard001.safetensors has changed since cache.json",
         "shard001.safetensors: row 1 of latents is NaN or infinite",
         "shard001.safetensors: row 3 of latents is NaN or infinite",
     ):
@@ -222,10 +222,10 @@ def test_the_vae_is_compared_and_tried(decm):
     Path("latents/cache.json").write_text(json.dumps(content))
     code, out, _ = decm("validate-data", "latents", "--vae", "vae")
     assert code == 0
-    assert "one to 3 x 8 x 8, from " in out
+    assert "3 x 8 x 8, from " in out
     for vae, message in (
-        ("other", "which would decode them wrongly"),
-        ("wide", "the latents have 2 channels: the VAE's have 4"),
+        ("other", "encoded these latents, but"),
+        ("wide", "the latents have 2 channels, but the VAE has 4"),
     ):
         code, out, err = decm("validate-data", "latents", "--vae", vae)
         assert code == 2

@@ -1,4 +1,4 @@
-"""Small photographs with classes, cut out of the two that come with scikit-learn: as class folders, and as tars."""
+"""Small labeled photographs, cropped from the two that scikit-learn includes, as class folders and as tars."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 
 def photos(count: int, side: int = 20, seed: int = 0) -> list[tuple[Image.Image, int]]:
-    """Return images of sides from `side` to twice as much, with their class: 0 for China, 1 for the flower."""
+    """Return images with sides from `side` to 2 * `side`, and their classes: 0 for China, 1 for the flower."""
     sources = load_sample_images().images
     generator = np.random.default_rng(seed)
     cut = []
@@ -24,7 +24,7 @@ def photos(count: int, side: int = 20, seed: int = 0) -> list[tuple[Image.Image,
 
 
 def write_folder(folder: Path, count: int, **options: int) -> Path:
-    """Write a folder of class folders of PNGs, so that pixels are kept."""
+    """Write class folders of PNGs, which are lossless."""
     for number, (image, label) in enumerate(photos(count, **options)):
         place = folder / ("china", "flower")[label]
         place.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_folder(folder: Path, count: int, **options: int) -> Path:
 
 
 def encoded(image: Image.Image, suffix: str = "png") -> bytes:
-    """Return the bytes of an image's file."""
+    """Return the content of an image file."""
     content = io.BytesIO()
     image.save(content, {"jpg": "JPEG"}.get(suffix, suffix.upper()))
     return content.getvalue()
@@ -50,6 +50,6 @@ def write_tar(file: Path, members: dict[str, bytes]) -> Path:
 
 
 def noise_generator(seed: int, name: str) -> torch.Generator:
-    """Return the generator of the noise of an image's latent, by the seed of the encoding and the image's name."""
+    """Return the noise generator of an image's latent, which depends on the seed of the encoding and the image name."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed, spawn_key=(digest,)).generate_state(1)[0]))

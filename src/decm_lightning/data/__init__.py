@@ -1,4 +1,4 @@
-"""Data modules: images with classes, latents of a VAE, and pairs of text and image."""
+"""Data modules: images with class labels, latents of a VAE, and text-image pairs."""
 
 from decm_lightning.data.images import Digits, IDXImages
 from decm_lightning.data.latents import ImageNetLatents

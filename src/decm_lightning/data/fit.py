@@ -1,4 +1,4 @@
-"""Whether data and network fit."""
+"""Check that the data matches the network."""
 
 from decm_lightning.networks import Network
 
@@ -9,21 +9,21 @@ def check_fit(
     shape: tuple[int, ...] | None = None,
     what: str = "the data's samples are",
 ) -> None:
-    """Refuse data that a network cannot take.
+    """Check that a network accepts the data.
 
     Args:
         network: the network.
-        num_classes: number of classes of the data; None to leave it unchecked.
-        shape: shape of a sample; None to leave it unchecked.
-        what: what the samples are, for the error.
+        num_classes: number of classes of the data; None to skip this check.
+        shape: shape of a sample; None to skip this check.
+        what: subject of the error message for the shape.
 
     Raises:
-        ValueError: if the data have more classes than the network, whose null class would be the first label too many,
-            or samples of another shape; it names both.
+        ValueError: if the data have more classes than the network, whose null class would be the first extra label, or
+            samples of another shape. The message gives the values of both.
     """
     if num_classes and 0 < network.num_classes < num_classes:
         both = f"the data have {num_classes} classes and the network {network.num_classes}"
         raise ValueError(f"{both}: labels must be below num_classes")
     if shape is not None and shape != tuple(network.sample_shape):
-        remedy = "build the network for them (in_channels, input_size) or use other data"
+        remedy = "build the network for this shape (in_channels, input_size) or use other data"
         raise ValueError(f"{what} {shape} and the network's {tuple(network.sample_shape)}: {remedy}")

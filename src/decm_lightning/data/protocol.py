@@ -1,4 +1,4 @@
-"""What evaluation and training need from a data module. Every part is optional: a plain LightningDataModule works."""
+"""Optional interfaces of data modules for training and evaluation. A plain LightningDataModule works without them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -10,29 +10,29 @@ from decm_lightning.types import Condition, Sample
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """Data whose labels are below `num_classes`; 0 for data without classes."""
+    """Data with labels below `num_classes`, which is 0 for data without classes."""
 
     num_classes: int
 
 
 @runtime_checkable
 class HasConditions(Protocol):
-    """Data that choose what samples are conditioned on, such as captions."""
+    """Data that provides the conditions of generated samples, such as captions."""
 
     def condition(self, rows: Sequence[int], seed: int) -> Condition:
-        """Return the conditions of samples number `rows`."""
+        """Return the conditions of the samples with the numbers `rows`."""
 
 
 @runtime_checkable
 class HasTexts(Protocol):
-    """Data with captions: sample i has the caption i mod len(texts)."""
+    """Data with captions. Sample i has caption i mod len(texts)."""
 
     texts: Sequence[str]
 
 
 @runtime_checkable
 class DecodesSamples(Protocol):
-    """Data of latents, or of anything else that is not an image."""
+    """Data whose samples must be decoded into images, such as latents."""
 
     def decode(self, x: Sample) -> Sample:
         """Return images in [-1, 1]."""
@@ -48,15 +48,15 @@ class ReleasesDecoder(Protocol):
 
 @runtime_checkable
 class HasIdentity(Protocol):
-    """Data that use pretrained networks, such as a VAE and a text encoder."""
+    """Data that uses pretrained networks, such as a VAE and a text encoder."""
 
     def identity(self) -> dict[str, str]:
-        """Return these networks' identities by name."""
+        """Return the identities of these networks by name."""
 
 
 @runtime_checkable
 class NamesRows(Protocol):
-    """Data that know where their rows come from."""
+    """Data that can tell where a row comes from."""
 
     def place(self, batch_idx: int, row: int) -> str:
         """Return where a row of this epoch's training batch number `batch_idx` comes from."""
@@ -64,14 +64,14 @@ class NamesRows(Protocol):
 
 @runtime_checkable
 class HasNetwork(Protocol):
-    """A LightningModule with a network that data can be compared with."""
+    """A LightningModule with a network that data can be checked against."""
 
     network: Network
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The parts of a data module that evaluation uses, with defaults; without `condition` samples have labels."""
+    """The parts of a data module that evaluation uses, with defaults. Samples have labels without `condition`."""
 
     num_classes: int = 0
     condition: Callable[[Sequence[int], int], Condition] | None = None
@@ -86,7 +86,7 @@ PARTS = (HasClasses, HasConditions, HasTexts, DecodesSamples, ReleasesDecoder, H
 
 
 def evaluation_data(datamodule: object) -> EvaluationData:
-    """Return a data module, or None, as evaluation sees it; call it after `setup`, which may add parts."""
+    """Return the parts of a data module, or of None, that evaluation uses. Call it after `setup`."""
     parts = zip(fields(EvaluationData), PARTS, strict=True)
     return EvaluationData(
         **{part.name: getattr(datamodule, part.name) for part, has in parts if isinstance(datamodule, has)}

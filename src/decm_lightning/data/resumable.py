@@ -1,4 +1,4 @@
-"""A training loader that keeps its place and loaders of a reference, which all data share."""
+"""The loaders of all data modules: a training loader that resumes within an epoch, and loaders of reference data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -18,9 +18,9 @@ EVALUATED_AT_ONCE = 256
 
 
 class BatchDataset(Dataset[Batch]):
-    """A data set that is read a batch at a time.
+    """A data set that is read one batch at a time.
 
-    With variants of each row, such as mirrored images or several captions, item N k + i of N rows is row i's variant k.
+    Rows may have variants, such as mirrored images or several captions. Of N rows, item N k + i is variant k of row i.
     """
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class BatchDataset(Dataset[Batch]):
         raise NotImplementedError
 
     def place(self, item: int) -> str:
-        """Return where an item comes from, for error messages: its file and its row there, or its number."""
+        """Return where an item comes from, for error messages: its file and row, or its number."""
         return f"image {item}"
 
     def __getitem__(self, items: int | Sequence[int]) -> Batch:
@@ -41,15 +41,15 @@ class BatchDataset(Dataset[Batch]):
 
 
 class EpochSampler(DistributedSampler[int]):
-    """The shuffled rows of an epoch from row `skip` on, each in one of its variants, as items of a `BatchDataset`.
+    """Sample the shuffled rows of an epoch from row `skip` on, each in one variant, as items of a `BatchDataset`.
 
-    Order and variants depend on the seed and the epoch alone, whatever the number of processes and workers. The order
-    of a RandomSampler depends on all earlier random numbers, so that a resumed run cannot repeat it.
+    Order and variants depend only on the seed and the epoch, not on the number of processes or workers. The order of a
+    RandomSampler depends on all earlier random numbers, so a resumed run could not repeat it.
 
     Args:
         rows: the data set.
-        variants: of each row, at least 1.
-        options: of DistributedSampler.
+        variants: number of variants of each row, at least 1.
+        options: options of DistributedSampler.
     """
 
     def __init__(self, rows: Dataset[Batch], variants: int = 1, **options: Any) -> None:
@@ -68,15 +68,16 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class EpochLoader(DataLoader[Batch]):
-    """A DataLoader that begins each epoch with the next batch of the run, when its first batch is requested.
+    """A DataLoader that starts at the next untrained batch of the epoch.
 
-    So a resumed run finds its place with any number of workers, and nothing has to be saved for it.
+    The position is read when the first batch is requested. A resumed run therefore continues with the right batch, with
+    any number of workers and without saved state.
 
     Args:
         rows: the data set.
-        sampler: the order of its rows.
-        position: returns how many batches of this epoch have been trained on.
-        options: a DataLoader's own.
+        sampler: the order of the rows.
+        position: returns the number of batches of this epoch that have been trained on.
+        options: options of DataLoader.
     """
 
     def __init__(self, rows: BatchDataset, sampler: EpochSampler, position: Callable[[], int], **options: Any) -> None:
@@ -91,26 +92,27 @@ class EpochLoader(DataLoader[Batch]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the trainer's counters are its place. Lightning warns of loaders without this method."""
+        """Return an empty state: the trainer counts the batches. Lightning warns about loaders without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load nothing."""
+        """Ignore the state, which is empty."""
 
 
 class ResumableData(L.LightningDataModule):
-    """The loader over `train`, which a subclass fills in `setup`; it keeps its place.
+    """Base class of data modules whose training loader resumes within an epoch.
 
-    A run stopped in the middle of an epoch resumes with the next batch, with any number of workers. `val_dataloader`,
-    which a subclass adds, is the loader of the reference for tests too.
+    A run that is interrupted in the middle of an epoch resumes with the next batch, with any number of workers. A
+    subclass sets `train` in `setup`, and defines `val_dataloader`, which returns the reference data for validation and
+    test.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most this number of reference images, at least 1; None for all.
-        num_workers: loading processes, at least 0. They live as long as the run.
+        reference_size: maximum number of reference images, at least 1; None for all.
+        num_workers: number of loading processes, at least 0. They live as long as the run.
 
     Attributes:
-        variants: of each row of `train`.
+        variants: number of variants of each row of `train`.
 
     Raises:
         ValueError: if a number is below its minimum.
@@ -134,10 +136,10 @@ class ResumableData(L.LightningDataModule):
         self.seed = torch.initial_seed() % 2**31
 
     def train_dataloader(self) -> EpochLoader:
-        """Return shuffled training batches, the last incomplete one left out; each process gets its own.
+        """Return the shuffled training batches of this process. An incomplete last batch is dropped.
 
         Raises:
-            ValueError: if there are too few images for one batch in each process: Lightning would train no step.
+            ValueError: if there is less than one batch for each process, because Lightning would train for zero steps.
         """
         trainer = self.trainer
         world = trainer.world_size if trainer else 1
@@ -147,13 +149,13 @@ class ResumableData(L.LightningDataModule):
         return EpochLoader(self.train, self._order(), self._position, batch_size=self.batch_size, **self.options())
 
     def options(self) -> dict[str, Any]:
-        """Return what all loaders share: workers, which live as long as the run, and pinned memory before a GPU.
+        """Return the options of all loaders: workers that live as long as the run, and pinned memory for GPUs.
 
         Raises:
-            ValueError: if the trainer has overfit_batches, for which Lightning replaces the order of the rows.
+            ValueError: if the trainer sets overfit_batches, because Lightning would replace the order of the rows.
         """
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            remedy = "give trainer.limit_train_batches and trainer.limit_val_batches, or a data set of few images"
+            remedy = "set trainer.limit_train_batches and trainer.limit_val_batches, or use a small data set"
             raise ValueError(f"trainer.overfit_batches does not work with {type(self).__name__}: {remedy}")
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
@@ -171,39 +173,39 @@ class ResumableData(L.LightningDataModule):
         return self.train.place(next(islice(iter(order), batch_idx * self.batch_size + row, None)))
 
     def check_network(self, what: str, shape: tuple[int, ...]) -> None:
-        """Refuse data whose samples have another shape than those of the network.
+        """Check that the samples have the shape that the network expects.
 
         Raises:
-            ValueError: beginning with `what`, and naming both shapes.
+            ValueError: if they have another shape. The message begins with `what` and gives both shapes.
         """
         module = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, HasNetwork):
             check_fit(module.network, shape=shape, what=what)
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the loader of the reference, in order."""
+        """Return the loader of the reference data."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> list[int]:
-        """Return one empty turn: a callback, such as SampleWriter, generates the samples."""
+        """Return one dummy batch, because a callback such as SampleWriter generates the samples."""
         return [0]
 
     def evenly(self, rows: Dataset[Batch]) -> DataLoader[Batch]:
-        """Return a loader of all rows in order, split evenly among the processes, each row once."""
+        """Return a loader of all rows in order. They are split evenly among the processes, without repeats."""
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = EvenBatches(rows, EVALUATED_AT_ONCE, rank, world)
         return DataLoader(rows, batch_size=None, sampler=batches, **self.options())
 
     def decode(self, x: Sample) -> Sample:
-        """Return the images in [-1, 1] of the network's samples: pixels are images already."""
+        """Return the network's samples as images in [-1, 1]. Pixels need no decoding."""
         return x
 
     def state_dict(self) -> dict[str, int]:
-        """Return the seed of the order."""
+        """Return the seed of the shuffling."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take over the order of the run that is resumed."""
+        """Restore the seed of the shuffling."""
         self.seed = state_dict["seed"]
 
     def _order(self) -> EpochSampler:
@@ -218,10 +220,10 @@ class ResumableData(L.LightningDataModule):
 
     def _position(self) -> int:
         trainer = self.trainer
-        # Lightning restores it before the first batch. Others than the fit, such as a metric, begin at the first batch.
+        # Lightning restores this counter before the first batch. Reads outside of fit start at the first batch.
         return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and trainer.training else 0
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """Return what `BatchDataset` made a batch already."""
+    """Return a batch unchanged, because `BatchDataset` has already collated it."""
     return batch

@@ -1,7 +1,7 @@
-"""The one reader of webdataset tars: their members in order, and what is damaged between and after them.
+"""Read webdataset tars: all members in order, and a message for each damaged place.
 
-Hugging Face's `datasets` silently ends a tar at a damaged header or where two were joined, and refuses a folder for one
-half pair, second member of a name, second image format or text that is not UTF-8: so tars are read here.
+Hugging Face's `datasets` silently stops at a damaged header or between concatenated tars. It rejects a whole folder
+because of one incomplete pair, duplicate name, second image format or text that is not UTF-8. This reader does not.
 """
 
 import lzma
@@ -24,11 +24,16 @@ class TarMember:
     """A member of a tar.
 
     Attributes:
-        name: its path in the tar.
-        is_file: whether it is a plain file, not a link, device or sparse file.
-        offset: its first byte, in the unpacked tar.
-        length: its number of bytes.
+        name: path in the tar.
+        is_file: whether it is a regular file, not a link, device or sparse file.
+        offset: position of its first byte in the uncompressed tar.
+        length: size in bytes.
         content: its bytes, if they were requested.
+
+    Example:
+        >>> member = TarMember("train/0001.seg.PNG", is_file=True, offset=512, length=0)
+        >>> member.key, member.suffix
+        ('train/0001', '.seg.png')
     """
 
     name: str
@@ -39,25 +44,25 @@ class TarMember:
 
     @property
     def key(self) -> str:
-        """The path up to the first dot of the last name: webdataset's key, which all members of a sample share."""
+        """The path up to the first dot of the file name: webdataset's key, shared by all members of a sample."""
         folder, slash, last = self.name.rpartition("/")
         return f"{folder}{slash}{last.partition('.')[0]}"
 
     @property
     def suffix(self) -> str:
-        """What follows the key, in lower case with its dot; "" if nothing does."""
+        """The rest of the name after the key, in lower case with its dot; "" if there is none."""
         return self.name.removeprefix(self.key).lower()
 
 
 def read_members(file: Path, is_requested: Callable[[str], bool]) -> Iterator[TarMember | str]:
-    """Yield the members of a plain or compressed tar, except folders, and a line for each damaged place.
+    """Yield the members of a plain or compressed tar, except folders, and a message for each damaged place.
 
-    A damaged header costs its own member: reading resumes at the next one. Tars that were joined are read to the end.
-    A tar that is cut short ends with a line that says so.
+    A damaged header loses only its own member: reading resumes at the next one. Concatenated tars are read to the end.
+    For a tar that is cut short, the last item is a message that says so.
 
     Args:
         file: the tar.
-        is_requested: whether the content of members with this suffix is read.
+        is_requested: returns whether to read the content of members with a suffix.
     """
     end, last = 0, ""
     try:
@@ -84,12 +89,12 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, is_requested: Callable[
 
 
 def _lost_bytes(tar: tarfile.TarFile, start: int, stop: int) -> int:
-    """Return the number of bytes between two places, 0 if they are zeros, as between tars that were joined."""
+    """Return the number of bytes between two positions; 0 if they are all zero, as between concatenated tars."""
     return stop - start if stop > start and any(map(any, _chunks(tar, start, stop))) else 0
 
 
 def _end_error(tar: tarfile.TarFile, end: int, last: str) -> str:
-    """Return what is wrong after the last member, "" if nothing is: zeros mark the end of a tar."""
+    """Describe what is wrong after the last member; return "" if nothing is. Zeros mark the end of a tar."""
     length, mark, damaged = 0, b"", False
     for chunk in _chunks(tar, end):
         mark = mark or chunk[:RECORD]

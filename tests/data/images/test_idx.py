@@ -1,4 +1,4 @@
-"""IDX files: what they hold, and what is said of bad ones."""
+"""IDX files: their content, and the errors of damaged files."""
 
 import gzip
 import struct
@@ -12,7 +12,7 @@ from tests.unprivileged import open_folder, unprivileged
 
 
 def write_idx(folder, counts=(6, 4), compress=False, labels=None):
-    """Write the four files: image i is all i, label i is i."""
+    """Write the four files. All pixels of image i are i, and its label is i."""
     for part, count in zip(("train", "t10k"), counts, strict=True):
         pixels = b"".join(bytes([i]) * 9 for i in range(count))
         for name, content in (
@@ -39,14 +39,14 @@ def test_idx_files_are_read_plain_or_gzipped(compress, tmp_path):
     assert module.reference.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_the_reference_can_be_cut(tmp_path):
+def test_the_reference_can_be_limited(tmp_path):
     write_idx(tmp_path)
     batches = list(ready(IDXImages(str(tmp_path), reference_size=3)).val_dataloader())
     assert torch.cat([batch.condition for batch in batches]).tolist() == [0, 1, 2]
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: give --data.folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: .*--data.folder"):
         ready(IDXImages(str(tmp_path / "nowhere")))
     write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
@@ -55,10 +55,10 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (lambda content: content[:-5], r"holds 49 values: its header says \(6, 3, 3\)"),
-        (lambda content: content + b"x", r"holds 55 values: its header says \(6, 3, 3\)"),
+        (lambda content: content[:-5], r"holds 49 values, .* \(6, 3, 3\)"),
+        (lambda content: content + b"x", r"holds 55 values, .* \(6, 3, 3\)"),
         (lambda content: b"PK" + content[2:], "not an IDX file of unsigned bytes: it begins with 504b0803"),
         (
             lambda content: content[:2] + b"\x0d" + content[3:],
@@ -69,18 +69,18 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
         (lambda content: content[:10], "cut short in the header of an IDX file, after 10 bytes"),
         (lambda content: content[:3], "cut short in the header of an IDX file, after 3 bytes"),
         (lambda content: content[:3] + b"\0" + content[4:], "cut short in the header"),
-        (lambda content: content[:4] + b"\xff" * 12, r"holds 0 values: its header says \(4294967295, "),
+        (lambda content: content[:4] + b"\xff" * 12, r"holds 0 values, .* \(4294967295, "),
         (lambda content: LFS.encode(), "git lfs pull"),
         (lambda content: b"<html></html>", "web page"),
-        (lambda content: gzip.compress(content)[:-20] + bytes(20), "not a whole gzip file"),
-        (lambda content: gzip.compress(content)[:12] + bytes(50), "not a whole gzip file"),
-        (lambda content: b"\x1f\x8b" + bytes(50), "not a whole gzip file"),
+        (lambda content: gzip.compress(content)[:-20] + bytes(20), "gzip"),
+        (lambda content: gzip.compress(content)[:12] + bytes(50), "gzip"),
+        (lambda content: b"\x1f\x8b" + bytes(50), "gzip"),
     ],
 )
-def test_a_spoilt_file_is_refused(spoil, message, tmp_path):
+def test_a_damaged_file_is_refused(damage, message, tmp_path):
     write_idx(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
-    file.write_bytes(spoil(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
         ready(IDXImages(str(tmp_path)))
     assert str(file) in str(caught.value)
@@ -88,7 +88,7 @@ def test_a_spoilt_file_is_refused(spoil, message, tmp_path):
 
 
 def test_a_file_is_read_by_its_content_not_its_name(tmp_path):
-    """Browsers unpack what they download, and keep its name."""
+    """Browsers decompress downloads without a change of name."""
     write_idx(tmp_path)
     for file in tmp_path.glob("*"):
         file.rename(f"{file}.gz")
@@ -116,7 +116,7 @@ def test_a_folder_a_link_and_a_missing_permission_are_named(tmp_path):
             ready(IDXImages(str(folder)))
 
 
-def test_no_images_are_refused(tmp_path):
+def test_files_without_images_are_refused(tmp_path):
     write_idx(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 0, 3, 3))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 0))
@@ -128,19 +128,19 @@ def test_a_gzip_file_cut_short_is_refused(tmp_path):
     write_idx(tmp_path, compress=True)
     file = tmp_path / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-6])
-    with pytest.raises(ValueError, match="not a whole gzip file"):
+    with pytest.raises(ValueError, match="gzip"):
         ready(IDXImages(str(tmp_path)))
 
 
 def test_a_label_out_of_range_is_named_by_its_row(tmp_path):
     write_idx(tmp_path, counts=(4, 4), labels=[0, 1, 12, 3])
-    with pytest.raises(ValueError, match="row 2 is 12, above 9"):
+    with pytest.raises(ValueError, match=r"row 2 is 12: .* 9$"):
         ready(IDXImages(str(tmp_path)))
 
 
-def test_files_that_do_not_fit_each_other_are_refused(tmp_path):
+def test_files_that_do_not_match_are_refused(tmp_path):
     write_idx(tmp_path, counts=(6, 4))
     labels = struct.pack(">2I", 0x801, 5) + bytes(5)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
-    with pytest.raises(ValueError, match="do not fit each other"):
+    with pytest.raises(ValueError, match=r"train files .*\(6, 3, 3\).*\(5,\)"):
         ready(IDXImages(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Images as files: the crop, what is found in folders and tars and in which order, and what is said of bad ones."""
+"""Image files: the crop, the content and order of folders and tars, and the errors of damaged files."""
 
 import io
 import os
@@ -33,8 +33,8 @@ def test_an_image_twice_as_large_is_averaged_over_boxes():
     assert np.abs(found - mean[:, 1:9]).max() <= 1
 
 
-def test_between_it_is_bicubic():
-    # On a ramp a cubic filter is exact away from the borders: 12 pixels become 8, of one and a half each.
+def test_other_sizes_are_resized_bicubically():
+    # A cubic filter is exact on a ramp, except at the borders: 12 pixels become 8, each 1.5 wide.
     ramp = np.repeat(np.arange(12, dtype=np.uint8)[None, :, None] * 20, 12, 0).repeat(3, 2)
     found = center_crop(Image.fromarray(ramp), 8)
     expected = ((np.arange(8) + 0.5) * 1.5 - 0.5) * 20
@@ -80,8 +80,8 @@ def test_other_modes_become_rgb(tmp_path):
     assert files.read(1, 4).unique().tolist() == [9]
 
 
-def labelled(count, labels):
-    """Return a tar's members: images in every format, each with its label in every form in turn."""
+def labeled(count, labels):
+    """Return the members of a tar: images in all formats, with labels in all formats in turn."""
     members = {}
     for number, (image, _) in enumerate(photos(count)):
         suffix = ("jpg", "png", "webp")[number % 3]
@@ -93,8 +93,8 @@ def labelled(count, labels):
 
 
 def test_tars_are_read_in_order_in_every_format_and_with_every_kind_of_label(tmp_path):
-    write_tar(tmp_path / "b.tar", labelled(3, [4, 0, 2]))
-    write_tar(tmp_path / "a.tar", labelled(2, [1, 1]) | {"train/readme.md": b"not of a sample"})
+    write_tar(tmp_path / "b.tar", labeled(3, [4, 0, 2]))
+    write_tar(tmp_path / "a.tar", labeled(2, [1, 1]) | {"train/readme.md": b"not of a sample"})
     for source in (tmp_path, tmp_path / "*.tar"):
         files = ImageFiles(str(source))
         assert [file.name for file in files.files][1:3] == ["a.tar: train/001.png", "b.tar: train/000.jpg"]
@@ -129,7 +129,7 @@ def test_the_identity_is_of_name_label_size_and_time(tmp_path):
 
 
 def test_all_images_of_a_tar_differ_after_it_was_replaced(tmp_path):
-    tar = write_tar(tmp_path / "x.tar", labelled(3, [0, 1, 2]))
+    tar = write_tar(tmp_path / "x.tar", labeled(3, [0, 1, 2]))
     before = identities(tmp_path)
     assert identities(tmp_path) == before
     os.utime(tar, ns=(0, 0))
@@ -163,7 +163,7 @@ def test_every_suffix_links_and_deep_folders_are_read_and_the_rest_is_counted(tm
 
 
 def test_a_folder_of_tars_counts_what_is_next_to_them(tmp_path):
-    members = labelled(2, [0, 1])
+    members = labeled(2, [0, 1])
     hidden = {
         "train/._000.jpg": b"mac",
         "PaxHeaders.7/train/001.png": b"pax",
@@ -172,7 +172,7 @@ def test_a_folder_of_tars_counts_what_is_next_to_them(tmp_path):
     }
     write_tar(tmp_path / "x.tar", members | hidden)
     (tmp_path / "deep").mkdir()
-    write_tar(tmp_path / "deep" / "x.TAR", labelled(1, [2]))
+    write_tar(tmp_path / "deep" / "x.TAR", labeled(1, [2]))
     write_folder(tmp_path / "classes", 2)
     (tmp_path / "list.csv").touch()
     files = ImageFiles(str(tmp_path))
@@ -188,7 +188,7 @@ def test_a_folder_of_tars_counts_what_is_next_to_them(tmp_path):
 def test_tars_of_one_name_in_two_folders_are_two(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / "x.tar", labelled(1, [0]))
+        write_tar(tmp_path / name / "x.tar", labeled(1, [0]))
     names = [file.name for file in ImageFiles(str(tmp_path / "*" / "x.tar")).files]
     assert names == ["a/x.tar: train/000.jpg", "b/x.tar: train/000.jpg"]
 
@@ -203,12 +203,12 @@ def test_links_and_second_images_of_a_name_in_a_tar_are_counted(tmp_path):
                 member.type, member.linkname = kind, "1.png"
             tar.addfile(member, io.BytesIO(IMAGE))
     files = ImageFiles(str(tmp_path))
-    assert files.left_out == {"images of a name that comes again": 1, ".png ": 1, "links and sparse files": 2}
+    assert files.left_out == {"images with a duplicate name": 1, ".png ": 1, "links and sparse files": 2}
     assert files.read(0, 4).shape == (3, 4, 4)
 
 
 def test_skip_leaves_out_what_has_no_valid_label_and_the_rest_of_a_cut_tar(tmp_path):
-    members = labelled(3, [0, 1, 2])
+    members = labeled(3, [0, 1, 2])
     bad = {"a.png": IMAGE, "b.cls": b"1", "c.png": IMAGE, "c.cls": b"cat", "d.png": IMAGE, "d.cls": b"9"}
     tar = write_tar(tmp_path / "x.tar", members | bad)
     files = ImageFiles(str(tmp_path), 3, "skip")
@@ -222,7 +222,7 @@ def test_skip_leaves_out_what_has_no_valid_label_and_the_rest_of_a_cut_tar(tmp_p
 
 
 def test_a_damaged_header_costs_its_own_image_and_joined_tars_are_whole(tmp_path):
-    tar = write_tar(tmp_path / "x.tar", labelled(5, range(5)))
+    tar = write_tar(tmp_path / "x.tar", labeled(5, range(5)))
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as opened:
         name, place = next((member.name, member.offset) for member in opened if member.name.startswith("train/001."))
@@ -233,8 +233,8 @@ def test_a_damaged_header_costs_its_own_image_and_joined_tars_are_whole(tmp_path
     files = ImageFiles(str(tar), None, "skip")
     assert [file.label for file in files.files] == [0, 2, 3, 4]
     assert files.left_out == {"damaged places in tars": 1, "no label" if name.endswith("cls") else "no image": 1}
-    joined = write_tar(tmp_path / "a.tar", labelled(2, [0, 1])).read_bytes()
-    other = {f"b{name}": content for name, content in labelled(2, [5, 6]).items()}
+    joined = write_tar(tmp_path / "a.tar", labeled(2, [0, 1])).read_bytes()
+    other = {f"b{name}": content for name, content in labeled(2, [5, 6]).items()}
     tar.write_bytes(joined + write_tar(tmp_path / "b.tar", other).read_bytes())
     assert [file.label for file in ImageFiles(str(tar)).files] == [0, 1, 5, 6]
 
@@ -260,7 +260,7 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "is cut short"),
         (
@@ -271,15 +271,15 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
         (lambda whole: b"x" * 100 + whole, r"x.tar is not a tar \(no member can be read\)"),
     ],
 )
-def test_a_tar_that_is_not_whole_is_refused(spoil, message, tmp_path):
-    file = write_tar(tmp_path / "x.tar", labelled(9, range(9)))
-    file.write_bytes(spoil(file.read_bytes()))
+def test_a_tar_that_is_not_whole_is_refused(damage, message, tmp_path):
+    file = write_tar(tmp_path / "x.tar", labeled(9, range(9)))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
         ImageFiles(str(file))
 
 
 def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path):
-    file = write_tar(tmp_path / "x.tar", labelled(3, range(3)))
+    file = write_tar(tmp_path / "x.tar", labeled(3, range(3)))
     whole = file.read_bytes()
     for length in range(0, len(whole.rstrip(b"\0")), 256):
         file.write_bytes(whole[:length])
@@ -326,13 +326,13 @@ def test_a_broken_image_is_named(content, place, tmp_path):
     assert "BytesIO" not in str(refused.value)
 
 
-def test_a_class_folder_named_like_a_tar_is_none(tmp_path):
+def test_a_class_folder_named_like_a_tar_is_not_a_tar(tmp_path):
     write_folder(tmp_path, 2)
     (tmp_path / "china").rename(tmp_path / "china.tar")
     assert len(ImageFiles(str(tmp_path))) == 2
 
 
-def test_where_there_are_no_images(tmp_path):
+def test_sources_without_images_are_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no folder or file .*gone: expected a folder of class folders, or tars"
     ):

@@ -1,4 +1,4 @@
-"""The data modules: what they hold, in which order, and what they say of bad files."""
+"""The data modules of images: their values and order."""
 
 import torch
 
@@ -19,7 +19,7 @@ def test_digits_are_the_1797_of_scikit_learn_scaled_to_plus_minus_one():
     torch.testing.assert_close(digits.train.images[0, 0, 0] * 8 + 8, torch.tensor([0.0, 0, 5, 13, 9, 1, 0, 0]))
 
 
-def test_an_epoch_holds_every_image_at_most_once_in_an_order_of_its_own():
+def test_an_epoch_has_every_image_at_most_once_in_its_own_order():
     digits = ready(Digits(batch_size=100))
     loader = digits.train_dataloader()
     epochs = []
@@ -33,7 +33,7 @@ def test_an_epoch_holds_every_image_at_most_once_in_an_order_of_its_own():
     assert torch.equal(epochs[0], epochs[2])
 
 
-def test_a_loader_begins_where_it_is_told():
+def test_a_loader_starts_at_its_position():
     digits = ready(Digits(batch_size=100))
     whole = [batch.condition for batch in digits.train_dataloader()]
     digits._position = lambda: 5

@@ -1,4 +1,4 @@
-"""Latents and images of a pipeline's VAE, against diffusers' own model and the pipelines' formulas."""
+"""Latents and images of a pipeline's VAE, compared with diffusers' model and the pipelines' formulas."""
 
 import pytest
 import torch
@@ -25,22 +25,22 @@ def save_with(folder, **numbers):
 
 @pytest.mark.parametrize("shift", [0.0609, None])
 def test_latents_are_normalized_as_the_pipelines_do(shift, images, tmp_path, monkeypatch):
-    """And their images are those of the pipelines' last lines; chunks change nothing."""
+    """The decoded images match the last lines of the pipelines, with any chunk size."""
     monkeypatch.setattr(latent_coder, "PIXELS_AT_ONCE", 4 * 16 * 16)
     model = save_with(tmp_path / "vae", scaling_factor=1.5305, shift_factor=shift)
     coder = LatentCoder(load_autoencoder(tmp_path))
     with torch.no_grad():
         expected = (model.encode(images).latent_dist.mode() - (shift or 0)) * 1.5305
-        pictures = model.decode(expected / 1.5305 + (shift or 0)).sample.clamp(-1, 1)
+        images_of_pipeline = model.decode(expected / 1.5305 + (shift or 0)).sample.clamp(-1, 1)
     x = coder.encode(images)
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(coder.decode(x), pictures, rtol=0, atol=1e-5)
+    torch.testing.assert_close(coder.decode(x), images_of_pipeline, rtol=0, atol=1e-5)
     assert x.shape == (7, 2, 8, 8)
     assert coder.encode(images.bfloat16()).dtype == torch.bfloat16
 
 
 def test_autoencoders_without_a_posterior_have_latents_too(images, tmp_path):
-    """Sana's, which is AutoencoderDC, and AutoencoderTiny, by the scaling_factor in their configs."""
+    """AutoencoderDC, which Sana uses, and AutoencoderTiny, with the scaling_factor in their configs."""
     coder = LatentCoder(load_autoencoder(save_dc(tmp_path / "dc")))
     model = coder.autoencoder.model
     with torch.no_grad():

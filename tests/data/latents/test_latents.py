@@ -1,4 +1,4 @@
-"""Latents in training: their values, order, mirror images and resumption, and what is refused before it starts."""
+"""Latents in training: values, order, mirror images and resuming, and the checks before training starts."""
 
 import warnings
 from pathlib import Path
@@ -23,7 +23,7 @@ ONES = torch.ones(1, 2, 1, 1)
 
 
 def module(folder, **options):
-    """Return a datamodule that is set up, with a seed of its own."""
+    """Return a datamodule that is set up, with its own seed."""
     latents = ImageNetLatents(str(folder), **({"batch_size": 4, "num_workers": 0, "num_classes": 10} | options))
     latents.seed = 7
     latents.setup("fit")
@@ -86,7 +86,7 @@ def test_half_of_the_images_are_mirrored_by_seed_epoch_and_number_alone():
 
 @pytest.mark.parametrize("processes", [2, 5])
 def test_processes_share_the_images_between_them(processes, tmp_path):
-    """Also where there are more of them than of the two shards."""
+    """Also if there are more processes than the two shards."""
     write_shards(tmp_path)
     train = module(tmp_path).train
     parts = []
@@ -114,7 +114,7 @@ def test_workers_change_nothing_and_an_epoch_has_every_image_once(tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the batches that it is given."""
+    """Records the training batches."""
 
     def __init__(self):
         super().__init__()
@@ -183,15 +183,15 @@ def test_moments_are_those_of_all_values_together(count, tmp_path):
 @pytest.mark.parametrize(
     ("written", "options", "message"),
     [
-        # Normalized before they were written, and again when they are read.
-        ({"mean": 0.0, "std": 1.0}, {}, r"deviation 0\.2.*normalized before they were written, or is latents_stats"),
+        # Normalized when written, and again when read.
+        ({"mean": 0.0, "std": 1.0}, {}, r"deviation 0\.2.*latents_stats\.pt"),
         (
             {},
             {"latent_norm": False},
-            r"mean 2.97 and standard deviation 5.01 after x, unnormalised .*set latent_norm to",
+            r"mean 2\.97 and standard deviation 5\.01 .*set latent_norm to true",
         ),
         ({"mean": 0.0}, {"latent_norm": False, "latent_multiplier": 0.05}, r"or latent_multiplier to 0\.2"),
-        ({}, {"latent_multiplier": 0.18215}, "deviation 0.182 after .*, times 0.18215: .*with statistics .* is 1"),
+        ({}, {"latent_multiplier": 0.18215}, "deviation 0.182 after .*, times 0.18215: .*latent_multiplier to 1"),
     ],
 )
 def test_latents_that_are_far_from_normal_are_refused(written, options, message, tmp_path):
@@ -216,7 +216,7 @@ def test_a_latent_that_is_not_finite_is_named_by_its_row(key, value, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no file .*latents_stats.pt: give the statistics of the latents, or set latent_norm to false"),
+        (None, r"latents_stats\.pt: .*latent_norm to false"),
         (b"no zip", "text instead of tensors: it begins with 'no zip'"),
         (b"", r"empty \(0 bytes\)"),
         (LFS.encode(), "git lfs pull"),
@@ -227,9 +227,9 @@ def test_a_latent_that_is_not_finite_is_named_by_its_row(key, value, tmp_path):
         (Path, "could run code"),
         ([1], "must hold mean and std by name: got one list"),
         (ONES, "must hold mean and std by name: got one Tensor"),
-        ({"mean": ONES}, r"std must be finite numbers, \(1, 2, 1, 1\): got nothing"),
-        ({"mean": [0.0, 0.0], "std": ONES}, "mean must be finite numbers, .*: got a list"),
-        ({"mean": torch.zeros(1, 4, 1, 1)}, r"mean must be finite numbers, \(1, 2, 1, 1\): got \(1, 4, 1, 1\)"),
+        ({"mean": ONES}, r"std must be .*\(1, 2, 1, 1\): got nothing"),
+        ({"mean": [0.0, 0.0], "std": ONES}, "mean must be .*: got a list"),
+        ({"mean": torch.zeros(1, 4, 1, 1)}, r"mean must be .*\(1, 2, 1, 1\): got \(1, 4, 1, 1\)"),
         ({"mean": torch.zeros(2), "std": ONES}, r"got \(2,\)"),
         ({"mean": ONES.to_sparse(), "std": ONES}, "mean must be finite"),
         ({"mean": ONES.to("meta"), "std": ONES}, "mean must be finite"),
@@ -254,7 +254,7 @@ def test_statistics_that_do_not_fit_are_refused(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_statistics_that_are_no_file_are_refused(tmp_path):
+def test_statistics_that_are_a_broken_link_or_a_folder_are_refused(tmp_path):
     write_shards(tmp_path, record=False)
     file = tmp_path / "latents_stats.pt"
     file.unlink()
@@ -283,7 +283,7 @@ def test_statistics_may_be_in_float64_and_next_to_others(tmp_path):
     ],
 )
 def test_one_channel_with_statistics_of_another_is_refused(mean, std, message, tmp_path):
-    """All channels together are of mean 0, and of a standard deviation from 0.5 to 2."""
+    """Over all channels, the mean is 0 and the standard deviation between 0.5 and 2."""
     mean, std = (torch.tensor(values).view(2, 1, 1) for values in (mean, std))
     write_shards(tmp_path, (100,), (2, 8, 8), mean, std, record=False)
     torch.save({"mean": torch.zeros(1, 2, 1, 1), "std": ONES}, tmp_path / "latents_stats.pt")
@@ -296,7 +296,7 @@ def test_one_channel_with_statistics_of_another_is_refused(mean, std, message, t
 
 
 def test_large_values_are_finite_and_moments_are_exact_far_from_0():
-    """A sum of 32 of them is not; and neither is the variance the difference of two large numbers."""
+    """The sum of 32 of them overflows, and a difference of two large numbers would give a wrong variance."""
     x = torch.full((3, 2, 4, 4), 3e38)
     assert finite_rows(x).tolist() == [True, True, True]
     x[1, 0, 0, 0] = -torch.inf
@@ -339,11 +339,11 @@ def test_statistics_saved_on_a_gpu_are_read_where_the_latents_are(tmp_path, monk
 def test_statistics_that_are_not_those_of_the_record_are_refused(tmp_path):
     write_shards(tmp_path)
     torch.save({"mean": torch.zeros(1, 2, 1, 1), "std": torch.ones(1, 2, 1, 1)}, tmp_path / "latents_stats.pt")
-    with pytest.raises(ValueError, match=r"latents_stats.pt is not the one that cache.json names"):
+    with pytest.raises(ValueError, match=r"latents_stats\.pt .*cache\.json"):
         module(tmp_path)
 
 
-def test_an_unknown_origin_is_said(tmp_path):
+def test_an_unknown_origin_is_a_warning(tmp_path):
     write_shards(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -356,7 +356,7 @@ def test_an_unknown_origin_is_said(tmp_path):
 def test_the_record_says_how_many_classes_there_are(tmp_path):
     write_shards(tmp_path)
     assert Latents(tmp_path, None).shards.num_classes == 10
-    with pytest.raises(ValueError, match="says that num_classes is 10: got 1000"):
+    with pytest.raises(ValueError, match="num_classes is 10: got 1000"):
         module(tmp_path, num_classes=1000)
 
 

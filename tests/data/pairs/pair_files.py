@@ -18,7 +18,7 @@ def png(level: int) -> bytes:
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Write 0.png, 1.png ... whose gray levels are their numbers."""
+    """Write 0.png, 1.png ... with gray levels 0, 1, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number}.png").write_bytes(png(number))
@@ -36,7 +36,7 @@ def write_tar(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
 
 
 def pairs_tar(file: Path, rows: range, mode: str = "w") -> Path:
-    """Write a tar of pairs whose gray levels are their numbers: 0.png, 0.txt, 1.png ..."""
+    """Write a tar of pairs 0.png, 0.txt, 1.png ... with gray levels 0, 1, ..."""
     members = {}
     for row in rows:
         members |= {f"{row}.png": png(row), f"{row}.txt": f"level {row}".encode()}
@@ -49,12 +49,12 @@ def read(source: Path, column: str | None = None) -> PreparedPairs:
 
 
 def levels(prepared: PreparedPairs) -> list[int]:
-    """Return the gray levels of the images, which must have one each."""
+    """Return the gray level of each image, which must be uniform."""
     first = prepared.images[:, 0, 0, 0]
     assert (prepared.images == first[:, None, None, None]).all()
     return first.tolist()
 
 
-def said(prepared: PreparedPairs) -> str:
-    """Return what is said of the errors."""
+def error_summary(prepared: PreparedPairs) -> str:
+    """Return the summary of the errors."""
     return summary("source", len(prepared.captions), prepared.errors)

@@ -1,4 +1,4 @@
-"""Text-image pairs: each format read to the pixel, every fault counted and named, and captions in any script."""
+"""Text-image pairs: all formats give the same pixels, all errors are counted and named, and captions use any script."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ from decm_lightning.networks import TextDiT
 from decm_lightning.text import EncodedCaptions, TextEncoder
 
 SCRIPTS = ["a red cat", "кошка", "猫が寝ている", "قطة حمراء", "बिल्ली", "γάτα", "🐱 emoji", "  two \n lines  "]
-COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (9, 9, 9), (99, 9, 9)]
+COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (9, 9, 9), (99, 9, 9)]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def encoder(tmp_path_factory):
     return TextEncoder(str(folder), max_tokens=32)
 
 
-def image(colour, kind="png", size=(12, 8)):
-    """Return the bytes of an image file of one colour."""
+def image(color, kind="png", size=(12, 8)):
+    """Return the bytes of an image file of one color."""
     content = io.BytesIO()
     options = {"lossless": True} if kind == "webp" else {"quality": 100} if kind == "jpeg" else {}
-    Image.new("RGB", size, colour).save(content, kind, **options)
+    Image.new("RGB", size, color).save(content, kind, **options)
     return content.getvalue()
 
 
@@ -63,11 +63,11 @@ def as_tars(folder):
     """Four pairs in each of two tars: .txt and .json captions, all image formats."""
     kinds = [("png", "png"), ("webp", "webp"), ("jpeg", "jpg"), ("jpeg", "jpeg")]
     members = []
-    for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+    for row, (caption, color) in enumerate(zip(SCRIPTS, COLORS, strict=True)):
         kind, ending = kinds[row % 4]
         is_json = row % 2
         text = json.dumps({"caption": caption, "id": row}).encode() if is_json else caption.encode()
-        members.append((f"part/{row:04d}.{ending}", image(colour, kind)))
+        members.append((f"part/{row:04d}.{ending}", image(color, kind)))
         members.append((f"part/{row:04d}.{'json' if is_json else 'txt'}", text))
     write_tar(folder / "000.tar", members[:8])
     write_tar(folder / "001.tar", members[8:])
@@ -81,17 +81,17 @@ def as_parquet(folder):
     (folder / "data").mkdir()
     for part in range(2):
         rows = range(4 * part, 4 * part + 4)
-        images = [{"bytes": image(COLOURS[row]), "path": f"{row}.png"} for row in rows]
+        images = [{"bytes": image(COLORS[row]), "path": f"{row}.png"} for row in rows]
         table = pa.table({"image": images, "text": [SCRIPTS[row] for row in rows], "other": [None] * 4})
         parquet.write_table(table, folder / "data" / f"train-{part:05d}-of-00002.parquet")
 
 
 def as_arrow(folder):
-    """What datasets' save_to_disk writes: an Arrow stream."""
+    """The format of datasets' save_to_disk: an Arrow stream."""
     import pyarrow as pa
     from pyarrow import ipc
 
-    table = pa.table({"image": [image(colour) for colour in COLOURS], "prompt": SCRIPTS})
+    table = pa.table({"image": [image(color) for color in COLORS], "prompt": SCRIPTS})
     with ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
         stream.write_table(table)
 
@@ -102,9 +102,9 @@ def as_csv(folder):
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as opened:
         rows = csv.writer(opened)
         rows.writerow(["file_name", "text"])
-        for row, (caption, colour) in enumerate(zip(SCRIPTS, COLOURS, strict=True)):
+        for row, (caption, color) in enumerate(zip(SCRIPTS, COLORS, strict=True)):
             name = f"sub/{row}.png" if row % 2 else f"{row}.png"
-            (folder / name).write_bytes(image(colour))
+            (folder / name).write_bytes(image(color))
             rows.writerow([name, caption])
 
 
@@ -129,12 +129,12 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
-    """Pixels to 2 of 255 (JPEG), captions to the token, in every script, each with its own image."""
+    """Pixels agree to 2 of 255 (JPEG), and captions in all scripts agree exactly and belong to the right images."""
     FORMATS[kind](source)
     module = ready(source, encoder, tmp_path, held_out=0)
     assert len(module.train) == len(SCRIPTS)
     x_1, captions = module.train.__getitems__(range(len(SCRIPTS)))
-    expected = torch.tensor(COLOURS)[:, :, None, None].expand(-1, -1, 8, 8) / 127.5 - 1
+    expected = torch.tensor(COLORS)[:, :, None, None].expand(-1, -1, 8, 8) / 127.5 - 1
     torch.testing.assert_close(x_1, expected, rtol=0, atol=2.1 / 127.5)
     for row, caption in enumerate(SCRIPTS):
         alone = encoder([" ".join(caption.split())])
@@ -144,7 +144,7 @@ def test_every_format_gives_the_same_pairs(kind, source, encoder, tmp_path):
 
 
 def test_a_second_run_reads_nothing_again(source, encoder, tmp_path):
-    """Pixels and tokens come from the cache; a changed source is read anew."""
+    """Pixels and tokens come from the cache. A changed source is read again."""
     as_tars(source)
     first = ready(source, encoder, tmp_path)
     broken = TextEncoder(encoder.path, max_tokens=encoder.max_tokens)
@@ -171,17 +171,17 @@ FAULTS = {
     ),
     "half a character": (
         [("a.png", image((1, 1, 1))), ("a.json", b'{"caption": "cut \\ud83d"}')],
-        r"000.tar: a.png: its caption has half a character \('\\ud83d'\)",
+        r"000.tar: a.png: its caption has .* \('\\ud83d'\)",
     ),
     "a name in Latin-1": (
         [("caf\udce9.png", image((1, 1, 1))), ("caf\udce9.txt", b"x")],
         r"000.tar: caf\\udce9.png: its name is not UTF-8",
     ),
-    "another format": ([("h.svg", b"<svg/>")], r"000.tar: h.svg: is neither image nor caption"),
-    "a name with a dot": ([("a.v1.jpg", image((1, 1, 1), "jpeg"))], r"000.tar: a.v1.jpg: is neither image nor caption"),
+    "another format": ([("h.svg", b"<svg/>")], r"000.tar: h.svg: is neither"),
+    "a name with a dot": ([("a.v1.jpg", image((1, 1, 1), "jpeg"))], r"000.tar: a.v1.jpg: is neither"),
     "5,000 words": (
         [("a.png", image((1, 1, 1))), ("a.txt", b"word " * 5000)],
-        r"000.tar: a.png: its caption is too long \(24999 characters, and max_characters is 2000\)",
+        r"000.tar: a.png: its caption is too long \(24999 .*2000\)",
     ),
     "no caption": ([("a.webp", image((1, 1, 1), "webp"))], r"000.tar: a.webp: has no caption \(.txt, .json\)"),
     "no image": ([("a.txt", b"x")], r"000.tar: a.txt: has no image \(.jpg"),
@@ -213,7 +213,7 @@ def test_a_fault_in_a_tar_is_named_and_fatal_or_left_out(kind, source, encoder, 
 
 
 def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(source, encoder, tmp_path):
-    """Of two members of one name the first is a part of the pair."""
+    """Of two members of one name, the pair uses the first."""
     jpeg = image((1, 1, 1), "jpeg")
     members = [
         ("a.png", image((2, 2, 2))),
@@ -226,11 +226,11 @@ def test_what_a_tar_leaves_out_is_counted_but_for_what_webdataset_passes_over(so
     write_tar(source / "a.tar", members)
     with pytest.raises(ValueError, match=r"^3 of 4 pairs") as raised:
         ready(source, encoder, tmp_path)
-    for expected in ("a.tar: a.png: is there twice", "photo.v1.jpg: is neither image nor", "photo.v1.txt: is neither"):
+    for expected in ("a.tar: a.png: is in the tar twice", "photo.v1.jpg: is neither", "photo.v1.txt: is neither"):
         assert expected in str(raised.value)
     with pytest.warns(UserWarning, match="left out"):
-        kept = ready(source, encoder, tmp_path, on_error="skip", held_out=0).train.images
-    assert kept.unique().tolist() == [2]
+        images = ready(source, encoder, tmp_path, on_error="skip", held_out=0).train.images
+    assert images.unique().tolist() == [2]
 
 
 @pytest.mark.parametrize("kind", ["tars", "parquet", "arrow", "csv"])
@@ -246,7 +246,7 @@ def test_a_caption_column_that_is_nowhere_is_refused_with_the_columns_that_are_t
 
 
 def test_rows_that_are_lost_are_counted_and_files_that_are_not_read(source, encoder, tmp_path):
-    """Three of four row groups of 64 rows, and a picture next to a table's tar."""
+    """Three of four row groups of 64 rows are lost, and an image lies next to the tar of a table."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -271,7 +271,7 @@ def test_rows_that_are_lost_are_counted_and_files_that_are_not_read(source, enco
 
 
 def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
-    """Its member is lost, and reading resumes at the next one."""
+    """Only its member is lost, and reading resumes at the next one."""
     as_tars(source)
     file = source / "001.tar"
     with tarfile.open(file) as tar:
@@ -287,7 +287,7 @@ def test_a_tar_with_a_broken_header_is_named(source, encoder, tmp_path):
 
 @pytest.mark.parametrize("keep", [0.4, 0.75, "end"])
 def test_a_tar_that_is_cut_short_is_named(keep, source, encoder, tmp_path):
-    """In the middle of a member, and exactly after one, where nothing but the missing end tells."""
+    """The cut is in the middle of a member, or exactly after one, where only the end marker is missing."""
     as_tars(source)
     file = source / "001.tar"
     content = file.read_bytes()
@@ -298,8 +298,8 @@ def test_a_tar_that_is_cut_short_is_named(keep, source, encoder, tmp_path):
     with pytest.raises(ValueError, match=r"001.tar: is (damaged or )?cut short"):
         ready(source, encoder, tmp_path)
     with pytest.warns(UserWarning, match="left out"):
-        kept = len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train)
-    assert kept == 8 if keep == "end" else 4 < kept < 8
+        count = len(ready(source, encoder, tmp_path, on_error="skip", held_out=0).train)
+    assert count == 8 if keep == "end" else 4 < count < 8
 
 
 def test_faults_of_tables_are_named_by_their_rows(source, encoder, tmp_path):
@@ -349,7 +349,7 @@ def test_a_csv_with_a_comma_too_many_a_long_name_and_an_image_of_another_format(
     with pytest.raises(ValueError, match=r"^3 of 11 pairs") as raised:
         ready(source, encoder, tmp_path)
     for expected in (
-        "metadata.csv: line 11, new.png: has another number of fields than the header (3, and the header has 2",
+        "metadata.csv: line 11, new.png: has another number of fields than the header (3, ",
         f"line 12, {'x' * 200}: its image cannot be read (File name too long)",
         "sub/h.gif: has no caption in metadata.csv",
     ):
@@ -357,7 +357,7 @@ def test_a_csv_with_a_comma_too_many_a_long_name_and_an_image_of_another_format(
 
 
 def test_an_image_that_is_replaced_is_read_anew(source, encoder, tmp_path):
-    """The CSV file that names it is the source, and stays as it is."""
+    """The source is the CSV file that names the image. It does not change."""
     as_csv(source)
     ready(source / "metadata.csv", encoder, tmp_path)
     (source / "sub/1.png").write_bytes(image((77, 77, 77), size=(8, 8)))
@@ -380,7 +380,7 @@ def test_of_two_that_prepare_at_once_the_second_waits(source, tmp_path, monkeypa
         first = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
         assert reading.wait(60)
         second = pool.submit(prepare, source, tmp_path / "cache", 8, None, 2000)
-        # Long enough to come to the lock.
+        # Long enough for the other process to reach the lock.
         with pytest.raises(TimeoutError):
             second.result(0.3)
         go_on.set()
@@ -389,7 +389,7 @@ def test_of_two_that_prepare_at_once_the_second_waits(source, tmp_path, monkeypa
 
 
 def test_what_killed_runs_have_left_is_removed(source, encoder, tmp_path):
-    """But not what another process writes."""
+    """Files that another process is writing are not removed."""
     as_tars(source)
     stale, live = (tmp_path / "cache" / f"pairs-{name}.partial" for name in ("stale", "live"))
     for folder in (stale, live):
@@ -401,7 +401,7 @@ def test_what_killed_runs_have_left_is_removed(source, encoder, tmp_path):
     assert live.exists()
 
 
-def test_folders_are_no_files_whatever_their_name(source, encoder, tmp_path):
+def test_folders_with_the_suffix_of_a_file_are_not_read(source, encoder, tmp_path):
     as_csv(source)
     for name in ("a.tar", "a.parquet", "a.csv"):
         (source / name).mkdir()
@@ -417,7 +417,7 @@ def test_where_all_pairs_are_bad_the_faults_are_counted_by_their_kind(source, en
         ready(source, encoder, tmp_path, on_error="skip")
 
 
-def test_what_is_no_source_is_refused(source, encoder, tmp_path):
+def test_an_invalid_source_is_refused(source, encoder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
         ready(source / "nowhere", encoder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*expected \*.tar, .*\*.parquet"):
@@ -445,7 +445,7 @@ def test_a_split_depends_on_names_alone():
 
 
 def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path):
-    """Number i is that of held-out pair i mod n, which no training batch holds."""
+    """Sample i uses held-out pair i mod n, which is in no training batch."""
     as_csv(source)
     module = ready(source, encoder, tmp_path)
     held = len(module.reference)
@@ -457,11 +457,11 @@ def test_conditions_are_the_held_out_captions_in_turn(source, encoder, tmp_path)
     assert apart.min() > 0.5
     assert set(module.texts) <= {" ".join(caption.split()) for caption in SCRIPTS}
     nothing = ready(source, encoder, tmp_path, held_out=0)
-    with pytest.raises(ValueError, match="no pair is held out: got held_out 0 and 8 pairs"):
+    with pytest.raises(ValueError, match="held_out, which is 0 of 8 pairs"):
         nothing.condition([0])
 
 
-def test_a_loader_begins_where_it_is_told_with_the_same_captions(source, encoder, tmp_path):
+def test_a_loader_starts_at_its_position_with_the_same_captions(source, encoder, tmp_path):
     as_csv(source)
     data = ready(source, encoder, tmp_path, held_out=0, num_workers=0)
     whole = [batch.condition.tokens for batch in data.train_dataloader()]
@@ -493,7 +493,7 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
 
 
 def test_a_teacher_trains_on_pairs_and_is_refused_images_of_another_size(source, encoder, tmp_path):
-    """Through Lightning, with loading processes, in several epochs; the flow-matching loss is finite and logged."""
+    """Train with Lightning and loading processes for several epochs. The flow-matching loss is finite and logged."""
     as_tars(source)
     network = TextDiT(8, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}

@@ -1,4 +1,4 @@
-"""What is stored of pairs: whole or absent, named when it is damaged, and never left by a process that was stopped."""
+"""The stored pairs: written atomically, never left incomplete by a stopped process, and named if damaged."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-def spoil(file, **values):
+def damage(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -28,9 +28,9 @@ DAMAGE = {
     "half a record": lambda folder: (folder / "pairs.json").write_text('{"captions": ["a'),
     "another record": lambda folder: (folder / "pairs.json").write_text("[1]"),
     "no names": lambda folder: (folder / "pairs.json").write_text('{"captions": []}'),
-    "a name too few": lambda folder: spoil(folder / "pairs.json", names=["a"]),
-    "captions of another type": lambda folder: spoil(folder / "pairs.json", captions=[None] * 5),
-    "another list of errors": lambda folder: spoil(folder / "pairs.json", errors=[{"x": 1}]),
+    "a name too few": lambda folder: damage(folder / "pairs.json", names=["a"]),
+    "captions of another type": lambda folder: damage(folder / "pairs.json", captions=[None] * 5),
+    "another list of errors": lambda folder: damage(folder / "pairs.json", errors=[{"x": 1}]),
     "no stamps": lambda folder: (folder / "stamps.json").unlink(),
     "other stamps": lambda folder: (folder / "stamps.json").write_text('{"a": 1}'),
     "no pixels": lambda folder: (folder / "pixels.bin").unlink(),
@@ -49,7 +49,7 @@ def test_damaged_pairs_are_named_with_the_remedy(kind, source):
 
 
 def test_a_full_disk_is_named(source, tmp_path):
-    """A limit on the size of files fails in the same place."""
+    """A limit on the file size fails in the same place as a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -91,7 +91,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(source, tmp_path, m
         process.kill()
         process.join()
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".partial"]
-    # Removed by whoever prepares other pairs, too.
+    # Preparing other pairs removes it, too.
     prepare(source, tmp_path / "cache", 5, None, 2000)
     assert not list((tmp_path / "cache").glob("*.partial"))
     assert levels(read(source)) == list(range(5))

@@ -1,4 +1,4 @@
-"""Pairs that Hugging Face's `datasets` reads: local folders by their path, as a name on the hub would be."""
+"""Pairs that Hugging Face's `datasets` reads, from local folders in place of names on the hub."""
 
 import os
 
@@ -28,7 +28,7 @@ def read(source, split, column=None) -> PreparedPairs:
 
 
 def write_parquet(folder, **splits):
-    """data/train-00000-of-00001.parquet and so on, as on the hub; gray levels from the given rows."""
+    """Write data/train-00000-of-00001.parquet etc., as on the hub, with the rows as gray levels."""
     (folder / "data").mkdir()
     for split, rows in splits.items():
         images = [{"bytes": png(row), "path": f"{row}.png"} for row in rows]

@@ -1,4 +1,4 @@
-"""decm encode-pairs: latents and captions that training finds, a run that is stopped, and what is refused."""
+"""decm encode-pairs: stored latents and captions for training, interrupted runs, and errors."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ SIZE = 16
 
 @pytest.fixture
 def pixels(tmp_path, monkeypatch):
-    """Where there are 11 pairs of noise, a VAE and a text encoder, the images: (11, 3, 16, 16), uint8."""
+    """Write 11 pairs of noise, a VAE and a text encoder; return the images, (11, 3, 16, 16), uint8."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.setattr(pairs_latents, "BATCH", 4)
@@ -48,7 +48,7 @@ def pixels(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decm(pixels, monkeypatch, capsys):
-    """A function that runs decm encode-pairs: (code, out, err)."""
+    """Return a function that runs decm encode-pairs and returns (code, out, err)."""
 
     def run(*argv):
         source, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("pairs", argv)
@@ -71,7 +71,7 @@ def ready(latents="cached", vae="vae"):
 
 
 def test_training_finds_all_and_encodes_nothing(decm, pixels, monkeypatch):
-    """Latents against diffusers' own, in the order of the pairs; neither the VAE nor the text encoder works again."""
+    """Latents match diffusers, in the order of the pairs. Neither the VAE nor the text encoder runs again."""
     code, out, _ = decm("--vae", "vae")
     assert (code, out.splitlines()[-1]) == (0, "11 pairs: latents of vae and captions are in cache")
     model = AutoencoderKL.from_pretrained("vae").eval()
@@ -93,18 +93,18 @@ def test_training_finds_all_and_encodes_nothing(decm, pixels, monkeypatch):
     assert len(data.reference)
 
 
-def test_kept_latents_are_those_on_the_fly(decm):
+def test_cached_latents_are_those_on_the_fly(decm):
     assert decm("--vae", "vae")[0] == 0
-    kept, fly = (
+    cached, fly = (
         data.on_after_batch_transfer(data.train.__getitems__(range(5)), 0) for data in (ready(), ready("on_the_fly"))
     )
-    torch.testing.assert_close(kept.x_1, fly.x_1, rtol=1e-3, atol=1e-3)
-    assert torch.equal(kept.condition.tokens, fly.condition.tokens)
+    torch.testing.assert_close(cached.x_1, fly.x_1, rtol=1e-3, atol=1e-3)
+    assert torch.equal(cached.condition.tokens, fly.condition.tokens)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3000])
-def test_a_stopped_run_goes_on_to_the_same_bytes(cut, decm, tmp_path, monkeypatch):
-    """Stopped after one batch, with a part of the next on the disk: that batch is made again, the first is not."""
+def test_an_interrupted_run_resumes_to_the_same_bytes(cut, decm, tmp_path, monkeypatch):
+    """The run stops after one batch and part of the next. Only the partial batch is encoded again."""
     assert decm("--vae", "vae")[0] == 0
     (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
     whole = file.read_bytes()
@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(cut, decm, tmp_path, monkeypatc
 
 
 def test_a_partial_file_of_another_vae_is_not_used(decm, tmp_path):
-    """Another VAE of the same shapes, interrupted after its first batch."""
+    """The partial file is of another VAE with the same shapes, interrupted after its first batch."""
     assert decm("--vae", "vae")[0] == 0
     (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
     whole = file.read_bytes()
@@ -147,7 +147,7 @@ def test_latents_of_the_wrong_size_are_named(keep, decm, tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_run_resumes(decm, tmp_path):
-    """A limit on the size of files fails in the same place as a full disk."""
+    """A limit on the file size fails in the same place as a full disk."""
     assert decm("--vae", "vae")[0] == 0
     (file,) = (tmp_path / "cache").glob("pairs-*/latents-*.bin")
     whole = file.read_bytes()
@@ -165,7 +165,7 @@ def test_a_full_disk_is_named_and_the_run_resumes(decm, tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_another_vae_has_a_file_of_its_own(decm, tmp_path):
+def test_another_vae_has_its_own_file(decm, tmp_path):
     save_dc(tmp_path / "other")
     for vae in ("vae", "other", "vae"):
         assert decm("--vae", vae)[0] == 0
@@ -173,7 +173,7 @@ def test_another_vae_has_a_file_of_its_own(decm, tmp_path):
     assert ready(vae="other").train.images.shape[1:] == (4, 4, 4)
 
 
-def test_without_a_vae_pixels_are_kept(decm, pixels):
+def test_without_a_vae_pixels_are_stored(decm, pixels):
     code, out, _ = decm("--captions", "on_the_fly")
     assert (code, out.splitlines()[-1]) == (0, "11 pairs: pixels are in cache")
     assert torch.equal(ready(vae=None).train.images, pixels)
@@ -199,7 +199,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_wrong_is_said_in_one_line(kind, decm):
+def test_errors_are_one_line(kind, decm):
     argv, message = BAD[kind]
     code, _, err = decm(*argv)
     assert code == 2

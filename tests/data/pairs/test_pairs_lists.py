@@ -1,4 +1,4 @@
-"""Lists of images: what is wrong with a line costs its own row, and rows that are not wrong stay as they are."""
+"""Lists of images: a damaged line loses only its own row, and all other rows are read."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ import time
 import pytest
 
 from decm_lightning.data.pairs.csv_records import MAX_LINES, records
-from tests.data.pairs.pair_files import levels, png, read, said, write_images
+from tests.data.pairs.pair_files import error_summary, levels, png, read, write_images
 
 COUNT = 8
 
@@ -32,7 +32,7 @@ DAMAGE = {
     "a field beyond csv's limit": ("3.png," + "x" * 140_000, "line 5, 3.png: cannot be read (field larger than"),
     "a quoted field beyond it": ('3.png,"' + "x" * 140_000 + '"', "line 5, 3.png: cannot be read (field larger than"),
     "text after a quote": ('3.png,"five" nails', "line 5, 3.png: text follows a closing quote"),
-    "too few fields": ("3.png", "line 5, 3.png: has another number of fields than the header (1, and the header has 2"),
+    "too few fields": ("3.png", "line 5, 3.png: has another number of fields than the header (1, "),
     "too many fields": ("3.png,a,b", "line 5, 3.png: has another number of fields than the header (3,"),
     "a NUL byte": ("3.png,a\0b", "line 5, 3.png: has a NUL byte"),
     "an empty caption": ('3.png," "', "line 5, 3.png: its caption is empty"),
@@ -54,11 +54,11 @@ def test_a_damaged_row_costs_itself_alone(kind, end, source):
 
 
 def test_a_name_that_no_file_can_have_costs_its_own_row(source):
-    """os.path.realpath raises ValueError for it."""
+    """os.path.realpath raises ValueError for such a name."""
     write(source, {3: "3\0.png,x"})
     found = read(source)
     assert levels(found) == [0, 1, 2, 4, 5, 6, 7]
-    assert "line 5, 3\0.png: has a NUL byte" in said(found)
+    assert "line 5, 3\0.png: has a NUL byte" in error_summary(found)
     (source / "list.csv").unlink()
     lines = [{"file_name": "\ud800.png", "text": "x"}, {"file_name": "1.png", "text": "b"}]
     (source / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -78,7 +78,7 @@ def read_records(lines):
 
 
 def test_what_the_csv_module_writes_is_read_and_one_more_quote_costs_its_own_row():
-    """Random captions of commas, quotes and line breaks, and a quote at a random place."""
+    """Captions are random commas, quotes and line breaks. Another quote is inserted at a random place."""
     chance = random.Random(0)
     for _ in range(2500):
         rows = [[f"{row}.png", "".join(chance.choices('ab ,"\n', k=9)) + "z"] for row in range(6)]
@@ -155,7 +155,7 @@ def test_letters_of_another_encoding_cost_their_own_row(source):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_a_list_in_another_encoding_is_refused(encoding, source):
     write(source, {}, encoding=encoding)
-    with pytest.raises(ValueError, match=r"list.csv is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"list\.csv .*UTF-8"):
         read(source)
 
 
@@ -197,7 +197,7 @@ def test_a_column_that_is_not_there_is_refused_and_an_empty_file(source):
 def test_the_first_caption_that_is_not_empty_is_used(source):
     write(source, {row: f"{row}.png,,the digit {row}" for row in range(COUNT)}, "file_name,caption,text")
     assert read(source).captions == [f"the digit {row}" for row in range(COUNT)]
-    assert "8 x its caption is empty" in said(read(source, "caption"))
+    assert "8 x its caption is empty" in error_summary(read(source, "caption"))
 
 
 def test_json_lines_are_read_and_a_damaged_line_costs_itself(source):
@@ -222,7 +222,7 @@ def test_json_lines_are_read_and_a_damaged_line_costs_itself(source):
 
 
 def test_images_in_linked_folders_and_under_other_names_are_the_same_files(source, tmp_path):
-    """Named through a link and a parent folder, and found through a link that leads back."""
+    """Rows name them through a link and a parent folder, and a link in the folder leads back to it."""
     write_images(tmp_path / "elsewhere", 2)
     (source / "more").symlink_to(tmp_path / "elsewhere")
     (source / "back").symlink_to(source)

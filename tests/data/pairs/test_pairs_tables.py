@@ -1,10 +1,10 @@
-"""Tables of pairs: a damaged row group or record batch costs its own rows, and the count says how many."""
+"""Tables of pairs: a damaged row group or record batch loses only its own rows, which are counted."""
 
 import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
-from tests.data.pairs.pair_files import levels, png, read, said, write_images
+from tests.data.pairs.pair_files import error_summary, levels, png, read, write_images
 
 COUNT = 200
 GROUP = 40
@@ -50,9 +50,12 @@ def test_a_damaged_block_of_parquet_costs_its_own_row_group(group, column, compr
     lost = range(GROUP * group, GROUP * group + GROUP)
     assert levels(found) == [row for row in range(COUNT) if row not in lost]
     assert found.names[-1] == ("a/159" if group == 4 else "a/199")
-    assert f"{GROUP} of {COUNT} pairs of source are bad: " in said(found)
-    assert f"a.parquet: row group {group} (rows {lost[0]} to {lost[-1]}, {GROUP} rows): cannot be read" in said(found)
-    assert f"({GROUP} x cannot be read)" in said(found)
+    assert f"{GROUP} of {COUNT} pairs of source are bad: " in error_summary(found)
+    assert (
+        f"a.parquet: row group {group} (rows {lost[0]} to {lost[-1]}, {GROUP} rows): cannot be read"
+        in error_summary(found)
+    )
+    assert f"({GROUP} x cannot be read)" in error_summary(found)
 
 
 def test_a_table_without_its_footer_is_an_unknown_number(source):
@@ -61,7 +64,7 @@ def test_a_table_without_its_footer_is_an_unknown_number(source):
     (source / "a.parquet").write_bytes((source / "a.parquet").read_bytes()[:-100])
     found = read(source)
     assert levels(found) == [0, 1, 2]
-    assert "0 of 3 pairs of source are bad, and an unknown number of pairs could not be read" in said(found)
+    assert "0 of 3 pairs of source are bad, and an unknown number of pairs could not be read" in error_summary(found)
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("stream", ".arrow"), ("file", ".arrow"), ("file", ".FEATHER")])
@@ -73,16 +76,16 @@ def test_both_formats_of_arrow_are_read(kind, suffix, source):
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_a_damaged_batch_of_arrow_costs_its_own_rows(kind, source):
-    """Offsets that point outside of the file, which Arrow itself would follow."""
+    """Its offsets point outside of the file. Arrow itself would follow them."""
     file = source / "a.arrow"
     write_arrow(file, table(), kind)
     content = file.read_bytes()
-    # The offsets of the third batch's captions stand before the captions.
+    # In the third batch, the offsets of the captions come before the captions.
     damage(file, content.index(b"level 80level 81") - 40, 8)
     found = read(source)
     assert levels(found) == [*range(80), *range(120, COUNT)]
-    assert f"{GROUP} of {COUNT} pairs" in said(found)
-    assert "a.arrow: rows 80 to 119: cannot be read" in said(found)
+    assert f"{GROUP} of {COUNT} pairs" in error_summary(found)
+    assert "a.arrow: rows 80 to 119: cannot be read" in error_summary(found)
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
@@ -95,7 +98,7 @@ def test_a_batch_that_cannot_be_decompressed_is_an_unknown_number(kind, source):
     damage(file, third[len(third) // 2], 8)
     found = read(source)
     assert len(found.captions) == COUNT - GROUP
-    assert "an unknown number of rows cannot be read" in said(found)
+    assert "an unknown number of rows cannot be read" in error_summary(found)
 
 
 @pytest.mark.parametrize("keep", ["batch", "half"])
@@ -106,7 +109,7 @@ def test_a_stream_that_is_cut_short_is_an_error(keep, source):
     file.write_bytes(content[:-8] if keep == "batch" else content[: len(content) // 2])
     found = read(source)
     assert levels(found) == list(range(COUNT if keep == "batch" else len(found.captions)))
-    assert "an unknown number of pairs could not be read" in said(found)
+    assert "an unknown number of pairs could not be read" in error_summary(found)
     assert 0 < len(found.captions) <= COUNT
 
 
@@ -116,12 +119,12 @@ def test_text_that_is_not_utf_8_costs_its_own_row(source):
     write_arrow(source / "b.arrow", table(2, text=latin))
     found = read(source)
     assert levels(found) == [1, 1]
-    assert all(f"{name}: row 0: is not UTF-8" in said(found) for name in ("a.parquet", "b.arrow"))
+    assert all(f"{name}: row 0: is not UTF-8" in error_summary(found) for name in ("a.parquet", "b.arrow"))
 
 
 @pytest.mark.parametrize("kind", ["bytes and path", "path", "file_name", "large", "dictionary"])
 def test_images_may_be_named_instead_of_stored(kind, source, tmp_path):
-    """As Hugging Face's datasets write tables of image files, next to the table or by absolute paths."""
+    """Hugging Face's datasets writes such tables. The image files are next to the table or have absolute paths."""
     write_images(source / "images", 3)
     names = ["images/0.png", str(source / "images/1.png"), "images/nowhere.png"]
     text = pa.array(["a", "b", "c"])
@@ -135,7 +138,7 @@ def test_images_may_be_named_instead_of_stored(kind, source, tmp_path):
     parquet.write_table(pa.table(columns), source / "a.parquet")
     found = read(source)
     assert (levels(found), found.captions) == ([0, 1], ["a", "b"])
-    assert "row 2, images/nowhere.png: its image cannot be read (No such file or directory)" in said(found)
+    assert "row 2, images/nowhere.png: its image cannot be read (No such file or directory)" in error_summary(found)
     (source / "images/0.png").write_bytes(png(9) + b" ")
     (source / "images/nowhere.png").write_bytes(png(8))
     assert levels(read(source)) == [9, 1, 8]
@@ -154,14 +157,14 @@ def test_a_column_that_is_not_there_is_an_error_of_all_rows_and_names_those_that
     parquet.write_table(table(2).drop(["image"]), source / "c.parquet")
     found = read(source, "better")
     assert found.captions == ["x"]
-    assert "6 of 7 pairs" in said(found)
-    assert "a.parquet: has no caption column (expected 'better', found image, text)" in said(found)
-    assert "b.parquet: row 1: its caption is empty (column better)" in said(found)
-    assert "c.parquet: has no column image (its columns are text)" in said(found)
+    assert "6 of 7 pairs" in error_summary(found)
+    assert "a.parquet: has no caption column (expected 'better', found image, text)" in error_summary(found)
+    assert "b.parquet: row 1: its caption is empty (column better)" in error_summary(found)
+    assert "c.parquet: has no column image (its columns are text)" in error_summary(found)
 
 
 def test_a_column_that_is_there_twice_is_an_error(source):
     twice = pa.table([pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])], names=["image", "text", "text"])
     parquet.write_table(twice, source / "a.parquet")
-    assert "1 of 1 pairs of source are bad: " in said(read(source))
-    assert "a.parquet: has a column twice (text)" in said(read(source))
+    assert "1 of 1 pairs of source are bad: " in error_summary(read(source))
+    assert "a.parquet: has a column twice (text)" in error_summary(read(source))

@@ -1,5 +1,4 @@
-"""Tars of pairs: a damaged place costs what it destroys, the caption is that of the requested column, and nothing is
-left out without a count."""
+"""Tars of pairs: damage loses only the damaged members, and everything that is left out is counted."""
 
 import io
 import json
@@ -8,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image, features
 
-from tests.data.pairs.pair_files import levels, pairs_tar, png, read, said, write_tar
+from tests.data.pairs.pair_files import error_summary, levels, pairs_tar, png, read, write_tar
 
 
 @pytest.fixture
@@ -34,12 +33,12 @@ def test_a_damaged_header_costs_its_own_pair(name, source):
     found = read(source)
     lost = int(name[0])
     assert levels(found) == [row for row in range(10) if row != lost]
-    assert "1 of 10 pairs of source are bad, and an unknown number of pairs could not be read" in said(found)
-    assert f"{lost}.{'txt' if name.endswith('png') else 'png'}: has no" in said(found)
+    assert "1 of 10 pairs of source are bad, and an unknown number of pairs could not be read" in error_summary(found)
+    assert f"{lost}.{'txt' if name.endswith('png') else 'png'}: has no" in error_summary(found)
 
 
 def test_joined_tars_are_read_to_the_end(source):
-    """cat a.tar b.tar > joined.tar: zeros in the middle are no damage."""
+    """cat a.tar b.tar > joined.tar has zeros in the middle, which are not damage."""
     first, second = pairs_tar(source / "a.tar", range(3)), pairs_tar(source / "b.tar", range(3, 6))
     joined = first.read_bytes() + second.read_bytes()
     second.unlink()
@@ -68,11 +67,11 @@ def test_compressed_tars_are_read_and_a_cut_one_is_an_error(mode, suffix, source
     assert found.names[:2] == ["a/0", "a/1"]
     content = file.read_bytes()
     file.write_bytes(content[: len(content) * 3 // 4])
-    assert "an unknown number of pairs could not be read" in said(read(source))
+    assert "an unknown number of pairs could not be read" in error_summary(read(source))
 
 
 def with_json(source, *values):
-    """A tar of a.png, a.txt and a.json, and so on; None for no JSON file."""
+    """Write a tar of a.png, a.txt, a.json etc. None leaves out the JSON file."""
     members = {}
     for row, value in enumerate(values):
         members |= {f"{row}.png": png(row), f"{row}.txt": b"alt text"}
@@ -91,7 +90,7 @@ def test_a_named_column_is_used_and_where_it_is_missing_the_pair_is_an_error(sou
     assert (levels(found), found.captions) == ([0], ["zero"])
     assert [str(error).partition("a.tar: ")[2] for error in found.errors] == [
         "1.json: has no caption column (expected 'better', found url)",
-        "2.txt: has no .json file (with the caption column 'better')",
+        "2.txt: has no .json file (for the caption column 'better')",
         "3.json: its caption is empty (column better)",
         "4.json: its caption is empty (column better)",
         "5.json: its caption is not text (5)",
@@ -119,7 +118,7 @@ def test_every_format_of_pillow_is_an_image_and_two_of_a_name_are_an_error(sourc
     write_tar(source / "a.tar", members)
     found = read(source)
     assert len(found.captions) == len(kinds)
-    assert "two.png: is one of several images of a name (.png, .gif)" in said(found)
+    assert "two.png: is one of several images with the same name (.png, .gif)" in error_summary(found)
 
 
 def test_links_are_counted_and_hidden_members_are_not(source):
@@ -155,5 +154,5 @@ def test_a_file_that_was_not_downloaded_is_named_with_the_cause(content, message
     source.mkdir()
     (source / name).write_bytes(content)
     found = read(source)
-    assert f"{name}: " in said(found)
-    assert message in said(found)
+    assert f"{name}: " in error_summary(found)
+    assert message in error_summary(found)

@@ -1,4 +1,4 @@
-"""Images of webdataset tars with the class number next to each: name.cls, name.json or name.txt."""
+"""Read images with class numbers from webdataset tars. The class is in name.cls, name.json or name.txt."""
 
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ Members = dict[str, TarMember]
 
 
 class ClassImage(NamedTuple):
-    """An image in a tar: its name, class, first byte and number of bytes."""
+    """An image in a tar: its name, class, position and size in bytes."""
 
     name: str
     label: int
@@ -27,15 +27,16 @@ class ClassImage(NamedTuple):
 
 
 def class_images(tar: Path, report: Callable[[str, str], None], left_out: Counter[str]) -> list[ClassImage]:
-    """Return the images of a plain tar in its order, with their class numbers.
+    """Return the images of an uncompressed tar with their class numbers, in the order of the tar.
 
-    Members that have the same path up to the first dot of their name belong together, wherever they are in the tar.
+    Members whose paths agree up to the first dot of the file name belong together, wherever they are in the tar.
 
     Args:
         tar: the file.
-        report: takes the kind of an error and a message that names the place: the tar is damaged or cut short, an
-            image has no label or a label no image, or a label is not a number. If it returns, the image is left out.
-        left_out: members that are neither images nor labels are added to it, by kind.
+        report: receives the kind of an error and a message that names the file and member: the tar is damaged or cut
+            short, an image has no label, a label has no image, or a label is not a number. If `report` returns, the
+            image is left out.
+        left_out: counts the members that are neither images nor labels, by kind.
 
     Raises:
         ValueError: if the file is compressed.
@@ -67,7 +68,8 @@ def _refuse_compressed(tar: Path) -> None:
         start = content.read(8)
     for mark, name in COMPRESSED.items():
         if start.startswith(mark):
-            raise ValueError(f"{tar} is compressed ({name}): images are read in any order, so unpack it to a plain tar")
+            remedy = "decompress it to a plain tar, because images are read in random order"
+            raise ValueError(f"{tar} is compressed ({name}): {remedy}")
 
 
 def _sort(member: TarMember, images: Members, labels: Members, left_out: Counter[str]) -> None:
@@ -83,9 +85,9 @@ def _sort(member: TarMember, images: Members, labels: Members, left_out: Counter
         if member.key not in labels or _rank(member) <= _rank(labels[member.key]):
             labels[member.key] = member
     else:
-        # As when a tar is unpacked, a later member takes the place of an earlier one.
+        # A later member replaces an earlier one, as it does when a tar is unpacked.
         if member.key in images:
-            left_out["images of a name that comes again"] += 1
+            left_out["images with a duplicate name"] += 1
         images[member.key] = member
 
 
@@ -99,14 +101,14 @@ def _rank(member: TarMember) -> int:
 
 def _class_number(member: TarMember) -> int:
     text = member.content.decode("utf-8-sig", errors="replace").strip()
-    found: object = text
+    value: object = text
     try:
         if member.suffix.endswith(".json"):
             entries = json.loads(text)
-            found = next(entries[key] for key in JSON_KEYS if key in entries)
-        if abs(label := int(str(found))) > LARGEST:  # int alone would cut off what follows a point
+            value = next(entries[key] for key in JSON_KEYS if key in entries)
+        if abs(label := int(str(value))) > LARGEST:  # int alone would truncate a float
             raise ValueError("beyond 64 bits")
         return label
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
-        message = f"{printable(member.name)} does not hold a class number: got {str(found)[:40]!r}"
+        message = f"{printable(member.name)} does not hold a class number: got {str(value)[:40]!r}"
         raise ValueError(message) from error

@@ -1,4 +1,4 @@
-"""The real handwritten digits that come with scikit-learn: 1,797 images of 8 x 8, ten classes."""
+"""The handwritten digits included in scikit-learn: 1,797 images of 8 x 8 pixels in ten classes."""
 
 import torch
 
@@ -7,12 +7,12 @@ from decm_lightning.errors import missing_extra
 
 
 class Digits(InMemoryImages):
-    """scikit-learn's digits, scaled from 0..16 to [-1, 1], (1, 8, 8); all of them train and all are the reference.
+    """scikit-learn's digits, (1, 8, 8), scaled from 0..16 to [-1, 1]. All are used for training and as the reference.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most this number of reference images; None for all 1,797.
-        num_workers: loading processes; 0 is fastest here.
+        reference_size: maximum number of reference images; None for all 1,797.
+        num_workers: number of loading processes; 0 is fastest here.
     """
 
     num_classes = 10

@@ -1,4 +1,4 @@
-"""Folders of IDX files, the format of MNIST and Fashion-MNIST: four files, gzipped or not."""
+"""Read folders of four IDX files, the format of MNIST and Fashion-MNIST, gzipped or not."""
 
 import gzip
 import math
@@ -19,16 +19,16 @@ GZIP = b"\x1f\x8b"
 
 
 class IDXImages(InMemoryImages):
-    """Grey images with labels from `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files.
+    """Gray images with labels from `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files.
 
-    Pixels are scaled from 0..255 to [-1, 1], (1, h, w). The training files train; the `t10k` files, which training
-    never sees, are the reference.
+    Images are (1, h, w), scaled from 0..255 to [-1, 1]. The `train` files are used for training only, the `t10k` files
+    as the reference only.
 
     Args:
-        folder: where the four files are, each plain or with .gz.
+        folder: folder of the four files, each plain or with .gz.
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most this number of reference images; None for all.
-        num_workers: loading processes; 0 is fastest for images in memory.
+        reference_size: maximum number of reference images; None for all.
+        num_workers: number of loading processes; 0 is fastest for images in memory.
     """
 
     num_classes = 10
@@ -40,14 +40,14 @@ class IDXImages(InMemoryImages):
         self.folder = Path(folder)
 
     def setup(self, stage: str) -> None:
-        """Load both sets.
+        """Load the training and reference images.
 
         Raises:
             FileNotFoundError: if the folder or a file is missing.
-            ValueError: if a file is not in the IDX format, is cut short, or does not fit its partner.
+            ValueError: if a file is not in the IDX format, is cut short, or does not match its partner.
         """
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"no folder {self.folder}: give --data.folder the folder of the four IDX files")
+            raise FileNotFoundError(f"no folder {self.folder}: set --data.folder to the folder of the four IDX files")
         self.train = self._load("train")
         self.reference = self._load("t10k")
 
@@ -56,13 +56,13 @@ class IDXImages(InMemoryImages):
         labels = read_idx(self._find(f"{part}-labels-idx1-ubyte"))
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             shapes = f"{tuple(images.shape)} images, {tuple(labels.shape)} labels"
-            raise ValueError(f"{part} files in {self.folder} do not fit each other: {shapes}")
+            raise ValueError(f"{part} files in {self.folder} do not match: {shapes}")
         if not images.numel():
             raise ValueError(f"{part} files in {self.folder} hold no images: {tuple(images.shape)}")
         if labels.max() >= self.num_classes:
             row = int((labels >= self.num_classes).nonzero()[0])
             raise ValueError(
-                f"{part} labels in {self.folder}: row {row} is {labels[row]}, above {self.num_classes - 1}"
+                f"{part} labels in {self.folder}: row {row} is {labels[row]}: expected at most {self.num_classes - 1}"
             )
         return LabelledImages(images[:, None].float() / 127.5 - 1, labels.long())
 
@@ -74,22 +74,22 @@ class IDXImages(InMemoryImages):
 
 
 def read_idx(file: Path) -> Tensor:
-    """Return the bytes of an IDX file, gzipped or not, as a tensor of the shape that its header gives.
+    """Read an IDX file, gzipped or not, as a uint8 tensor of the shape in its header.
 
     Raises:
-        ValueError: naming the file, if it cannot be read, its header is not IDX with unsigned bytes, or it is cut short
-            or too long.
+        ValueError: if the file cannot be read, is not IDX with unsigned bytes, is cut short or too long. The message
+            names the file.
     """
     try:
         content = file.read_bytes()
         if content.startswith(GZIP):
             content = gzip.decompress(content)
     except OSError as error:
-        # A missing permission or a folder; a broken archive has no name.
-        reason = describe_unreadable(file, text=True) or f"not a whole gzip file: {error}"
+        # The path cannot be opened, or the archive is broken.
+        reason = describe_unreadable(file, text=True) or f"not a complete gzip file: {error}"
         raise ValueError(f"{file}: {reason}") from error
     except (EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: not a whole gzip file: {error}") from error
+        raise ValueError(f"{file}: not a complete gzip file: {error}") from error
     if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
         reason = describe_unreadable(file) or f"not an IDX file of unsigned bytes: it begins with {content[:4].hex()}"
         raise ValueError(f"{file}: {reason}")
@@ -99,5 +99,5 @@ def read_idx(file: Path) -> Tensor:
         raise ValueError(f"{file}: cut short in the header of an IDX file, after {len(content)} bytes")
     shape = struct.unpack_from(f">{axes}I", content, 4)
     if len(content) - header != math.prod(shape):
-        raise ValueError(f"{file} holds {len(content) - header} values: its header says {shape}")
+        raise ValueError(f"{file} holds {len(content) - header} values, but its header gives the shape {shape}")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())

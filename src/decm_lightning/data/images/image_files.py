@@ -1,4 +1,4 @@
-"""Images with labels as files: a folder of class folders, or webdataset tars; read one by one as square RGB pixels."""
+"""Labeled images in class folders or webdataset tars, read one at a time as square RGB pixels."""
 
 import glob
 import os
@@ -24,10 +24,11 @@ class ImageFile(NamedTuple):
     """One image and its class.
 
     Args:
-        name: unique in its source, with escapes for what cannot be printed; errors and the noise of its latent use it.
-        label: its class, at least 0.
-        place: where its bytes are.
-        tar: the name of its tar; "" for an image in a class folder.
+        name: name that is unique in its source, with escapes for unprintable characters. Error messages use it, and the
+            noise of the latent depends on it.
+        label: class number, at least 0.
+        place: where its bytes are stored.
+        tar: name of its tar; "" for an image in a class folder.
     """
 
     name: str
@@ -37,32 +38,32 @@ class ImageFile(NamedTuple):
 
     @property
     def order(self) -> tuple[str, ...]:
-        """What images are sorted by: the parts of the path, or the tar and the position in it."""
+        """The sort key of the image: the parts of its path, or its tar and the position in it."""
         return (self.tar, f"{self.place.offset:020d}") if self.tar else tuple(self.name.split("/"))
 
 
 class ImageFiles:
-    """All images of a source, in the order of their names, or of their positions in sorted tars.
+    """All images of a source, sorted by name, or by tar and position in the tar.
 
-    In a folder of class folders (ImageNet's layout) the classes are numbered by their sorted names, and the images of a
-    class may lie in folders below its own. In tars each image has its class next to it, as name.cls, name.json
-    ({"label": 3} or {"cls": 3}) or name.txt. A folder with a tar in it is one of tars. Images have any suffix that
-    `image_reader.suffixes` names. Links are followed, hidden files left out.
+    In a folder of class folders (ImageNet's layout), classes are numbered by their sorted names, and class folders may
+    have subfolders. In tars, the class of each image is stored next to it, as name.cls, name.json ({"label": 3} or
+    {"cls": 3}) or name.txt. A folder is read as tars if a tar is at its top level or all its files are
+    tars. Images have one of the suffixes in `image_reader.suffixes`. Links are followed, and hidden files are left out.
 
     Args:
         source: a folder of class folders, a folder of .tar files, one .tar file, or a pattern such as "train-*.tar".
-        num_classes: labels must be below it; None for the number of class folders, or one more than the largest label.
-        on_error: "raise", or "skip" to leave out and count images in tars without a valid label and the rest of a tar
-            that is cut short.
+        num_classes: labels must be below it; None for the number of class folders, or for the largest label plus 1.
+        on_error: "raise", or "skip" to leave out images in tars without a valid label, and the rest of a tar that is
+            cut short. They are counted.
 
     Attributes:
         files: the images.
-        left_out: the number of files that were left out, by kind.
+        left_out: number of files that were left out, by kind.
 
     Raises:
-        FileNotFoundError: if there is no such source, no image in it, or no image in a class folder.
-        ValueError: if num_classes is below 1; naming the file or member that is damaged, has no label or a label
-            outside of the classes.
+        FileNotFoundError: if the source does not exist, has no image, or has a class folder without an image.
+        ValueError: if num_classes is below 1 or is not the number of class folders, a tar is damaged, or an image has
+            no valid label. The message names the file or member.
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
@@ -95,20 +96,20 @@ class ImageFiles:
         return len(self.files)
 
     def check_output(self, folder: str) -> None:
-        """Refuse a folder to write to that would become a class folder, or change one.
+        """Refuse an output folder that would become a class folder or change one.
 
         Raises:
-            ValueError: if the source is a folder of class folders, and `folder` is inside it.
+            ValueError: if the source is a folder of class folders and `folder` is inside it.
         """
         if not self.files[0].tar and Path(folder).resolve().is_relative_to(Path(self.source).resolve()):
-            what = f"{printable(folder)} is inside the images {printable(self.source)}, where each folder is a class"
-            raise ValueError(f"{what}: give --out a folder outside of them")
+            source = f"the image folder {printable(self.source)}, where each folder is a class"
+            raise ValueError(f"{printable(folder)} is inside {source}: set --out to a folder outside of it")
 
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
-        """Return the pixels of an image, cropped to size x size.
+        """Return the pixels of an image, center-cropped to size x size.
 
         Raises:
-            ValueError: naming the image, if it is broken.
+            ValueError: if the image is broken. The message names it.
         """
         image = self.files[number]
         try:
@@ -120,13 +121,13 @@ class ImageFiles:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def identity(self, image: ImageFile) -> str:
-        """Return name, label, size and modification time of an image: what differs after the image was replaced.
+        """Return name, label, size and modification time of an image. The result changes when the image is replaced.
 
         Raises:
-            OSError: if the file is gone.
+            OSError: if the file no longer exists.
         """
         file = image.place.file
-        # One look at the disk for each tar, not for each image.
+        # Disk access for each image of a tar would be slow.
         changed = self._tar_times[file] if image.tar else _size_and_time(file)
         return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
 
@@ -177,12 +178,13 @@ class ImageFiles:
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Return the middle size x size pixels of an image whose shorter side is scaled to `size`.
+    """Scale the shorter side of an image to `size` and return the central size x size pixels.
 
-    As ADM does (arXiv 2105.05233), whose reference statistics are of such images: halved by box averages while it is
-    at least twice as large, then resized bicubically. Of a strip longer than 16 times its width the middle is used.
+    This is the crop of ADM (arXiv 2105.05233) and of its reference statistics: the image is halved by box averages
+    while it is at least twice as large, then resized bicubically. A strip longer than 16 times its width is cropped to
+    its middle first.
     """
-    # Enlarged as a whole, a strip of one pixel would take gigabytes.
+    # Enlarging a whole strip that is one pixel wide would take gigabytes.
     longest = 16 * min(image.size)
     width, height = min(image.width, longest), min(image.height, longest)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -196,11 +198,11 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _tars_of(source: str, listing: Listing | None) -> dict[str, Path]:
-    """Return the tars of a source by their names, none if it is a folder of class folders."""
+    """Return the tars of a source by name; empty if it is a folder of class folders."""
     path = Path(source)
     if listing is not None:
         found = [parts for parts in listing.files if parts[-1].lower().endswith(TAR)]
-        # Next to images, tars inside of folders are not the source.
+        # Tars in subfolders are not the source if there are images, too.
         are_source = any(len(parts) == 1 for parts in found) or len(found) == len(listing.files)
         return {"/".join(map(printable, parts)): path.joinpath(*parts) for parts in found if are_source}
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Class-labelled images that are held in memory, with their loaders."""
+"""Images with class labels in memory, and their loaders."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from decm_lightning.types import Batch
 
 
 class LabelledImages(BatchDataset):
-    """Images in [-1, 1] with their class labels, fetched a batch at a time.
+    """Images in [-1, 1] with class labels, read one batch at a time.
 
     Args:
         images: (n, c, h, w), float.
@@ -33,15 +33,15 @@ class LabelledImages(BatchDataset):
 
 
 class InMemoryImages(ResumableData):
-    """Loaders over `train` and `reference` images, which a subclass fills in `setup`.
+    """Loaders over `train` and `reference` images, which a subclass sets in `setup`.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
-        reference_size: at most this number of reference images, at least 1; None for all.
-        num_workers: loading processes; 0 is fastest for images in memory.
+        reference_size: maximum number of reference images, at least 1; None for all.
+        num_workers: number of loading processes; 0 is fastest for images in memory.
 
     Raises:
-        ValueError: if batch_size or reference_size is below 1.
+        ValueError: if a number is below its minimum.
     """
 
     train: LabelledImages

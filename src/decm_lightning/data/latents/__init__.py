@@ -1,4 +1,4 @@
-"""Latents of a VAE: encoded into shards, checked, and loaded for training."""
+"""Encode images into shards of VAE latents, validate them, and load them for training."""
 
 from decm_lightning.data.latents.imagenet import ImageNetLatents
 

@@ -1,4 +1,4 @@
-"""Encode images into a folder of latents by Trainer.predict on all devices. Interrupted runs resume."""
+"""Encode images into a folder of latents with Trainer.predict on all devices. Interrupted runs resume."""
 
 import hashlib
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ Posterior = Literal["sample", "mode"]
 
 
 class ShardBatch(NamedTuple):
-    """Neighboring images of one shard.
+    """Consecutive images of one shard.
 
     Attributes:
-        shard: the number of the shard in the plan.
+        shard: number of the shard in the plan.
         is_last: whether the shard ends with this batch.
-        names: of the images that could be read, b of them.
+        names: names of the b images that could be read.
         pixels: (b, 3, h, w).
         labels: (b,).
-        errors: what is wrong with the other images, by name.
+        errors: errors of the other images, by name.
     """
 
     shard: int
@@ -54,15 +54,15 @@ class Encoded(NamedTuple):
 
 
 class ShardBatches(Dataset[ShardBatch]):
-    """The images of some shards; an item is a batch.
+    """The images of some shards. Each item is a batch.
 
-    Each shard begins a new batch, so that a shard is computed in the same batches whichever process encodes it.
+    Each shard starts a new batch, so its batches are the same whichever process encodes it.
 
     Args:
         images: the images of all shards.
         size: height and width to crop to.
         shards: the shards to encode, by their numbers.
-        batch_size: images in each batch but a shard's last.
+        batch_size: images per batch. The last batch of a shard may be smaller.
     """
 
     def __init__(self, images: ImageFiles, size: int, shards: dict[int, Shard], batch_size: int) -> None:
@@ -84,7 +84,7 @@ class ShardBatches(Dataset[ShardBatch]):
         names, pixels, labels, errors = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)], [], {}
         for number in numbers:
             image = self.images.files[number]
-            # An error raised in a loading process would reach the user under two tracebacks.
+            # An error that is raised in a loading process reaches the user with two tracebacks.
             try:
                 pixels.append(self.images.read(number, self.size)[None])
             except ValueError as error:
@@ -97,11 +97,11 @@ class ShardBatches(Dataset[ShardBatch]):
 
 @dataclass
 class Plan:
-    """What an encoding consists of.
+    """The shards of an encoding.
 
     Attributes:
         shards: all shards.
-        pending: the numbers of those that are not up to date.
+        pending: numbers of the shards that must be encoded.
     """
 
     shards: list[Shard]
@@ -109,18 +109,18 @@ class Plan:
 
 
 class EncodingData(L.LightningDataModule):
-    """The batches of the shards that are not up to date, split among the processes.
+    """The batches of all shards that must be encoded, split among the processes.
 
-    The first process alone compares the images with the folder and looks at the headers of the images to encode, before
-    the folder is changed.
+    Only the first process compares the images with the folder. It also checks the headers of all images to encode,
+    before it changes the folder.
 
     Args:
         images: the images to encode.
-        manifest: the folder.
+        manifest: the output folder.
         size: images are cropped to size x size pixels.
-        batch_size: images in each batch but a shard's last, at least 1.
-        num_workers: loading processes for each device.
-        on_error: "raise" if an image is broken, or "skip" to leave it out.
+        batch_size: images per batch, at least 1. The last batch of a shard may be smaller.
+        num_workers: number of loading processes for each device.
+        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
 
     Raises:
         ValueError: if batch_size is below 1.
@@ -141,16 +141,16 @@ class EncodingData(L.LightningDataModule):
         self.plan = Plan([], [])
 
     def setup(self, stage: str) -> None:
-        """Plan the encoding, and begin the folder.
+        """Plan the encoding and write the settings into the folder.
 
         Raises:
             OSError: if the folder cannot be written, or an image has been deleted.
-            ValueError: if the folder was begun with other settings or is in use, or an image is broken.
+            ValueError: if the folder was started with other settings or is in use, or an image is broken.
         """
         assert self.trainer is not None
         outcome: Plan | Exception | None = None
         if self.trainer.is_global_zero:
-            # All processes have to stop if one does.
+            # The error is broadcast, so that all processes stop.
             try:
                 outcome = self._planned()
             except (OSError, ValueError) as error:
@@ -180,40 +180,40 @@ class EncodingData(L.LightningDataModule):
         if pending:
             if len(pending) < len(shards):
                 finished = len(shards) - len(pending)
-                print(f"{finished} of {len(shards)} shards are up to date, {len(pending)} are encoded")
+                print(f"{finished} of {len(shards)} shards are up to date, encoding the other {len(pending)}")
             self._check_headers([image for number in pending for image in shards[number].images])
             self.manifest.begin()
         return Plan(shards, pending)
 
     def _check_headers(self, numbers: Sequence[int]) -> None:
         places = [self.images.files[number].place for number in numbers]
-        found = tqdm(read_modes(places), "looking at the headers", len(places), unit="image")
+        found = tqdm(read_modes(places), "checking image headers", len(places), unit="image")
         errors = {
             self.images.files[number].name: str(error)
             for number, error in zip(numbers, found, strict=True)
             if isinstance(error, ValueError)
         }
         if errors and self.on_error == "raise":
-            raise ValueError(f"{broken(errors)}: replace or delete, or leave out by --on_error skip")
+            raise ValueError(f"{broken(errors)}: replace or delete them, or leave them out with --on_error skip")
 
 
 class Encoding(L.LightningModule):
-    """The module of Trainer.predict: `predict_step` encodes images in [-1, 1] and their mirror images.
+    """The LightningModule for Trainer.predict. It encodes images and their mirror images.
 
     Args:
-        autoencoder: encodes the images.
-        posterior: "sample" takes mean + std noise, as LightningDiT does, "mode" the mean.
-        seed: of the noise. The noise depends on the seed and the name of the image alone, so that the latents are the
-            same for any number of devices, after interruptions, and next to other images. It is sampled on the CPU,
-            because each kind of device has its own generator.
-        on_error: "raise" if an image is broken, or "skip" to leave it out.
+        autoencoder: the VAE that encodes the images.
+        posterior: "sample" for mean + std * noise, as in LightningDiT, or "mode" for the mean.
+        seed: seed of the noise. The noise depends only on the seed and the name of the image, so the latents do not
+            depend on the number of devices, on interruptions or on the other images. Noise is sampled on the CPU,
+            because generators differ between devices.
+        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
     """
 
     def __init__(
         self, autoencoder: Autoencoder, posterior: Posterior = "sample", seed: int = 0, on_error: OnError = "raise"
     ) -> None:
         super().__init__()
-        # Where there are more processes than shards left, some have nothing to do.
+        # A process without a shard has an empty loader.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.autoencoder = autoencoder
         self.posterior = posterior
@@ -221,28 +221,26 @@ class Encoding(L.LightningModule):
         self.on_error = on_error
 
     def predict_step(self, batch: ShardBatch, batch_idx: int) -> Encoded:
-        """Return the latents.
+        """Return the latents of a batch and of its mirror images.
 
         Raises:
             ValueError: if an image is broken and on_error is "raise".
             NonFiniteError: if a latent is NaN or infinite.
         """
         if batch.errors and self.on_error == "raise":
-            what = (
-                "replace it, or leave it out by --on_error skip, and start again: finished shards are not encoded again"
-            )
-            raise ValueError(f"{broken(batch.errors)}; {what}")
+            remedy = "replace it, or leave it out with --on_error skip, and run again: finished shards are reused"
+            raise ValueError(f"{broken(batch.errors)}; {remedy}")
         size = batch.pixels.shape[-1]
         if not batch.names:
-            nothing = torch.empty(0, *self.autoencoder.latent_shape(size))
-            return Encoded(nothing, nothing)
+            empty = torch.empty(0, *self.autoencoder.latent_shape(size))
+            return Encoded(empty, empty)
         images = batch.pixels.float() / 127.5 - 1
         both = torch.cat([images, images.flip(-1)])
         encoded = self.autoencoder.encode(both, self._noise(batch.names, size))
         bad = encoded.isfinite().flatten(1).all(1).logical_not()
         if bad.any():
             name = batch.names[int(bad.nonzero()[0]) % len(images)]
-            raise NonFiniteError(f"the latent of {name} is NaN or infinite: the VAE or its precision is broken")
+            raise NonFiniteError(f"the latent of {name} is NaN or infinite: check the VAE and its precision")
         return Encoded(*encoded.chunk(2))
 
     def _noise(self, names: Sequence[str], size: int) -> Float[Tensor, "b2 c h w"] | None:
@@ -254,10 +252,10 @@ class Encoding(L.LightningModule):
 
 
 class ShardWriter(L.Callback):
-    """Writes a shard as soon as its last batch is encoded.
+    """Write each shard as soon as its last batch is encoded.
 
     Args:
-        manifest: the folder.
+        manifest: the output folder.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -266,7 +264,7 @@ class ShardWriter(L.Callback):
         self.skipped: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let SIGTERM end the encoding; the same command resumes it."""
+        """Stop the encoding on SIGTERM. The same command resumes it."""
         end_at_sigterm(trainer)
 
     def on_predict_batch_end(
@@ -278,13 +276,13 @@ class ShardWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the batch, and write the shard if it is complete."""
+        """Store the batch, and write the shard if it is complete."""
         self.parts.append((outputs.latents.cpu(), outputs.mirrored.cpu(), batch.labels.cpu()))
         self.skipped |= batch.errors
         if not batch.is_last:
             return
         columns = zip(KEYS, zip(*self.parts, strict=True), strict=True)
-        # Convolutions may leave the channels last.
+        # Convolutions may return tensors in channels-last order.
         tensors = {key: torch.cat(parts).contiguous() for key, parts in columns}
         moments = Moments(outputs.latents.shape[1])
         if len(tensors[KEYS[0]]):

@@ -1,4 +1,4 @@
-"""Images as latents of a VAE, in LightningDiT's format: normalized, mirrored at random, and checked before training."""
+"""Data module of VAE latents in LightningDiT's format: normalized, randomly mirrored, and checked before training."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,17 +20,17 @@ SAMPLE = 1000
 
 
 class Latents(BatchDataset):
-    """Normalized latents with their labels, fetched a batch at a time; of N, item N + i is image i mirrored.
+    """Normalized latents with labels, read one batch at a time. Of N images, item N + i is image i mirrored.
 
     Args:
-        folder: safetensors shards and latents_stats.pt, with cache.json if it is known where they come from.
-        num_classes: labels must be below it; None for what cache.json says, or one more than the largest label.
-        latent_norm: subtract latents_stats.pt's mean and divide by its std.
-        latent_multiplier: times this, above 0.
+        folder: folder of safetensors shards and latents_stats.pt. An optional cache.json tells which VAE encoded them.
+        num_classes: labels must be below it; None for the value in cache.json, or else for the largest label plus 1.
+        latent_norm: whether to subtract the mean and divide by the std in latents_stats.pt.
+        latent_multiplier: factor by which the latents are then multiplied, above 0.
 
     Raises:
         FileNotFoundError: if the folder, its shards or latents_stats.pt is missing.
-        ValueError: naming the file, and the row if it is one, that is not as it should be.
+        ValueError: if a file is invalid. The message names the file, and the row if the error is in one row.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Latents(BatchDataset):
         self.normalization = LatentNormalization.read(folder, self.shards.shape[0], latent_norm, latent_multiplier)
         if self.provenance is None:
             rank_zero_warn(
-                f"no {RECORD} in {folder}: the VAE of these latents is unknown, and if another one decodes "
-                "samples, they look wrong whatever the loss"
+                f"no {RECORD} in {folder}: the VAE of these latents is unknown. Samples look wrong if another VAE "
+                "decodes them, whatever the loss"
             )
             return
         self.provenance.check(self.shards, {"latent_norm": latent_norm, "latent_multiplier": latent_multiplier})
@@ -72,8 +72,8 @@ class Latents(BatchDataset):
         return self.shards.place(item)
 
     def sample(self) -> list[range]:
-        """Return at most 1,000 images, plain and mirrored, as blocks of items for `measure`."""
-        # Spread over all shards: the first rows of an encoded ImageNet are all of one class.
+        """Return blocks of items for `measure`: at most 1,000 images, plain and mirrored."""
+        # Spread over all shards, because the first rows of an encoded ImageNet all belong to one class.
         count, step = len(self), math.ceil(len(self) / SAMPLE)
         return [
             range(start, min(start + BLOCK * step, end), step)
@@ -82,11 +82,11 @@ class Latents(BatchDataset):
         ]
 
     def measure(self, blocks: Iterable[Sequence[int]]) -> Moments:
-        """Return the moments of the normalized items, after a look at every number.
+        """Check that all items are finite, and return the moments of the normalized items.
 
         Raises:
-            ValueError: naming the file and row of a latent that is not finite, or if mean and standard deviation are
-                far from 0 and 1.
+            ValueError: if a latent is NaN or infinite (the message names its file and row), or if mean and standard
+                deviation are far from 0 and 1.
         """
         moments = Moments(self.shards.shape[0])
         for items in blocks:
@@ -100,27 +100,29 @@ class Latents(BatchDataset):
 
 
 class ImageNetLatents(ResumableData):
-    """Latents with labels from LightningDiT's shards, (c, h, w) of mean 0 and standard deviation 1; all of them train.
+    """Latents with labels from LightningDiT's shards, (c, h, w), normalized to mean 0 and standard deviation 1.
 
-    The folder holds `*.safetensors` with `latents` (n, c, h, w), `latents_flip` and `labels`, and `latents_stats.pt`.
-    Rows are read as they are needed. Headers, labels and about 1,000 rows are checked before training starts; `decm
-    validate-data` looks at every row. Only with their VAE, which decodes them into images, are there loaders for
-    validation and test.
+    The folder holds `latents_stats.pt` and `*.safetensors` files with `latents` (n, c, h, w), `latents_flip` and
+    `labels`. All latents are used for training, and each row is read when it is needed. Headers, labels and about 1,000
+    rows are checked before training starts; `decm validate-data` checks every row. Validation and test need the VAE,
+    which decodes latents into images. Without `vae` they have no loaders.
 
     Args:
-        folder: where the files are.
+        folder: folder of the latents.
         batch_size: images per training batch on each device, at least 1.
-        num_workers: loading processes on each device: they hide a slow disk; 0 is fastest for files in memory.
+        num_workers: number of loading processes on each device. They hide a slow disk; 0 is fastest for files in
+            memory.
         num_classes: labels must be below it.
-        latent_norm: subtract latents_stats.pt's mean and divide by its std, as for VA-VAE.
-        latent_multiplier: times this, above 0; with latent_norm false 0.18215 for Stable Diffusion's VAE.
-        flip: mirror half of the images, others in each epoch.
-        vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file as of VA-VAE.
-        reference_size: at most this number of latents in the loaders for validation and test, spread over all shards
-            to mix the classes; None for all.
+        latent_norm: whether to subtract the mean and divide by the std in latents_stats.pt, as for VA-VAE.
+        latent_multiplier: factor by which the latents are then multiplied, above 0. Use 0.18215 with latent_norm false
+            for Stable Diffusion's VAE.
+        flip: whether to mirror a random half of the images in each epoch.
+        vae: the VAE that encoded the images: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        reference_size: maximum number of latents in the loaders for validation and test, spread over all shards to mix
+            the classes; None for all.
 
     Raises:
-        ValueError: if batch_size or reference_size is below 1.
+        ValueError: if a number is below its minimum.
     """
 
     train: Latents
@@ -151,8 +153,8 @@ class ImageNetLatents(ResumableData):
 
         Raises:
             FileNotFoundError: if the folder, its shards or latents_stats.pt is missing.
-            ValueError: naming what is not as it should be, if the network is for samples of another shape, or if the
-                VAE is not the one that encoded the images.
+            ValueError: if a file is invalid, the network expects samples of another shape, or the VAE is not the one
+                that encoded the images.
         """
         self.train = Latents(self.folder, self.num_classes, self.latent_norm, self.latent_multiplier)
         self.train.measure(self.train.sample())
@@ -161,13 +163,13 @@ class ImageNetLatents(ResumableData):
             self.coder = LatentCoder.read(self.vae, self.folder, self.train.normalization)
 
     def decode(self, x: Sample) -> Sample:
-        """Return the images in [-1, 1] of normalized latents.
+        """Decode normalized latents into images in [-1, 1].
 
         Raises:
-            ValueError: if no VAE was given.
+            ValueError: if `vae` is None.
         """
         if self.coder is None:
-            raise ValueError("latents need a decoder: give --data.init_args.vae the VAE that encoded them")
+            raise ValueError("latents need a decoder: set --data.init_args.vae to the VAE that encoded them")
         return self.coder.decode(x)
 
     def identity(self) -> dict[str, str]:
@@ -175,12 +177,12 @@ class ImageNetLatents(ResumableData):
         return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
 
     def release(self) -> None:
-        """Move the VAE off the accelerator: only evaluation uses it."""
+        """Move the VAE off the accelerator, because only evaluation uses it."""
         if self.coder is not None:
             self.coder.autoencoder.to("cpu")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference latents in order, normalized as those of training; no loader without a VAE."""
+        """Return a loader of reference latents in order, normalized as in training. Without a VAE the list is empty."""
         if self.vae is None:
             return []
         count = len(self.train)

@@ -1,4 +1,4 @@
-"""Images to normalized latents of a VAE and back."""
+"""Encode images into normalized latents with a VAE, and decode them."""
 
 from pathlib import Path
 
@@ -11,36 +11,37 @@ from decm_lightning.data.latents.normalization import LatentNormalization
 from decm_lightning.data.latents.provenance import Provenance
 
 PIXELS_AT_ONCE = 2**20
-"""16 images of 256 x 256, or 4 of 512 x 512, of which SD3's VAE takes 0.7 GB to encode one and 1.2 GB to decode one."""
+"""Pixels per call of the VAE: 4 images of 512 x 512. SD3's VAE needs 0.7 GB to encode and 1.2 GB to decode each."""
 
 
 class LatentCoder:
-    """A VAE with the normalization of its latents, on the device of its input.
+    """A VAE with the normalization of its latents. It runs on the device of its input.
 
-    Latents are encoded as the mode of the VAE's posterior, without noise: a resumed run sees the same ones.
+    Images are encoded to the mode of the VAE's posterior, without noise, so a resumed run gets the same latents.
 
     Args:
         autoencoder: the VAE.
-        normalization: of its latents; None for the shift_factor and scaling_factor of its config, as pipelines do.
+        normalization: normalization of the latents; None for the shift_factor and scaling_factor in the VAE's config,
+            which diffusers' pipelines apply.
 
     Raises:
-        ValueError: if the normalization is of another number of channels.
+        ValueError: if the normalization has another number of channels than the VAE.
     """
 
     def __init__(self, autoencoder: Autoencoder, normalization: LatentNormalization | None = None) -> None:
         self.autoencoder = autoencoder
         self.normalization = normalization or LatentNormalization.of_config(autoencoder.model.config)
         if (channels := self.normalization.mean.shape[1]) not in (1, autoencoder.latent_channels):
-            raise ValueError(f"the latents have {channels} channels: the VAE's have {autoencoder.latent_channels}")
+            raise ValueError(f"the latents have {channels} channels, but the VAE has {autoencoder.latent_channels}")
 
     @property
     def identity(self) -> str:
-        """The VAE by its weights, and the normalization."""
+        """Hashes of the VAE's weights and of the normalization."""
         return f"{self.autoencoder.identity} {self.normalization.identity}"
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z p q"]:
-        """Return the normalized latents of images in [-1, 1], in their dtype."""
+        """Encode images in [-1, 1] into normalized latents of the same dtype."""
         self.autoencoder.to(images.device)
         parts = images.split(_at_once(images.shape[-2] * images.shape[-1]))
         encoded = torch.cat([self.autoencoder.encode(part.float()) for part in parts])
@@ -48,23 +49,23 @@ class LatentCoder:
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "b z p q"]) -> Float[Tensor, "b c h w"]:
-        """Return the images of normalized latents, clamped to [-1, 1]."""
+        """Decode normalized latents into images, clamped to [-1, 1]."""
         self.autoencoder.to(x.device)
         parts = x.split(_at_once(x.shape[-2] * x.shape[-1] * self.autoencoder.downsampling**2))
         return torch.cat([self.autoencoder.decode(self.normalization.denormalize(part.float())) for part in parts])
 
     @classmethod
     def read(cls, vae: str, folder: str | Path, normalization: LatentNormalization | None = None) -> "LatentCoder":
-        """Return the coder of a folder's latents.
+        """Load the coder for a folder of latents.
 
         Args:
-            vae: the VAE, as `load_autoencoder` takes it.
-            folder: the latents, of which cache.json and latents_stats.pt are read.
-            normalization: of the training; None for what cache.json says, or else (x - mean) / std.
+            vae: the VAE; see `load_autoencoder`.
+            folder: folder of the latents, with cache.json and latents_stats.pt.
+            normalization: normalization used in training; None for the one in cache.json, or else (z - mean) / std.
 
         Raises:
-            FileNotFoundError: if there is no such VAE, or no latents_stats.pt.
-            ValueError: if the VAE is not the one that cache.json names, or its latents have other channels.
+            FileNotFoundError: if the VAE or latents_stats.pt does not exist.
+            ValueError: if cache.json names another VAE, or the latents have another number of channels.
         """
         autoencoder, provenance = load_autoencoder(vae), Provenance.read(folder)
         if provenance is not None:

@@ -1,4 +1,4 @@
-"""A folder of latents while it is encoded: the settings, which shards are up to date, and how it is finished."""
+"""The state of a folder of latents during encoding: its settings, its shards, and what is written at the end."""
 
 import io
 import json
@@ -36,9 +36,9 @@ class EncodingSettings:
         vae: identity of the VAE.
         size: height and width of the images in pixels.
         posterior: "sample" or "mode".
-        seed: of the samples of the posterior, in [0, 2^63).
+        seed: seed of the posterior's noise, in [0, 2^63).
         num_classes: labels are below it.
-        shard_size: images in each new shard but the last, at least 1.
+        shard_size: images per shard, at least 1. The last shard may be smaller.
 
     Raises:
         ValueError: if seed or shard_size is out of range.
@@ -62,8 +62,8 @@ class Shard:
     """The images of one file.
 
     Attributes:
-        name: of the file.
-        images: the range of the images in their order, which is not empty.
+        name: name of the file.
+        images: range of the images in their order, not empty.
         images_sha256: SHA-256 of the names, labels, sizes and times of the images.
     """
 
@@ -74,14 +74,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a shard that is written.
+    """The record of a shard that has been written.
 
     Attributes:
-        checksum: SHA-256 of the file; "" if no image of the shard could be read, in which case there is no file.
-        images_sha256: as in `Shard`, at the time of encoding.
-        num_images: rows of the file.
-        moments: of its latents, as Moments.as_json gives them.
-        skipped: what was wrong with each image that was left out, by name.
+        checksum: SHA-256 of the file; "" if the shard has no file because none of its images could be read.
+        images_sha256: `Shard.images_sha256` at the time of encoding.
+        num_images: number of rows in the file.
+        moments: moments of its latents, from Moments.as_json.
+        skipped: errors of the images that were left out, by name.
     """
 
     checksum: str
@@ -92,7 +92,7 @@ class ShardRecord:
 
     @classmethod
     def read(cls, file: Path) -> "ShardRecord | None":
-        """Return the record in a file, None if the file is missing or damaged."""
+        """Read a record; return None if the file is missing or damaged."""
         try:
             record = cls(**json.loads(file.read_text(encoding="utf-8")))
             Moments.from_json(record.moments)
@@ -107,16 +107,16 @@ class ShardRecord:
 
 
 class Manifest:
-    """The shards of a folder: neighboring images, written as a whole or not at all.
+    """The shards of a folder. Each holds consecutive images and is written atomically.
 
-    The subfolder `manifest` holds the settings, the first image of each shard, and for each shard a `ShardRecord`,
-    which is written before the shard. A shard is up to date if its images have the names, labels, sizes and times of
-    its record, and its file the checksum of the record. Where shards begin is kept, so that an image that is removed
-    or added changes its own shard only. Files that are damaged are encoded again.
+    The subfolder `manifest` stores the settings, the first image of each shard, and a `ShardRecord` for each shard,
+    which is written before the shard. A shard is up to date if the names, labels, sizes and times of its images and the
+    checksum of its file match the record. Other shards, such as damaged ones, are encoded again. Because the first
+    images are stored, adding or removing an image changes only one shard.
 
     Args:
-        folder: where the shards are written, created if it is missing.
-        settings: what the latents depend on.
+        folder: output folder, created if it is missing.
+        settings: the settings that determine the latents.
     """
 
     def __init__(self, folder: str | Path, settings: EncodingSettings) -> None:
@@ -126,44 +126,44 @@ class Manifest:
         self._lock = FileLock(self._records / LOCK)
 
     def lock(self) -> None:
-        """Keep other processes from encoding into the folder until `unlock`, or the end of this process.
+        """Prevent other processes from encoding into the folder until `unlock` or the end of this process.
 
         Raises:
-            ValueError: if another process encodes into it.
+            ValueError: if another process is encoding into the folder.
         """
         self._records.mkdir(parents=True, exist_ok=True)
         try:
-            # Some network disks have no locks.
+            # Some network file systems do not support locks.
             with suppress(NotImplementedError):
                 self._lock.acquire(blocking=False)
         except Timeout as error:
-            what = f"another process encodes into {self.folder}"
-            raise ValueError(f"{what}: wait until it has ended, or give another --out") from error
+            what = f"another process is encoding into {self.folder}"
+            raise ValueError(f"{what}: wait until it ends, or choose another --out") from error
 
     def unlock(self) -> None:
-        """Let other processes encode into the folder."""
+        """Allow other processes to encode into the folder."""
         self._lock.release()
 
     def plan(self, order: Sequence[Order], identities: Sequence[str]) -> list[Shard]:
-        """Return the shards of all images.
+        """Assign all images to shards.
 
         Args:
-            order: what each image is sorted by, ascending.
-            identities: what differs for each image after it was replaced.
+            order: sort key of each image, ascending.
+            identities: identity of each image, which changes when the image is replaced.
 
         Raises:
-            ValueError: if the folder was begun with other settings, or holds shards that were not encoded here.
+            ValueError: if the folder was started with other settings, or holds shards from another source.
         """
         starts = self._begun()
         ranges = _ranges([bisect_left(order, start) for start in starts], len(order))
-        # Also where there are no starts yet.
+        # A new folder has no starts.
         if max(map(len, ranges)) > 2 * self.settings.shard_size or not starts:
             ranges = _ranges(list(range(0, len(order), self.settings.shard_size)), len(order))
             starts = [order[part.start] for part in ranges]
         self._starts = starts
         digits = max(3, len(str(len(starts) - 1)))
         return [
-            # LightningDiT's form. The rank is 0 in all of them: which process encodes a shard makes no difference.
+            # LightningDiT's name has the rank of the process, on which these shards do not depend.
             Shard(
                 f"latents_rank00_shard{number:0{digits}d}.safetensors",
                 part,
@@ -174,17 +174,17 @@ class Manifest:
         ]
 
     def begin(self) -> None:
-        """Write the settings and the first images of the shards that were planned last."""
+        """Write the settings and the first images of the shards of the last plan."""
         write_json(self._records / REQUEST, asdict(self.settings) | {STARTS: self._starts})
-        # Until all shards are written, the folder is not complete.
+        # cache.json marks the folder as complete.
         (self.folder / RECORD).unlink(missing_ok=True)
 
     def is_up_to_date(self, shard: Shard, allow_skipped: bool = False) -> bool:
-        """Return whether a shard need not be encoded.
+        """Return whether a shard is complete and matches its images.
 
         Args:
-            shard: as planned.
-            allow_skipped: whether it may lack images that could not be read.
+            shard: a shard of the plan.
+            allow_skipped: whether the shard may lack images that could not be read.
         """
         record, file = ShardRecord.read(self._record(shard.name)), self.folder / shard.name
         if record is None or record.images_sha256 != shard.images_sha256 or (record.skipped and not allow_skipped):
@@ -196,26 +196,26 @@ class Manifest:
     def write(
         self, shard: Shard, tensors: dict[str, Tensor], moments: Moments, skipped: Mapping[str, str] | None = None
     ) -> None:
-        """Write a shard with its record; without rows there is no file."""
+        """Write a shard and its record. A shard without rows has only a record."""
         file, record = self.folder / shard.name, self._record(shard.name)
         rows = len(next(iter(tensors.values()), ()))
-        known = ShardRecord("", shard.images_sha256, rows, moments.as_json(), dict(skipped or {}))
+        content = ShardRecord("", shard.images_sha256, rows, moments.as_json(), dict(skipped or {}))
         if not rows:
             file.unlink(missing_ok=True)
-            known.write(record)
+            content.write(record)
             return
         with atomic(file) as part:
             save_file(tensors, part)
-            replace(known, checksum=file_sha256(part)).write(record)
+            replace(content, checksum=file_sha256(part)).write(record)
 
     def finish(self, shape: Sequence[int], shards: Sequence[Shard]) -> tuple[Provenance, dict[str, str]]:
-        """Write latents_stats.pt and cache.json from the records of all shards, and remove files of former shards.
+        """Write latents_stats.pt and cache.json from the records of all shards, and remove obsolete files.
 
         Returns:
-            What cache.json holds, and what was wrong with the images that were left out, by name.
+            The content of cache.json, and the errors of the images that were left out, by name.
 
         Raises:
-            ValueError: if a shard is missing, or none has an image.
+            ValueError: if a shard is missing, or no image could be read.
         """
         records = {shard.name: ShardRecord.read(self._record(shard.name)) for shard in shards}
         missing = [
@@ -254,7 +254,7 @@ class Manifest:
         return provenance
 
     def _remove_others(self, known: Mapping[str, ShardRecord]) -> None:
-        """Remove shards that a former plan had more than this one, and what killed processes have left."""
+        """Remove shards that are not in the plan, and partial files of killed processes."""
         for file in self.folder.glob(SHARDS):
             if file.name not in known or not known[file.name].checksum:
                 file.unlink()
@@ -272,12 +272,12 @@ class Manifest:
         return self._records / f"{shard}.json"
 
     def _begun(self) -> list[Order]:
-        """Return the first image of each shard, none if the folder was not begun."""
+        """Return the sort key of the first image of each shard; empty for a new folder."""
         file, ours = self._records / REQUEST, set(self.folder.glob(SHARDS))
         foreign = sorted(set(self.folder.glob("*.safetensors")) - (ours if file.is_file() else set()))
         if foreign:
-            what = f"{self.folder} holds shards that were not encoded here, such as {foreign[0].name}"
-            raise ValueError(f"{what}: give --out another folder")
+            what = f"{self.folder} holds shards that this command did not write, such as {foreign[0].name}"
+            raise ValueError(f"{what}: set --out to another folder")
         if not file.is_file():
             return []
         try:
@@ -285,16 +285,16 @@ class Manifest:
             starts = [tuple(map(str, start)) for start in begun[STARTS]]
             found = {field.name: begun[field.name] for field in fields(EncodingSettings)}
             if starts != sorted(starts):
-                raise ValueError("the first images of the shards are not in order")
+                raise ValueError("the first images of the shards are not sorted")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} is damaged: delete {self.folder}, or give another --out") from error
+            raise ValueError(f"{file} is damaged: delete {self.folder}, or choose another --out") from error
         for name, value in asdict(self.settings).items():
             if found[name] != value:
-                was = f"{self.folder} was begun with {name} {found[name]}"
-                raise ValueError(f"{was}: got {value}; give the same, or another --out")
+                what = f"{self.folder} was started with {name} {found[name]}, but now {name} is {value}"
+                raise ValueError(f"{what}: use the same value, or choose another --out")
         return starts
 
 
 def _ranges(starts: Sequence[int], count: int) -> list[range]:
-    """Return the ranges between the starts; the first begins at 0."""
+    """Return the ranges between the starts. The first range begins at 0."""
     return [range(start, stop) for start, stop in pairwise([0, *starts[1:], count])]

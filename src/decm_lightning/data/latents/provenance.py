@@ -1,4 +1,4 @@
-"""Where a folder of latents comes from: cache.json, which its encoder writes next to the shards."""
+"""The origin of a folder of latents: cache.json, which the encoder writes next to the shards."""
 
 import json
 import math
@@ -17,16 +17,16 @@ MANIFEST = "manifest"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a folder of latents comes from: what its encoder writes next to the shards as cache.json.
+    """The content of cache.json, which records where a folder of latents comes from.
 
     Args:
-        vae: name or hash of the VAE that encoded the images, and must decode samples.
-        scaling: the `latent_norm` and `latent_multiplier` that training uses.
+        vae: name or hash of the VAE that encoded the images. The same VAE must decode samples.
+        scaling: `latent_norm` and `latent_multiplier` for training.
         shape: [c, h, w] of a latent.
-        num_images: rows of all shards together.
+        num_images: total number of rows in all shards.
         num_classes: labels are below it.
-        checksums: SHA-256 by file name: of latents_stats.pt, and, optionally, of shards.
-        encoding: what else decides the latents: size of the images, their names, posterior and seed.
+        checksums: SHA-256 by file name, for latents_stats.pt and optionally for shards.
+        encoding: all other settings that determine the latents, such as image size, posterior and seed.
     """
 
     vae: str
@@ -39,16 +39,16 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
-        """Return a folder's record, None if it has none. Entries that it does not know are left alone.
+        """Read the record of a folder; return None if there is none. Unknown entries are ignored.
 
         Raises:
-            ValueError: naming the file and the entries, if it cannot be read, is not JSON, lacks entries or has some of
-                another type, or is still to come.
+            ValueError: if the record cannot be read, is not JSON, or has missing or invalid entries, or if the encoding
+                is not finished. The message names the file and the entries.
         """
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
-                raise ValueError(f"the latents in {folder} are not complete: run decm encode again to resume")
+                raise ValueError(f"the latents in {folder} are incomplete: run decm encode again to resume")
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -73,16 +73,16 @@ class Provenance:
         write_json(Path(folder) / RECORD, asdict(self))
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
-        """Refuse shards or a scaling that are not those of the record.
+        """Refuse shards or a scaling that do not match the record.
 
         Raises:
-            ValueError: naming the first thing that differs, or is missing.
+            ValueError: if they do not. The message gives the first difference.
         """
         if found := self.differences(shards, scaling):
             raise ValueError(found[0])
 
     def differences(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
-        """Describe everything that differs from the record, or is missing."""
+        """Describe all differences from the record, and all missing files."""
         found = {
             "shape": list(shards.shape),
             "num_images": len(shards),
@@ -98,34 +98,34 @@ class Provenance:
         missing = [shards.folder / name for name in self.checksums if not (shards.folder / name).is_file()]
         return [
             *(f"{file} says that {name} is {recorded[name]}: got {found[name]}" for name in differing),
-            *(f"no file {path}, which {RECORD} names" for path in missing),
+            *(f"{path} is missing, but {RECORD} lists it" for path in missing),
         ]
 
     def check_file(self, file: Path) -> None:
-        """Refuse a file that has changed since the record was written; one that the record does not name passes.
+        """Refuse a file that has changed since the record was written. Files without a checksum are accepted.
 
         Raises:
-            ValueError: naming the file.
+            ValueError: if the file has changed. The message names it.
         """
         recorded = self.checksums.get(file.name)
         if recorded is not None and recorded != (found := file_sha256(file)):
-            raise ValueError(f"{file} is not the one that {RECORD} names: its SHA-256 is {found}")
+            raise ValueError(f"{file} has changed since {RECORD} was written: its SHA-256 is {found}, not {recorded}")
 
     def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
         """Refuse a VAE that did not encode the images.
 
         Args:
-            folder: of the latents.
-            vae: the name that the user knows it by.
-            identity: its `Autoencoder.identity`.
+            folder: folder of the latents.
+            vae: name of the VAE for the message.
+            identity: `Autoencoder.identity` of the VAE.
 
         Raises:
-            ValueError: naming both.
+            ValueError: if the record has another VAE. The message names both.
         """
         if self.vae != identity:
             raise ValueError(
-                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents: {vae} is {identity}, which would "
-                "decode them wrongly"
+                f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use "
+                "the VAE that encoded them"
             )
 
 
@@ -156,10 +156,10 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "checksums": (_is_checksums, "SHA-256 by file name"),
     "encoding": (lambda value: value is None or isinstance(value, dict), "an object or null"),
 }
-"""The entries of cache.json: whether a value fits, and what is expected."""
+"""The entries of cache.json, each with a check of its value and a description of valid values."""
 
 
 def _short(value: object) -> str:
-    """Return a value as JSON, at most 60 characters of it."""
+    """Return a value as JSON, cut to 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Folders of latents in LightningDiT's format: safetensors shards, checked by their headers and read row by row."""
+"""Read folders of latents in LightningDiT's format: safetensors shards, checked by header and read row by row."""
 
 import os
 from bisect import bisect_right
@@ -20,27 +20,27 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 ENDING = ".safetensors"
 UNFINISHED = (".partial", ".part", ".tmp", ".incomplete", ".crdownload")
-"""What writers and downloads append to the name of a file until it is complete."""
+"""Suffixes of files that are still being written or downloaded."""
 BFLOAT16 = np.uint16
 BLOCK = 64
 
 
 class Shards:
-    """The rows of all `*.safetensors` files of a folder, in the order of their names; no file is ever loaded whole.
+    """The rows of all `*.safetensors` files in a folder, sorted by file name. No file is loaded into memory as a whole.
 
-    A file holds `latents` (n, c, h, w), `latents_flip`, the same of the mirrored images, and `labels` (n,). Opening
-    reads headers and labels only. Of N images in all, item i is image i, and item N + i is image i mirrored.
+    A file holds `latents` (n, c, h, w), `latents_flip` for the mirrored images, and `labels` (n,). Only headers and
+    labels are read at first. Of N images in total, item i is image i, and item N + i is image i mirrored.
 
     Args:
-        folder: where the files are; hidden and unfinished ones are skipped, and counted in `skipped`.
-        num_classes: labels must be below it; None for one more than the largest label.
-        report: receives the kind of each error and the error, which is raised without it. Files that cannot be used are
-            then left out; one with wrong labels is not.
+        folder: folder of the files. Hidden and unfinished files are skipped and counted in `skipped`.
+        num_classes: labels must be below it; None for the largest label plus 1.
+        report: receives the kind of each error and the error, which is raised if `report` is None. If `report` returns,
+            an unusable file is left out, but a file with invalid labels is not.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no file in it.
-        ValueError: naming the file, if one cannot be read, is empty, lacks a key, has a shape or type that does not
-            fit, or has a label outside of [0, num_classes), naming its row, too; if no file is left.
+        FileNotFoundError: if the folder does not exist or has no shard.
+        ValueError: if a file cannot be read, is empty, lacks a key, has an invalid shape or type, or has a label
+            outside of [0, num_classes). The message names the file, and the row of a label. Also if no file is usable.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Shards:
             try:
                 shape, labels = read_head(file)
                 if parts and shape != self.shape:
-                    raise ValueError(f"{file}: latents are {shape}, but {self.shape} in {self.files[0].name}")
+                    raise ValueError(f"{file}: latents are {shape}, but those in {self.files[0].name} are {self.shape}")
             except ValueError as error:
                 report("shard", error)
                 continue
@@ -83,14 +83,14 @@ class Shards:
         return len(self.labels)
 
     def read(self, items: Sequence[int]) -> Float[Tensor, "b c h w"]:
-        """Return the latents of the items as they are on the disk, in float32."""
+        """Return the stored latents of the items in float32."""
         mirrored, images = np.divmod(np.asarray(items), len(self))
         shards = np.searchsorted(self.ends, images, side="right")
         rows = images - np.asarray([0, *self.ends])[shards]
         numbers = (2 * shards + mirrored).tolist()
         arrays = {number: self._map(number) for number in set(numbers)}
         bfloat16 = {number for number, array in arrays.items() if array.dtype == BFLOAT16}
-        # numpy asks for huge pages, which torch does not: a batch costs fewer page faults.
+        # numpy requests huge pages and torch does not, so a numpy batch has fewer page faults.
         batch = np.empty((len(items), *self.shape), np.float32)
         bits = batch.view(np.uint32)
         with np.errstate(over="ignore"):
@@ -103,29 +103,29 @@ class Shards:
         return torch.from_numpy(batch)
 
     def find(self, item: int) -> tuple[int, int, int]:
-        """Return where an item is: 0 for latents or 1 for latents_flip, the number of the file, and the row in it."""
+        """Return the position of an item: 0 for latents or 1 for latents_flip, the number of the file, and the row."""
         mirrored, image = divmod(item, len(self))
         shard = bisect_right(self.ends, image)
         return mirrored, shard, image - (self.ends[shard - 1] if shard else 0)
 
     def place(self, item: int) -> str:
-        """Return where an item is, in words."""
+        """Return the position of an item as text: file, row and key."""
         mirrored, shard, row = self.find(item)
         return f"{self.files[shard]}: row {row} of {KEYS[mirrored]}"
 
     def blocks(self) -> list[range]:
-        """Return all items, in ranges of at most 64."""
+        """Return all items as ranges of at most 64."""
         return [range(start, min(start + BLOCK, 2 * len(self))) for start in range(0, 2 * len(self), BLOCK)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mapped": {}}  # a pickle would hold whole files
+        return self.__dict__ | {"mapped": {}}  # a pickle would contain whole files
 
     def _map(self, number: int) -> np.ndarray:
-        """Return latents (even numbers) or latents_flip (odd) of a file, mapped into memory."""
-        # Mapped once, when it is first read: mapping costs more than ten times a row.
+        """Return latents (even numbers) or latents_flip (odd numbers) of a file, mapped into memory."""
+        # Mapping a file costs more than reading ten rows, so it is done once.
         if number not in self.mapped:
             tensor = open_file(self.files[number // 2]).get_tensor((LATENTS, MIRRORED)[number % 2])
-            # numpy has no bfloat16, whose bits are the upper half of a float32's.
+            # numpy has no bfloat16. Its bits are the upper half of a float32.
             self.mapped[number] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return self.mapped[number]
 
@@ -135,15 +135,15 @@ def _raise(kind: str, error: ValueError) -> None:
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Return the shards of a folder, sorted by name, and how many files with similar names were skipped, by kind.
+    """Return the shards of a folder, sorted by name, and the number of hidden and unfinished files.
 
     Raises:
-        FileNotFoundError: if the folder does not exist, or has no shard.
-        PermissionError: if it cannot be listed.
+        FileNotFoundError: if the folder does not exist or has no shard.
+        PermissionError: if the folder cannot be listed.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: expected one of safetensors shards with {', '.join(KEYS)}")
-    # Path.glob returns nothing for a folder that it may not read.
+        raise FileNotFoundError(f"no folder {folder}: expected a folder of safetensors shards with {', '.join(KEYS)}")
+    # Path.glob returns nothing for a folder without read permission.
     names = sorted(os.listdir(folder))
     shards = [name for name in names if name.endswith(ENDING) and not name.startswith(".")]
     hidden = sum(name.startswith(".") and ENDING in name for name in names)
@@ -158,19 +158,19 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
-    """Describe how many files of each kind were skipped."""
+    """Describe the number of skipped files by kind."""
     return "skipped " + " and ".join(
         f"{count} {kind} {'file' if count == 1 else 'files'}" for kind, count in skipped.items()
     )
 
 
 def open_file(file: Path) -> Any:
-    """Return an open safetensors file, whose tensors are mapped into memory, not loaded.
+    """Open a safetensors file. Its tensors are mapped into memory, not loaded.
 
     Raises:
-        ValueError: naming the file and why it cannot be read.
+        ValueError: if the file cannot be read. The message names the file and the reason.
     """
-    # Opening a pipe would wait for its writer.
+    # Opening a named pipe would block until it has a writer.
     if not file.is_file():
         raise ValueError(f"{file}: {describe_unreadable(file)}")
     try:
@@ -180,11 +180,11 @@ def open_file(file: Path) -> Any:
 
 
 def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
-    """Return the shape (c, h, w) of a latent and all labels of a file, after checks of everything its header says.
+    """Check the header of a file, and return the shape (c, h, w) of a latent and all labels.
 
     Raises:
-        ValueError: naming the file, if it cannot be read, is empty, lacks a key, or has a shape or type that does not
-            fit.
+        ValueError: if the file cannot be read, is empty, lacks a key, or has an invalid shape or type. The message
+            names the file.
     """
     content = open_file(file)
     missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is not a dictionary
@@ -197,7 +197,7 @@ def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
     shape, mirrored, labels = (tuple(slices[key].get_shape()) for key in KEYS)
     if len(shape) != 4 or 0 in shape[1:] or mirrored != shape or labels != shape[:1]:
         found = f"latents {shape}, latents_flip {mirrored}, labels {labels}"
-        raise ValueError(f"{file}: {found} do not fit each other: expected (n, c, h, w) twice and (n,)")
+        raise ValueError(f"{file}: {found} do not match: expected (n, c, h, w) twice and (n,)")
     if shape[0] == 0:
         raise ValueError(f"{file} is empty: a shard needs at least one row")
     return shape[1:], content.get_tensor(LABELS).long()
@@ -207,11 +207,11 @@ def check_labels(file: Path, labels: Int[Tensor, " n"], num_classes: int | None)
     """Refuse labels outside of [0, num_classes).
 
     Raises:
-        ValueError: naming the file, the first such row, and how many more there are.
+        ValueError: if there is one. The message gives the file, the first such row and the number of other rows.
     """
     bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
     if bad.any():
         row, others = int(bad.nonzero()[0]), int(bad.sum()) - 1
         limit = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-        more = f" ({others} more rows like it)" if others else ""
+        more = f" ({others} more rows have this error)" if others else ""
         raise ValueError(f"{file}: row {row} of labels is {labels[row]}: expected {limit}{more}")

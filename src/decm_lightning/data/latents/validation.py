@@ -1,4 +1,4 @@
-"""A whole folder of latents read for `decm validate-data`: statistics by channel, and everything that is wrong."""
+"""Check a folder of latents for `decm validate-data`: find all errors, and compute statistics by channel."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
 
 NAMED = 10
-"""At most this number of non-finite rows are named; all are counted."""
+"""Maximum number of non-finite rows that are named; all are counted."""
 
 
 class ErrorReport:
-    """Everything that is wrong with a folder: reported at once in one line each, and counted by kind.
+    """The errors of a folder, each reported immediately in one line and counted by kind.
 
     Args:
         report: receives each line.
@@ -32,7 +32,7 @@ class ErrorReport:
         self.first = ""
 
     def add(self, kind: str, what: Exception | str, count: int = 1) -> None:
-        """Report an error; its kind is a noun in the singular, its count 0 for errors that are already counted."""
+        """Report an error. Its kind is a singular noun, and its count is 0 if it has already been counted."""
         named = isinstance(what, OSError) and what.filename is not None
         line = f"{what.filename}: {what.strerror}" if named else str(what)  # type: ignore[union-attr]
         self.report(line)
@@ -41,36 +41,36 @@ class ErrorReport:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Report the ValueError or OSError that ends the block."""
+        """Report a ValueError or OSError that the block raises."""
         try:
             yield
         except (ValueError, OSError) as error:
             self.add(kind, error)
 
     def check(self, folder: str) -> None:
-        """Raise ValueError with the number of errors by kind and the first of them, if there is one."""
+        """Raise ValueError if there are errors. The message has the number by kind and the first error."""
         if total := self.counts.total():
             kinds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in self.counts.items() if count)
             raise ValueError(f"{total} error{'s' * (total > 1)} in {folder} ({kinds}), the first: {self.first}")
 
 
 class FolderCheck:
-    """A folder of latents, opened as far as its errors allow, with statistics of its rows.
+    """Open a folder of latents despite errors, and compute statistics of its rows.
 
-    `shards` lacks the files that cannot be used; `provenance` and `normalization` are None if they are missing or
-    cannot be used. `read` fills the rest: `moments`, `minimum` and `maximum` of each channel (c,) of the latents,
-    normalized if they can be, over finite rows, of which `example` is the first (1, c, h, w).
+    `shards` contains the usable files. `provenance` and `normalization` are None if they are missing or unusable.
+    `read` computes the statistics of the finite rows, normalized if possible: `moments`, and `minimum` and `maximum` of
+    each channel (c,). `example` is the first finite row (1, c, h, w).
 
     Args:
         folder: the folder.
-        num_classes: labels must be below it; None for what cache.json says.
-        latent_norm: as for `Latents`.
-        latent_multiplier: as for `Latents`.
-        errors: receives everything that is wrong.
+        num_classes: labels must be below it; None for the value in cache.json.
+        latent_norm: see `Latents`.
+        latent_multiplier: see `Latents`.
+        errors: receives all errors.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no shard in it.
-        ValueError: if no shard can be used.
+        FileNotFoundError: if the folder does not exist or has no shard.
+        ValueError: if no shard is usable.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FolderCheck:
         self.example: Float[Tensor, "1 c h w"] | None = None
 
     def check_checksums(self) -> None:
-        """Compare the files that cache.json names with their checksums."""
+        """Compare the files in cache.json with their checksums."""
         if self.provenance is None:
             return
         files = [self.shards.folder / name for name in sorted(self.provenance.checksums)]
@@ -105,7 +105,7 @@ class FolderCheck:
                 self.provenance.check_file(file)
 
     def read(self) -> None:
-        """Read every latent, plain and mirrored; rows that are not finite are errors, and left out of the moments."""
+        """Read all latents, plain and mirrored. Non-finite rows are errors and are left out of the statistics."""
         bad: list[int] = []
         with tqdm(total=2 * len(self.shards), desc="latents", unit="latent") as bar:
             for items in self.shards.blocks():
@@ -115,7 +115,7 @@ class FolderCheck:
                     bad.append(items[row])
                     if len(bad) <= NAMED:
                         self.errors.add("non-finite row", f"{self.shards.place(items[row])} is NaN or infinite")
-                self._take_in(x if finite.all() else x[finite])
+                self._add(x if finite.all() else x[finite])
                 bar.update(len(items))
         if len(bad) > NAMED:
             self.errors.counts["non-finite row"] = len(bad)
@@ -130,17 +130,17 @@ class FolderCheck:
             with self.errors.collect("VAE"):
                 self.provenance.check_vae(self.shards.folder, name, autoencoder.identity)
         if self.normalization is None or self.example is None:
-            return "not tried: there is no latent to decode"
+            return "not tested, because no latent can be decoded"
         try:
             image = LatentCoder(autoencoder, self.normalization).decode(self.example)[0]
         except ValueError as error:
             self.errors.add("VAE", error)
-            return "not possible"
+            return "failed"
         if not image.isfinite().all():
-            self.errors.add("VAE", f"{name} decodes a latent of {self.shards.folder} to NaN or infinity")
-        return f"one to {' x '.join(map(str, image.shape))}, from {image.min():.2f} to {image.max():.2f}"
+            self.errors.add("VAE", f"{name} decodes a latent of {self.shards.folder} into NaN or infinite pixels")
+        return f"one latent to {' x '.join(map(str, image.shape))}, from {image.min():.2f} to {image.max():.2f}"
 
-    def _take_in(self, x: Float[Tensor, "b c h w"]) -> None:
+    def _add(self, x: Float[Tensor, "b c h w"]) -> None:
         if not len(x):
             return
         x = x if self.normalization is None else self.normalization.normalize_(x)

@@ -1,4 +1,4 @@
-"""Pairs of text and image."""
+"""Text-image pairs."""
 
 from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
 

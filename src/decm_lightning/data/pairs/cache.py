@@ -1,4 +1,4 @@
-"""Pairs that are read and checked once: pixels in one file on the disk, captions and errors next to it."""
+"""Read and check pairs once, and store pixels, captions and errors on disk."""
 
 import json
 import re
@@ -22,27 +22,27 @@ from decm_lightning.data.pairs.sources import find_pairs
 from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
 from decm_lightning.image_reader import pixels_of
 
-# Letters that show nothing: control characters, zero-width ones such as a byte order mark, and spaces.
+# Unicode categories of invisible characters: control and zero-width characters, and spaces.
 BLANK = {"Cc", "Cf", "Zs"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 VERSION = 2
-"""Raise this when the same files would give other pixels, captions or errors."""
+"""Increase this when the same files would give other pixels, captions or errors."""
 STAMPS = "stamps.json"
-"""Names, sizes and times of the image files that the source names."""
+"""File with the names, sizes and times of the image files that the source names."""
 Pixels = UInt8[Tensor, "n c h w"]
 
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """All good pairs of a source, in its order, and what was wrong with the others.
+    """All good pairs of a source in its order, and the errors of the others.
 
     Attributes:
-        images: mapped into memory from the disk, (n, 3, size, size).
-        captions: one for each image.
-        names: what tells an image from all others.
-        errors: what was left out.
-        unread: how many files of the source are not read, by kind.
-        folder: where all this is stored.
+        images: (n, 3, size, size), memory-mapped.
+        captions: one caption for each image.
+        names: unique name of each image.
+        errors: errors of the pairs that were left out.
+        unread: number of files of the source that are not read, by kind.
+        folder: folder of the stored files.
     """
 
     images: Pixels
@@ -56,24 +56,23 @@ class PreparedPairs:
 def prepare(
     source: Path, cache: Path, size: int, column: str | None, max_characters: int, split: str | None = None
 ) -> PreparedPairs:
-    """Return a source's pairs: read, checked, cropped and stored in `cache` on the first call.
+    """Read, check and crop the pairs of a source, and store them in `cache`. Later calls return the stored pairs.
 
-    They are reused as long as the names, sizes and times of the source's files are the same, and those of all image
-    files that it names, through links. A pixel takes three bytes: 100,000 images of 256 x 256 take 20 GB. Of two
-    processes that prepare the same pairs, the second waits for the first. Partial folders of killed processes are
-    removed.
+    Pairs are read again if the name, size or time of a file of the source changes, or of an image file that it names.
+    Links are followed. A pixel takes three bytes, so 100,000 images of 256 x 256 take 20 GB. A second process that
+    prepares the same pairs waits for the first. Partial folders of killed processes are removed.
 
     Args:
-        source: a file, a folder, a pattern or a name, see `find_pairs`.
-        cache: a folder, created if it is missing.
-        size: images are cropped to a square about their center and resized to this number of pixels.
-        column: the name of the caption in JSON files and tables; None for caption, text or prompt.
+        source: a file, a folder, a pattern or a name; see `find_pairs`.
+        cache: folder of the stored pairs, created if it is missing.
+        size: images are center-cropped to a square and resized to this number of pixels.
+        column: name of the caption in JSON files and tables; None for caption, text or prompt.
         max_characters: longer captions are errors.
-        split: for `datasets`, see `find_pairs`.
+        split: split of a data set; see `find_pairs`.
 
     Raises:
-        FileNotFoundError: if there is no such source.
-        ValueError: if the source as a whole cannot be read, or what is stored is damaged.
+        FileNotFoundError: if the source does not exist.
+        ValueError: if the source cannot be read as a whole, or the stored files are damaged.
     """
     found = find_pairs(source, split)
     settings = json.dumps([VERSION, found.identity, size, column, max_characters])
@@ -88,7 +87,7 @@ def prepare(
 
 
 def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_characters: int) -> None:
-    # A process that is killed leaves no folder that looks finished.
+    # A process that is killed must not leave a folder that looks complete.
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -114,7 +113,7 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
                 names.append(pair.name)
         write_json(partial / "pairs.json", {"captions": captions, "names": names, "errors": errors})
         write_json(partial / STAMPS, stamps)
-        # An older one exists if an image that it names has changed.
+        # A former folder exists if an image has changed.
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
@@ -122,24 +121,24 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
 
 
 def _checked(pair: Pair, size: int, max_characters: int) -> tuple[Tensor, str]:
-    """Return the pixels and the caption of a pair; raise ValueError for what is wrong with them."""
+    """Return the pixels and the caption of a pair; raise ValueError if either is bad."""
     if SURROGATE.search(pair.name):
         raise ValueError("its name is not UTF-8")
     caption = " ".join(pair.caption.split())
     if all(unicodedata.category(letter) in BLANK for letter in caption):
         raise ValueError("its caption is empty")
     if found := SURROGATE.search(caption):
-        raise ValueError(f"its caption has half a character ({found[0]!r})")
+        raise ValueError(f"its caption has an unpaired surrogate ({found[0]!r})")
     if "\0" in caption:
         raise ValueError("has a NUL byte")
     if len(caption) > max_characters:
-        count = f"{len(caption)} characters, and max_characters is {max_characters}"
+        count = f"{len(caption)} characters, but max_characters is {max_characters}"
         raise ValueError(f"its caption is too long ({count})")
     return pixels_of(pair.image, size), caption
 
 
 def _is_current(folder: Path) -> bool:
-    """Return whether all image files that the source names are as they were."""
+    """Return whether all image files that the source names are unchanged."""
     try:
         stamps = [FileStamp(*stamp) for stamp in _read(folder / STAMPS)]
     except TypeError as error:
@@ -171,7 +170,7 @@ def _load(folder: Path, size: int, unread: Counter[str]) -> PreparedPairs:
     found = file.stat().st_size if file.is_file() else 0
     if found != count:
         raise _damaged(folder, f"pixels.bin has {found} bytes, expected {count}")
-    # A file of no bytes cannot be mapped.
+    # An empty file cannot be mapped.
     mapped = torch.from_file(str(file), size=count, dtype=torch.uint8) if count else torch.empty(0)
     images = mapped.view(len(captions), 3, size, size).to(torch.uint8)
     return PreparedPairs(images, captions, names, errors, unread, folder)

@@ -1,4 +1,4 @@
-"""Images with captions, some of which are held out: the base of all data of pairs."""
+"""Base classes of data modules with captioned images, some of which are held out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
 
 
 class Pairs(BatchDataset):
-    """Images in [-1, 1] or latents, with captions, fetched a batch at a time.
+    """Images in [-1, 1] or latents, with captions, read one batch at a time.
 
     Of N images, item N k + i is image i with its caption k.
 
     Args:
-        images: (n, c, h, w), pixels in uint8, or latents in float16, which stay as they are.
-        captions: n times `variants` captions, those of an image together; a batch has the numbers of unencoded ones.
-        rows: which of the images, N of them.
-        variants: captions an image has.
+        images: (n, c, h, w), pixels in uint8 or latents in float16. Latents are not scaled.
+        captions: n * variants captions, grouped by image. A batch holds the numbers of captions that are not encoded.
+        rows: indices of the N images that are used.
+        variants: number of captions per image.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class Pairs(BatchDataset):
 
 
 class CaptionedImages(ResumableData):
-    """Loaders over pairs, of which some are held out as the reference: tests generate their captions.
+    """Loaders over pairs. Some pairs are held out as the reference, and tests generate samples for their captions.
 
-    A subclass fills `train`, `reference` and `texts` in `setup`.
+    A subclass sets `train`, `reference` and `texts` in `setup`.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
-        held_out: fraction of pairs that is not trained on, in [0, 1).
-        reference_size: at most this number of reference images, at least 1; None for all that are held out.
-        num_workers: loading processes.
+        held_out: fraction of pairs that are not used for training, in [0, 1).
+        reference_size: maximum number of reference images, at least 1; None for all held-out pairs.
+        num_workers: number of loading processes.
 
     Attributes:
-        texts: the captions of the reference, in words.
+        texts: captions of the reference as text.
 
     Raises:
-        ValueError: if batch_size is below 1 or held_out outside its range.
+        ValueError: if a number is outside its range.
     """
 
     num_classes = 0
@@ -87,7 +87,7 @@ class CaptionedImages(ResumableData):
 
     @property
     def device(self) -> torch.device:
-        """Where captions and images are encoded: where the trainer computes, or else this machine's accelerator."""
+        """The device that encodes captions and images: the trainer's, or else the accelerator of this machine."""
         if self.trainer:
             return self.trainer.strategy.root_device
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -100,14 +100,14 @@ class CaptionedImages(ResumableData):
         names: Sequence[str],
         variants: int = 1,
     ) -> None:
-        """Fill `train`, `reference` and `texts`; images of one name stay together.
+        """Set `train`, `reference` and `texts`. Images of the same name go into the same part.
 
         Args:
             images: (n, c, h, w), uint8 or latents.
-            captions: n times `variants` captions, those of an image together.
-            texts: n captions in words, the first of each image.
-            names: n names.
-            variants: captions an image has; the reference has the first.
+            captions: n * variants captions, grouped by image.
+            texts: the first caption of each image as text.
+            names: name of each image.
+            variants: number of captions per image. The reference uses the first.
         """
         self.variants = variants
         held = is_held_out(names, self.held_out)
@@ -117,7 +117,7 @@ class CaptionedImages(ResumableData):
         self.texts = [texts[row] for row in rows.tolist()]
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
-        """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
+        """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.
 
         Raises:
             ValueError: if no pair is held out.
@@ -125,10 +125,10 @@ class CaptionedImages(ResumableData):
         return self._held_out().condition([row % len(self.reference) for row in rows])
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the held-out pairs, in order: the reference of the Fréchet distance. With held_out 0 there are none.
+        """Return the held-out pairs in order, which are the reference data; an empty list if held_out is 0.
 
         Raises:
-            ValueError: if held_out is above 0, and yet no pair is held out.
+            ValueError: if held_out is above 0, but no pair is held out.
         """
         if not self.held_out:
             return []
@@ -137,11 +137,11 @@ class CaptionedImages(ResumableData):
     def _held_out(self) -> Pairs:
         if not len(self.reference):
             count = len(self.train)
-            raise ValueError(f"no pair is held out: got held_out {self.held_out} and {count} pairs, raise held_out")
+            raise ValueError(f"no pair is held out: increase held_out, which is {self.held_out} of {count} pairs")
         return self.reference
 
 
 def is_held_out(names: Sequence[str], fraction: float) -> Bool[Tensor, " n"]:
-    """Return which names are held out: by a hash of each name alone."""
+    """Return which names are held out. The choice depends only on a hash of each name."""
     hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
     return torch.tensor([value < fraction for value in hashes], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""CSV records one by one, so that a damaged line costs its own row and not the rest of the file."""
+"""Read CSV records one at a time, so that a damaged line loses only its own row."""
 
 import csv
 from collections import deque
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 MAX_LINES = 100
-"""A quote must be closed within this number of lines."""
+"""Maximum number of lines in a quoted field."""
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Record:
     """One record of a CSV file.
 
     Attributes:
-        line: the number of its first line, from 1.
-        fields: its values; with an error, the first line split at the delimiter, as far as that goes.
-        error: why it cannot be read; None if it can.
+        line: number of its first line, counted from 1.
+        fields: its values. With an error, its first line split at each delimiter.
+        error: why the record cannot be read; None if it can be read.
     """
 
     line: int
@@ -28,18 +28,26 @@ class Record:
 def records(
     lines: Iterable[str], delimiter: str, header: Sequence[str], names_an_image: Callable[[list[str]], bool]
 ) -> Iterator[Record]:
-    """Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
+    r"""Yield the records of a CSV file, including quoted fields with line breaks. Blank lines are skipped.
 
-    If a record cannot be read, reading resumes at the line after its first one. That is the case if a quote is not
-    closed within 100 lines, if text follows a closing quote, or if a field is beyond the csv module's limit. A quote
-    that was left open may also be closed by a quote of a later row. A record of several lines counts as such a one if
-    its number of fields differs from the header's, or if more than one of its lines is itself a row.
+    A record cannot be read if a quote is not closed within 100 lines, if text follows a closing quote, or if a field
+    exceeds the csv module's limit. Reading then resumes at the line after its first one. An open quote may also be
+    closed by a quote of a later row. Therefore a record of several lines is an error if it has another number of fields
+    than the header, or if more than one of its lines is itself a row.
+
+    Example:
+        >>> lines = ["a.png,one\n", 'b.png,"open\n', "c.png,three\n"]
+        >>> for record in records(lines, ",", ["file", "text"], lambda fields: fields[0].endswith(".png")):
+        ...     print(record.fields, record.error)
+        ['a.png', 'one'] None
+        ['b.png', '"open'] the quote of line 2 is not closed
+        ['c.png', 'three'] None
 
     Args:
-        lines: the lines with their ends.
+        lines: the lines with their line breaks.
         delimiter: one character.
-        header: the columns; the caller may fill it after the first record.
-        names_an_image: whether the values of a row with the header's number of fields name an image file.
+        header: the columns. The caller may add them after the first record.
+        names_an_image: returns whether the values of a row with the header's number of fields name an image file.
     """
     source = iter(lines)
     waiting: deque[str] = deque()

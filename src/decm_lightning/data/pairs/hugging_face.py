@@ -1,4 +1,4 @@
-"""Text-image pairs of data sets that Hugging Face's `datasets` reads: names on the hub, and local folders."""
+"""Read text-image pairs with Hugging Face's `datasets`, from the hub or local folders."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +12,15 @@ IMAGE, TEXT, JSON, KEY = "image", "txt", "json", "__key__"
 
 
 class DataSet:
-    """One split of a data set, streamed: a second copy of it on the disk is not needed.
+    """One split of a data set. It is streamed, so no second copy is stored on disk.
 
     Args:
-        name: "user/name" on the hub, or a folder: parquet, an image folder with metadata, tars, `save_to_disk`.
-        split: such as "train".
+        name: "user/name" on the hub, or a folder of parquet files, images with metadata, tars, or `save_to_disk`.
+        split: name of the split, such as "train".
 
     Raises:
-        FileNotFoundError: if there is no such data set, or the hub cannot be reached.
-        ValueError: if it has no such split.
+        FileNotFoundError: if the data set does not exist, or the hub cannot be reached.
+        ValueError: if the data set does not have the split.
     """
 
     def __init__(self, name: str, split: str) -> None:
@@ -32,24 +32,27 @@ class DataSet:
         self.split = split
 
     def identity(self) -> list[str]:
-        """Return what differs once the data set has changed: by the hub's revision, or the times of local files."""
+        """Return an identity that changes with the data set: with the hub's revision, or the times of local files."""
         return [self.name, self.split, str(self._builder.hash)]
 
     def pairs(self, column: str | None) -> Iterator[Pair | DataError]:
-        """Yield the pairs: the column `image` or the first one of images, and that of captions, `txt` or in `json`.
+        """Yield the pairs.
+
+        The image comes from the column `image`, or else the first column of images. The caption comes from a caption
+        column, from `txt` or from `json`.
 
         Raises:
-            ValueError: if a row cannot be read. `datasets` cannot go on after it, and may have lost its connection.
+            ValueError: if a row cannot be read, or the connection is lost. `datasets` cannot continue after that.
         """
         row = -1
         try:
             for row, values in enumerate(self._rows()):
                 name = values.pop(KEY, None) or f"{self.split}/{row}"
                 yield pair_of(f"{self.name} {self.split}: row {row}", values, Path(self.name), column, name)
-        # Each format fails in its own way.
+        # `datasets` raises errors of many types.
         except Exception as error:
             place = f"{self.name} {self.split}: row {row + 1}"
-            remedy = "without split, local files are read past damaged rows"
+            remedy = "local files can be read past damaged rows without split"
             raise ValueError(f"{place} cannot be read ({first_line(error)}): {remedy}") from error
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -63,5 +66,5 @@ class DataSet:
                 values[IMAGE] = next((values[name] for name in images if values[name] is not None), None)
             if TEXT in values:
                 values["text"] = values.pop(TEXT)
-            # As in our own reader of tars, a .txt file comes first.
+            # A .txt file takes precedence, as in `read_tar`.
             yield (values[JSON] | values if isinstance(values.get(JSON), dict) else values)

@@ -1,4 +1,4 @@
-"""The latents of pairs, encoded once and stored next to their pixels."""
+"""Encode the latents of pairs once and store them next to the pixels."""
 
 import os
 from pathlib import Path
@@ -19,23 +19,23 @@ BATCH = 64
 
 
 def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> Float[Tensor, "n c h w"]:
-    """Return the latents of all pairs, in float16: encoded and stored on the first call.
+    """Encode the latents of all pairs in float16 and store them. Later calls return the stored latents.
 
-    The file is named by a hash of the VAE's weights and of its scaling, and so is its partial file: an interrupted run
-    resumes with the next batch, and with another VAE from the start. Of two processes that encode the same latents, the
-    second waits for the first.
+    The names of the file and of its partial file contain a hash of the VAE's weights and scaling. An interrupted run
+    resumes with the next batch, and another VAE starts a new file. A second process that encodes the same latents waits
+    for the first.
 
     Args:
         prepared: the pairs.
         coder: the VAE.
-        device: where to encode.
+        device: device that encodes.
 
     Returns:
-        (n, c, h, w), mapped into memory from the disk.
+        (n, c, h, w), memory-mapped.
 
     Raises:
-        NonFiniteError: naming the pair, if a latent is NaN, infinite, or beyond float16.
-        OSError: naming the file, if the disk is full.
+        NonFiniteError: if a latent is NaN, infinite or outside the range of float16. The message names the pair.
+        OSError: if the file cannot be written, for example because the disk is full. The error names the file.
         ValueError: if the file is damaged.
     """
     file = prepared.folder / f"latents-{text_sha256(coder.identity)[:16]}.bin"
@@ -43,18 +43,18 @@ def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.de
 
     def make() -> None:
         _write(file, prepared, coder, device)
-        # Training needs the memory.
+        # Training needs the memory of the accelerator.
         coder.autoencoder.to("cpu")
 
     make_once(file, make)
     if (found := file.stat().st_size) != 2 * shape.numel():
-        remedy = "delete it, and it is made again"
+        remedy = "delete it to encode the latents again"
         raise ValueError(f"{file} is damaged ({found} bytes, expected {2 * shape.numel()}): {remedy}")
     return torch.from_file(str(file), size=shape.numel(), dtype=torch.float16).view(shape)
 
 
 def _write(file: Path, prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> None:
-    # Not `atomic`, which would remove what an interrupted run resumes from.
+    # `atomic` would remove the partial file, from which an interrupted run resumes.
     partial = file.with_suffix(PARTIAL)
     try:
         with partial.open("ab") as latents:
@@ -69,10 +69,10 @@ def _write(file: Path, prepared: PreparedPairs, coder: LatentCoder, device: torc
 
 
 def _append(latents: IO[bytes], prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> None:
-    """Encode the images whose latents are not in the file yet, in whole batches."""
+    """Encode the images whose latents are not in the file yet, starting with a whole batch."""
     images, size = prepared.images, prepared.images.shape[-1]
     row_bytes = 2 * torch.Size(coder.autoencoder.latent_shape(size)).numel()
-    # An interrupted run may have left a part of a batch.
+    # An interrupted run may have written part of a batch.
     done = min(latents.tell() // row_bytes // BATCH * BATCH, len(images))
     latents.truncate(done * row_bytes)
     with tqdm(total=len(images), initial=done, desc="encoding images", unit="image") as bar:
@@ -81,6 +81,6 @@ def _append(latents: IO[bytes], prepared: PreparedPairs, coder: LatentCoder, dev
             bad = encoded.isfinite().flatten(1).all(1).logical_not().nonzero()
             if len(bad):
                 name = prepared.names[start + int(bad[0])]
-                raise NonFiniteError(f"the latent of {name} is not finite in float16: the VAE or its scaling is broken")
+                raise NonFiniteError(f"the latent of {name} is not finite in float16: check the VAE and its scaling")
             latents.write(encoded.contiguous().numpy().tobytes())
             bar.update(len(encoded))

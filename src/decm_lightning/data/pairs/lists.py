@@ -1,7 +1,7 @@
-"""Lists of image files with captions: CSV files with a header, and JSON lines.
+"""Read lists of image files with captions: CSV files with a header, and JSON lines.
 
-Hugging Face's `datasets` refuses a file for one open quote, comma too many, cut line of JSON or letter that is not
-UTF-8, fills a missing field with None, and names no line: so lists are read here.
+Hugging Face's `datasets` rejects a whole file because of one open quote, extra comma, incomplete line of JSON or
+character that is not UTF-8. It fills a missing field with None and does not name lines. This reader does.
 """
 
 import json
@@ -30,12 +30,12 @@ from decm_lightning.image_listing import list_files
 DELIMITERS = ",;\t|"
 # The byte order marks.
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-# What errors="surrogateescape" makes of bytes that are not UTF-8.
+# errors="surrogateescape" decodes bytes that are not UTF-8 to these characters.
 UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 class _Row(NamedTuple):
-    """A row by its columns, the number of its first line, and why it cannot be read, if so."""
+    """A row: the number of its first line, its values by column, and its error if it cannot be read."""
 
     line: int
     values: dict[str, Any]
@@ -43,18 +43,18 @@ class _Row(NamedTuple):
 
 
 def read_list(file: Path, column: str | None) -> Iterator[Pair | DataError]:
-    """Yield the pairs of a CSV file with a header or of JSON lines, which name image files and their captions.
+    """Yield the pairs of a CSV file with a header, or of JSON lines. A row has the name and caption of an image file.
 
-    The names are relative to the folder of the list. Image files in that folder that no row names are errors, too,
-    whatever their format. A CSV file may be separated by commas, semicolons, tabs or bars.
+    Names are relative to the folder of the list. Image files of any format in that folder are errors if no row names
+    them. CSV fields may be separated by commas, semicolons, tabs or vertical bars.
 
     Raises:
-        ValueError: if a CSV file is empty or not in UTF-8, or its header lacks a column or has it twice.
+        ValueError: if a CSV file is empty or is not UTF-8, or its header lacks a column or has it twice.
     """
     named = set()
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         for row in _json_rows(lines) if file.suffix.lower() == ".jsonl" else _csv_rows(file, lines, column):
-            # A name with a NUL byte or half a character is not that of a file.
+            # No file has a name with a NUL byte or an unpaired surrogate.
             with suppress(ValueError):
                 if path := image_of(row.values)[1]:
                     named.add(os.path.realpath(file.parent / path))
@@ -89,7 +89,7 @@ def _csv_rows(file: Path, lines: Iterator[str], column: str | None) -> Iterator[
     if not first.strip():
         raise ValueError(f"{file} is empty")
     if "\0" in first or _starts_as_utf_16(file):
-        raise ValueError(f"{file} is not text in UTF-8: save it in UTF-8")
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8")
     delimiter = next((mark for mark in DELIMITERS if not {*_names(first.split(mark))}.isdisjoint(FILE_COLUMNS)), ",")
     header: list[str] = []
 
@@ -101,7 +101,7 @@ def _csv_rows(file: Path, lines: Iterator[str], column: str | None) -> Iterator[
         if header:
             error, found = record.error, len(record.fields)
             if error is None and found != len(header):
-                count = f"{found}, and the header has {len(header)}: quote a caption with a comma"
+                count = f"{found}, but the header has {len(header)}: quote captions with a comma"
                 error = f"has another number of fields than the header ({count})"
             yield _Row(record.line, dict(zip(header, record.fields, strict=False)), error)
         else:

@@ -1,4 +1,4 @@
-"""A text-image pair, an error in one, and how either is made of a row, whatever the source."""
+"""Text-image pairs and their errors, and their construction from the rows of any source."""
 
 import os
 import re
@@ -14,17 +14,17 @@ FILE_COLUMNS = ("file_name", "file", "filename", "path", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 LINE = re.compile(r" of line \d+")
 NAMED = 3
-"""Errors that are named in a message; all are counted."""
+"""Maximum number of errors that a message names; all are counted."""
 LISTED = 400
-"""Column names in a message are cut to this number of characters."""
+"""Maximum number of characters of column names in a message."""
 IMAGES = tuple(sorted(suffixes()))
 OTHER_IMAGES = (".eps", ".heic", ".heif", ".jxl", ".svg")
-"""Suffixes of images that cannot be read. They are counted as errors where a caption is missing."""
+"""Suffixes of unsupported image formats. A list must have a row for these images, too."""
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Name, size in bytes and modification time in ns of a file; both are -1 if there is no such file."""
+    """Name, size in bytes and modification time in ns of a file. Both numbers are -1 if the file does not exist."""
 
     name: str
     size: int
@@ -37,10 +37,10 @@ class Pair:
 
     Attributes:
         place: the file, and the row or member in it, for messages.
-        name: what tells the pair from all others of its source.
-        image: the bytes of an image file.
-        caption: as it is written.
-        stamp: the image's own file, if the source only names it.
+        name: unique name of the pair in its source.
+        image: content of the image file.
+        caption: caption as written.
+        stamp: stamp of the image file, if the source only names the file.
     """
 
     place: str
@@ -52,14 +52,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class DataError:
-    """What is wrong, and in which file, row or member.
+    """An error in the data, with its place.
 
     Attributes:
         place: the file, and the row or member in it.
-        what: the kind of error, in the same words for all errors of a kind, then details in brackets.
-        count: pairs that are lost; None if their number is unknown.
-        columns: the columns that exist, if the error is that a column does not.
-        stamp: the image's own file, if the source only names it.
+        what: the error: the same words for all errors of a kind, followed by details in parentheses.
+        count: number of pairs that are lost; None if it is unknown.
+        columns: existing columns, if the error is a missing column.
+        stamp: stamp of the image file, if the source only names the file.
+
+    Example:
+        >>> error = DataError("a.csv: line 3", "its caption is too long (2100 characters)")
+        >>> print(error)
+        a.csv: line 3: its caption is too long (2100 characters)
+        >>> error.kind
+        'its caption is too long'
     """
 
     place: str
@@ -69,29 +76,29 @@ class DataError:
     stamp: FileStamp | None = None
 
     def __str__(self) -> str:
-        # The name of a file or member need not be UTF-8.
+        # The name of a file or member may not be UTF-8.
         return f"{self.place}: {self.what}".encode(errors="backslashreplace").decode()
 
     @property
     def kind(self) -> str:
-        """What is wrong without the details."""
+        """The error without details."""
         return LINE.sub("", self.what.partition(" (")[0])
 
 
 def pair_of(
     place: str, values: Mapping[str, Any], folder: Path, column: str | None, name: str = "", error: str | None = None
 ) -> Pair | DataError:
-    """Return the pair of a row of a list, table or data set, or what is wrong with the row.
+    """Return the pair in a row of a list, table or data set, or the error of the row.
 
-    An image is {"bytes", "path"}, bytes, or the name of a file; bytes in any column come before names.
+    An image is {"bytes", "path"}, bytes, or the name of a file. Bytes in any column take precedence over names.
 
     Args:
         place: the file and the row.
-        values: the row by its columns.
-        folder: names of files are relative to it.
-        column: the caption's column; None for the first of caption, text and prompt that is not empty.
-        name: what tells the pair from all others; by default the name of its file.
-        error: why the row cannot be read; None if it can.
+        values: the values of the row by column.
+        folder: folder to which file names are relative.
+        column: column of the caption; None for the first of caption, text and prompt that is not empty.
+        name: unique name of the pair; by default the name of its file.
+        error: why the row cannot be read; None if it can be read.
     """
     image, path = image_of(values)
     if image is None and path:
@@ -105,7 +112,7 @@ def pair_of(
         return caption
     if image is not None:
         return Pair(place, name or path, image, caption)
-    # A file that is replaced while it is read must have the older stamp.
+    # The stamp comes first, so that a file that is replaced while it is read counts as changed.
     stamp = stamp_of(folder / path)
     try:
         return Pair(place, name or path, (folder / path).read_bytes(), caption, stamp)
@@ -115,7 +122,7 @@ def pair_of(
 
 
 def image_of(values: Mapping[str, Any]) -> tuple[bytes | None, str]:
-    """Return the bytes of a row's image, None if there are none, and the name of its file, "" without one."""
+    """Return the bytes of the image in a row, or None, and the name of its file, or ""."""
     content, path = None, ""
     for name in FILE_COLUMNS:
         image: Any = values.get(name)
@@ -129,7 +136,7 @@ def image_of(values: Mapping[str, Any]) -> tuple[bytes | None, str]:
 
 
 def stamp_of(path: Path | str) -> FileStamp:
-    """Return name, size and time of a file, through links."""
+    """Return the stamp of a file. Links are followed."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -138,7 +145,7 @@ def stamp_of(path: Path | str) -> FileStamp:
 
 
 def caption_of(place: str, values: Any, column: str | None) -> str | DataError:
-    """Return the caption of a row: of `column`, or the first of caption, text and prompt that is not empty."""
+    """Return the caption of a row, from `column` or the first of caption, text and prompt that is not empty."""
     if not isinstance(values, Mapping):
         return DataError(place, "is not a JSON object")
     found = {name: values[name] for name in caption_columns(column) if name in values}
@@ -151,7 +158,7 @@ def caption_of(place: str, values: Any, column: str | None) -> str | DataError:
 
 
 def missing_column(place: str, columns: Any, column: str | None, count: int | None = 1) -> DataError:
-    """Return the error of rows without the requested caption column, or without any of the usual names."""
+    """Return the error of rows without the requested caption column, or without any of the default columns."""
     columns = tuple(str(name) for name in columns)
     return DataError(
         place, f"has no caption column (expected {_expected(column)}, found {listed(columns)})", count, columns
@@ -159,7 +166,7 @@ def missing_column(place: str, columns: Any, column: str | None, count: int | No
 
 
 def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
-    """Return one line that counts all errors by their kind and names the first ones."""
+    """Return one line with the number of errors by kind and the first errors."""
     bad = sum(error.count or 0 for error in errors)
     counts: Counter[str] = Counter()
     for error in errors:
@@ -173,7 +180,7 @@ def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
 
 
 def no_caption_column(source: str | Path, errors: Sequence[DataError], column: str | None) -> str | None:
-    """Return one line that says that no file of a source has the caption column; None if the errors are others."""
+    """Return one line if no file of a source has the caption column; None if there are other errors only."""
     found = dict.fromkeys(name for error in errors for name in error.columns)
     if not any(error.columns for error in errors):
         return None
@@ -181,7 +188,7 @@ def no_caption_column(source: str | Path, errors: Sequence[DataError], column: s
 
 
 def listed(columns: Any) -> str:
-    """Return column names for a message."""
+    """Return column names as text for a message."""
     text = ", ".join(map(str, columns)) or "none"
     return text if len(text) <= LISTED else f"{text[:LISTED]}..."
 

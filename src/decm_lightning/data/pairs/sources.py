@@ -1,6 +1,6 @@
-"""Where text-image pairs come from: tars, tables or a list of image files, or a data set of Hugging Face's `datasets`.
+"""Find the text-image pairs of a source: tars, tables, a list of image files, or a data set of Hugging Face.
 
-Whatever the source, its rows are one stream of `Pair` and `DataError`.
+Every source yields a stream of `Pair` and `DataError`.
 """
 
 import glob
@@ -23,14 +23,14 @@ from decm_lightning.image_listing import kind as kind_of
 TABLES = (".parquet", ".arrow", ".feather")
 LISTS = (".csv", ".tsv", ".jsonl")
 COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".jsonl.gz", ".parquet.gz")
-"""Suffixes of files that may hold pairs, but that cannot be read."""
+"""Suffixes of files that may hold pairs but are not supported."""
 
 PairRows = Iterator[Pair | DataError]
 
 
 @contextmanager
 def _needs(package: str) -> Iterator[None]:
-    # The readers are imported when they are used: their packages are optional, and take a second.
+    # Readers are imported when they are used, because their packages are optional and take a second to import.
     try:
         yield
     except ImportError as error:
@@ -52,12 +52,12 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], PairRows]]]
 
 @dataclass(frozen=True)
 class PairSource:
-    """A source that exists.
+    """The pairs of a source.
 
     Attributes:
-        identity: what differs once the source has changed, for JSON.
-        rows: yields the pairs and errors in order; its argument is the caption column, or None.
-        unread: how many files are not read, by kind.
+        identity: values for JSON that change when the source changes.
+        rows: yields the pairs and errors in order. Its argument is the caption column, or None.
+        unread: number of files that are not read, by kind.
     """
 
     identity: list[Any]
@@ -66,17 +66,17 @@ class PairSource:
 
 
 def find_pairs(source: Path, split: str | None = None) -> PairSource:
-    """Return the pairs of a source: a file, a folder with what is below it, or a pattern such as "train-*.tar".
+    """Find the pairs of a source: a file, a folder with its subfolders, or a pattern such as "train-*.tar".
 
-    With a `split`, `datasets` reads the source, which may also be a name on the Hugging Face hub; see `DataSet`.
+    With a `split`, Hugging Face's `datasets` reads the source, which may also be a name on the hub; see `DataSet`.
 
-    A table that has the name of a tar next to it, as img2dataset writes it, describes the tar and is not read. A file
-    that has several names, through links, is read once.
+    A table next to a tar of the same name, as img2dataset writes it, describes the tar and is not read. A file that
+    several links point to is read once.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder, or no pairs in it.
-        ImportError: if `datasets` or pyarrow is not installed, and the source needs it.
-        ValueError: if there are files of several kinds, or several lists; if there is no such split.
+        FileNotFoundError: if the source does not exist or has no pairs.
+        ImportError: if the source needs `datasets` or pyarrow, which is not installed.
+        ValueError: if there are files of several kinds or several lists, or the split does not exist.
     """
     if split is not None:
         with _needs("datasets"):
@@ -97,7 +97,7 @@ def find_pairs(source: Path, split: str | None = None) -> PairSource:
         folder = files[kind][0].parent
         named = [folder.joinpath(*parts) for parts in list_files(folder, IMAGES + OTHER_IMAGES).files]
     if kind != "tars":
-        # Lists and tables name them.
+        # Lists and tables refer to image files.
         unread = Counter({suffix: count for suffix, count in unread.items() if suffix not in IMAGES})
     identity = [(os.path.realpath(path), astuple(stamp_of(path))) for path in files[kind] + named]
     read = KINDS[kind][1]
@@ -113,15 +113,15 @@ def _only_kind(source: Path, files: dict[str, list[Path]], unread: Counter[str],
         raise FileNotFoundError(f"no pairs in {source}: expected {expected}{others}{unpack}")
     if len(kinds) > 1:
         counts = " and ".join(f"{len(files[kind])} {kind} (such as {files[kind][0].name})" for kind in kinds)
-        raise ValueError(f'{source} has {counts}: give the files of one kind, by a folder or a pattern such as "*.tar"')
+        raise ValueError(f'{source} has {counts}: choose one kind with a folder or a pattern such as "*.tar"')
     if kinds == ["lists"] and len(files["lists"]) > 1:
         names = ", ".join(map(str, files["lists"][:3]))
-        raise ValueError(f"{source} has {len(files['lists'])} lists of images ({names} ...): give the one to read")
+        raise ValueError(f"{source} has {len(files['lists'])} lists of images ({names} ...): choose one of them")
     return kinds[0]
 
 
 def _candidates(source: Path, suffixes: Sequence[str]) -> tuple[list[Path], Counter[str]]:
-    """Return the files with one of the suffixes, each once, and how many others there are, by kind."""
+    """Return the files with one of the suffixes, each once, and the number of other files by kind."""
     if source.is_dir():
         listing = list_files(source, {PurePath(f"x{suffix}").suffix for suffix in suffixes})
         paths, others = [source.joinpath(*parts) for parts in listing.files], listing.left_out
@@ -129,7 +129,7 @@ def _candidates(source: Path, suffixes: Sequence[str]) -> tuple[list[Path], Coun
         paths, others = [source] if source.exists() else sorted(map(Path, glob.glob(str(source)))), Counter()
         if not paths:
             expected = (
-                "give tars, parquet or Arrow files, a folder of them, a list (.csv, .jsonl) or a split of the hub"
+                "expected tars, parquet or Arrow files, a folder of them, a list (.csv, .jsonl), or split for the hub"
             )
             raise FileNotFoundError(f"no file or folder {source}: {expected}")
     once: dict[str, Path] = {}

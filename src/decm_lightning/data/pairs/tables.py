@@ -1,7 +1,7 @@
-"""Text-image pairs of parquet and Arrow tables, as Hugging Face's `datasets` writes them.
+"""Read text-image pairs from parquet and Arrow tables, in the format of Hugging Face's `datasets`.
 
-`datasets` itself ends a file at its first damaged row group, record batch or letter that is not UTF-8, reads a cut
-stream as a whole one, and names no row: so tables are read here.
+`datasets` itself stops at the first damaged row group, damaged record batch or character that is not UTF-8. It does not
+notice that a stream is cut short, and it does not name rows. This reader does.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ FAILURES = (pyarrow.ArrowException, OSError)
 
 
 class _Lost(NamedTuple):
-    """Rows that cannot be read: why, how many if it is known, and in which row group."""
+    """Rows that cannot be read: the reason, their number if it is known, and their row group."""
 
     reason: str
     rows: int | None = None
@@ -38,9 +38,9 @@ class _Lost(NamedTuple):
 
 
 def read_table(file: Path, column: str | None) -> Iterator[Pair | DataError]:
-    """Yield the pairs of a parquet or Arrow file (stream or file format): `image` and a column of captions.
+    """Yield the pairs of a parquet or Arrow file (stream or file format), from `image` and a column of captions.
 
-    An image is as `pair_of` takes it. A damaged row group or record batch costs its own rows.
+    `pair_of` describes the values of an image. A damaged row group or record batch loses only its own rows.
     """
     try:
         with pyarrow.memory_map(str(file)) as opened:
@@ -73,7 +73,7 @@ def _lost(file: Path, first: int, lost: _Lost) -> DataError:
 
 
 def _row_groups(table: Any, columns: list[str]) -> Iterator[Any]:
-    """Yield record batches of parquet, and what is lost of each row group."""
+    """Yield the record batches of parquet, and the lost rows of each row group."""
     for group in range(table.num_row_groups):
         count, reason = table.metadata.row_group(group).num_rows, "it ends early"
         try:
@@ -93,7 +93,7 @@ def _arrow(opened: Any) -> Any:
 
 
 def _record_batches(reader: Any, opened: Any) -> Iterator[Any]:
-    """Yield record batches of Arrow, and what is lost between them."""
+    """Yield the record batches of Arrow, and the lost rows between them."""
     number = 0
     is_file = hasattr(reader, "num_record_batches")
     while not is_file or number < reader.num_record_batches:
@@ -104,7 +104,7 @@ def _record_batches(reader: Any, opened: Any) -> Iterator[Any]:
             break
         except FAILURES as error:
             yield _Lost(first_line(error))
-            # A batch of a stream whose length is known is behind us; without it, the next one cannot be found.
+            # If the length of the damaged batch is unknown, the next batch of a stream cannot be found.
             if not is_file and opened.tell() in (place, opened.size()):
                 return
         number += 1
@@ -114,7 +114,7 @@ def _record_batches(reader: Any, opened: Any) -> Iterator[Any]:
 
 
 def _columns(file: Path, schema: Any, column: str | None, count: int | None) -> list[str] | DataError:
-    """Return the columns that are read, or what is wrong with the table as a whole."""
+    """Return the columns to read, or the error of the whole table."""
     captions = [name for name in caption_columns(column) if name in schema.names]
     images = [name for name in FILE_COLUMNS if name in schema.names]
     for name in {*captions, *images}:
@@ -129,10 +129,10 @@ def _columns(file: Path, schema: Any, column: str | None, count: int | None) -> 
 
 def _rows(file: Path, first: int, batch: Any, column: str | None) -> Iterator[Pair | DataError]:
     try:
-        # Text as bytes, so that one value that is not UTF-8 costs its own row.
+        # Text is read as bytes, so that a value that is not UTF-8 loses only its own row.
         values = {name: batch[name].cast(_without_text(batch.schema.field(name).type)) for name in batch.schema.names}
         for array in values.values():
-            # Damaged offsets would read outside of the file.
+            # Damaged offsets would be followed outside of the file.
             array.validate(full=True)
     except pyarrow.ArrowException as error:
         rows = f"rows {first} to {first + len(batch) - 1}"

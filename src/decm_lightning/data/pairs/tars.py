@@ -1,4 +1,4 @@
-"""Text-image pairs of webdataset tars."""
+"""Read text-image pairs from webdataset tars."""
 
 import json
 from collections.abc import Iterator
@@ -12,16 +12,17 @@ CAPTIONS = (".txt", ".json")
 
 
 def read_tar(file: Path, column: str | None) -> Iterator[Pair | DataError]:
-    """Yield the pairs of a webdataset tar: neighbors of one name up to its first dot, an image and .txt or .json.
+    """Yield the pairs of a webdataset tar.
 
-    With a `column`, the caption is that of the .json file; without one, a .txt file comes first.
+    A pair consists of consecutive members whose names agree up to the first dot: an image and a .txt or .json file.
+    With a `column`, the caption comes from the .json file. Otherwise a .txt file takes precedence.
 
-    As in webdataset, members without a suffix or without a name before it are skipped (`README`, `.hidden`), as are
-    other members of a complete pair (`a.cls`, `a.mask.png`). Members of a name that has neither image nor caption are
-    errors (`photo.v1.jpg` with `photo.v1.txt`, whose suffixes start at the first dot), as is the second of one name
-    and suffix, and a link. A damaged place is one error, and reading resumes at the next member.
+    As in webdataset, members without a suffix or without a name before it are skipped (`README`, `.hidden`), and so are
+    other members of a complete pair (`a.cls`, `a.mask.png`). These are errors: members of a name with neither
+    an image nor a caption (`photo.v1.jpg` with `photo.v1.txt`, whose suffixes start at the first dot), a second member
+    with the same name and suffix, and links. A damaged place is one error, and reading resumes at the next member.
     """
-    # endswith, not Path.suffix: of "a.tar.gz" the stem is "a".
+    # Path.suffix of "a.tar.gz" is ".gz", but the stem must be "a".
     ending = next(ending for ending in sorted(TARS, key=len, reverse=True) if file.name.lower().endswith(ending))
     prefix, key = file.name[: -len(ending)], ""
     parts: dict[str, TarMember] = {}
@@ -39,7 +40,7 @@ def read_tar(file: Path, column: str | None) -> Iterator[Pair | DataError]:
         if not member.is_file:
             yield DataError(f"{file}: {member.name}", "is a link or a device, not a file")
         elif member.suffix in parts:
-            yield DataError(f"{file}: {member.name}", "is there twice")
+            yield DataError(f"{file}: {member.name}", "is in the tar twice")
         else:
             parts[member.suffix] = member
     yield from _pairs(file, prefix, key, parts, column)
@@ -48,17 +49,17 @@ def read_tar(file: Path, column: str | None) -> Iterator[Pair | DataError]:
 def _pairs(
     file: Path, prefix: str, key: str, parts: dict[str, TarMember], column: str | None
 ) -> Iterator[Pair | DataError]:
-    """Yield the pair of the members of one key, by their suffixes, or their errors."""
+    """Yield the pair of the members with one key, which are given by suffix, or their errors."""
     place = f"{file}: {key}"
     images = [suffix for suffix in parts if suffix in IMAGES]
     captions = [suffix for suffix in CAPTIONS if suffix in parts]
     if not images and not captions:
-        what = "is neither image nor caption by what follows its first dot (expected .jpg, .png ...; .txt, .json)"
+        what = "is neither an image nor a caption (its suffix after the first dot is not .jpg, .png ..., .txt or .json)"
         yield from (DataError(place + suffix, what) for suffix in parts)
     elif not images:
         yield DataError(place + captions[0], "has no image (.jpg, .png or another format)")
     elif len(images) > 1:
-        yield DataError(place + images[0], f"is one of several images of a name ({', '.join(images)})")
+        yield DataError(place + images[0], f"is one of several images with the same name ({', '.join(images)})")
     elif not captions:
         yield DataError(place + images[0], f"has no caption ({', '.join(CAPTIONS)})")
     else:
@@ -73,7 +74,7 @@ def _caption(place: str, parts: dict[str, TarMember], column: str | None) -> str
     suffix = next(suffix for suffix in CAPTIONS if suffix in parts)
     if column is not None:
         if ".json" not in parts:
-            return DataError(place + suffix, f"has no .json file (with the caption column {column!r})")
+            return DataError(place + suffix, f"has no .json file (for the caption column {column!r})")
         suffix = ".json"
     try:
         text = parts[suffix].content.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Text-image pairs of your own: pixels or latents, with captions of any encoder."""
+"""Data module of your own text-image pairs: pixels or latents, with captions from any text encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,38 +22,39 @@ from decm_lightning.types import Batch, Condition, Sample
 class TextImagePairs(CaptionedImages):
     """Pairs from webdataset tars, parquet or Arrow tables, a list of image files, or a data set on Hugging Face's hub.
 
-    - tars: neighbors `name.jpg` (or another format that Pillow reads) and `name.txt` or `name.json`; .tar.gz as well;
-    - tables: a column `image` of {"bytes", "path"}, bytes or names of files, and one of captions;
-    - lists: a CSV file with a header, or JSON lines; `file_name`, relative to the folder of the list, and the caption;
-    - with `split`, whatever `datasets` loads: a name on the hub, an image folder, `save_to_disk`. It stops at the first
-      damaged row, while the readers above name and count all of them.
+    - Tars hold consecutive members `name.jpg` (or another image format) and `name.txt` or `name.json`. They may be
+      compressed, such as .tar.gz.
+    - Tables have a column `image` of {"bytes", "path"}, bytes or file names, and a column of captions.
+    - Lists are a CSV file with a header or JSON lines, with the caption and a `file_name` relative to the list.
+    - With `split`, Hugging Face's `datasets` reads the source: a name on the hub, an image folder, or `save_to_disk`.
+      It stops at the first damaged row, while the readers above count and name all damaged rows.
 
-    A folder has one of these kinds. Links are followed, and hidden files are skipped. Images are read, cropped to a
-    square about their center, resized and composited on white where they are transparent, once, into `cache`. So all
-    errors are found before training starts: an image that cannot be read, a caption that is empty or too long, a pair
-    with one half missing, a damaged row group, a tar cut short. With a VAE, a batch holds latents,
-    (z - shift_factor) scaling_factor. The content of `cache` can be prepared ahead of training: `decm encode-pairs`.
+    A folder holds one of these kinds. Links are followed, and hidden files are skipped. Images are read once,
+    center-cropped to a square, resized, composited on white, and stored in `cache`. All errors are therefore found
+    before training starts: unreadable images, empty or long captions, incomplete pairs, damaged row groups and tars
+    that are cut short. With a VAE, batches hold latents, (z - shift_factor) * scaling_factor. `decm encode-pairs`
+    prepares the cache ahead of training.
 
     Args:
         source: a file, a folder, or a pattern such as "train-*.tar".
         size: height and width of the images in pixels, at least 1.
-        encoder: the text encoder, such as text.TextEncoder, or teachers.DiffusersPrompts for a teacher of diffusers;
+        encoder: the text encoder, such as text.TextEncoder, or teachers.DiffusersPrompts for a teacher from diffusers;
             None for MiniLM.
-        cache: folder of pixels and tokens, which are used again while source and encoder are the same.
-        captions: "cached", encoded once, or "on_the_fly", on the device of the network when they are needed: those of
-            SD3, 2.7 MB each, for 100,000 pairs or more.
-        vae: for latents, the VAE as `load_autoencoder` takes it, such as the folder of a pipeline; None for pixels.
-        latents: with a VAE, "cached", encoded once and stored in float16 (13 GB for 100,000 of SD3 at 512 x 512), or
-            "on_the_fly", on the device of the network when they are needed.
+        cache: folder of pixels and tokens, which are reused for the same source and encoder.
+        captions: "cached" to encode captions once, or "on_the_fly" to encode them on the network's device for each
+            batch. The latter suits SD3, whose captions take 2.7 MB each, with 100,000 pairs or more.
+        vae: the VAE for latents, such as the folder of a pipeline, see `load_autoencoder`; None for pixels.
+        latents: with a VAE, "cached" to encode latents once and store them in float16 (13 GB for 100,000 images of
+            512 x 512 with SD3), or "on_the_fly" to encode them on the network's device for each batch.
         batch_size: pairs per training batch on each device, at least 1.
-        held_out: fraction of pairs that is not trained on, chosen by a hash of their names, in [0, 1).
-        reference_size: at most this number of reference images; None for all that are held out.
-        caption_column: the caption's name in JSON files and tables, which comes before a .txt file; None for caption,
-            text or prompt.
+        held_out: fraction of pairs that are not used for training, chosen by a hash of their names, in [0, 1).
+        reference_size: maximum number of reference images; None for all held-out pairs.
+        caption_column: name of the caption in JSON files and tables, which then takes precedence over .txt files; None
+            for caption, text or prompt.
         max_characters: longer captions are errors, at least 1.
-        on_error: "raise" if a pair is bad, or "skip" to count the bad ones in the log and train on the others.
-        num_workers: loading processes on each device.
-        split: reads the source, which may then be "user/name" on the Hugging Face hub, by `datasets`: "train", ...
+        on_error: "raise" to stop at bad pairs, or "skip" to count them in the log and train on the others.
+        num_workers: number of loading processes on each device.
+        split: split such as "train", which `datasets` reads. The source may then be "user/name" on the hub.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -94,17 +95,17 @@ class TextImagePairs(CaptionedImages):
         self.on_error = on_error
 
     def prepare_data(self) -> None:
-        """Read and encode on one process of each machine, where it has not been done."""
+        """Read and encode the pairs in one process of each machine, unless they are already stored."""
         self.prepare()
 
     def prepare(self, device: str | torch.device | None = None) -> int:
-        """Read and encode what has not been, and return the number of good pairs.
+        """Read and encode the pairs unless they are already stored, and return the number of good pairs.
 
         Args:
-            device: where to encode; None for `self.device`.
+            device: device that encodes; None for `self.device`.
 
         Raises:
-            FileNotFoundError, ValueError, ImportError: as `setup`.
+            FileNotFoundError, ValueError, ImportError: see `setup`.
         """
         return len(self._load("prepare", torch.device(device) if device else self.device).captions)
 
@@ -112,20 +113,21 @@ class TextImagePairs(CaptionedImages):
         """Read the pairs.
 
         Raises:
-            FileNotFoundError: if there is no source, or no VAE.
-            ValueError: counting and naming the errors, if no pair is good, or the network makes other samples; naming
-                the columns, if none is the caption column.
-            ImportError: if what reads tables or encodes captions is not installed.
+            FileNotFoundError: if the source or the VAE does not exist.
+            ValueError: if pairs are bad and on_error is "raise", or no pair is good (the message counts and names the
+                errors), if the caption column is missing (it gives the columns), or if the network expects samples of
+                another shape.
+            ImportError: if a package that reads tables or encodes captions is not installed.
         """
         self._load(stage, self.device)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Return the batch as the network takes it: latents, if there is a VAE, and captions that are encoded."""
+        """Return the network's input: latents if there is a VAE, and encoded captions."""
         x_1 = self.coder.encode(batch.x_1) if self.coder and self.latents == "on_the_fly" else batch.x_1
         return Batch(x_1, self._encoded(batch.condition, x_1.device))
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
-        """Return the captions of samples number `rows`: sample i has that of held-out pair i mod their number.
+        """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.
 
         Raises:
             ValueError: if no pair is held out.
@@ -133,7 +135,7 @@ class TextImagePairs(CaptionedImages):
         return self._encoded(super().condition(rows, seed), self.device)
 
     def decode(self, x: Sample) -> Sample:
-        """Return the images in [-1, 1] of what the network makes: of latents, if there is a VAE."""
+        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
         return x if self.coder is None else self.coder.decode(x)
 
     def identity(self) -> dict[str, str]:
@@ -183,9 +185,9 @@ class TextImagePairs(CaptionedImages):
             missing = no_caption_column(self.source, errors, self.caption_column)
             raise ValueError(missing or f"no good pair in {self.source}" + (f": {message}" if errors else ""))
         if errors and self.on_error == "raise":
-            raise ValueError(f"{message}; on_error: skip trains on the others")
+            raise ValueError(f"{message}; set on_error: skip to train on the others")
         if errors and stage == "prepare":
-            rank_zero_warn(f"{message}; left out")
+            rank_zero_warn(f"{message}; the bad pairs are left out")
         if prepared.unread and stage == "prepare":
             rank_zero_warn(f"{self.source} has files that are not read: {counted(prepared.unread)}")
         return prepared

@@ -426,7 +426,7 @@ def test_a_latent_student_gives_pictures(decm):
     assert decm("sample", "student", *argv, "--vae", "vae")[0] == 0
     assert len(list(Path("images_of_student").glob("*.png"))) == 4
     save_kl(Path("other"), seed=1)
-    refused(decm, ["sample", "student", *argv, "--vae", "other"], "encoded these latents: other is AutoencoderKL")
+    refused(decm, ["sample", "student", *argv, "--vae", "other"], "encoded these latents, but other is AutoencoderKL")
     save(DiT(8, 3, patch_size=2, width=16, depth=1, heads=2, num_classes=2), Path("other_student"))
     refused(
         decm,

@@ -131,9 +131,9 @@ def test_no_engine_is_an_error():
         choose(Holder(OwnFunction()).bfloat16(), EXAMPLE)
 
 
-def test_a_wanted_engine_that_fails_is_an_error_that_names_one_that_works():
+def test_a_requested_engine_that_fails_is_an_error_that_names_one_that_works():
     """Nothing is replaced silently."""
-    with pytest.raises(ValueError, match=r"derivative dual cannot be used: .*add_.* layer blocks.1.*functional can"):
+    with pytest.raises(ValueError, match=r"derivative dual cannot be used: .*add_.* layer blocks.1.*functional"):
         choose(Holder(InPlace()), EXAMPLE, "dual")
     assert choose(Holder(InPlace()), EXAMPLE, "functional").name == "functional"
     assert choose(Holder(InPlace()), EXAMPLE, "central").name == "central"
@@ -146,7 +146,7 @@ def test_the_running_dual_engine_names_the_layer_too():
         dual(Holder(InPlace()), x, t, t, None, Tangent(x, t, t))
 
 
-def test_a_watched_dual_pass_stops_at_the_first_tangent_that_is_not_finite():
+def test_check_finite_stops_at_the_first_tangent_that_is_not_finite():
     """sqrt at 0 has the value 0 and an infinite tangent: the value alone would not show it."""
 
     class Root(nn.Module):
@@ -155,8 +155,8 @@ def test_a_watched_dual_pass_stops_at_the_first_tangent_that_is_not_finite():
 
     network, t = Holder(Root()), torch.rand(2)
     x = torch.randn(2, 3)
-    with pytest.raises(NoTangentError, match=r"torch's sqrt is not finite \(its value is finite\), in layer blocks.1"):
-        dual(network, x, t, t, None, Tangent(x, t, t), watched=True)
+    with pytest.raises(NoTangentError, match=r"sqrt .*in layer blocks.1"):
+        dual(network, x, t, t, None, Tangent(x, t, t), check_finite=True)
 
 
 def test_a_network_that_looks_at_numbers_is_taken_on_trust():

@@ -99,7 +99,7 @@ def test_kernel_that_fails_is_refused_with_one_line(dtype, kernel, caplog):
     assert "blocks of 256 queries" in said[0]
     assert str(dtype).removeprefix("torch.") in said[0]
     assert "[2, 2, 64, 16]" in said[0]
-    assert {"raises": "PassManager::run failed", "off": "0.03", "nan": "nan", "zero": "off by 1"}[name] in said[0]
+    assert {"raises": "PassManager::run failed", "off": "0.03", "nan": "nan", "zero": "error of 1 "}[name] in said[0]
     assert "page of code" not in said[0]
     # Not called again, and not announced again.
     assert len(calls) == 1

@@ -4,6 +4,7 @@ It runs where Triton and an NVIDIA GPU are, or anywhere with Triton by its inter
 """
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_it_compiles_to_one_graph(missing):
 def test_shapes_that_do_not_fit_are_refused(place, shape):
     given = operands(40, 50, 16)
     given[place] = torch.zeros(shape, device=DEVICE)
-    with pytest.raises((ValueError, RuntimeError), match=r"do not fit|several head sizes"):
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(str(shape)) + "|head sizes"):
         fused_tangent(*given, SCALE)
 
 
@@ -187,7 +188,7 @@ def blank(*shape, dtype=torch.bfloat16):
 
 
 REASONS = {
-    "torch.float64 is none of": (blank(4, 16, dtype=torch.float64),) * 3,
+    "torch.float64": (blank(4, 16, dtype=torch.float64),) * 3,
     "several dtypes": (blank(4, 16), blank(4, 16), blank(4, 16, dtype=torch.float16)),
     "several head sizes": (blank(4, 16), blank(4, 16), blank(4, 32)),
     "head size 264 is above 256 for torch.bfloat16": (blank(4, 264),) * 3,

@@ -179,7 +179,7 @@ def test_times_of_half_precision_samples_are_exact(method, dtype, x_0):
 @pytest.mark.parametrize("steps", [0, -3])
 def test_samplers_refuse_fewer_than_one_step(method, steps, flow, x_0):
     """The message holds the value."""
-    with pytest.raises(ValueError, match=f"steps must be at least 1: got {steps}$"):
+    with pytest.raises(ValueError, match=f"steps .*got {steps}$"):
         method(flow, x_0, None, steps)
 
 
@@ -187,7 +187,7 @@ def test_samplers_refuse_fewer_than_one_step(method, steps, flow, x_0):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_mix_refuses_a_first_landing_outside_the_interval(s1, steps, flow, x_0):
     """The message holds the value, at one step too."""
-    with pytest.raises(ValueError, match=f"s1 must be between 0 and 1.*got {s1}$"):
+    with pytest.raises(ValueError, match=f"s1 .*got {s1}$"):
         mix(flow, x_0, None, steps, s1=s1)
 
 
@@ -195,14 +195,14 @@ def test_mix_refuses_a_first_landing_outside_the_interval(s1, steps, flow, x_0):
 @pytest.mark.parametrize("shift", [0.0, -1.0, math.inf, math.nan])
 def test_samplers_refuse_a_shift_that_is_not_above_zero(method, shift, flow, x_0):
     """The message holds the value."""
-    with pytest.raises(ValueError, match=f"shift must be above 0: got {shift}$"):
+    with pytest.raises(ValueError, match=rf"shift .*got {shift}$"):
         method(flow, x_0, None, 4, shift=shift)
 
 
 @pytest.mark.parametrize(("method", "options"), [*((m, {"shift": 3.0}) for m in SAMPLERS), (mix, {"s1": 0.5})])
 def test_times_and_an_option_that_shapes_the_default_times_exclude_each_other(method, options, flow, x_0):
     """The message names the option."""
-    with pytest.raises(ValueError, match=f"times or {next(iter(options))}, not both"):
+    with pytest.raises(ValueError, match=f"times or {next(iter(options))}"):
         method(flow, x_0, None, 3, times=[0.2, 0.5], **options)
 
 
@@ -259,7 +259,7 @@ def test_a_time_shift_of_lightningdit_is_the_inverse(flow):
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_samplers_refuse_times_that_do_not_fit(method, steps, times, flow, x_0):
     """The message holds the times, and how many there must be."""
-    with pytest.raises(ValueError, match=rf"times must be {steps - 1} .*got \[{', '.join(map(str, times))}\]$"):
+    with pytest.raises(ValueError, match=rf"times .*{steps - 1} .*got \[{', '.join(map(str, times))}\]$"):
         method(flow, x_0, None, steps, times=times)
 
 

@@ -189,8 +189,8 @@ def blank(*shape, dtype=torch.bfloat16):
 
 REASONS = {
     "torch.float64": (blank(4, 16, dtype=torch.float64),) * 3,
-    "several dtypes": (blank(4, 16), blank(4, 16), blank(4, 16, dtype=torch.float16)),
-    "several head sizes": (blank(4, 16), blank(4, 16), blank(4, 32)),
+    "different dtypes": (blank(4, 16), blank(4, 16), blank(4, 16, dtype=torch.float16)),
+    "different head sizes": (blank(4, 16), blank(4, 16), blank(4, 32)),
     "head size 264 is above 256 for torch.bfloat16": (blank(4, 264),) * 3,
     "head size 160 is above 128 for torch.float32": (blank(4, 160, dtype=torch.float32),) * 3,
     "no queries or no keys": (blank(4, 16), blank(0, 16), blank(0, 16)),

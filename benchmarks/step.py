@@ -199,32 +199,32 @@ def measure(
         for k in checkpointed:
             step = distiller(network, c, k, device)
             for key in variants:
-                found, variant = Measured(key, c, k), VARIANTS[key]
+                result, variant = Measured(key, c, k), VARIANTS[key]
                 run = lambda step=step, variant=variant: take(step, variant, batch, precision)  # noqa: E731
                 try:
                     start = time.perf_counter()
                     run()
                     # An existing gradient would be freed and counted as negative memory.
                     step.student.zero_grad(set_to_none=True)
-                    found.memory = peak_memory(device, run)
+                    result.memory = peak_memory(device, run)
                 except (RuntimeError, NotImplementedError, ValueError) as problem:
-                    found.failure = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+                    result.failure = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
                     step.student.zero_grad(set_to_none=True)
                 print(
                     f"{key:11} compiled {c!s:5} checkpointed {k!s:5} {time.perf_counter() - start:6.1f} s to start",
                     flush=True,
                 )
-                cells.append((found, run))
-    running = [(found, run) for found, run in cells if not found.failure]
+                cells.append((result, run))
+    running = [(result, run) for result, run in cells if not result.failure]
     for i in range(rounds):
-        for found, run in running:
+        for result, run in running:
             wait(device)
             start = time.perf_counter()
             run()
             wait(device)
-            found.seconds.append(time.perf_counter() - start)
+            result.seconds.append(time.perf_counter() - start)
         print(f"round {i + 1} of {rounds} done", flush=True)
-    return [found for found, _ in cells]
+    return [result for result, _ in cells]
 
 
 def ratio(of: Measured, to: Measured) -> float:
@@ -341,17 +341,17 @@ def main(
     torch.manual_seed(1)
     shape = (batch, size["in_channels"], size["input_size"], size["input_size"])
     data = Batch(torch.randn(shape, device=device), torch.randint(1000, (batch,), device=device))
-    found = measure(network, data, precision, rounds, compiled, checkpointed, variants)
+    measured = measure(network, data, precision, rounds, compiled, checkpointed, variants)
     out.mkdir(parents=True, exist_ok=True)
     name = f"{network.replace('/', '').replace(' ', '-')}-{batch}-{precision}-{device.type}"
     head = f"{network}, batch {batch}, {precision}, {rounds} rounds; {machine(device, threads)}\n\n"
-    (out / f"{name}.md").write_text(head + table(found))
+    (out / f"{name}.md").write_text(head + table(measured))
     (out / f"{name}.json").write_text(
-        json.dumps({"machine": head.strip(), "found": [asdict(f) for f in found]}, indent=1)
+        json.dumps({"machine": head.strip(), "found": [asdict(f) for f in measured]}, indent=1)
     )
-    plot(found, out / f"{name}.png")
-    print(f"\n{head}{table(found)}\nwritten to {out / name}.md, .json and .png")
-    values = ratios(found) | ({"error": error(network, data)} if exact else {})
+    plot(measured, out / f"{name}.png")
+    print(f"\n{head}{table(measured)}\nwritten to {out / name}.md, .json and .png")
+    values = ratios(measured) | ({"error": error(network, data)} if exact else {})
     print(" ".join(f"{key}={value:.3g}" for key, value in values.items()))
 
 

@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 plt.rcParams.update({"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
-# One colour for each method and each edge, the same in every picture. What is exact is grey or black.
+# One colour for each method and each edge, the same in every figure. Exact results are gray or black.
 COLOURS = {
     "flow matching": "#0072B2",
     "consistency": "#E69F00",
@@ -305,7 +305,7 @@ plt.show()
 
 # %%
 SQUARE = {"xlim": (-3, 3), "ylim": (-3, 3), "aspect": "equal", "xticks": [], "yticks": []}
-SHOWN = 800  # points drawn of each cloud
+SHOWN = 800  # points shown of each set
 
 figure, axes = plt.subplots(3, 4, figsize=(11, 8.6), layout="constrained")
 for column, (name, student) in zip(axes.T, students.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What each loss is for, by short trainings on an exact mixture of Gaussians in the plane."""
+"""The effect of each loss, in short trainings on an exact mixture of Gaussians in the plane."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ STEPS = 1500
 
 
 class Stream(IterableDataset):
-    """Batches of the mixture without end."""
+    """Endless batches of the mixture."""
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def measure(student: MLP) -> Errors:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, Errors]:
-    """Three students, trained alike but for their losses: about 20 seconds each."""
+    """Three students that differ only in their losses; training takes about 20 seconds each."""
     return {
         "consistency": train(losses.consistency_only()),
         "without N2N": train(losses.consistency_and_flow_matching()),
@@ -84,6 +84,6 @@ def test_all_three_losses_beat_consistency_alone_in_the_map_and_under_euler(erro
 
 @pytest.mark.slow
 def test_n2n_lowers_the_error_of_the_jump_from_noise_to_the_middle(errors):
-    """With this seed to 0.44 of what it is without N2N; with seeds 1 and 2 to 0.52 and 0.58."""
+    """With this seed to 0.44 of the error without N2N; with seeds 1 and 2 to 0.52 and 0.58."""
     assert errors["all three"].half < 0.5 * errors["consistency"].half
     assert errors["all three"].half < 0.5 * errors["without N2N"].half

@@ -113,7 +113,7 @@ class Objective:
         warmup_steps: steps over which the factor of the derivative term rises from 0 to 1; 0 disables the warm-up.
 
     Raises:
-        ValueError: if there are no losses, the normalization is unknown, or warmup_steps is negative.
+        ValueError: if losses is empty, the normalization is unknown, or warmup_steps is negative.
     """
 
     losses: Mapping[str, DualEndLoss]

@@ -48,7 +48,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return "queries, keys and values have different head sizes"
     if head > LARGEST_HEAD[query.dtype]:
         return f"head size {head} is above {LARGEST_HEAD[query.dtype]} for {query.dtype}"
-    return None if query.numel() and key.numel() else "there are no queries or no keys"
+    return None if query.numel() and key.numel() else "queries or keys are empty"
 
 
 def fused_tangent(

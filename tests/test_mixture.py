@@ -56,14 +56,14 @@ def measure(student: MLP) -> Errors:
     x_0 = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     t = torch.zeros(2000)
 
-    def error(landing: float) -> float:
-        s = torch.full((2000,), landing)
+    def error(end: float) -> float:
+        s = torch.full((2000,), end)
         jumped = path.jump(x_0, student(x_0, t, s, None), t, s)
         return (jumped - FLOW.flow_map(x_0, t, s, tolerance=1e-5)).square().mean().sqrt().item()
 
     walked = euler(student, x_0, None, 50) - FLOW.flow_map(x_0, t, t + 1, tolerance=1e-5)
-    landings = (0.25, 0.5, 0.75, 1.0)
-    return Errors(error(0.5), sum(map(error, landings)) / len(landings), walked.square().mean().sqrt().item())
+    ends = (0.25, 0.5, 0.75, 1.0)
+    return Errors(error(0.5), sum(map(error, ends)) / len(ends), walked.square().mean().sqrt().item())
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ def test_jump_by_the_conditional_velocity_follows_the_path(generator):
     """With u = x_1 - x_0 a jump from x_t ends at x_s."""
     x_0, x_1 = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     t, s = torch.rand(2, 5, generator=generator, dtype=torch.float64).sort(0).values
-    landing = path.jump(path.interpolate(x_0, x_1, t), path.velocity(x_0, x_1), t, s)
-    torch.testing.assert_close(landing, path.interpolate(x_0, x_1, s), rtol=0, atol=1e-12)
+    end = path.jump(path.interpolate(x_0, x_1, t), path.velocity(x_0, x_1), t, s)
+    torch.testing.assert_close(end, path.interpolate(x_0, x_1, s), rtol=0, atol=1e-12)
 
 
 def test_jump_of_no_length_stays_put(generator):

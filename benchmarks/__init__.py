@@ -1,1 +1,1 @@
-"""Studies that make the figures in docs/."""
+"""Benchmarks and studies behind the results in docs/."""

@@ -1,9 +1,9 @@
-"""python -m benchmarks.ablation --data digits --steps 1500 --seeds [0]: what each loss is for, as in docs/results.md.
+"""python -m benchmarks.ablation --data digits --steps 1500 --seeds [0]: the effect of each loss, as in docs/results.md.
 
 Distills the teacher of a data set with consistency alone, flow matching + consistency, and all three losses (both
-presets), by the data set's own config and with equal rows a step. Measures every student by the config's protocol, and
-writes the table (runs/ablation) and the curves of the gradient norm (docs). Results are stored in docs/ablation and
-students in runs/ablation: the same command resumes an interrupted study, also on another machine.
+presets), by the data set's config and with the same number of rows per step. Evaluates every student by the config's
+protocol. Writes a table (runs/ablation) and a plot of the gradient norms (docs). Results are stored in docs/ablation
+and students in runs/ablation. The same command resumes an interrupted study, also on another machine.
 """
 
 import json
@@ -50,18 +50,18 @@ STEPS = (1, 2, 4, 8, 16, 50)
 
 
 class Curve(L.Callback):
-    """Keeps the total gradient norm of every step."""
+    """Records the total gradient norm of every step."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Read what GradientNorms logged."""
+        """Append the norm that GradientNorms logged."""
         self.norms.append(trainer.callback_metrics["grad_norm/total"].item())
 
 
 def measure(config: str, objective: str, seed: int, steps: int, folder: Path, compile: bool) -> dict[str, object]:
-    """Distil, keep in `folder` and test one student; return its distances by spec and its gradient norms by step."""
+    """Train one student, save it in `folder` and test it; return its distances by spec and its gradient norms."""
     spec = dict(OBJECTIVES[objective])
     spec["class_path"] = f"decm_lightning.losses.{spec['class_path']}"
     cli = build(
@@ -78,7 +78,7 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path, co
         *("--model.init_args.objective", json.dumps(spec)),
         *("--model.init_args.compile", str(compile).lower()),
     )
-    # The compiler counts what it compiled for earlier students, and gives up at a number.
+    # The compiler's recompilation limit also counts earlier students.
     torch.compiler.reset()
     unused = (LearningRateMonitor, ModelCheckpoint, SampleGrid, Throughput, GradientNorms)
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
@@ -91,7 +91,7 @@ def measure(config: str, objective: str, seed: int, steps: int, folder: Path, co
 
 
 def teacher(config: str, folder: Path) -> dict[str, object]:
-    """Test the teacher by itself."""
+    """Test the teacher alone."""
     cli = build(
         "--config",
         config,
@@ -110,16 +110,16 @@ def teacher(config: str, folder: Path) -> dict[str, object]:
 
 def test(cli: object) -> dict[str, dict[str, float]]:
     """Return the distances of every test spec, "sampler/steps" -> {fd, kid}."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    distances: dict[str, dict[str, float]] = defaultdict(dict)
     (logged,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     for name, value in logged.items():
         _, distance, _, sampler, steps = name.split("/")
-        found[f"{sampler}/{steps}"][distance] = value
-    return found
+        distances[f"{sampler}/{steps}"][distance] = value
+    return distances
 
 
 def best(runs: list[dict], steps: int) -> tuple[str, list[float], list[float]]:
-    """Return the sampler with the least mean distance at `steps`, and its fd and kid in each run."""
+    """Return the sampler with the smallest mean distance at `steps`, and its fd and kid in each run."""
     samplers = {name.split("/")[0] for name in runs[0]["distances"] if name.endswith(f"/{steps}")}
     values = {s: [run["distances"][f"{s}/{steps}"]["fd"] for run in runs] for s in samplers}
     winner = min(values, key=lambda s: mean(values[s]))
@@ -127,7 +127,7 @@ def best(runs: list[dict], steps: int) -> tuple[str, list[float], list[float]]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Return the table: a row for each model, a column for each number of steps, the best sampler of each."""
+    """Return the table: a row per model, a column per number of steps, with the best sampler for each."""
     lines = ["| model | " + " | ".join(str(n) for n in STEPS) + " | spikes |", "|---" * (len(STEPS) + 2) + "|"]
     for name, runs in results.items():
         cells = []
@@ -140,16 +140,16 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_norms(results: dict[str, list[dict]], file: Path) -> None:
-    """Draw the gradient norm of every step, a colour for each objective and a line for each seed (paper, Figure 4)."""
+def plot_norms(results: dict[str, list[dict]], file: Path) -> None:
+    """Plot the gradient norm of every step, with a color per objective and a line per seed (paper, Figure 4)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     names = [name for name, runs in results.items() if "norms" in runs[0]]
-    for colour, name in enumerate(names):
+    for color, name in enumerate(names):
         for i, run in enumerate(results[name]):
-            axis.semilogy(run["norms"], color=f"C{colour}", lw=0.5, alpha=0.7, label=name if i == 0 else None)
+            axis.semilogy(run["norms"], color=f"C{color}", lw=0.5, alpha=0.7, label=name if i == 0 else None)
     axis.set(xlabel="training step", ylabel="gradient norm before clipping")
     axis.legend(loc="upper right")
     figure.savefig(file, dpi=120)
@@ -161,32 +161,32 @@ def study(
     """Run the study.
 
     Args:
-        data: which data set.
+        data: the data set.
         steps: training steps of each student.
-        seeds: one run of each objective for each seed.
-        threads: processor threads.
-        compile: compile the networks: a third faster where there is a C++ compiler.
+        seeds: one run per objective and seed.
+        threads: CPU threads.
+        compile: compile the networks, which is a third faster and needs a C++ compiler.
     """
     torch.set_num_threads(threads)
-    config, folder, found_in = f"configs/{data}/decm.yaml", Path("runs/ablation") / data, Path("docs/ablation") / data
-    for place in (folder, found_in):
+    config, folder, stored = f"configs/{data}/decm.yaml", Path("runs/ablation") / data, Path("docs/ablation") / data
+    for place in (folder, stored):
         place.mkdir(parents=True, exist_ok=True)
     jobs = [("teacher", None)] + [(name, seed) for seed in seeds for name in reversed(OBJECTIVES)]
     results: dict[str, list[dict]] = defaultdict(list)
     for name, seed in jobs:
-        file = found_in / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
+        file = stored / f"{name.replace(' ', '-').replace(',', '')}-{seed}-{steps}.json"
         if not file.exists():
-            found = (
+            result = (
                 teacher(config, folder / "teacher")
                 if seed is None
                 else measure(config, name, seed, steps, folder / file.stem, compile)
             )
-            file.write_text(json.dumps(found))
+            file.write_text(json.dumps(result))
         results[name].append(json.loads(file.read_text()))
         print(f"{name}, seed {seed}: {results[name][-1]['distances']}", flush=True)
     results = {name: results[name] for name in ("teacher", *OBJECTIVES)}
     Path(f"runs/ablation/{data}.md").write_text(table(results))
-    draw_norms(results, Path(f"docs/gradient-norms-{data}.png"))
+    plot_norms(results, Path(f"docs/gradient-norms-{data}.png"))
     print(table(results))
 
 

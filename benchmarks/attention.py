@@ -1,8 +1,8 @@
-"""python -m benchmarks.attention --tokens 1024: the tangent of attention by itself, in time and memory.
+"""python -m benchmarks.attention --tokens 1024: time and memory of the tangent of attention alone.
 
-Compared, in turn and round after round: the fused value alone, forward mode on the math kernel, and ours in blocks of
-queries; on an NVIDIA GPU the fused kernel too. Memory is the most that tensors take at one time beyond the inputs. The
-last line has ratios to forward mode as name=value.
+Compares the fused value alone, forward mode on the math kernel, our rule in blocks of queries, and on an NVIDIA GPU the
+fused kernel. All variants run in turn in every round. Memory is the peak of tensor memory beyond the inputs. The last
+line has ratios to forward mode as name=value.
 """
 
 import time
@@ -30,7 +30,7 @@ def forward_mode(pairs: list[Pair]) -> Tensor:
 
 
 def in_blocks(pairs: list[Pair], queries: int) -> Tensor:
-    """Return the tangent by our rule, with the value, in blocks of so many queries."""
+    """Compute the value, and return the tangent by our rule in blocks of `queries` queries."""
     value = functional.scaled_dot_product_attention(*(p.primal for p in pairs))
     return attention.by_blocks(
         *(part for p in pairs for part in (p.primal, p.tangent)), 1 / value.shape[-1] ** 0.5, queries
@@ -46,16 +46,16 @@ def main(
     rounds: int = 5,
     threads: int = 2,
 ) -> None:
-    """Measure.
+    """Measure all variants and print a table.
 
     Args:
-        tokens: queries and keys.
-        batch: samples.
-        heads: heads of each.
+        tokens: number of queries and of keys.
+        batch: batch size.
+        heads: number of heads.
         head_size: size of a head.
-        dtype: of everything.
-        rounds: how often each way is timed.
-        threads: processor threads.
+        dtype: dtype of all tensors.
+        rounds: number of timings of each variant.
+        threads: CPU threads.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,11 +81,11 @@ def main(
             way()
             wait(device)
             seconds[name].append(time.perf_counter() - start)
-    print("| way | ms | MB |\n|---|---:|---:|")
-    for name, found in seconds.items():
-        print(f"| {name} | {median(found) * 1e3:.1f} | {memory[name] / 2**20:.1f} |")
+    print("| variant | ms | MB |\n|---|---:|---:|")
+    for name, values in seconds.items():
+        print(f"| {name} | {median(values) * 1e3:.1f} | {memory[name] / 2**20:.1f} |")
     base = seconds["forward mode, math kernel"]
-    ratios = {name: median(a / b for a, b in zip(found, base, strict=True)) for name, found in seconds.items()}
+    ratios = {name: median(a / b for a, b in zip(values, base, strict=True)) for name, values in seconds.items()}
     print(" ".join(f"{name.replace(' ', '_').replace(',', '')}={ratio:.3g}" for name, ratio in ratios.items()))
 
 

@@ -1,8 +1,8 @@
-"""python -m benchmarks.golden --out FILE: numbers that a change of names and places must leave as they are, to the bit.
+"""python -m benchmarks.golden --out FILE: record numbers that a refactoring must reproduce bit for bit.
 
-Record them before the change and compare afterwards, on the same machine: `--against FILE` prints the differences and
-exits with 1. They are the losses of 30 steps of every preset on digits, the weights after them, the table of quality of
-the kept student, and the SHA-256 of encoded shards.
+Record them before a change and compare afterwards on the same machine: `--against FILE` prints the differences and
+exits with 1. The numbers are the losses of 30 training steps of every preset on digits, hashes of the trained weights,
+the quality table of the student in weights/digits, and the SHA-256 of encoded shards.
 """
 
 import json
@@ -44,13 +44,13 @@ PRESETS: dict[str, Callable[[], Objective]] = {
 
 
 class Curve(L.Callback):
-    """Keeps each step's losses as hexadecimal numbers, which lose no bit."""
+    """Records the losses of each step as hexadecimal numbers, which are exact."""
 
     def __init__(self) -> None:
         self.losses: list[dict[str, str]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Add the losses of the step."""
+        """Append the losses of the step."""
         self.losses.append({name: term.value.item().hex() for name, term in pl_module.terms.items()})
 
 
@@ -77,7 +77,7 @@ def training(preset: Callable[[], Objective], steps: int) -> dict[str, Any]:
 
 
 def quality(samples: int, folder: str) -> list[dict[str, Any]]:
-    """Return the rows of the table of the kept student."""
+    """Return the quality table of the student in weights/digits."""
     L.seed_everything(0, verbose=False)
     module = Distiller(PretrainedTeacher(TEACHER), load(STUDENT), guidance=Guidance(1.25))
     measuring = Evaluation(DigitsFeatures(), SPECS, samples=samples)
@@ -86,7 +86,7 @@ def quality(samples: int, folder: str) -> list[dict[str, Any]]:
 
 
 def shards(folder: str) -> dict[str, str]:
-    """Return the SHA-256 of the shards of the digits, by name."""
+    """Encode the digits; return the SHA-256 of each shard by name."""
     images(Path(folder, "images"))
     out = Path(folder, "latents")
     encode(f"{folder}/images", VAE, str(out), size=16, shard_size=500, num_workers=0, accelerator="cpu")
@@ -94,27 +94,27 @@ def shards(folder: str) -> dict[str, str]:
 
 
 def main(out: Path, against: Path | None = None, steps: int = 30, samples: int = 200, threads: int = 1) -> None:
-    """Record the numbers, and compare them with recorded ones.
+    """Record the numbers and compare them with an earlier recording.
 
     Args:
         out: the JSON file to write.
-        against: a file recorded before, with the same steps and samples.
+        against: an earlier recording with the same steps and samples.
         steps: training steps of each preset.
-        samples: images of each row of the table.
-        threads: processor threads; sums are rounded in another order with another number.
+        samples: images per row of the quality table.
+        threads: CPU threads. The number affects rounding, because it changes the order of sums.
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Any] = {name: training(preset, steps) for name, preset in PRESETS.items()}
-        found |= {"quality": quality(samples, folder), "shards": shards(folder)}
-    out.write_text(json.dumps(found, indent=1) + "\n")
+        numbers: dict[str, Any] = {name: training(preset, steps) for name, preset in PRESETS.items()}
+        numbers |= {"quality": quality(samples, folder), "shards": shards(folder)}
+    out.write_text(json.dumps(numbers, indent=1) + "\n")
     if against is None:
         return
     expected = json.loads(against.read_text())
-    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    differing = [name for name in {**expected, **numbers} if expected.get(name) != numbers.get(name)]
     if differing:
         sys.exit(f"these differ from {against}: {', '.join(differing)}")
-    print(f"all {len(found)} parts are those of {against}")
+    print(f"all {len(numbers)} parts equal those in {against}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""python -m benchmarks.largest --network XL/1 --precision bf16 --memory 80: how many samples a device's memory holds.
+"""python -m benchmarks.largest --network XL/1 --precision bf16 --memory 80: the largest batch that fits in memory.
 
-What a training run keeps (the student's weights, its average, AdamW's two moments, the teacher) is counted; what a step
-takes beyond that, gradients included, is measured at two batches and two depths. It is affine in each, so that this
-runs on any device, for the memory of any other, and for networks too deep for it; a fifth measurement is a check. On a
-GPU the answer is then tried within that memory, beside all that is kept. The last line has ratios to FACM's way as
-name=value.
+The static memory of a training run (the student, its average, AdamW's two moments, the teacher) is computed. The memory
+of a step beyond that, including gradients, is measured at two batch sizes and two depths. It is affine in both, so the
+result can be extrapolated to other devices and to networks that are too deep for this one; a fifth measurement checks
+the fit. On a GPU the largest batch is then run within the given memory, next to the static memory. The last line has
+ratios to FACM's engine as name=value.
 """
 
 from itertools import product
@@ -17,12 +17,12 @@ from benchmarks.step import NETWORKS, VARIANTS, NetworkName, distiller, peak_mem
 from decm_lightning.types import Batch
 
 GIB, MIB = 2**30, 2**20
-KEPT = {"teacher": 1, "student": 1, "AdamW": 2, "average": 1}
-"""Numbers kept for each parameter, each of 4 bytes."""
+STATIC = {"teacher": 1, "student": 1, "AdamW": 2, "average": 1}
+"""Static values per parameter, of 4 bytes each."""
 
 
-def taken(network: NetworkName, depth: int, rows: int, key: str, precision: str, checkpointed: bool) -> int:
-    """Return the bytes that a step takes at its peak, gradients included, beyond what is kept."""
+def step_memory(network: NetworkName, depth: int, rows: int, key: str, precision: str, checkpointed: bool) -> int:
+    """Return the peak memory of a step in bytes, including gradients, beyond the static memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = distiller(network, False, checkpointed, device, depth)
     size = NETWORKS[network]
@@ -34,11 +34,11 @@ def taken(network: NetworkName, depth: int, rows: int, key: str, precision: str,
 def runs(
     network: NetworkName, rows: int, key: str, precision: str, checkpointed: bool, memory: float, rest: int
 ) -> bool:
-    """Return whether a step runs within so many GiB of this GPU, beside networks and `rest` bytes more."""
+    """Return whether a step runs within `memory` GiB of this GPU, next to the networks and `rest` more bytes."""
     torch.cuda.set_per_process_memory_fraction(min(memory * GIB / torch.cuda.mem_get_info()[1], 1.0))
     try:
         held = torch.empty(rest, dtype=torch.uint8, device="cuda")
-        taken(network, NETWORKS[network]["depth"], rows, key, precision, checkpointed)
+        step_memory(network, NETWORKS[network]["depth"], rows, key, precision, checkpointed)
         del held
     except torch.cuda.OutOfMemoryError:
         return False
@@ -48,7 +48,7 @@ def runs(
 
 
 def affine(values: dict[tuple[int, int], int], depth: int) -> tuple[float, float]:
-    """Return bytes beside the samples, and bytes for each, at `depth`, from values at two depths and two batches."""
+    """Return constant bytes and bytes per sample at `depth`, from measurements at two depths and two batch sizes."""
     (d0, d1), (n0, n1) = (sorted({key[axis] for key in values}) for axis in (0, 1))
 
     def at(rows: int) -> float:
@@ -70,44 +70,44 @@ def main(
     checkpointed: bool = False,
     threads: int = 2,
 ) -> None:
-    """Measure, and print a table.
+    """Measure all variants and print a table.
 
     Args:
         network: the size of teacher and student.
         precision: weights are float32; bf16 computes in mixed precision.
-        memory: of the device in question, in GiB.
-        batches: samples of the steps that are measured, rising; enough that activations outweigh gradients.
-        depths: blocks of the networks that are measured, rising.
-        check: depth and samples of the check.
+        memory: memory of the target device in GiB.
+        batches: the two batch sizes to measure, increasing; large enough for activations to exceed gradients.
+        depths: the two numbers of blocks to measure, increasing.
+        check: depth and batch size of the check.
         variants: keys of benchmarks.step.VARIANTS.
-        checkpointed: keep only the inputs of each block.
-        threads: processor threads.
+        checkpointed: store only the inputs of each block.
+        threads: CPU threads.
     """
     torch.set_num_threads(threads)
     depth = NETWORKS[network]["depth"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in distiller(network, False, False, torch.device("meta")).student.parameters())
-    kept = 4 * sum(KEPT.values()) * parameters
+    static = 4 * sum(STATIC.values()) * parameters
     largest: dict[str, int] = {}
-    print(f"{network}, {precision}; kept: {kept / GIB:.1f} GiB of {memory:g}")
-    print("| step | MiB a sample | MiB beside | measured / foreseen | largest batch |\n|---|---:|---:|---:|---:|")
+    print(f"{network}, {precision}; static memory: {static / GIB:.1f} GiB of {memory:g}")
+    print("| step | MiB per sample | constant MiB | measured / predicted | largest batch |\n|---|---:|---:|---:|---:|")
     for key in variants:
-        values = {(d, n): taken(network, d, n, key, precision, checkpointed) for d, n in product(depths, batches)}
-        beside, each = affine(values, check[0])
-        met = taken(network, *check, key, precision, checkpointed) / (beside + check[1] * each)
-        beside, each = affine(values, depth)
-        largest[key] = max(int((memory * GIB - kept - max(beside, 0)) / each), 0)
+        values = {(d, n): step_memory(network, d, n, key, precision, checkpointed) for d, n in product(depths, batches)}
+        constant, each = affine(values, check[0])
+        checked = step_memory(network, *check, key, precision, checkpointed) / (constant + check[1] * each)
+        constant, each = affine(values, depth)
+        largest[key] = max(int((memory * GIB - static - max(constant, 0)) / each), 0)
         tried = ""
         if torch.cuda.is_available() and largest[key]:
             # The benchmark's distiller has neither an average nor an optimizer.
-            rest = 4 * (KEPT["AdamW"] + KEPT["average"]) * parameters
+            rest = 4 * (STATIC["AdamW"] + STATIC["average"]) * parameters
             fits = runs(network, largest[key], key, precision, checkpointed, memory, rest)
             tried = " (ran)" if fits else " (did not fit)"
-        figures = f"{each / MIB:.2f} | {beside / MIB:.1f} | {met:.3f} | {largest[key]}{tried}"
-        print(f"| {VARIANTS[key].title} | {figures} |", flush=True)
+        cells = f"{each / MIB:.2f} | {constant / MIB:.1f} | {checked:.3f} | {largest[key]}{tried}"
+        print(f"| {VARIANTS[key].title} | {cells} |", flush=True)
     pairs = {"largest_vs_jvp": ("dual", "jvp"), "largest_step_vs_facm": ("decm", "facm")}
-    found = {name: largest[a] / largest[b] for name, (a, b) in pairs.items() if a in largest and largest.get(b)}
-    print(" ".join(f"{name}={value:.3g}" for name, value in found.items()))
+    ratios = {name: largest[a] / largest[b] for name, (a, b) in pairs.items() if a in largest and largest.get(b)}
+    print(" ".join(f"{name}={value:.3g}" for name, value in ratios.items()))
 
 
 if __name__ == "__main__":

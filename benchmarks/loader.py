@@ -1,9 +1,9 @@
-"""python -m benchmarks.loader: rows of latents per CPU second, through `Latents` and through a bare memory map.
+"""python -m benchmarks.loader: rows of latents per CPU second, through `Latents` and through a plain memory map.
 
-Random shards of the shape and type of LightningDiT's are written to a temporary folder (64 KB an image in float32).
-Batches of shuffled items, half of them mirrored, are read in turn by each way, round after round, by one thread. A
-value is the median over rounds of rows per second of this process's CPU time; the files are in the page cache. The last
-line is the median of the rounds' ratios.
+Writes random shards with the shape and dtype of LightningDiT's to a temporary folder (64 KB per image in float32). In
+every round both readers read the same batches of shuffled items, half of them mirrored, in one thread. The results are
+medians over rounds of rows per second of CPU time, with the files in the page cache. The last line is the median of the
+rounds' ratios.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from decm_lightning.data.latents.shards import KEYS
 
 
 def write(folder: Path, shards: int, rows: int, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Write shards of noise, and for the memory map the same rows as one file of float32."""
+    """Write shards of noise, and the same rows as one float32 file for the memory map."""
     generator = torch.Generator().manual_seed(0)
     with (folder / "rows.bin").open("wb") as whole:
         for shard in range(shards):
@@ -45,16 +45,16 @@ def main(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     shape: tuple[int, int, int] = (32, 16, 16),
 ) -> None:
-    """Measure.
+    """Measure both readers and print their speeds.
 
     Args:
-        shards: how many files.
-        rows: images in each.
-        batch: items in a batch.
-        batches: batches in a round.
-        rounds: rounds in all.
-        dtype: of the latents on the disk.
-        shape: of a latent.
+        shards: number of files.
+        rows: images per file.
+        batch: items per batch.
+        batches: batches per round.
+        rounds: number of rounds.
+        dtype: dtype of the stored latents.
+        shape: shape of a latent.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""python -m benchmarks.rehearsal images FOLDER, or vae FOLDER: what `make imagenet-rehearsal` needs of the world.
+"""python -m benchmarks.rehearsal images FOLDER, or vae FOLDER: the inputs of `make imagenet-rehearsal`.
 
-`images` writes the 1,797 real digits of scikit-learn as a tree like ImageNet, FOLDER/<class>/<number>.png, 16 x 16.
-`vae` trains the small autoencoder that is kept in weights/rehearsal/vae on them, in some minutes.
+`images` writes the 1,797 digits of scikit-learn in ImageNet's layout, FOLDER/<class>/<number>.png, at 16 x 16 pixels.
+`vae` trains the small autoencoder in weights/rehearsal/vae on them, which takes a few minutes.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ SIZE = 16
 
 
 def digits() -> list[Image.Image]:
-    """Return the digits as grey pictures, enlarged."""
+    """Return the digits as enlarged grayscale images."""
     pixels = (load_digits().images / 16 * 255).round().astype("uint8")
     return [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in pixels]
 
@@ -26,7 +26,7 @@ def images(folder: Path) -> None:
     """Write the digits into class folders.
 
     Args:
-        folder: where to, made if need be.
+        folder: the output folder.
     """
     for number, (image, label) in enumerate(zip(digits(), load_digits().target, strict=True)):
         file = folder / str(label) / f"{number:04d}.png"
@@ -39,10 +39,10 @@ def vae(folder: Path, steps: int = 1500, batch: int = 32, threads: int = 1) -> N
     """Train a small AutoencoderKL of diffusers, 4 channels at half the size, and save it.
 
     Args:
-        folder: where to.
+        folder: the output folder.
         steps: training steps.
-        batch: images of a step.
-        threads: processor threads.
+        batch: images per step.
+        threads: CPU threads.
     """
     from diffusers import AutoencoderKL
 
@@ -66,7 +66,7 @@ def vae(folder: Path, steps: int = 1500, batch: int = 32, threads: int = 1) -> N
     bar = trange(steps)
     for _ in bar:
         rows = torch.randint(len(x), (batch,))
-        # Both flips are encoded, so both are learnt.
+        # `decm encode` also encodes flipped images, so train on both.
         real = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x[rows], x[rows].flip(-1))
         latents = network.encode(real).latent_dist
         error = functional.mse_loss(network.decode(latents.sample()).sample, real)
@@ -76,12 +76,12 @@ def vae(folder: Path, steps: int = 1500, batch: int = 32, threads: int = 1) -> N
         optimizer.zero_grad()
         bar.set_postfix(error=f"{error.item():.4f}")
     with torch.no_grad():
-        found = network.encode(x).latent_dist.mode()
-        error = functional.mse_loss(network.decode(found).sample, x).sqrt()
+        latents = network.encode(x).latent_dist.mode()
+        error = functional.mse_loss(network.decode(latents).sample, x).sqrt()
     network.save_pretrained(folder)
     print(
-        f"root mean square error {error:.4f} of pixels in [-1, 1]; latents of mean {found.mean():.3f} and "
-        f"standard deviation {found.std():.3f}"
+        f"root mean square error {error:.4f} of pixels in [-1, 1]; latents have mean {latents.mean():.3f} and "
+        f"standard deviation {latents.std():.3f}"
     )
 
 

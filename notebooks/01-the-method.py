@@ -12,15 +12,15 @@
 # ---
 
 # %% [markdown]
-# # The method, on a flow that is known exactly
+# # The method, on a flow with an exact solution
 #
-# A diffusion or flow-matching teacher draws a sample by following a velocity field in many small steps. A *student*
+# A diffusion or flow-matching teacher generates a sample by following a velocity field in many small steps. A *student*
 # learns to do the same in a few long jumps. Dual-End Consistency Models (DE-CM,
-# [arXiv 2602.10764](https://arxiv.org/abs/2602.10764)) train it with three losses. This notebook shows that they are
-# one equation on three edges of one triangle, and what each of them is for.
+# [arXiv 2602.10764](https://arxiv.org/abs/2602.10764)) train it with three losses. This notebook shows that the three
+# losses are one equation on three edges of a triangle, and what each of them does.
 #
-# Everything happens in the plane: the data are a mixture of eight Gaussians, whose velocity has a closed form. So there
-# is no doubt about the teacher, and every error below is the student's own. It takes about a minute on one core.
+# The data are two-dimensional: a mixture of eight Gaussians, whose velocity has a closed form. The teacher is therefore
+# exact, and every error below is the student's. The notebook runs in about a minute on one core.
 
 # %%
 import logging
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 plt.rcParams.update({"figure.dpi": 72, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
-# One colour for each method and each edge, the same in every picture. What is exact is grey or black.
+# One colour for each method and each edge, the same in every figure. Exact results are gray or black.
 COLOURS = {
     "flow matching": "#0072B2",
     "consistency": "#E69F00",
@@ -69,15 +69,15 @@ COLOURS = {
 EXACT = "0.72"
 
 # %% [markdown]
-# ## 1. The path, and what a jump is
+# ## 1. The path and the jump
 #
-# Time $t = 0$ is noise $x_0 \sim N(0, I)$, time $t = 1$ is data $x_1$. Between them the path is straight:
+# Time $t = 0$ is noise $x_0 \sim N(0, I)$, and time $t = 1$ is data $x_1$. The path between them is straight:
 #
 # $$x_t = (1 - t)\, x_0 + t\, x_1, \qquad \text{with conditional velocity } x_1 - x_0.$$
 #
 # Many such lines pass through one point $x_t$. Their mean velocity there, $v(x_t, t) = E[x_1 - x_0 \mid x_t]$, moves
-# noise to data along *curved* trajectories. This is what a teacher knows. A **student** $u(x_t, t, s)$ gives the mean
-# velocity from time $t$ to a later time $s$, and thereby the jump along the trajectory, the **flow map**
+# noise to data along *curved* trajectories. A teacher learns this velocity. A **student** $u(x_t, t, s)$ learns the
+# mean velocity from time $t$ to a later time $s$. This gives the jump along the trajectory, the **flow map**
 #
 # $$f(x_t, t, s) = x_t + (s - t)\, u(x_t, t, s), \qquad u(x_t, t, t) = v(x_t, t).$$
 
@@ -132,16 +132,16 @@ right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
 plt.show()
 
 # %% [markdown]
-# Trajectories first run toward the centre, where every answer is still open, and then turn to one of the eight
-# components. So a long step along the velocity at its start goes wrong, and from $t = 0$ all of them would end near the
-# centre. A student must know the mean velocity of the whole jump instead.
+# Trajectories first run toward the center, because all components are still possible, and then turn to one of the eight
+# components. A long step along the initial velocity is therefore wrong: from $t = 0$ all such steps would end near the
+# center. A student must learn the mean velocity over the whole jump instead.
 #
 # ## 2. The triangle
 #
-# A jump is a pair of times $(t, s)$ with $0 \le t \le s \le 1$: a point of a triangle. Few-step methods differ in the
-# part of it on which they train, and in how much they ask of its **start** and of its
-# **end**. A loss of this package is just that: an edge, two weights, a weighting. The table and the
-# picture are made from the presets themselves.
+# A jump is a pair of times $(t, s)$ with $0 \le t \le s \le 1$, which is a point in a triangle. Few-step methods differ
+# in the region of the triangle that they train on, and in how they weight the equations at the **start** and at the
+# **end** of a jump. A loss in this package consists of an edge, two weights, and a weighting. The table and the plot
+# below are computed from the presets.
 
 # %%
 METHODS = {
@@ -178,30 +178,30 @@ for axis in axes[:, 0]:
 plt.show()
 
 # %% [markdown]
-# Each dot is a jump that one training batch would ask for. The diagonal holds jumps of no length: the teacher's
-# velocity itself. On the upper edge every point jumps to data, on the left edge noise jumps to every noise level.
-# `losses.paper()` has the same three edges as `losses.end_identity()`, with N2N by both ends (start 1, end 0.5), at
-# every third step, and from a start time that falls from 0.1 to 0.
+# Each dot is one jump of a training batch. Jumps on the diagonal have length 0 and learn the teacher's velocity. On the
+# upper edge every point jumps to data. On the left edge noise jumps to every noise level. `losses.paper()` has the same
+# three edges as `losses.end_identity()`, but it trains N2N at both ends (start 1, end 0.5), at every third step, and
+# from a start time that falls from 0.1 to 0.
 #
 # ## 3. One residual
 #
-# The exact mean velocity fulfils two identities, one for each end of a jump:
+# The exact mean velocity satisfies two identities, one for each end of a jump:
 #
 # $$u = v(x_t, t) + (s - t) \left( \tfrac{\partial u}{\partial x} v + \tfrac{\partial u}{\partial t} \right)
 # \quad \text{(start)}, \qquad
 # u + (s - t)\, \tfrac{\partial u}{\partial s} = v\big(f(x_t, t, s), s\big) \quad \text{(end)}.$$
 #
-# With weights $\gamma$ (start) and $\lambda$ (end) their sum is the **dual-end residual**
+# Weighted by $\gamma$ (start) and $\lambda$ (end), their sum is the **dual-end residual**
 #
 # $$g = (\gamma + \lambda)\, u - \gamma\, v_{\text{start}} - \lambda\, v_{\text{end}}
 # - (s - t)\, jvp\big[\gamma v_{\text{start}},\; \gamma,\; -\lambda\big],$$
 #
-# where $jvp[\cdot]$ is the derivative of $u$ along that direction, the *tangent*, over $(x, t, s)$. Every loss here is
-# $\lVert u - \mathrm{sg}(u - N(g)) \rVert^2$ on its edge: it pulls the student toward $g = 0$. $N$ only says how hard,
-# and sg stops the gradient. On the diagonal $s - t = 0$, and flow matching is what remains.
+# where $jvp[\cdot]$ is the derivative of $u$ along that *tangent* over $(x, t, s)$. Every loss here is
+# $\lVert u - \mathrm{sg}(u - N(g)) \rVert^2$ on its edge, which moves the student toward $g = 0$. $N$ normalizes the
+# residual, and sg stops the gradient. On the diagonal $s - t = 0$, and the residual reduces to flow matching.
 #
-# For one Gaussian the flow map has a closed form, so we can check that $g = 0$ there. A public summary of the paper
-# prints another tangent, $(\lambda v,\; \lambda,\; -\gamma)$; the last column shows what that one leaves.
+# For a single Gaussian the flow map has a closed form, so we can check that $g = 0$. A public summary of the paper
+# prints a different tangent, $(\lambda v,\; \lambda,\; -\gamma)$; the last column shows the residual with that tangent.
 
 # %%
 gaussian = Gaussian(mean=torch.tensor([1.0, -0.5], dtype=torch.float64), std=0.4)
@@ -225,14 +225,14 @@ for start, end in [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5), (0.3, 1.7), (1.0, 1.0)]:
     print(f"{start:5g} {end:3g} | {values[0]:21.1e} | {values[1]:15.1e}")
 
 # %% [markdown]
-# Our residual vanishes to rounding for every pair of weights. The printed tangent fails wherever the two weights
-# differ, and agrees by symmetry where they are equal: a test with equal weights would never find it.
+# Our residual is zero up to rounding for every pair of weights. The printed tangent is wrong if the two weights differ.
+# If they are equal, both tangents agree by symmetry, so a test with equal weights would not detect the error.
 #
-# ## 4. What each loss does
+# ## 4. The effect of each loss
 #
-# We train four students with the same network, the same starting weights and the same data. They differ in `objective`
-# alone. The `Distiller` is the package's LightningModule: it draws the jumps, asks the teacher, differentiates the
-# student, and keeps a moving average (`average`), which we judge.
+# We train four students with the same network, the same initial weights and the same data. Only `objective` differs.
+# The `Distiller` is the package's LightningModule: it samples the jumps, evaluates the teacher, differentiates the
+# student, and maintains a moving average of its weights (`average`), which we evaluate.
 
 # %%
 OBJECTIVES = {
@@ -271,8 +271,8 @@ def train(objective, steps, guidance=None, num_classes=0):
 students = {name: train(objective, STEPS) for name, objective in OBJECTIVES.items()}
 
 # %% [markdown]
-# Now the same 2,000 noise points go through each student: in one jump $0 \to s$ for several $s$, and in 50 Euler steps.
-# We measure the distance to where the exact flow takes the same point (root mean square over coordinates).
+# Each student now moves the same 2,000 noise points: in one jump $0 \to s$ for several $s$, and in 50 Euler steps. We
+# measure the distance to the end points of the exact flow (root mean square over coordinates).
 
 # %%
 torch.set_grad_enabled(False)
@@ -305,7 +305,7 @@ plt.show()
 
 # %%
 SQUARE = {"xlim": (-3, 3), "ylim": (-3, 3), "aspect": "equal", "xticks": [], "yticks": []}
-SHOWN = 800  # points drawn of each cloud
+SHOWN = 800  # points shown of each set
 
 figure, axes = plt.subplots(3, 4, figsize=(11, 8.6), layout="constrained")
 for column, (name, student) in zip(axes.T, students.items(), strict=True):
@@ -325,33 +325,33 @@ figure.suptitle("exact in grey, the student in colour")
 plt.show()
 
 # %% [markdown]
-# What the numbers and the clouds show:
+# The numbers and the plots show:
 #
-# - **Flow matching alone** is right for short jumps only. Its error grows with the length of the jump; the jump
-#   $0 \to 1$ ends near the centre. It needs its 50 Euler steps.
-# - **Consistency alone** knows the jump to data and nothing else. Asked to stop half-way it has already gone too far,
-#   and its diagonal is no velocity: 50 Euler steps overshoot the ring.
-# - **Flow matching + consistency** repairs both ends. The middle of the curve, $0 < s < 1$ from noise, is trained by
-#   neither of the two; the network bridges it by itself, surprisingly well.
-# - **All three**: N2N trains that middle, and lowers its error. At $s = 1$ and with 50 Euler steps it changes little
-#   here. Other seeds that we tried say the same: better in the middle, no gain at the two ends.
+# - **Flow matching alone** is accurate only for short jumps. Its error grows with the length of the jump, and the jump
+#   $0 \to 1$ ends near the center. It needs its 50 Euler steps.
+# - **Consistency alone** learns only the jump to data. A jump to an intermediate time goes too far, and its diagonal is
+#   not a velocity: 50 Euler steps overshoot the ring.
+# - **Flow matching + consistency** fixes both ends. Neither loss trains the middle of the curve, $0 < s < 1$ from
+#   noise, but the network interpolates it surprisingly well.
+# - **All three**: N2N trains the middle and lowers its error. At $s = 1$ and with 50 Euler steps it changes little
+#   here. Other seeds gave the same result: better in the middle, no gain at the two ends.
 #
-# Consistency alone is even slightly better at the single jump: it spends the whole network on it. And nobody is
-# perfect. The exact jump to data tears the noise apart along the borders between the components; a small, briefly
-# trained network smears such a tear into points between the clusters. On ImageNet the paper reports more: there, all
-# three together are best at every number of steps.
+# Consistency alone is even slightly better at the single jump, because it uses the whole network for it. No student is
+# perfect. The exact jump to data separates noise along the borders between the components; a small network after a
+# short training blurs these borders and leaves points between the clusters. On ImageNet the paper reports larger gains:
+# there, all three losses together are best at every number of steps.
 #
 # ## 5. Samplers
 #
-# A sampler decides which jumps are made. Each uses the edges of the triangle in its own way:
+# A sampler is a sequence of jumps. Each sampler uses different edges of the triangle:
 #
-# - **Euler**: $n$ equal short steps along the diagonal, as with the teacher.
-# - **CM** (consistency): jump to data, put fresh noise back to a later time, jump again.
-# - **Mix**: one jump $0 \to s_1$ on the noise edge, Euler on the diagonal, one last jump to data. No new noise.
+# - **Euler**: $n$ equal short steps along the diagonal, as for the teacher.
+# - **Consistency** (CM in the plot): jump to data, add fresh noise up to a later time, jump again.
+# - **Mix**: one jump $0 \to s_1$ on the noise edge, Euler steps on the diagonal, one last jump to data. No new noise.
 #
-# With one step the last two are the same jump $0 \to 1$. CM adds fresh noise, so a point has no fixed end point any
-# more. We therefore compare whole clouds, by the sliced Wasserstein distance to exact samples. Smaller is better, and
-# the floor is the distance between two clouds of exact samples.
+# With one step, consistency and Mix are the same jump $0 \to 1$. Consistency adds fresh noise, so a noise point has no
+# unique end point. We therefore compare distributions by the sliced Wasserstein distance to exact samples. Smaller is
+# better. The floor is the distance between two sets of exact samples.
 
 # %%
 NAMES = {"euler": "Euler", "consistency": "CM", "mix": "Mix"}
@@ -389,21 +389,22 @@ for line, (name, title) in zip(axes, NAMES.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Euler at few steps stays near the centre and needs many more steps than eight. The other two are close to the ring
-# after one step: most points lie on lines between neighbouring components, a few inside. A second step empties the
-# inside. From there CM gains a little more, while Mix, which adds no noise and trusts the diagonal, does not. Read
-# differences of about 10 as noise: they move by that much with the length of the training.
-# All remain well above the floor, and since the teacher is exact, that gap belongs to this small student.
+# Euler with few steps stays near the center and needs many more than eight steps. The other two are close to the ring
+# after one step: most points lie between neighboring components, and a few lie inside the ring. A second step clears
+# the inside. With more steps consistency improves a little, while Mix, which adds no noise and relies on the diagonal,
+# does not. Differences of about 10 are noise: they change by that much with the length of the training.
+# All distances remain well above the floor. Since the teacher is exact, this gap is due to the small student.
 #
-# ## 6. Guidance, and how to go on
+# ## 6. Guidance and next steps
 #
-# Here the eight components are classes. Classifier-free guidance pushes the velocity of a class away from that of the
-# whole mixture; `limit` bounds the push (*velocity normalization*), `interval` says when it is on:
+# Here the eight components are classes. Classifier-free guidance moves the velocity of a class away from the velocity
+# of the whole mixture. `limit` bounds the correction (*velocity normalization*), and `interval` sets the times at which
+# it is active:
 #
 # $$v = v_{\text{class}} + (w - 1)\, \min\!\big(1, \tfrac{\eta}{\mathrm{rms}(dv)}\big)\, dv,
 # \qquad dv = v_{\text{class}} - v_{\text{all}}.$$
 #
-# A `Distiller` with `guidance=` teaches the guided velocity to the student, which then needs no second pass.
+# A `Distiller` with `guidance=` trains the student on the guided velocity, so that sampling needs no second pass.
 
 # %%
 torch.set_grad_enabled(True)
@@ -430,11 +431,12 @@ for axis, (title, (cloud, colour)) in zip(axes, clouds.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Guidance pushes every class outward, past its mean; the limit holds the push back. The student got half the training
-# of those above. In one jump it lands where its teacher does, in streaks that are thinner than the teacher's clusters.
+# Guidance moves every class outward, past its mean, and the limit reduces this. The student was trained for half the
+# steps of the students above. Its single jump ends where the teacher's samples are, in streaks that are thinner than
+# the teacher's clusters.
 #
-# A trained network is saved as a folder and loaded by one call. A checkpoint of a training run loads in the same way,
-# by its averaged weights.
+# A trained network is saved as a folder and loaded in one call. A training checkpoint loads in the same way and gives
+# the averaged weights.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -444,10 +446,10 @@ same = torch.equal(flow_map_step(again, x_0, 0.0, 1.0, labels), flow_map_step(st
 print(f"the loaded {type(again).__name__} gives the same samples: {same}")
 
 # %% [markdown]
-# From here:
+# Next steps:
 #
-# - `decm fit --config configs/digits/decm.yaml` distils a teacher of small images with the same `Distiller`; the YAML
-#   names the same classes as this notebook, and any key can be overridden (`--trainer.max_steps 100`).
-# - `decm test`, `decm sample` and `decm export` measure a checkpoint, draw from it, and write it as a folder.
-# - `decm_lightning.load(...)` loads a checkpoint or folder into Python; `.generate(...)` returns its images.
-# - [The second notebook](02-your-own-method.ipynb) trains a method of your own: its edge, weights and time law.
+# - `decm fit --config configs/digits/decm.yaml` distills a teacher of small images with the same `Distiller`. The YAML
+#   file names the same classes as this notebook, and any key can be overridden (`--trainer.max_steps 100`).
+# - `decm test`, `decm sample` and `decm export` evaluate a checkpoint, sample from it, and save it as a folder.
+# - `decm_lightning.load(...)` loads a checkpoint or folder in Python; `.generate(...)` returns images.
+# - [The second notebook](02-your-own-method.ipynb) defines a new method by its edge, weights and time law.

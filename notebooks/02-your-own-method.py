@@ -14,13 +14,14 @@
 # %% [markdown]
 # # Your own method, in 25 lines
 #
-# A few-step method is a region of the triangle of steps $(t, s)$, two weights for the identities at the start and at
-# the end of a step, and a law of the start times $t$. This notebook defines a method that the package does not have.
-# It trains it on two teachers: the exact mixture of [the first notebook](01-the-method.ipynb) and a network of digits.
+# A few-step method consists of a region of the triangle of jumps $(t, s)$, two weights for the identities at the start
+# and at the end of a jump, and a distribution of the start times $t$. This notebook defines a method that is not part
+# of the package, and trains it on two teachers: the exact mixture of [the first notebook](01-the-method.ipynb) and a
+# network trained on digits.
 #
-# The method is made for **two steps**, $0 \to \frac12 \to 1$. Every point learns to step half of the remaining way, by
-# both identities with equal weights, and to step to data, by consistency. Start times are dense near the data, where
-# the trajectories turn to the classes.
+# The method is designed for **two steps**, $0 \to \frac12 \to 1$. Every point learns to jump half of the remaining way,
+# by both identities with equal weights, and to jump to data, by consistency. Start times are denser near the data,
+# where the trajectories turn to the classes.
 
 # %%
 # Not part of the method: a quiet notebook, and the number of training steps.
@@ -42,9 +43,9 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 # %% [markdown]
 # ## The method
 #
-# An `Edge` says which steps start at the batch's times `t`. A `TimeLaw` is a quantile function: it maps uniform levels
-# to times. A `DualEndLoss` puts the two weights on an edge, and an `Objective` is a set of named losses with one
-# normalization of their residuals. As dataclasses, they can be compared when a run is resumed.
+# An `Edge` defines the jumps that start at the batch's times `t`. A `TimeLaw` is a quantile function, which maps
+# uniform levels to times. A `DualEndLoss` has an edge and two weights, and an `Objective` is a set of named losses with
+# one normalization of their residuals. All are dataclasses, so they can be compared when a run is resumed.
 
 # %%
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ edges = {"consistency": losses.DualEndLoss(DataEdge()), "flow_matching": losses.
 objective = Objective({"halfway": halfway} | edges, normalization="tangent_norm", times=Late())
 
 # %% [markdown]
-# The `Distiller` trains a student on it, whatever the teacher. Without a student of its own it starts from the
-# teacher's weights. RAdam has a warm-up built in, without which Adam's first steps would undo much of them.
+# The `Distiller` trains a student on this objective with any teacher. Without a student argument, the student starts
+# from the teacher's weights. RAdam has a built-in warm-up; without one Adam's first steps would damage these weights.
 
 
 # %%
@@ -91,10 +92,10 @@ plane = distill(teachers.ExactTeacher(flow), networks.MLP(2), DataLoader(points,
 digits = distill(teachers.PretrainedTeacher(DIGITS), None, data.Digits(64), STEPS // 20)
 
 # %% [markdown]
-# ## What it does
+# ## The result
 #
-# On the left, the steps that one batch asks for; then the exact samples, and the student's at one step and at the two
-# steps that the method is made for.
+# The first plot shows the jumps of one batch. The others show exact samples, and the student's samples at one step and
+# at the two steps that the method is designed for.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -116,8 +117,8 @@ for axis, (name, cloud) in zip(axes[1:], clouds.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The digits: the teacher at 50 Euler steps, and the student at one and two steps from the same noise. The teacher is
-# not guided here; `Distiller(..., guidance=Guidance(1.25))` would teach the guided velocity.
+# Digits: the teacher at 50 Euler steps, and the student at one and two steps from the same noise. The teacher is not
+# guided here; `Distiller(..., guidance=Guidance(1.25))` would train the student on the guided velocity.
 
 # %%
 teacher = decm_lightning.load(DIGITS)
@@ -135,5 +136,5 @@ for line, (name, images) in zip(axes, rows.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# From a module, the same classes are named in a config by their path: `edge: my_module.Halfway`,
+# If these classes are in a module, a config can name them by their path: `edge: my_module.Halfway`,
 # `times: my_module.Late`.

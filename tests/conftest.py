@@ -1,4 +1,4 @@
-"""What all tests share: shapes checked at run time, one thread, seeded generators and the exact Gaussian flow."""
+"""Shared test setup: run-time shape checks, one thread, seeded generators and the exact Gaussian flow."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import config, install_import_hook
 
 torch.set_num_threads(1)
-# The method's modules only: tests of the rest pass it flows and networks of their own. Not the dual engine: its values
-# are no tensors, and the compiler cannot follow nested functions that are checked.
+# Only modules of the method are checked. The dual engine is not: its values are not tensors, and the compiler cannot
+# trace checked nested functions.
 CHECKED = [
     "types",
     "path",
@@ -26,7 +26,7 @@ CHECKED = [
 ]
 install_import_hook([f"decm_lightning.{name}" for name in CHECKED], "beartype.beartype")
 
-# Imported after the hook, which checks only what is imported later.
+# Imported after the hook, which only affects later imports.
 from decm_lightning.derivatives import Jump  # noqa: E402
 from decm_lightning.flows import Gaussian  # noqa: E402
 from decm_lightning.networks.network import check_compiler  # noqa: E402
@@ -47,7 +47,7 @@ METHOD = (
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what older versions of torch cannot compile."""
+    """Skip tests marked `compiled` if this version of torch cannot compile the networks."""
     if item.get_closest_marker("compiled"):
         try:
             check_compiler()
@@ -57,7 +57,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check shapes in the method's tests only: elsewhere the dual engine is at work, whose values are no tensors."""
+    """Check shapes only in tests of the method: other tests run the dual engine, whose values are not tensors."""
     inside = request.path.relative_to(Path(__file__).parent).parts[0].startswith(METHOD)
     config.update("jaxtyping_disable", not inside)
     yield
@@ -66,7 +66,7 @@ def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _unchecked_duals(request: pytest.FixtureRequest, _shapes: None) -> Iterator[None]:
-    """Leave them unchecked in the tests of that engine, too."""
+    """Disable the checks in tests of the dual engine, too."""
     before = config.jaxtyping_disable
     config.update("jaxtyping_disable", before or "dual" in request.node.nodeid)
     yield
@@ -87,7 +87,7 @@ def flow() -> Gaussian:
 
 @pytest.fixture
 def draw_jump(flow: Gaussian, generator: torch.Generator) -> Callable[..., Jump]:
-    """A function from an edge to jumps of the exact flow that lie on it, in float64 and without a tangent."""
+    """A function that samples jumps of the exact flow on an edge, in float64 and without a tangent."""
 
     def draw(edge: Edge, rows: int = 64) -> Jump:
         times = edge.draw(Uniform().draw(rows, generator).double(), 0, generator)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and their last lines are what docs/benchmarks.md says."""
+"""The benchmarks run and end with the line that docs/benchmarks.md describes."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_the_benchmark_ends_with_its_ratios(tmp_path, capsys):
 
 
 def test_the_largest_batch_follows_from_what_samples_and_blocks_cost(capsys):
-    """A step's memory is affine in batch and depth: the measurement that is not fitted is met."""
+    """Memory is affine in batch size and depth, so it predicts a measurement that was not fitted."""
     largest.main(network="tiny", memory=1.0, batches=(32, 64), check=(3, 48), variants=["jvp", "dual"], threads=1)
     lines = capsys.readouterr().out.splitlines()
     for line in lines[3:5]:
@@ -28,8 +28,8 @@ def test_the_largest_batch_follows_from_what_samples_and_blocks_cost(capsys):
     assert float(lines[-1].partition("=")[2]) > 1.5
 
 
-def test_latents_are_read_at_a_fair_part_of_a_memory_maps_speed(capsys):
-    """It was 0.05 to 0.1 when each row made a mapping of its own, and is 0.3 to 0.5 with scaling and labels."""
+def test_latents_are_read_at_a_fraction_of_the_speed_of_a_memory_map(capsys):
+    """The ratio is 0.3 to 0.5 with scaling and labels; it was 0.05 to 0.1 with one memory map per row."""
     loader.main(shards=3, rows=200, batch=128, batches=4, rounds=9)
     assert float(capsys.readouterr().out.splitlines()[-1].partition("=")[2]) > 0.15
 

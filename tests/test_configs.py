@@ -1,4 +1,4 @@
-"""Every config in configs/ parses and builds what it names, and every file of configs/trainer on top of another."""
+"""Every config in configs/ parses and builds its objects, also combined with every file of configs/trainer."""
 
 import json
 import re
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted((ROOT / "configs/trainer").glob("*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(OVERLAYS))
 EXPERIMENT = ROOT / "configs/digits/decm.yaml"
-# The rest want files that must be made first, such as latents: whoever makes them in a test also trains on them.
+# The other configs need prepared files such as latents. Tests that create these files also train on them.
 TRAINED = [config for config in CONFIGS if config.parent.name in ("digits", "fashion")]
 
 
 @pytest.fixture
 def tiny_idx(tmp_path):
-    """A folder of IDX files of 300 + 40 grey images, 28 x 28."""
+    """A folder with IDX files of 300 + 40 grayscale images, 28 x 28."""
     for part, count in (("train", 300), ("t10k", 40)):
         images = bytes(i % 256 for i in range(count * 28 * 28))
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, count, 28, 28) + images)
@@ -35,14 +35,14 @@ def tiny_idx(tmp_path):
 
 
 def train_a_step(config, folder, monkeypatch, *more):
-    """Train the first step of a config on the CPU, with 16 rows, and return the exit code."""
+    """Run the first training step of a config on the CPU, with 16 rows; return the exit code."""
     argv = ["decm", "fit", "--config", str(config), *more, "--trainer.max_steps", "1"]
     argv += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
     argv += ["--data.init_args.batch_size", "16", "--trainer.limit_val_batches", "0"]
     content = yaml.safe_load(config.read_text())
     if "folder" in content["data"]["init_args"]:
         argv += ["--data.init_args.folder", str(folder)]
-    # A learning-rate monitor, which a run without a logger refuses, is no part of what is tested here.
+    # A learning-rate monitor fails without a logger and is not tested here.
     callbacks = [c for c in content["trainer"].get("callbacks", []) if "LearningRateMonitor" not in c["class_path"]]
     argv += ["--trainer.callbacks", yaml.safe_dump(callbacks, default_flow_style=True, width=10**6).strip()]
     monkeypatch.chdir(ROOT)
@@ -57,7 +57,7 @@ def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
 
 @pytest.mark.parametrize("name", ["teacher", "decm"])
 def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
-    """On 40 of the emoji: to encode the captions of all takes a minute."""
+    """On 40 of the emoji, because encoding all captions takes a minute."""
     chosen = emoji.read_emoji()[:40]
     monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     kept = ["--data.init_args.cache", str(tmp_path / "cache")]
@@ -66,7 +66,7 @@ def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
 
 
 def test_a_teacher_goes_on_from_kept_weights(monkeypatch):
-    """As the README says: `networks.load` in the place of a network's class."""
+    """As documented: `networks.load` in place of a network class."""
     monkeypatch.chdir(ROOT)
     kept = "weights/digits/teacher"
     network = json.dumps({"class_path": "decm_lightning.networks.load", "init_args": {"path": kept}})
@@ -77,7 +77,7 @@ def test_a_teacher_goes_on_from_kept_weights(monkeypatch):
     assert all(parameter.requires_grad for parameter in built.model.network.blocks.parameters())
 
 
-# tests/parallel/test_overlays.py runs those that need several processes.
+# tests/parallel/test_overlays.py runs the configs for several processes.
 @pytest.mark.parametrize("name", ["cpu", "gpu", "debug"])
 def test_an_overlay_trains_a_step_of_an_experiment(name, tmp_path, monkeypatch):
     overlay = str(ROOT / f"configs/trainer/{name}.yaml")
@@ -88,35 +88,35 @@ def test_an_overlay_trains_a_step_of_an_experiment(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_what_an_overlay_says_is_what_is_built_and_all_else_stays(overlay, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # Of what it says only the kind of device cannot be had here.
+    # Only the kind of device is not available here.
     built = build("--config", str(EXPERIMENT), "--config", str(overlay), "--trainer.accelerator", "cpu")
-    found, wanted = built.config.as_dict(), yaml.safe_load(overlay.read_text())
-    wanted["trainer"].pop("accelerator", None)
-    assert_within(wanted, found)
-    assert found["model"]["init_args"]["teacher"]["init_args"]["path"] == "weights/digits/teacher"
-    assert found["trainer"]["gradient_clip_val"] == 1.0
-    strategy = wanted["trainer"]["strategy"]
+    actual, expected = built.config.as_dict(), yaml.safe_load(overlay.read_text())
+    expected["trainer"].pop("accelerator", None)
+    assert_within(expected, actual)
+    assert actual["model"]["init_args"]["teacher"]["init_args"]["path"] == "weights/digits/teacher"
+    assert actual["trainer"]["gradient_clip_val"] == 1.0
+    strategy = expected["trainer"]["strategy"]
     assert strategy == "auto" or type(built.trainer.strategy).__name__ == strategy["class_path"].rpartition(".")[2]
 
 
-def assert_within(wanted, found):
+def assert_within(expected, actual):
     """Check that every key and value of one tree is in another."""
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if isinstance(value, dict):
-            assert_within(value, found[key])
+            assert_within(value, actual[key])
         else:
-            assert str(found[key]) == str(value), key
+            assert str(actual[key]) == str(value), key
 
 
 @pytest.mark.parametrize("config", CONFIGS + OVERLAYS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_a_config_is_headed_by_what_it_is_and_costs(config):
+def test_a_config_starts_with_a_description_and_its_cost(config):
     head = [line for line in config.read_text().splitlines()[:12] if line.startswith("#")]
     assert len(head) >= 2
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_the_length_of_a_run_stands_in_its_config_once(config):
-    """Schedule, average and noise edge follow from it, and intervals that are the whole run refer to it."""
+def test_a_config_has_the_length_of_its_run_once(config):
+    """Schedule, average and noise edge depend on it, and intervals of the whole run refer to it."""
     text = re.sub("#.*", "", config.read_text())
     steps = yaml.safe_load(text)["trainer"]["max_steps"]
     lengths = re.findall(r"(\w*(?:steps|iters|T_max|interval)): (?:&steps )?(\d+)\b", text)

@@ -161,8 +161,8 @@ def test_a_fit_says_which_derivative_it_takes_and_what_a_step_costs(tmp_path, ca
         distiller = Distiller(tiny_teacher(), objective=losses.end_identity(batch_fractions=(0.5, 0.25, 0.25)))
         trainer(tmp_path, max_steps=1).fit(distiller, Digits(batch_size=16))
     said = [record.getMessage() for record in caplog.records]
-    assert "derivative dual: exact, one pass, no memory beyond the layer at work" in said
-    assert "4.75 forward passes a sample and step: teacher 1.00, student 1.00, derivative 0.75, backward 2.00" in said
+    assert any(line.startswith("derivative dual: exact") for line in said)
+    assert "4.75 forward passes per sample and step: teacher 1.00, student 1.00, derivative 0.75, backward 2.00" in said
 
 
 @pytest.mark.parametrize(

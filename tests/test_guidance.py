@@ -1,4 +1,4 @@
-"""Guidance against its closed form, and what it costs."""
+"""Guidance against its closed form, and its cost."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ MIXTURE = GaussianMixture.ring(components=4, radius=1.5, std=0.4, dtype=torch.fl
 
 
 class Recorder:
-    """A field that remembers the rows it was asked for."""
+    """A field that records the rows of its calls."""
 
     def __init__(self, field=MIXTURE):
         self.field = field
@@ -53,7 +53,7 @@ def test_guided_velocity_is_its_closed_form(scale, rows, ends):
 
 
 def test_limit_bounds_the_rms_of_the_difference(rows, ends):
-    """Rows with rms(dv) above the limit are pulled back to it, the others are left: both kinds occur."""
+    """Rows with rms(dv) above the limit are scaled to the limit, others are unchanged; both kinds occur."""
     v_cond, v_null = ends
     dv = v_cond - v_null
     rms = dv.square().mean(1).sqrt()
@@ -68,7 +68,7 @@ def test_limit_bounds_the_rms_of_the_difference(rows, ends):
 
 
 def test_limit_does_not_depend_on_the_resolution():
-    """The same field at twice the height and width is guided alike: rms, not the norm."""
+    """The same field at twice the height and width has the same guidance: the limit is on the rms, not the norm."""
     table = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.5, 0.0]], dtype=torch.float64)
 
     def field(x_t, t, condition):
@@ -85,7 +85,7 @@ def test_limit_does_not_depend_on_the_resolution():
 
 
 def test_all_channels_are_guided():
-    """No channel is left out: each is moved by (scale - 1) times its own difference."""
+    """All channels are guided: each changes by (scale - 1) times its own difference."""
     table = torch.stack([torch.arange(1.0, 9.0, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)])
 
     def field(x_t, t, condition):
@@ -97,14 +97,14 @@ def test_all_channels_are_guided():
 
 
 def test_limit_leaves_equal_velocities_alone(rows):
-    """Where v_cond = v_null the rms is 0: the result is finite and v_cond to the bit."""
+    """If v_cond = v_null the rms is 0, and the result is exactly v_cond."""
     x_t, t, labels = rows
     null = torch.full_like(labels, 4)
     assert torch.equal(guided(Guidance(2.0, 0.1))(x_t, t, null), MIXTURE(x_t, t, null))
 
 
 def test_interval_guides_inside_its_bounds_and_nowhere_else(rows, ends):
-    """Outside it v is v_cond; the bounds themselves are inside."""
+    """Outside the interval v is v_cond; the bounds are inside."""
     v_cond, v_null = ends
     t = rows[1]
     first, last = t[10].item(), t[40].item()
@@ -116,7 +116,7 @@ def test_interval_guides_inside_its_bounds_and_nowhere_else(rows, ends):
 
 
 def test_interval_order_of_rows_does_not_matter(rows):
-    """Shuffled rows get the same velocities, shuffled."""
+    """Shuffled rows give shuffled velocities."""
     x_t, t, labels = rows
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     field = guided(Guidance(2.0, 0.5, (0.2, 0.6)))
@@ -126,7 +126,7 @@ def test_interval_order_of_rows_does_not_matter(rows):
 
 
 def test_field_sees_null_rows_only_inside_the_interval(rows):
-    """One call: all conditional rows, then one null row for each time inside."""
+    """One call with all conditional rows, then one null row per time inside the interval."""
     x_t, t, labels = rows
     recorder = Recorder()
     guided(Guidance(2.0, interval=(0.125, 0.5)), recorder)(*rows)
@@ -140,7 +140,7 @@ def test_field_sees_null_rows_only_inside_the_interval(rows):
 
 @pytest.mark.parametrize("interval", [(0.1, 0.3), (0.4, 0.41), (0.0, 0.99), (0.02, 1.0)])
 def test_null_rows_are_filled_up_to_a_multiple_of_eight_and_change_nothing(interval, rows, ends):
-    """With rows outside the interval, whose velocity stays conditional to the bit; never more than there are."""
+    """Padding uses rows outside the interval, whose velocity stays exactly conditional, and never exceeds the batch."""
     x_t, t, labels = rows
     v_cond, v_null = ends
     recorder = Recorder()
@@ -153,7 +153,7 @@ def test_null_rows_are_filled_up_to_a_multiple_of_eight_and_change_nothing(inter
 
 
 def test_rows_that_fill_up_may_have_no_finite_null_velocity(rows):
-    """Their null pass is computed and left out, NaN and all."""
+    """Their null pass is computed but ignored, even if it is NaN."""
     x_t, t, labels = rows
 
     def field(x_t, t, condition):
@@ -164,7 +164,7 @@ def test_rows_that_fill_up_may_have_no_finite_null_velocity(rows):
 
 
 def test_times_of_another_device_than_the_sample_s_decide_there():
-    """Times on the CPU for samples on the meta device, where no value can be looked at; all of [0, 1] needs no look."""
+    """Times on the CPU and samples on the meta device, where reading a value fails; [0, 1] reads no times."""
     x_t, labels = torch.zeros(16, 2, device="meta"), torch.zeros(16, dtype=torch.long, device="meta")
     sizes = []
 
@@ -184,7 +184,7 @@ def test_times_of_another_device_than_the_sample_s_decide_there():
 
 @pytest.mark.parametrize("guidance", [Guidance(1.0), Guidance(2.0, interval=(0.003, 0.004))], ids=["scale 1", "no row"])
 def test_without_guidance_there_is_one_call_and_no_null_row(guidance, rows):
-    """Scale 1, or no time inside the interval, costs a plain call."""
+    """Scale 1, or no time inside the interval, gives a plain call."""
     recorder = Recorder()
     v = guided(guidance, recorder)(*rows)
     assert [len(t) for _, t, _ in recorder.calls] == [64]
@@ -192,7 +192,7 @@ def test_without_guidance_there_is_one_call_and_no_null_row(guidance, rows):
 
 
 def test_unconditional_rows_are_not_guided(rows):
-    """Without a condition there is nothing to guide by."""
+    """Without a condition there is no guidance."""
     x_t, t, _ = rows
     recorder = Recorder()
     assert torch.equal(guided(Guidance(2.0), recorder)(x_t, t, None), MIXTURE(x_t, t))
@@ -211,6 +211,6 @@ def test_unconditional_rows_are_not_guided(rows):
     ],
 )
 def test_guidance_refuses_what_is_out_of_range(arguments, value):
-    """The message holds the value."""
+    """The message contains the value."""
     with pytest.raises(ValueError, match=f"got {value}$"):
         Guidance(**arguments)

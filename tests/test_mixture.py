@@ -1,4 +1,4 @@
-"""What each loss is for, by short trainings on an exact mixture of Gaussians in the plane."""
+"""The effect of each loss, in short trainings on an exact mixture of Gaussians in the plane."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ STEPS = 1500
 
 
 class Stream(IterableDataset):
-    """Batches of the mixture without end."""
+    """Endless batches of the mixture."""
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(0)
@@ -56,19 +56,19 @@ def measure(student: MLP) -> Errors:
     x_0 = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     t = torch.zeros(2000)
 
-    def error(landing: float) -> float:
-        s = torch.full((2000,), landing)
+    def error(end: float) -> float:
+        s = torch.full((2000,), end)
         jumped = path.jump(x_0, student(x_0, t, s, None), t, s)
         return (jumped - FLOW.flow_map(x_0, t, s, tolerance=1e-5)).square().mean().sqrt().item()
 
     walked = euler(student, x_0, None, 50) - FLOW.flow_map(x_0, t, t + 1, tolerance=1e-5)
-    landings = (0.25, 0.5, 0.75, 1.0)
-    return Errors(error(0.5), sum(map(error, landings)) / len(landings), walked.square().mean().sqrt().item())
+    ends = (0.25, 0.5, 0.75, 1.0)
+    return Errors(error(0.5), sum(map(error, ends)) / len(ends), walked.square().mean().sqrt().item())
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, Errors]:
-    """Three students, trained alike but for their losses: about 20 seconds each."""
+    """Three students that differ only in their losses; training takes about 20 seconds each."""
     return {
         "consistency": train(losses.consistency_only()),
         "without N2N": train(losses.consistency_and_flow_matching()),
@@ -84,6 +84,6 @@ def test_all_three_losses_beat_consistency_alone_in_the_map_and_under_euler(erro
 
 @pytest.mark.slow
 def test_n2n_lowers_the_error_of_the_jump_from_noise_to_the_middle(errors):
-    """With this seed to 0.44 of what it is without N2N; with seeds 1 and 2 to 0.52 and 0.58."""
+    """With this seed to 0.44 of the error without N2N; with seeds 1 and 2 to 0.52 and 0.58."""
     assert errors["all three"].half < 0.5 * errors["consistency"].half
     assert errors["all three"].half < 0.5 * errors["without N2N"].half

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and each is the same in its two forms."""
+"""The notebooks run from top to bottom, and their .py and .ipynb files are equal."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def test_its_two_forms_have_the_same_cells(path):
     ], f"{path.name} and its .py differ: run jupytext --sync {path}"
 
 
-def test_a_method_of_ones_own_takes_25_lines():
-    """All code but the first cell, which quiets the notebook, and the figures; imports count."""
+def test_a_custom_method_takes_25_lines():
+    """Counts all code, including imports, except the setup in the first cell and the figures."""
     cells = [cell.source for cell in jupytext.read(FOLDER / "02-your-own-method.py").cells if cell.cell_type == "code"]
     method = [source for source in cells[1:] if "plt." not in source]
     lines = [line for source in method for line in source.splitlines() if line.strip() and not line.startswith("#")]

@@ -1,4 +1,4 @@
-"""The convention: which end is noise, and what a jump is."""
+"""The convention: which end is noise, and how jumps are defined."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def test_time_0_is_noise_and_time_1_is_data(generator):
-    """The path starts at x_0 and ends at x_1, to the bit."""
+    """The path starts exactly at x_0 and ends exactly at x_1."""
     x_0, x_1 = torch.randn(2, 4, 3, 2, 2, generator=generator)
     assert torch.equal(path.interpolate(x_0, x_1, torch.zeros(4)), x_0)
     assert torch.equal(path.interpolate(x_0, x_1, torch.ones(4)), x_1)
@@ -33,22 +33,22 @@ def test_velocity_is_the_time_derivative_of_the_path(generator):
 
 
 def test_jump_by_the_conditional_velocity_follows_the_path(generator):
-    """With u = x_1 - x_0 a jump from x_t lands on x_s."""
+    """With u = x_1 - x_0 a jump from x_t ends at x_s."""
     x_0, x_1 = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     t, s = torch.rand(2, 5, generator=generator, dtype=torch.float64).sort(0).values
-    landing = path.jump(path.interpolate(x_0, x_1, t), path.velocity(x_0, x_1), t, s)
-    torch.testing.assert_close(landing, path.interpolate(x_0, x_1, s), rtol=0, atol=1e-12)
+    end = path.jump(path.interpolate(x_0, x_1, t), path.velocity(x_0, x_1), t, s)
+    torch.testing.assert_close(end, path.interpolate(x_0, x_1, s), rtol=0, atol=1e-12)
 
 
 def test_jump_of_no_length_stays_put(generator):
-    """At s = t a jump returns x_t to the bit, whatever u is."""
+    """At s = t a jump returns exactly x_t for any u."""
     x_t, u = torch.randn(2, 5, 3, 2, 2, generator=generator)
     t = torch.rand(5, generator=generator)
     assert torch.equal(path.jump(x_t, u, t, t), x_t)
 
 
 def test_expand_gives_times_the_axes_of_x():
-    """Times broadcast along the batch and nothing else."""
+    """Times broadcast along the batch axis only."""
     assert path.expand(torch.zeros(4), torch.zeros(4, 3, 2, 2)).shape == (4, 1, 1, 1)
     assert path.expand(torch.zeros(4), torch.zeros(4, 7)).shape == (4, 1)
 
@@ -57,7 +57,7 @@ def test_expand_gives_times_the_axes_of_x():
 @pytest.mark.parametrize("times", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_points_have_the_dtype_of_their_sample_and_are_rounded_once(dtype, times, other, generator):
-    """Whatever the dtypes of times and of what is added: computed in the widest of them, and rounded at the end."""
+    """For any dtypes of times and velocities, the result is computed in the widest dtype and rounded once."""
     x, y = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     x, y = x.to(dtype), y.to(other)
     t, s = torch.rand(2, 5, generator=generator).sort(0).values.to(times)
@@ -67,7 +67,7 @@ def test_points_have_the_dtype_of_their_sample_and_are_rounded_once(dtype, times
         (path.jump(x, y, t, s), path.jump(*wide)),
     ):
         assert rounded.dtype == dtype
-        # Half a unit in the last place, and what float32 itself is off by.
+        # Half a unit in the last place, plus the error of float32.
         unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
         assert ((rounded.double() - exact).abs() <= 0.51 * unit + 4e-7).all()
 

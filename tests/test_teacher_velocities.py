@@ -1,4 +1,4 @@
-"""What the distiller asks of its teacher: which rows, in which dtype, and without waiting for the device."""
+"""The distiller's calls of its teacher: rows, dtype, and no synchronization with the device."""
 
 import lightning as L
 import pytest
@@ -19,7 +19,7 @@ from tests.test_triangle import strata
 
 
 class Line(Teacher):
-    """A velocity in a given dtype, for captions or classes; it remembers rows and times."""
+    """A velocity in one dtype, for captions or classes, that records rows and times."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         torch.manual_seed(0)
@@ -35,7 +35,7 @@ class Line(Teacher):
 
 
 def quiet(distiller: Distiller, monkeypatch) -> Distiller:
-    """A distiller whose steps can be taken without a trainer."""
+    """A distiller whose steps run without a trainer."""
     monkeypatch.setattr(distiller, "log_dict", lambda *a, **k: None)
     monkeypatch.setattr(distiller, "log", lambda *a, **k: None)
     return distiller
@@ -57,7 +57,7 @@ def batch(rows: int = 32) -> Batch:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, 0.3), Guidance(2.0, interval=(0.2, 0.7))], ids=repr)
 def test_velocity_of_another_dtype_is_cast_to_the_sample_s(dtype, guidance, monkeypatch):
-    """A float32 student trains with float32 terms, and what it learns is what rounding leaves of the velocity."""
+    """A float32 student trains with float32 terms, on velocities rounded to the teacher's dtype."""
     distiller = quiet(Distiller(Line(dtype), student(), losses.paper(), guidance), monkeypatch)
     reference = quiet(Distiller(Line(), student(), losses.paper(), guidance), monkeypatch)
     for module in (distiller, reference):
@@ -65,9 +65,9 @@ def test_velocity_of_another_dtype_is_cast_to_the_sample_s(dtype, guidance, monk
     for name, term in distiller.terms.items():
         assert term.value.dtype == torch.float32
         torch.testing.assert_close(term.value, reference.terms[name].value, rtol=3e-2, atol=1e-3)
-    for given, expected in zip(distiller.student.parameters(), reference.student.parameters(), strict=True):
-        assert given.grad.dtype == torch.float32
-        torch.testing.assert_close(given.grad, expected.grad, rtol=0.2, atol=5e-3)
+    for actual, expected in zip(distiller.student.parameters(), reference.student.parameters(), strict=True):
+        assert actual.grad.dtype == torch.float32
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=0.2, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -92,23 +92,23 @@ NEVER = {
 
 @pytest.mark.parametrize("name", NEVER)
 def test_loss_without_a_start_weight_has_no_start_velocity(name, monkeypatch):
-    """It is None in every loss's rows, and the teacher is asked at the ends alone: not even for no rows."""
+    """It is None for every loss, and the teacher is called only at end points, without empty calls."""
     teacher, objective = Line(), NEVER[name]
     distiller = quiet(Distiller(teacher, student(), objective), monkeypatch)
-    found = []
+    tangents = []
 
-    def watched(loss, sample, *rest):
+    def recorded(loss, sample, *rest):
         jump, v_start = Distiller.make_jumps(distiller, loss, sample, *rest)
-        found.extend([sample.v_t, v_start, jump.tangent.x])
+        tangents.extend([sample.v_t, v_start, jump.tangent.x])
         return jump, v_start
 
-    monkeypatch.setattr(distiller, "make_jumps", watched)
+    monkeypatch.setattr(distiller, "make_jumps", recorded)
     distiller.training_step(batch(), 0)
-    assert found == [None] * (3 * len(objective.losses))
+    assert tangents == [None] * (3 * len(objective.losses))
     assert [len(t) for t in teacher.seen] == [len(rows) for rows in objective.rows(32).values()]
 
 
-def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
+def test_rows_that_no_loss_reads_are_not_evaluated(monkeypatch):
     """Consistency reads a quarter of the rows at every second step, and the Lagrangian loss none at the start."""
     objective = Objective(
         {
@@ -121,11 +121,11 @@ def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
     distiller = quiet(Distiller(teacher, student(), objective), monkeypatch)
     samples = []
 
-    def watched(loss, sample, *rest):
+    def recorded(loss, sample, *rest):
         samples.append(sample)
         return Distiller.make_jumps(distiller, loss, sample, *rest)
 
-    monkeypatch.setattr(distiller, "make_jumps", watched)
+    monkeypatch.setattr(distiller, "make_jumps", recorded)
     for step, start_rows in ((0, 16), (1, 8)):
         monkeypatch.setattr(Distiller, "global_step", step)
         teacher.seen.clear()
@@ -134,7 +134,7 @@ def test_rows_that_no_loss_reads_are_not_asked_for(monkeypatch):
         assert [len(t) for t in teacher.seen] == [start_rows, 8]
         read = [sample.t for sample in samples if sample.v_t is not None]
         assert torch.equal(teacher.seen[0], torch.cat(read))
-        # Each loss has the velocity of its own rows, and of no others.
+        # Each loss has the velocity of its own rows only.
         for sample, loss in zip(samples, objective.active_losses(step).values(), strict=True):
             if not loss.start_weight:
                 assert sample.v_t is None
@@ -147,12 +147,12 @@ def test_times_of_each_loss_are_stratified_where_the_student_sees_them(monkeypat
     distiller = quiet(Distiller(Line(), student(), losses.paper(3, batch_fractions=(0.5, 0.25, 0.25))), monkeypatch)
     seen = []
 
-    def watched(loss, sample, *rest):
+    def recorded(loss, sample, *rest):
         jump, v_start = Distiller.make_jumps(distiller, loss, sample, *rest)
         seen.append((jump.t, jump.s))
         return jump, v_start
 
-    monkeypatch.setattr(distiller, "make_jumps", watched)
+    monkeypatch.setattr(distiller, "make_jumps", recorded)
     for step in range(4):
         monkeypatch.setattr(Distiller, "global_step", step)
         seen.clear()
@@ -179,7 +179,7 @@ def shapes_over(steps: int, monkeypatch, interval=(0.25, 0.7)) -> list[int]:
 
 
 def test_guidance_in_an_interval_has_few_shapes(monkeypatch):
-    """Over 100 steps the teacher sees batches of at most four sizes, and on average little more than is guided."""
+    """Over 100 steps the teacher sees at most four batch sizes, and on average few rows more than are guided."""
     rows = shapes_over(100, monkeypatch)
     starts = [count for count in rows if count >= 96]
     assert len(set(rows)) <= 4
@@ -192,7 +192,7 @@ def test_guidance_in_an_interval_has_few_shapes(monkeypatch):
 )
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, 0.3, (0.2, 0.7))], ids=repr)
 def test_step_waits_for_no_device(objective, guidance, monkeypatch):
-    """On the meta device a number taken out of a tensor, or a shape that depends on one, is an error."""
+    """On the meta device, reading a value from a tensor, or a shape that depends on values, is an error."""
     distiller = quiet(Distiller(Line(), student(), objective, guidance), monkeypatch).to("meta")
     generator = torch.Generator()
     monkeypatch.setattr(distiller, "generator", lambda _: generator)
@@ -208,21 +208,21 @@ def test_step_waits_for_no_device(objective, guidance, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_step_waits_for_no_gpu(monkeypatch):
-    """By CUDA's own account: no call of a step synchronizes."""
+    """Checked by CUDA's sync debug mode: no call of a step synchronizes."""
     distiller = quiet(Distiller(Line(), student(), losses.paper(), Guidance(2.0, 0.3, (0.2, 0.7))), monkeypatch).cuda()
     x_1, labels = batch()
-    given = Batch(x_1.cuda(), labels.cuda())
-    distiller.training_step(given, 0)
+    on_device = Batch(x_1.cuda(), labels.cuda())
+    distiller.training_step(on_device, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        distiller.training_step(given, 0)
+        distiller.training_step(on_device, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_times_are_float32_in_a_run_in_bfloat16(precision, tmp_path):
-    """Teacher and student see times that bfloat16 does not have, in each its strata."""
+    """Teacher and student see times that bfloat16 cannot represent, in their strata."""
     times = []
 
     class Watched(DiT):

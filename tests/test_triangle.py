@@ -1,4 +1,4 @@
-"""The triangle: where jumps start and land, and how their times are spread."""
+"""The triangle: start and end times of jumps, and their stratification."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ EDGES = [DataEdge(), Diagonal(), NoiseEdge(), NoiseEdge(0.1), Triangle()]
 
 
 def strata(levels: torch.Tensor) -> list[int]:
-    """Return the sorted indices of the n equal parts of [0, 1] that n levels lie in."""
+    """Return the sorted indices of the n equal parts of [0, 1] that contain the n levels."""
     return (levels.double() * len(levels)).floor().long().sort().values.tolist()
 
 
@@ -20,12 +20,12 @@ def normal_levels(t: torch.Tensor, law: LogitNormal) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100, 1000])
 def test_uniform_draws_one_time_in_every_part(count, generator):
-    """Every [k / n, (k + 1) / n) holds exactly one of n times."""
+    """Every [k / n, (k + 1) / n) contains exactly one of n times."""
     assert strata(Uniform().draw(count, generator)) == list(range(count))
 
 
 def test_uniform_times_come_in_random_order(generator):
-    """The order of the strata is a permutation that changes from draw to draw."""
+    """The order of the strata is a permutation that changes with every call."""
     first, second = (Uniform().draw(100, generator).argsort().tolist() for _ in range(2))
     assert first != list(range(100))
     assert first != second
@@ -41,7 +41,7 @@ def test_uniform_times_are_random_within_their_parts(generator):
 
 @pytest.mark.parametrize("law", [LogitNormal(), LogitNormal(-0.4, 1.0), LogitNormal(0.8, 1.6)])
 def test_logit_normal_draws_one_time_between_neighbouring_quantiles(law, generator):
-    """Every part of probability 1 / n holds exactly one of n times."""
+    """Every part of probability 1 / n contains exactly one of n times."""
     t = law.draw(100, generator)
     assert strata(normal_levels(t, law)) == list(range(100))
 
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_jumps(edge):
 @pytest.mark.parametrize("edge", EDGES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_jumps_stay_in_the_triangle(edge, dtype, generator):
-    """0 <= t <= s <= 1 for every edge, the corners t = 0 and t = 1 included, in the dtype of t."""
+    """0 <= t <= s <= 1 for every edge, including the corners t = 0 and t = 1, in the dtype of t."""
     t = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(5000, generator=generator)]).to(dtype)
     times = edge.draw(t, 0, generator)
     assert times.t.dtype == times.s.dtype == dtype
@@ -84,7 +84,7 @@ def test_jumps_stay_in_the_triangle(edge, dtype, generator):
 
 @pytest.mark.parametrize("edge", [DataEdge(), Diagonal(), Triangle()], ids=repr)
 def test_edges_that_share_the_start_keep_the_batch_times(edge, generator):
-    """starts_at_batch_times is true exactly where the returned t is the batch's own."""
+    """starts_at_batch_times is true if and only if the returned t is the batch's t."""
     t = torch.rand(8, generator=generator)
     assert edge.starts_at_batch_times
     assert torch.equal(edge.draw(t, 0, generator).t, t)
@@ -92,7 +92,7 @@ def test_edges_that_share_the_start_keep_the_batch_times(edge, generator):
 
 
 def test_data_edge_lands_on_data_and_diagonal_where_it_starts(generator):
-    """s = 1 and s = t to the bit; only the diagonal has no length."""
+    """s = 1 and s = t exactly; only the diagonal has length 0."""
     t = torch.rand(8, generator=generator)
     assert torch.equal(DataEdge().draw(t, 0, generator).s, torch.ones(8))
     assert torch.equal(Diagonal().draw(t, 0, generator).s, t)
@@ -101,19 +101,19 @@ def test_data_edge_lands_on_data_and_diagonal_where_it_starts(generator):
 
 @pytest.mark.parametrize(("step", "r"), [(0, 0.1), (250, 0.075), (500, 0.05), (999, 0.0001), (1000, 0.0), (5000, 0.0)])
 def test_noise_edge_start_falls_linearly_to_the_noise(step, r, generator):
-    """r = start max(0, 1 - step / decay_steps), and s keeps one end time in every part of [r, 1]."""
+    """r = start max(0, 1 - step / decay_steps), and s has one end time in every part of [r, 1]."""
     times = NoiseEdge(0.1, 1000).draw(torch.rand(100, generator=generator).double(), step, generator)
     torch.testing.assert_close(times.t, torch.full((100,), r, dtype=torch.float64), rtol=0, atol=1e-12)
     assert strata((times.s - r) / (1 - r)) == list(range(100))
 
 
 def test_noise_edge_starts_at_the_noise_by_default(generator):
-    """Without arguments r is 0 to the bit from the first step on."""
+    """Without arguments r is exactly 0 from the first step on."""
     assert torch.equal(NoiseEdge().draw(torch.ones(5), 0, generator).t, torch.zeros(5))
 
 
 def test_triangle_lands_uniformly_over_what_is_left(generator):
-    """(s - t) / (1 - t) has one value in every part of [0, 1], and does not follow t."""
+    """(s - t) / (1 - t) has one value in every part of [0, 1], and is independent of t."""
     t = 0.9 * torch.rand(1000, generator=generator, dtype=torch.float64)
     levels = (Triangle().draw(t, 0, generator).s - t) / (1 - t)
     assert strata(levels) == list(range(1000))
@@ -124,7 +124,7 @@ def test_triangle_lands_uniformly_over_what_is_left(generator):
     ("arguments", "value"), [((-0.1,), "-0.1"), ((1.0,), "1.0"), ((0.1, 0), "0"), ((0.1, -5), "-5")]
 )
 def test_noise_edge_refuses_what_is_out_of_range(arguments, value):
-    """The message holds the value."""
+    """The message contains the value."""
     with pytest.raises(ValueError, match=f"got {value}$"):
         NoiseEdge(*arguments)
 

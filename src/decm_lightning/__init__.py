@@ -1,7 +1,7 @@
 """Dual-End Consistency Models on PyTorch Lightning: few-step generators from diffusion and flow-matching teachers.
 
-Every name is imported on first use: `import decm_lightning` loads neither torch nor Lightning, and the method (`load`,
-the presets, the samplers) never loads Lightning, which takes seconds.
+Names are imported on first use. `import decm_lightning` loads neither torch nor Lightning. The method (`load`, the
+presets, the samplers) never loads Lightning, which takes seconds to import.
 """
 
 from importlib import import_module

@@ -9,12 +9,12 @@ from torch.utils import _pytree
 
 from decm_lightning.types import Captions
 
-# Without shapes: arguments and result have different numbers of rows.
+# Not types.Condition: jaxtyping would require the same number of rows in arguments and result.
 Condition: TypeAlias = Tensor | Captions | None
 
 
 def select(condition: Condition, rows: Tensor | slice) -> Condition:
-    """Return the condition of some rows; None stays None."""
+    """Return the selected rows of a condition; None stays None."""
     return _pytree.tree_map_only(Tensor, lambda part: part[rows], condition)
 
 
@@ -22,7 +22,7 @@ def join(conditions: Sequence[Condition]) -> Condition:
     """Concatenate conditions along the batch; None (unconditional) stays None.
 
     Raises:
-        ValueError: if only some of them are None, or lack a mask or pooled vectors.
+        ValueError: if some conditions are None and others are not, or only some have a mask or pooled vectors.
     """
     return _merge(torch.cat, *conditions)
 
@@ -31,7 +31,7 @@ def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
     """Return the first condition where rows, (b,), is true, and the second elsewhere.
 
     Raises:
-        ValueError: if only one of the two is None, or lacks a mask or pooled vectors.
+        ValueError: if only one condition is None, or only one has a mask or pooled vectors.
     """
 
     def merge(parts: Sequence[Tensor]) -> Tensor:
@@ -42,11 +42,11 @@ def where(rows: Tensor, first: Condition, second: Condition) -> Condition:
 
 def _merge(function: Callable[[Any], Tensor], *conditions: Condition) -> Condition:
     if len({condition is None for condition in conditions}) > 1:
-        raise ValueError("conditions must be given for all rows or for none")
+        raise ValueError("conditions must be passed for all rows or for none: some are None and others are not")
 
     def merge(*parts: Any) -> Tensor | None:
         if len({part is None for part in parts}) > 1:
-            raise ValueError("mask and pooled vectors of captions must be given for all rows or for none")
+            raise ValueError("mask and pooled vectors of captions must be passed for all rows or for none")
         return None if parts[0] is None else function(parts)
 
     return _pytree.tree_map(merge, *conditions)

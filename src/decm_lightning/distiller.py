@@ -230,7 +230,7 @@ class Distiller(FlowTraining):
             return ""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
-                forward_with_jvp(partial(dual, watched=True), self.student, self.jumps)
+                forward_with_jvp(partial(dual, check_finite=True), self.student, self.jumps)
             except NoTangentError as error:
                 return f"; {error}"
         return ""

@@ -17,12 +17,15 @@ class Guidance:
 
         v = v_cond + (scale - 1) min(1, limit / rms(dv)) dv,  dv = v_cond - v_null
 
-    on all channels, for t in the interval; outside of it v = v_cond. The limit is the paper's eta, applied to the root
-    mean square over all elements of a sample instead of the norm, so that it does not grow with the resolution.
+    on all channels for t in the interval; outside the interval v = v_cond. `limit` is the paper's eta. It bounds the
+    root mean square over all elements of a sample instead of the norm, so that it does not depend on the resolution.
+
+    >>> Guidance(scale=2.0, limit=1.0, interval=(0.0, 0.75)).passes
+    1.75
 
     Args:
-        scale: guidance weight, at least 0; 1 is no guidance and needs no null pass.
-        limit: bound on rms(dv), above 0; None for no bound.
+        scale: guidance weight, at least 0; 1 disables guidance and needs no null pass.
+        limit: upper bound on rms(dv), above 0; None disables the bound.
         interval: the first and last guided time, 0 <= first <= last <= 1 (arXiv 2404.07724).
 
     Raises:
@@ -40,11 +43,11 @@ class Guidance:
             raise ValueError(f"guidance limit must be above 0: got {self.limit}")
         first, last = self.interval
         if not 0 <= first <= last <= 1:
-            raise ValueError(f"guidance interval must lie in order within [0, 1]: got {self.interval}")
+            raise ValueError(f"guidance interval must satisfy 0 <= first <= last <= 1: got {self.interval}")
 
     @property
     def passes(self) -> float:
-        """Evaluations of the field for one guided velocity, averaged over uniform times."""
+        """Average number of evaluations of the field for one guided velocity, with t uniform over [0, 1]."""
         first, last = self.interval
         return 1.0 if self.scale == 1 else 1.0 + last - first
 
@@ -56,9 +59,9 @@ ROUNDED_UP = 8
 class GuidedField:
     """The guided velocity, itself a velocity field.
 
-    One call of the field evaluates the conditional rows and, for times in the interval, the null rows. Which rows are
-    guided is computed on the device of the times: with times on the CPU, as in training, a GPU is not waited for. The
-    velocity has the dtype of x_t, whatever the field returns.
+    One call of the field evaluates the conditional rows and, for times in the interval, the null rows. The guided rows
+    are selected on the device of the times, so times on the CPU, as in training, avoid a GPU synchronization. The
+    velocity has the dtype of x_t.
 
     Args:
         field: the velocity to guide.
@@ -72,7 +75,7 @@ class GuidedField:
         self.guidance = guidance
 
     def __call__(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the guided v, (b, *d); t may be on the CPU for any device of x_t."""
+        """Return the guided v, (b, *d); t may be on the CPU when x_t is not."""
         guided = condition is not None and self.guidance.scale != 1
         rows, inside = self._guided_rows(t) if guided else (t[:0], t[:0])
         t = t.to(x_t.device, non_blocking=True)
@@ -87,10 +90,10 @@ class GuidedField:
         return v_cond.index_add(0, rows, torch.where(inside, correction, 0))
 
     def _guided_rows(self, t: Time) -> tuple[Tensor, Tensor]:
-        """Return the rows in the interval, padded with other rows to a multiple of 8, and which of them are in it."""
+        """Return the rows in the interval, padded with other rows to a multiple of 8, and a mask of the rows in it."""
         first, last = self.guidance.interval
         inside = (t >= first) & (t <= last)
-        # With all of [0, 1] the times need not be read, which may be on a GPU.
+        # For the interval [0, 1] the count is known without reading the times, which may be on a GPU.
         count = len(t) if (first, last) == (0, 1) else int(inside.sum())
         padded = min(len(t), -(-count // ROUNDED_UP) * ROUNDED_UP)
         rows = inside.logical_not().to(torch.uint8).argsort(stable=True)[:padded]

@@ -1,12 +1,13 @@
 """The (t, s) triangle, 0 <= t <= s <= 1, and its edges.
 
-A jump starts at time t and ends at time s. Every few-step method of this family trains a student on a part of it:
+A jump starts at time t and ends at time s. Each few-step method of this family trains a student on a region of the
+triangle:
 
     s
     1 +-------------+   DataEdge    s = 1   consistency: few-step ability
       |           /     NoiseEdge   t = r   noise to any noisy point: an accurate first step
       |         /       Diagonal    s = t   flow matching: stability, many-step ability
-      |       /         Triangle    all of it (MeanFlow, AYF, Lagrangian distillation)
+      |       /         Triangle    the whole triangle (MeanFlow, AYF, Lagrangian distillation)
       |     /
       |   /
     0 + /           t
@@ -22,7 +23,7 @@ from decm_lightning.path import DATA, NOISE
 from decm_lightning.types import Time
 
 PAPER_DECAY = 20_000
-"""Steps over which the paper's noise edge reaches the noise."""
+"""Training steps over which the start time of the paper's noise edge falls to 0."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Times:
 
 
 def stratified(count: int, generator: torch.Generator) -> Time:
-    """Return one level in each of the `count` equal parts of [0, 1], in random order: (rank + U[0, 1)) / count.
+    """Return one level from each of `count` equal parts of [0, 1], in random order: (rank + U[0, 1)) / count.
 
-    They are float32 on the generator's device, whatever torch's default dtype: a run in bfloat16 changes it.
+    The levels are float32 on the generator's device. They ignore torch's default dtype, which a bfloat16 run changes.
     """
     ranks = torch.randperm(count, generator=generator, device=generator.device)
     offsets = torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device)
@@ -44,20 +45,20 @@ def stratified(count: int, generator: torch.Generator) -> Time:
 
 
 class TimeLaw(ABC):
-    """The distribution of times over [0, 1], given by its quantile function. Subclass it for a law of your own."""
+    """A distribution of times over [0, 1], defined by its quantile function. Subclass it to add your own."""
 
     @abstractmethod
     def quantiles(self, levels: Time) -> Time:
         """Return the times at uniform levels in [0, 1): t with P(time < t) = level."""
 
     def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Return `count` times on the generator's device: one in each of `count` parts of equal probability."""
+        """Sample `count` times on the generator's device, one from each of `count` parts of equal probability."""
         return self.quantiles(stratified(count, generator))
 
 
 @dataclass(frozen=True)
 class Uniform(TimeLaw):
-    """Stratified uniform: one time in each of the b equal parts of [0, 1], in random order.
+    """Stratified uniform: one time from each of b equal parts of [0, 1], in random order.
 
     The variance of the batch mean falls from 1 / b to 1 / b^3 for a smooth loss. The paper finds it better than
     logit-normal and arctan-normal times.
@@ -70,7 +71,7 @@ class Uniform(TimeLaw):
 
 @dataclass(frozen=True)
 class LogitNormal(TimeLaw):
-    """Stratified logit-normal: sigmoid(mean + std * N(0, 1)), drawn through its quantiles (SD3, arXiv 2403.03206)."""
+    """Stratified logit-normal: sigmoid(mean + std * N(0, 1)), by quantiles (SD3, arXiv 2403.03206)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -81,12 +82,12 @@ class LogitNormal(TimeLaw):
 
 
 class Edge(ABC):
-    """A part of the triangle to train on. Subclass it for an edge of your own.
+    """A region of the triangle to train on. Subclass it to add your own.
 
     Attributes:
-        starts_at_batch_times: whether jumps start at the batch's own (x_t, t), where the teacher's velocity is computed
+        starts_at_batch_times: whether jumps start at the batch's (x_t, t). The teacher's velocity there is computed
             once for all such edges.
-        has_length: false where s = t, so that no derivative is needed.
+        has_length: false if s = t, where no derivative is needed.
     """
 
     starts_at_batch_times: ClassVar[bool] = True
@@ -94,16 +95,16 @@ class Edge(ABC):
 
     @abstractmethod
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
-        """Return the start and end times of len(t) jumps at training step `step`, given the batch's times t."""
+        """Sample the start and end times of len(t) jumps at training step `step`, from the batch's times t."""
 
     def for_run(self, steps: int | None) -> "Edge":
-        """Return the edge for a run of `steps` training steps, None if their number is unknown."""
+        """Return the edge for a run of `steps` training steps; None if the number is unknown."""
         return self
 
 
 @dataclass(frozen=True)
 class DataEdge(Edge):
-    """s = 1: jumps from every point to the data."""
+    """s = 1: jumps from any noisy point to data."""
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (t, 1)."""
@@ -112,7 +113,7 @@ class DataEdge(Edge):
 
 @dataclass(frozen=True)
 class Diagonal(Edge):
-    """s = t: jumps of length 0, whose mean velocity is the instantaneous velocity."""
+    """s = t: jumps of length 0, where the mean velocity equals the instantaneous velocity."""
 
     has_length = False
 
@@ -123,13 +124,13 @@ class Diagonal(Edge):
 
 @dataclass(frozen=True)
 class NoiseEdge(Edge):
-    """t = r, s in [r, 1]: jumps from the noise to any noisy point.
+    """t = r, s in [r, 1]: jumps from noise to any noisy point.
 
-    r = start * max(0, 1 - step / decay_steps) falls to 0, the noise itself (the paper: start 0.1 over 20,000 steps).
+    r = start * max(0, 1 - step / decay_steps) falls to 0, which is pure noise (the paper: from 0.1 over 20,000 steps).
 
     Args:
         start: r at step 0, in [0, 1).
-        decay_steps: training steps until r = 0, at least 1; None for a quarter of the run, at most the paper's 20,000.
+        decay_steps: training steps until r = 0, at least 1; None for a quarter of the run, but at most 20,000.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -160,7 +161,7 @@ class NoiseEdge(Edge):
 
 @dataclass(frozen=True)
 class Triangle(Edge):
-    """The whole triangle: s uniform over [t, 1] for the batch's own t."""
+    """The whole triangle: s is uniform over [t, 1] for the batch's t."""
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Return (t, t + (1 - t) U)."""

@@ -1,6 +1,6 @@
-"""The types that all modules share: tensor shapes, conditions, a batch, and the two kinds of network.
+"""Shared types: tensor shapes, conditions, batches, and the two kinds of network.
 
-Shapes are jaxtyping annotations. The test suite checks them at run time; outside of it they cost nothing.
+Shapes are jaxtyping annotations. The test suite checks them at run time; otherwise they have no cost.
 """
 
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -12,16 +12,16 @@ Sample: TypeAlias = Float[Tensor, "b *d"]
 """Samples of a flow: points (b, d), images or latents (b, c, h, w)."""
 
 Time: TypeAlias = Float[Tensor, " b"]
-"""One time for each row, in [0, 1]: 0 is noise, 1 is data."""
+"""One time per row, in [0, 1]: 0 is noise, 1 is data."""
 
 
 class Captions(NamedTuple):
     """Encoded captions, as a text encoder returns them.
 
     Attributes:
-        tokens: one vector for each token, (b, n, d).
+        tokens: one vector per token, (b, n, d).
         mask: true for tokens and false for padding, (b, n); None if nothing is padded.
-        pooled: one vector for each caption, (b, p); None if the network does not read it.
+        pooled: one vector per caption, (b, p); None if the network does not use it.
     """
 
     tokens: Float[Tensor, "b n d"]
@@ -30,14 +30,14 @@ class Captions(NamedTuple):
 
 
 Labels: TypeAlias = Int[Tensor, " b"] | None
-"""Class labels, one for each row; None for an unconditional flow."""
+"""Class labels, one per row; None for an unconditional flow."""
 
 Condition: TypeAlias = Labels | Captions
-"""The condition of a flow: labels or captions, one for each row, or None."""
+"""The condition of a flow: labels or captions, one per row, or None."""
 
 
 class Batch(NamedTuple):
-    """A batch of a data loader: data x_1 (samples at t = 1) and their condition."""
+    """A batch from a data loader: data x_1 (samples at t = 1) and their conditions."""
 
     x_1: Sample
     condition: Condition

@@ -1,4 +1,4 @@
-"""The dual engine: as exact as torch.func.jvp in one ordinary pass, and never silent about what it cannot carry."""
+"""The dual engine: as exact as torch.func.jvp in one ordinary pass, and an error for unsupported code."""
 
 import copy
 
@@ -14,7 +14,7 @@ from decm_lightning.derivatives.dual.value import Dual, RuleSet
 from decm_lightning.networks import MLP, DiT
 
 
-def randomised(network: nn.Module) -> nn.Module:
+def with_random_weights(network: nn.Module) -> nn.Module:
     """Return the network in float64 with random weights, none of them zero."""
     torch.manual_seed(0)
     for parameter in network.parameters():
@@ -24,12 +24,16 @@ def randomised(network: nn.Module) -> nn.Module:
 
 
 def make_dit(patch_size: int = 2) -> DiT:
-    """Return a small DiT in which every argument matters."""
+    """Return a small DiT whose output depends on every argument."""
     size = 4 * patch_size
-    return randomised(DiT(size, 2, patch_size, width=16, depth=2, heads=2, num_classes=3, end_time=True))
+    return with_random_weights(DiT(size, 2, patch_size, width=16, depth=2, heads=2, num_classes=3, end_time=True))
 
 
-NETWORKS = {"mlp": lambda: randomised(MLP(2, 32, 3, num_classes=3)), "dit1": lambda: make_dit(1), "dit2": make_dit}
+NETWORKS = {
+    "mlp": lambda: with_random_weights(MLP(2, 32, 3, num_classes=3)),
+    "dit1": lambda: make_dit(1),
+    "dit2": make_dit,
+}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -55,8 +59,8 @@ def assert_close(actual, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("block", [5, 256])
-def test_du_is_that_of_functional(network, rows, block, monkeypatch):
-    """In float64 to 1e-12, for all rows or some, with attention in one block or in uneven ones."""
+def test_jvp_equals_that_of_functional(network, rows, block, monkeypatch):
+    """To 1e-12 in float64, for all or some rows, with attention in one block or in uneven blocks."""
     monkeypatch.setattr(attention_rule, "BLOCK", block)
     arguments = draw(network, 5, rows)
     exact = functional(network, *arguments).jvp
@@ -78,8 +82,8 @@ def test_u_and_its_gradients_are_the_plain_forwards(network):
         assert_close(gradient, other)
 
 
-def test_du_has_no_graph(network):
-    """It is a constant of the loss."""
+def test_jvp_has_no_graph(network):
+    """Losses treat it as a constant."""
     result = dual(network, *draw(network, 4, 3))
     assert result.u.requires_grad
     assert not result.jvp.requires_grad
@@ -87,7 +91,7 @@ def test_du_has_no_graph(network):
 
 
 def test_the_network_runs_once_on_the_rows_of_the_tangent_alone(monkeypatch):
-    """No tangent of a DiT is padded: the rows without one cost nothing more."""
+    """No tangent of a DiT is padded, so rows without a tangent have no extra cost."""
     network = make_dit()
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
@@ -95,12 +99,12 @@ def test_the_network_runs_once_on_the_rows_of_the_tangent_alone(monkeypatch):
     monkeypatch.setattr(Dual, "padded", lambda self: padded.append(len(self.primal)) or pad(self.tangent, self.primal))
     dual(network, *draw(network, 5, 3))
     assert calls == [1]
-    # Only the result, of which the rows are taken.
+    # Only the final result is padded, before its rows are selected.
     assert padded == [5]
 
 
 def test_float32_is_exact_up_to_rounding(network):
-    """Single precision costs six digits."""
+    """In float32 the relative error is about 1e-6."""
     x_t, t, s, condition, tangent = draw(network, 32, 32)
     exact = functional(network, x_t, t, s, condition, tangent).jvp
     narrow = Tangent(tangent.x.float(), tangent.t.float(), tangent.s.float())
@@ -110,7 +114,7 @@ def test_float32_is_exact_up_to_rounding(network):
 
 
 def test_tangents_follow_autocast():
-    """In bfloat16 jvp has its rounding, not more, and u the dtype of the plain forward."""
+    """In bfloat16 the error of jvp is that of rounding, and u has the dtype of the plain forward pass."""
     network = make_dit().float()
     x_t, t, s, condition, tangent = draw(network, 16, 12)
     exact = functional(copy.deepcopy(network).double(), x_t, t, s, condition, tangent).jvp
@@ -124,7 +128,7 @@ def test_tangents_follow_autocast():
 
 
 def test_without_a_tangent_it_is_the_plain_forward(network):
-    """And jvp is None."""
+    """jvp is None."""
     x_t, t, s, condition, _ = draw(network, 4, 4)
     result = dual(network, x_t, t, s, condition, None)
     assert result.jvp is None
@@ -132,7 +136,7 @@ def test_without_a_tangent_it_is_the_plain_forward(network):
 
 
 def test_checkpointed_blocks_give_the_same_without_a_second_tangent(monkeypatch):
-    """The recomputation in the backward pass is a plain forward."""
+    """The recomputation in the backward pass is a plain forward pass."""
     network = make_dit()
     arguments = draw(network, 5, 3)
     expected = dual(network, *arguments)
@@ -148,12 +152,12 @@ def test_checkpointed_blocks_give_the_same_without_a_second_tangent(monkeypatch)
 
 
 def checkpointed(forward):
-    """Return a block's forward that keeps its inputs only."""
+    """Return a block's forward with checkpointing."""
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def test_a_network_that_does_not_depend_on_its_inputs_has_no_change():
-    """Its jvp is zero."""
+    """jvp is zero."""
     result = dual(
         lambda x, t, s, condition: torch.ones(4, 2),
         *(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4), None),
@@ -163,7 +167,7 @@ def test_a_network_that_does_not_depend_on_its_inputs_has_no_change():
 
 
 def test_without_gradients_it_is_a_pair_of_numbers(network):
-    """The engine may be called under no_grad."""
+    """The engine can be called under no_grad."""
     arguments = draw(network, 4, 3)
     with torch.no_grad():
         result = dual(network, *arguments)
@@ -171,8 +175,8 @@ def test_without_gradients_it_is_a_pair_of_numbers(network):
     assert_close(result.jvp, functional(network, *arguments).jvp)
 
 
-def test_tangents_are_forgotten_after_the_pass():
-    """Nothing of the tangent outlives the call, even where the network keeps its activations."""
+def test_tangents_are_freed_after_the_pass():
+    """No tangent outlives the call, even if the network stores its activations."""
     kept = []
 
     def network(x, t, s, condition):
@@ -184,15 +188,15 @@ def test_tangents_are_forgotten_after_the_pass():
     assert kept[0].tangent is None
 
 
-def test_a_cut_is_found_on_one_axis_only():
-    """Tangents that differ from their values elsewhere are a broken rule."""
+def test_a_tangent_is_shorter_on_one_axis_only():
+    """A tangent that differs from its value on other axes means that a rule is wrong."""
     assert TangentRows.between(torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)) == TangentRows(-2, 4, 5)
     assert TangentRows.between(torch.zeros(2, 3), torch.zeros(2, 3)) is None
     with pytest.raises(AssertionError):
         TangentRows.between(torch.zeros(2, 5), torch.zeros(1, 4))
 
 
-def test_duals_are_seen_through_by_pytrees():
+def test_pytrees_find_the_tensors_of_duals():
     """FSDP2 and checkpointing look for tensors in pytrees."""
     value = Dual(torch.zeros(3), torch.ones(2), RuleSet())
     doubled = torch.utils._pytree.tree_map(lambda part: part + 1, value)

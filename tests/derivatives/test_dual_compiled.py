@@ -1,4 +1,4 @@
-"""The dual engine through compiled and checkpointed networks: the same numbers, and one graph without breaks."""
+"""The dual engine with compiled and checkpointed networks: the same results, in one graph without breaks."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.compiled
 
 
 def student(dtype=torch.float64) -> DiT:
-    """Return a small flow map in which everything matters."""
+    """Return a small flow map that depends on every argument and weight."""
     torch.manual_seed(0)
     network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, end_time=True)
     for parameter in network.parameters():
@@ -35,7 +35,7 @@ def step(network: nn.Module, rows: int = 6, tangent_rows: int = 4, dtype=torch.f
 
 
 def compiled(network: nn.Module, parts: str, backend: str) -> nn.Module:
-    """Return the network, compiled whole or by its blocks."""
+    """Return the network, compiled as a whole or by blocks."""
     for unit in network.units() if parts == "blocks" else [network]:
         unit.forward = torch.compile(unit.forward, fullgraph=True, backend=backend)
     return network
@@ -43,7 +43,7 @@ def compiled(network: nn.Module, parts: str, backend: str) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Forget what other tests compiled."""
+    """Clear the compiler's cache of other tests."""
     torch.compiler.reset()
     counters.clear()
     yield
@@ -53,7 +53,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["dual-plain", "dual-checkpointed"])
 @pytest.mark.parametrize("parts", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_compiled_pass_equals_an_eager_one_and_is_one_graph(parts, checkpointed):
-    """u, jvp and gradients in float64; blocks that are alike share a graph, and a second step compiles nothing."""
+    """u, jvp and gradients in float64. Equal blocks share a graph, and a second step does not recompile."""
     expected = step(student())
     network = student()
     network.gradient_checkpointing = checkpointed
@@ -67,7 +67,7 @@ def test_a_compiled_pass_equals_an_eager_one_and_is_one_graph(parts, checkpointe
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["dual-plain", "dual-checkpointed"])
 def test_the_default_compiler_is_right_in_float32(checkpointed):
-    """Inductor's kernels agree with float64 within 1e-5."""
+    """Results of Inductor's kernels differ from float64 by less than 1e-5."""
     network = student(torch.float32)
     network.gradient_checkpointing = checkpointed
     network.compile_units()
@@ -76,8 +76,8 @@ def test_the_default_compiler_is_right_in_float32(checkpointed):
 
 
 @pytest.mark.slow
-def test_other_numbers_of_dual_rows_are_compiled_right():
-    """Batches and tangents of other lengths give what the eager pass gives."""
+def test_other_numbers_of_dual_rows_are_compiled_correctly():
+    """For other sizes of batch and tangent the result equals the eager one."""
     network = compiled(student(), "blocks", "aot_eager")
     for rows, covered in ((6, 4), (5, 5), (8, 2), (7, 3)):
         expected = step(student(), rows, covered)

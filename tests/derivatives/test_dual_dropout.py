@@ -1,4 +1,4 @@
-"""Networks that drop in training: value and derivative of one pass of the dual engine see the same masks."""
+"""Networks with dropout: value and derivative in one pass of the dual engine share the masks."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Dropping(nn.Module):
 
 
 class Quadratic(nn.Module):
-    """A map that is quadratic in x whatever it drops, so that its derivative along x is twice its value."""
+    """A map that is quadratic in x for any mask, so that its derivative along x is twice its value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,19 +36,19 @@ class Quadratic(nn.Module):
 
 
 def draw():
-    """Return x, t, s and directions for each of them, in float64."""
+    """Return x, t, s and a tangent for each, in float64."""
     generator = torch.Generator().manual_seed(1)
     x, dx = torch.randn(2, ROWS, 3, generator=generator, dtype=torch.float64)
     t, s, dt, ds = torch.rand(4, ROWS, generator=generator, dtype=torch.float64)
     return (x, t, s), (dx, dt, ds)
 
 
-def first_rows(directions):
-    return Tangent(*(direction[:DUAL_ROWS] for direction in directions))
+def first_rows(tangents):
+    return Tangent(*(direction[:DUAL_ROWS] for direction in tangents))
 
 
-def test_du_is_the_derivative_of_the_very_u_beside_it():
-    """Forward mode and a central difference that draw the same masks give the same u and jvp, to 1e-12 and 1e-8."""
+def test_jvp_is_the_derivative_of_the_u_of_the_same_pass():
+    """Forward mode and a central difference with the same masks give the same u and jvp, to 1e-12 and 1e-8."""
     network, (points, along) = Dropping(), draw()
     torch.manual_seed(2)
     result = dual(network, *points, None, first_rows(along))
@@ -64,8 +64,8 @@ def test_du_is_the_derivative_of_the_very_u_beside_it():
     torch.testing.assert_close(result.jvp, ((at(1e-5) - at(-1e-5)) / 2e-5)[:DUAL_ROWS], rtol=0, atol=1e-8)
 
 
-def test_another_pass_drops_others():
-    """Without the seed of the first pass neither u nor jvp come back: both depend on the masks by far."""
+def test_another_pass_has_other_masks():
+    """Without the seed of the first pass u and jvp differ clearly, since both depend on the masks."""
     network, (points, along) = Dropping(), draw()
     some, others = (dual(network, *points, None, first_rows(along)) for _ in range(2))
     assert (some.u - others.u).norm() > 0.1 * some.u.norm()
@@ -73,7 +73,7 @@ def test_another_pass_drops_others():
 
 
 def test_nothing_is_dropped_in_eval_mode():
-    """There u and jvp are those of the network without dropout."""
+    """u and jvp are those of the network without dropout."""
     network, (points, along) = Dropping().eval(), draw()
     result = dual(network, *points, None, first_rows(along))
     u, jvp = torch.func.jvp(lambda *inputs: network(*inputs, None), points, along)
@@ -89,8 +89,8 @@ def test_nothing_is_dropped_in_eval_mode():
         pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiled]),
     ],
 )
-def test_a_compiled_network_drops_the_same_of_value_and_derivative(backend):
-    """Whatever random numbers a compiler draws: along x, jvp of a quadratic map is 2 u to 1e-12, mask by mask."""
+def test_value_and_derivative_share_masks_in_a_compiled_network(backend):
+    """For any mask of the compiler: along x, the jvp of a quadratic map is 2 u to 1e-12."""
     torch.compiler.reset()
     network, ((x, t, s), _) = Quadratic(), draw()
     if backend:

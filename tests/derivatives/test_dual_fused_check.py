@@ -24,8 +24,8 @@ HEADS, SIDE = 2, 8
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch):
-    """Nothing is refused or said before a test, nor after it."""
+def _no_refusals(monkeypatch):
+    """Start and end each test without refusals or logged reasons."""
     monkeypatch.setattr(fused_attention, "REFUSED", [])
     monkeypatch.setattr(rules, "ANNOUNCED", set())
     monkeypatch.setattr(fused_check, "ANNOUNCED", rules.ANNOUNCED)
@@ -51,20 +51,20 @@ def raises(*_):
 KERNELS = {
     "right": blockwise,
     "raises": raises,
-    "off": lambda *given: 1.03 * blockwise(*given),
-    "nan": lambda *given: blockwise(*given) * torch.nan,
-    "zero": lambda *given: torch.zeros_like(given[0]),
+    "off": lambda *operands: 1.03 * blockwise(*operands),
+    "nan": lambda *operands: blockwise(*operands) * torch.nan,
+    "zero": lambda *operands: torch.zeros_like(operands[0]),
 }
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
-    """A GPU on which the kernel does this: its name, and how often it was called."""
+    """Simulate a GPU on which the kernel behaves in this way; return the name and the list of calls."""
     calls = []
 
-    def run(*given):
-        calls.append(given)
-        return KERNELS[request.param](*given)
+    def run(*operands):
+        calls.append(operands)
+        return KERNELS[request.param](*operands)
 
     supports = fused_attention.supports
 
@@ -79,36 +79,36 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_that_fails_is_refused_with_one_line(dtype, kernel, caplog):
-    """It raises, is off, or is not finite: why, with shapes and precision; then the blockwise path is taken."""
+    """It raises, is wrong, or is not finite. The log has reason, shapes and precision; the blockwise path is used."""
     name, calls = kernel
     network = student()
     with caplog.at_level(logging.INFO), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         reason = check_fused(network, network.example())
-        said = [record.getMessage() for record in caplog.records]
+        logged = [record.getMessage() for record in caplog.records]
         assert len(calls) == 1
         assert tuple(calls[0][0].shape) == (2, HEADS, SIDE * SIDE, 16)
         assert calls[0][0].dtype == dtype
         x, t, s, labels = network.example()
-        found = dual(network, x, t, s, labels, Tangent(x + 1, t, s)).jvp
+        jvp = dual(network, x, t, s, labels, Tangent(x + 1, t, s)).jvp
     if name == "right":
         assert reason is None
-        assert said == []
+        assert logged == []
         assert len(calls) == 1 + 2
         return
-    assert len(said) == 1
-    assert "blocks of 256 queries" in said[0]
-    assert str(dtype).removeprefix("torch.") in said[0]
-    assert "[2, 2, 64, 16]" in said[0]
-    assert {"raises": "PassManager::run failed", "off": "0.03", "nan": "nan", "zero": "off by 1"}[name] in said[0]
-    assert "page of code" not in said[0]
-    # Not called again, and not announced again.
+    assert len(logged) == 1
+    assert "blocks of 256 queries" in logged[0]
+    assert str(dtype).removeprefix("torch.") in logged[0]
+    assert "[2, 2, 64, 16]" in logged[0]
+    assert {"raises": "PassManager::run failed", "off": "0.03", "nan": "nan", "zero": "error of 1 "}[name] in logged[0]
+    assert "page of code" not in logged[0]
+    # The kernel is not called again, and the reason is not logged again.
     assert len(calls) == 1
     assert len(caplog.records) == 1
-    assert found.isfinite().all()
+    assert jvp.isfinite().all()
 
 
-def test_kernel_is_checked_when_a_fit_starts_and_the_run_goes_on(kernel, tmp_path, caplog):
-    """A run with a kernel that fails is the run without it."""
+def test_kernel_is_checked_when_a_fit_starts_and_the_run_continues(kernel, tmp_path, caplog):
+    """A run with a failing kernel equals the run without a kernel."""
     name, calls = kernel
 
     def fit():
@@ -119,9 +119,9 @@ def test_kernel_is_checked_when_a_fit_starts_and_the_run_goes_on(kernel, tmp_pat
         return torch.cat([p.detach().flatten() for p in distiller.student.parameters()])
 
     weights = fit()
-    said = [message for record in caplog.records if "attention's tangent" in (message := record.getMessage())]
-    assert len(said) == 1
-    assert ("the fused kernel" in said[0]) == (name != "right")
+    logged = [message for record in caplog.records if "attention's tangent" in (message := record.getMessage())]
+    assert len(logged) == 1
+    assert ("the fused kernel" in logged[0]) == (name != "right")
     assert len(calls) == (3 if name == "right" else 1)
     if name != "right":
         fused_attention.REFUSED[:] = ["no kernel here"]
@@ -129,7 +129,7 @@ def test_kernel_is_checked_when_a_fit_starts_and_the_run_goes_on(kernel, tmp_pat
 
 
 def test_check_disturbs_nothing(kernel):
-    """Random numbers, modes and running statistics are as before."""
+    """Random state, modes and running statistics are unchanged."""
 
     class Restless(DiT):
         def forward(self, x_t, t, s, condition):
@@ -146,8 +146,8 @@ def test_check_disturbs_nothing(kernel):
     assert network.norm.num_batches_tracked == 0
 
 
-def test_nothing_is_done_where_the_kernel_cannot_run(monkeypatch):
-    """On a CPU the network is not even called."""
+def test_nothing_happens_where_the_kernel_is_not_supported(monkeypatch):
+    """On a CPU the network is not called."""
     monkeypatch.setattr(fused_check, "fused_calls", lambda *_: pytest.fail("the network was run"))
     monkeypatch.setattr(fused_check, "supports", lambda *_: "no GPU")
     network = student()
@@ -155,8 +155,8 @@ def test_nothing_is_done_where_the_kernel_cannot_run(monkeypatch):
     assert fused_attention.REFUSED == []
 
 
-def test_network_that_cannot_be_run_is_not_trusted_with_the_kernel(kernel):
-    """Whatever goes wrong in the check leaves the blockwise path."""
+def test_an_error_of_the_network_disables_the_kernel(kernel):
+    """Any error in the check selects the blockwise path."""
     network = student()
     x, t, s, _ = network.example()
     assert "could not be checked: ValueError" in check_fused(network, (x, t, s, None))
@@ -168,7 +168,7 @@ def test_network_that_cannot_be_run_is_not_trusted_with_the_kernel(kernel):
 @pytest.mark.parametrize("tangents", [(True, True, True), (True, False, False), (False, True, True)])
 @pytest.mark.parametrize("keys", [20, 33])
 def test_kernel_itself_passes(dtype, tangents, keys):
-    """With room: its error is at most a third of what is tolerated."""
+    """Its error is at most a third of the tolerance."""
     call = FusedCall((2, 2, 33, 24), (2, 2, keys, 24), (2, 2, keys, 24), tangents, dtype, 0.2)
     assert fused_check.difference(call, DEVICE) is None
     q, dq, k, dk, v, dv = fused_check.random_operands(call, DEVICE)
@@ -179,7 +179,7 @@ def test_kernel_itself_passes(dtype, tangents, keys):
 
 @needs_the_kernel
 @pytest.mark.parametrize("autocast", [False, True])
-def test_real_kernel_is_kept_for_a_real_network(autocast):
+def test_real_kernel_is_used_for_a_real_network(autocast):
     network = student()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast and not INTERPRETED):
         assert check_fused(network, network.example()) is None

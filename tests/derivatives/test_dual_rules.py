@@ -1,4 +1,4 @@
-"""The rules of the dual engine, each against forward mode; what has none is refused by name."""
+"""The rules of the dual engine, each against forward mode; operations without a tangent are refused by name."""
 
 import pytest
 import torch
@@ -16,16 +16,14 @@ def assert_close(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
-def of_points(function, points, along=None, rows=None):
+def of_points(function, points, dx=None, rows=None):
     """Return u and jvp of a function of one tensor (b, ...), by the dual engine and by torch.func.jvp."""
     rows = len(points) if rows is None else rows
-    along = torch.randn_like(points) if along is None else along
+    dx = torch.randn_like(points) if dx is None else dx
     times = torch.zeros(len(points), dtype=points.dtype)
     still = torch.zeros(rows, dtype=points.dtype)
-    result = dual(
-        lambda x, t, s, condition: function(x), points, times, times, None, Tangent(along[:rows], still, still)
-    )
-    beyond = torch.cat([along[:rows], torch.zeros_like(along[rows:])])
+    result = dual(lambda x, t, s, condition: function(x), points, times, times, None, Tangent(dx[:rows], still, still))
+    beyond = torch.cat([dx[:rows], torch.zeros_like(dx[rows:])])
     with sdpa_kernel(SDPBackend.MATH):
         u, jvp = torch.func.jvp(function, (points,), (beyond,))
     return result, JVPResult(u, jvp[:rows])
@@ -35,7 +33,7 @@ def of_points(function, points, along=None, rows=None):
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "per sample"])
 @pytest.mark.parametrize("rows", [2, 4])
 def test_attention(mask, block, rows, monkeypatch):
-    """With every kind of mask, and 7 queries in blocks of 3, it is forward mode through the math kernel."""
+    """For every kind of mask, with 7 queries in blocks of 3, it equals forward mode on the math kernel."""
     monkeypatch.setattr(attention_rule, "BLOCK", block)
     torch.manual_seed(0)
     x = torch.randn(4, 3, 2, 7, 8, dtype=torch.float64)
@@ -58,24 +56,24 @@ def test_attention(mask, block, rows, monkeypatch):
 
 @pytest.mark.parametrize("mask", [torch.randn(7, 7), torch.rand(7, 7) > 0.4])
 def test_attention_under_autocast(mask):
-    """q, k and v are narrowed, and a mask of float32 with them."""
+    """q, k and v are cast to bfloat16, and a float32 mask with them."""
     torch.manual_seed(0)
-    x, along = torch.randn(2, 4, 3, 2, 7, 8)
+    x, dx = torch.randn(2, 4, 3, 2, 7, 8)
 
     def function(x):
         return nnf.scaled_dot_product_attention(*x.unbind(1), mask)
 
     times = torch.zeros(4)
     with torch.autocast("cpu", torch.bfloat16):
-        result = dual(lambda x, t, s, condition: function(x), x, times, times, None, Tangent(along, times, times))
+        result = dual(lambda x, t, s, condition: function(x), x, times, times, None, Tangent(dx, times, times))
     mask = mask if mask.dtype == torch.bool else mask.double()
     with sdpa_kernel(SDPBackend.MATH):
-        exact = torch.func.jvp(function, (x.double(),), (along.double(),))[1]
+        exact = torch.func.jvp(function, (x.double(),), (dx.double(),))[1]
     assert (result.jvp - exact).norm() < 0.03 * exact.norm()
 
 
 def test_grouped_attention_with_a_constant_key():
-    """Fewer heads of keys than of queries, and a key that does not depend on x."""
+    """Fewer key heads than query heads, and a key that does not depend on x."""
     torch.manual_seed(0)
     x, key = torch.randn(3, 4, 5, 8, dtype=torch.float64), torch.randn(3, 2, 6, 8, dtype=torch.float64)
 
@@ -142,7 +140,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name, rows):
-    """Each rule is forward mode's, for any number of rows, also where the operation mixes the rows."""
+    """Each rule equals forward mode for any number of rows, also if the operation mixes rows."""
     torch.manual_seed(0)
     result, exact = of_points(OPERATIONS[name], torch.randn(4, 6, 6, dtype=torch.float64), rows=rows)
     assert torch.equal(result.u, exact.u) or name in {"norms", "convolution"}
@@ -151,17 +149,17 @@ def test_operations(name, rows):
 
 
 def test_group_norm_in_any_layout():
-    """Forward mode demands contiguous memory; the rule does not."""
+    """Forward mode requires contiguous memory; the rule does not."""
     torch.manual_seed(0)
-    x, along = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    x, dx = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     still = torch.zeros(4, dtype=torch.float64)
-    result = dual(lambda x, t, s, c: nnf.group_norm(x.mT, 3), x, still, still, None, Tangent(along, still, still))
-    exact = torch.func.jvp(lambda x: nnf.group_norm(x.mT.contiguous(), 3), (x,), (along,))[1]
+    result = dual(lambda x, t, s, c: nnf.group_norm(x.mT, 3), x, still, still, None, Tangent(dx, still, still))
+    exact = torch.func.jvp(lambda x: nnf.group_norm(x.mT.contiguous(), 3), (x,), (dx,))[1]
     assert_close(result.jvp, exact)
 
 
 def test_modules_of_torch():
-    """Layers as other people's networks use them."""
+    """Layers as public networks use them."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(2, 8, 3, padding=1),
@@ -182,13 +180,13 @@ def test_modules_of_torch():
     assert_close(result.jvp, exact.jvp)
 
 
-def test_dropout_drops_the_same_of_value_and_tangent():
-    """Dropout is linear in x: a map by the mask that the plain forward draws."""
+def test_value_and_tangent_share_the_dropout_mask():
+    """Dropout is linear in x, with the mask of the plain forward pass."""
     x = torch.randn(4, 50, dtype=torch.float64)
     torch.manual_seed(0)
     plain = nnf.dropout(x, 0.3)
     torch.manual_seed(0)
-    result, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, along=2 * x, rows=3)
+    result, _ = of_points(lambda x: nnf.dropout(x, 0.3), x, dx=2 * x, rows=3)
     torch.testing.assert_close(result.u, plain, rtol=0, atol=1e-15)
     assert (plain == 0).any()
     torch.testing.assert_close(result.jvp, 2 * plain[:3], rtol=0, atol=1e-14)
@@ -196,7 +194,7 @@ def test_dropout_drops_the_same_of_value_and_tangent():
 
 @pytest.mark.parametrize(("p", "training"), [(0.3, True), (0.3, False), (0.0, True)])
 def test_dropout_in_a_checkpointed_block_is_dual_too(p, training):
-    """Also where it does nothing: the backward pass runs it again as a plain one, and finds the same tensors kept."""
+    """Also if it drops nothing: the recomputation without duals must save the same tensors."""
     x, weight = torch.randn(4, 50, dtype=torch.float64), torch.randn(50, dtype=torch.float64, requires_grad=True)
 
     def block(x):
@@ -234,15 +232,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_tangent_is_refused_by_name(name):
+def test_operations_without_a_tangent_are_refused_by_name(name):
     """A silent zero would be a wrong derivative."""
     x, times = torch.randn(4, 6, 6), torch.zeros(4)
     with pytest.raises(NotImplementedError, match=name):
         dual(lambda x, t, s, c: REFUSED[name](x), x, times, times, None, Tangent(torch.randn(4, 6, 6), times, times))
 
 
-def test_an_operation_of_ones_own_without_a_forward_derivative_is_refused_by_name():
-    """As an attention kernel from elsewhere would be."""
+def test_a_custom_operation_without_a_forward_derivative_is_refused_by_name():
+    """Such as a custom attention kernel."""
 
     @torch.library.custom_op("decm_test::doubled", mutates_args=())
     def doubled(x: torch.Tensor) -> torch.Tensor:
@@ -252,8 +250,8 @@ def test_an_operation_of_ones_own_without_a_forward_derivative_is_refused_by_nam
         of_points(doubled, torch.randn(3, 2))
 
 
-def test_a_rule_is_not_taken_for_an_operation_of_the_same_name():
-    """Of other people's, which may well be another function: here three times GELU."""
+def test_a_rule_is_not_used_for_a_custom_operation_of_the_same_name():
+    """The custom operation may be a different function, here three times GELU."""
 
     @torch.library.custom_op("decm_test::gelu", mutates_args=())
     def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -264,7 +262,7 @@ def test_a_rule_is_not_taken_for_an_operation_of_the_same_name():
 
 
 class Doubled(torch.autograd.Function):
-    """A function with a backward of its own."""
+    """A function with its own backward pass."""
 
     @staticmethod
     def forward(ctx, x):
@@ -280,6 +278,6 @@ class Doubled(torch.autograd.Function):
     "function", [torch.no_grad()(torch.exp), Doubled.apply, lambda x: checkpoint(torch.exp, x, use_reentrant=True)]
 )
 def test_code_in_which_u_would_lose_its_graph_is_refused(function):
-    """Autograd does not look into duals."""
+    """Autograd does not see the tensors in duals."""
     with pytest.raises(NotImplementedError, match="u would lose its graph"):
         of_points(function, torch.randn(3, 2))

@@ -1,4 +1,4 @@
-"""The engines: they agree with each other and the truth, and jvp is a number without a graph."""
+"""The engines agree with each other and with exact derivatives, and jvp has no graph."""
 
 import copy
 from dataclasses import replace
@@ -24,13 +24,13 @@ def randomised(network: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def mlp():
-    """A flow map of points with three classes, in which s matters."""
+    """A flow map of points with three classes that depends on s."""
     return randomised(MLP(dimensions=2, width=32, depth=3, num_classes=3))
 
 
 @pytest.fixture
 def dit():
-    """A flow map of images with three classes, in which s matters."""
+    """A flow map of images with three classes that depends on s."""
     return randomised(DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, end_time=True))
 
 
@@ -41,15 +41,15 @@ def network(request):
 
 
 def draw(network: nn.Module, rows: int, seed: int = 0, tangent_rows: int | None = None) -> Jump:
-    """Return random jumps for the network, with a tangent over the first rows (None: over all, 0: none)."""
+    """Return random jumps, with a tangent over the first rows (None: all rows, 0: no rows)."""
     generator = torch.Generator().manual_seed(seed)
     size = getattr(network, "sample_shape", (2,))
-    x_t, along = torch.randn(2, rows, *size, generator=generator, dtype=torch.float64)
+    x_t, tangent_x = torch.randn(2, rows, *size, generator=generator, dtype=torch.float64)
     t, s = torch.rand(2, rows, generator=generator, dtype=torch.float64).sort(0).values
-    along_t, along_s = torch.randn(2, rows, generator=generator, dtype=torch.float64)
+    tangent_t, tangent_s = torch.randn(2, rows, generator=generator, dtype=torch.float64)
     condition = torch.randint(0, 4, (rows,), generator=generator)
     covered = rows if tangent_rows is None else tangent_rows
-    tangent = Tangent(along[:covered], along_t[:covered], along_s[:covered]) if covered else None
+    tangent = Tangent(tangent_x[:covered], tangent_t[:covered], tangent_s[:covered]) if covered else None
     return Jump(x_t, t, s, condition, tangent)
 
 
@@ -92,7 +92,7 @@ def test_functional_is_the_full_jacobian_times_the_tangent(network):
 
 
 def test_central_agrees_with_functional_in_float64(network):
-    """At a small step the difference is the derivative."""
+    """With a small step the difference equals the derivative."""
     jump = draw(network, 6)
     exact, difference = apply(functional, network, jump), apply(central, network, jump, h=1e-5)
     assert torch.equal(exact.u, difference.u)
@@ -119,7 +119,7 @@ def test_central_is_within_its_documented_error_in_float32(network):
 
 
 def test_functional_in_float32_is_exact_up_to_rounding(network):
-    """Single precision costs six digits, not four."""
+    """In float32 the relative error is about 1e-6, not 1e-4."""
     jump = draw(network, 32)
     exact = apply(functional, network, jump).jvp
     jvp = apply(functional, copy.deepcopy(network).float(), to_float32(jump)).jvp
@@ -128,7 +128,7 @@ def test_functional_in_float32_is_exact_up_to_rounding(network):
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_u_has_a_graph_and_du_has_none(engine, network):
-    """A loss differentiates u; jvp is a constant of it."""
+    """A loss differentiates u and treats jvp as a constant."""
     result = apply(engine, network, draw(network, 3))
     assert result.u.requires_grad
     assert not result.jvp.requires_grad
@@ -152,7 +152,7 @@ def test_u_and_its_gradients_are_the_plain_forwards(engine, network):
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_the_tangent_may_cover_only_the_first_rows(engine, network):
-    """u is given for all rows, jvp for the tangent's, as if these stood alone."""
+    """u has all rows and jvp the rows of the tangent, as if these were the whole batch."""
     jump = draw(network, 5, tangent_rows=2)
     result = apply(engine, network, jump)
     alone = Jump(jump.x_t[:2], jump.t[:2], jump.s[:2], jump.condition[:2], jump.tangent)
@@ -171,7 +171,7 @@ def test_without_a_tangent_there_is_no_derivative(engine, network):
 
 
 def test_central_refuses_bfloat16():
-    """Its rounding would be half of the difference; the message names the dtype."""
+    """Rounding would be half of the difference. The message names the dtype."""
     network = MLP(width=8).bfloat16()
     x, t = torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"float32 or wider.*torch\.bfloat16"):
@@ -179,24 +179,24 @@ def test_central_refuses_bfloat16():
 
 
 def test_central_refuses_autocast():
-    """The network's output is float32 there, rounded on its way: jvp would be off by 65 %."""
+    """The output is float32 but was rounded inside the network: the error of jvp would be 65 %."""
     network = DiT(4, 1, patch_size=2, width=16, depth=1, heads=2, num_classes=3)
     x, t, _, labels = network.example()
-    along = Tangent(x, t, t)
+    tangent = Tangent(x, t, t)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"float32 or wider.*torch\.bfloat16"):
-        central(network, x, t, t, labels, along)
-    assert central(network, x, t, t, labels, along).jvp is not None
+        central(network, x, t, t, labels, tangent)
+    assert central(network, x, t, t, labels, tangent).jvp is not None
 
 
 def test_engines_are_found_by_name():
-    """The names of the config are those of the functions."""
+    """The names in a config are those of the functions."""
     assert {"functional": functional, "dual": dual, "central": central} == ENGINES
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 3, 2), (3, 2, 1, 0), (1, 3, 0, 2)])
 def test_jumps_evaluated_together_are_those_evaluated_alone(engine, order, network):
-    """In any order, with and without tangents, and of different lengths, each jump gets its own u and jvp."""
+    """Each jump gets its own u and jvp, in any order, with or without tangents, and for different numbers of rows."""
     jumps = [
         draw(network, 3, seed=1),
         draw(network, 2, seed=2, tangent_rows=0),
@@ -216,20 +216,20 @@ def test_jumps_evaluated_together_are_those_evaluated_alone(engine, order, netwo
 @pytest.mark.parametrize("covered", [3, 5])
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 def test_tangent_without_x_is_one_of_zeros(engine, covered, network):
-    """None is cheaper, not another derivative: in all rows or the first ones."""
+    """None in place of zeros is cheaper and gives the same derivative, in all rows or in the first rows."""
     jump = draw(network, 5, tangent_rows=covered)
     still = replace(jump, tangent=replace(jump.tangent, x=torch.zeros_like(jump.tangent.x)))
     none = replace(jump, tangent=replace(jump.tangent, x=None))
-    expected, found = apply(engine, network, still), apply(engine, network, none)
-    assert torch.equal(found.u, expected.u)
+    expected, result = apply(engine, network, still), apply(engine, network, none)
+    assert torch.equal(result.u, expected.u)
     assert expected.jvp.abs().max() > 0.1
-    torch.testing.assert_close(found.jvp, expected.jvp, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.jvp, expected.jvp, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINE_LIST)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_jumps_with_and_without_a_tangent_in_x_are_evaluated_together(engine, order, network):
-    """A loss whose start has no weight, one whose start has, and one without a derivative."""
+    """Losses with a start weight of 0, with a positive start weight, and without a derivative."""
     first, second, third = draw(network, 3, seed=1), draw(network, 2, seed=2), draw(network, 2, seed=3, tangent_rows=0)
     jumps = [replace(first, tangent=replace(first.tangent, x=None)), second, third]
     for i, result in zip(order, forward_with_jvp(engine, network, [jumps[i] for i in order]), strict=True):
@@ -242,7 +242,7 @@ def test_jumps_with_and_without_a_tangent_in_x_are_evaluated_together(engine, or
 
 
 def test_jumps_are_evaluated_in_one_call_with_a_graph(network):
-    """The whole step is one call of the network for u: what DDP and FSDP expect."""
+    """A step calls the network for u only once, as DDP and FSDP expect."""
     calls = []
     network.register_forward_hook(lambda _, inputs, u: calls.append((len(inputs[0]), u.requires_grad)))
     forward_with_jvp(functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2)])
@@ -250,7 +250,7 @@ def test_jumps_are_evaluated_in_one_call_with_a_graph(network):
 
 
 def test_jumps_without_any_tangent_have_no_derivative(network):
-    """Flow matching alone costs no second pass."""
+    """Flow matching alone needs no second pass."""
     results = forward_with_jvp(
         functional, network, [draw(network, 3, tangent_rows=0), draw(network, 2, tangent_rows=0)]
     )

@@ -1,7 +1,7 @@
-"""The dual engine on other people's networks: diffusers' own classes, tiny, with random weights, their code untouched.
+"""The dual engine on public networks: tiny diffusers models with random weights and unchanged code.
 
-diffusers embeds times in float32 whatever the dtype of the weights, and QwenImage also normalizes and turns queries and
-keys in it. As `functional` rounds at the same places, the two still agree to the last digits of float64.
+diffusers always embeds times in float32, and QwenImage also normalizes and rotates queries and keys in float32.
+`functional` rounds at the same places, so both engines still agree to the last digits of float64.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from decm_lightning.derivatives import JVPResult, Tangent, dual, functional
 
 @dataclass
 class Foreign:
-    """A model, the shape of its samples, and its call as x_t, t, s and condition, in which each of them matters."""
+    """A model, the shape of its samples, and its call with x_t, t, s and condition, which all affect the output."""
 
     model: nn.Module
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ class Foreign:
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Return random numbers in float64."""
+    """Return random values in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# What text encoders would give for each of five prompts of three tokens, of which some are padding.
+# Encoded captions for five prompts of three tokens, some of them padding.
 CAPTIONS, POOLED = normal(1, 5, 3, 6), normal(2, 5, 7)
 IS_TOKEN = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -48,7 +48,7 @@ PATCHES = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 
 
 
 def shifted(x_t: Tensor, s: Tensor) -> Tensor:
-    """Return a sample in which s matters, for models that know one time only."""
+    """Return a sample that depends on s, for models with a single time."""
     return x_t + s.view(-1, *[1] * (x_t.ndim - 1))
 
 
@@ -110,7 +110,7 @@ def make_qwen() -> Foreign:
     def network(x_t, t, s, condition):
         text = {"encoder_hidden_states": CAPTIONS[condition], "encoder_hidden_states_mask": IS_TOKEN[condition]}
         if "txt_seq_lens" in signature(model.forward).parameters:
-            # Required by diffusers 0.36, later without effect, then gone.
+            # Required by diffusers 0.36, ignored and then removed by later versions.
             text["txt_seq_lens"] = [IS_TOKEN.shape[1]] * len(x_t)
         return model(shifted(x_t, s), timestep=1 - t, img_shapes=[[(1, 2, 2)]] * len(x_t), **text).sample
 
@@ -119,7 +119,7 @@ def make_qwen() -> Foreign:
 
 @pytest.fixture(params=[make_dit, make_sd3, make_flux, make_sana, make_pixart, make_qwen])
 def foreign(request) -> Foreign:
-    """One of them in float64, with no weight zero."""
+    """One of the models in float64, without zero weights."""
     made = request.param()
     torch.manual_seed(0)
     for parameter in made.model.parameters():
@@ -129,7 +129,7 @@ def foreign(request) -> Foreign:
 
 
 def draw(foreign: Foreign, rows: int = 3, along: str = "x t s") -> tuple:
-    """Return the arguments of an engine after the network, with a tangent along some of them."""
+    """Return the engine's arguments after the network, with a tangent along some of them."""
     times = torch.tensor([[0.2, 0.5, 0.9], [0.4, 0.6, 1.0]], dtype=torch.float64)
     parts = {"x": normal(4, rows, *foreign.shape), "t": normal(5, rows), "s": normal(6, rows)}
     tangent = Tangent(**{name: part if name in along else 0 * part for name, part in parts.items()})
@@ -137,7 +137,7 @@ def draw(foreign: Foreign, rows: int = 3, along: str = "x t s") -> tuple:
 
 
 def gradients(foreign: Foreign, u: Tensor) -> list[Tensor]:
-    """Return those of a loss on u for all parameters, zero where one has no part in it."""
+    """Return the gradients of a loss on u for all parameters, 0 for unused parameters."""
     parameters = list(foreign.model.parameters())
     return list(torch.autograd.grad(u.square().sum(), parameters, allow_unused=True, materialize_grads=True))
 
@@ -150,7 +150,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("along", ["x t s", "x", "t", "s"])
 @pytest.mark.parametrize("rows", [3, 2])
 def test_dual_is_that_of_functional(foreign, rows, along):
-    """Along each argument alone, too: none of them is lost, by a cast or otherwise."""
+    """Also along each argument alone, so that no tangent is lost, for example by a cast."""
     arguments = draw(foreign, rows, along)
     exact = functional(foreign.network, *arguments)
     result = dual(foreign.network, *arguments)
@@ -160,7 +160,7 @@ def test_dual_is_that_of_functional(foreign, rows, along):
 
 
 def test_dual_leaves_the_gradients_as_they_are(foreign):
-    """A loss on u has those of the plain forward."""
+    """A loss on u has the gradients of the plain forward pass."""
     x_t, t, s, condition, tangent = draw(foreign, rows=2)
     u = dual(foreign.network, x_t, t, s, condition, tangent).u
     pairs = zip(gradients(foreign, u), gradients(foreign, foreign.network(x_t, t, s, condition)), strict=True)
@@ -169,11 +169,11 @@ def test_dual_leaves_the_gradients_as_they_are(foreign):
 
 
 def test_dual_passes_through_gradient_checkpointing(foreign):
-    """Blocks run again in the backward pass, and u, jvp and the gradients are what they were."""
+    """With blocks recomputed in the backward pass u, jvp and the gradients are unchanged."""
     foreign.model.train()
 
     def evaluate() -> tuple[JVPResult, list[Tensor]]:
-        # DiT drops labels by itself in training.
+        # In training mode DiT drops labels.
         torch.manual_seed(0)
         result = dual(foreign.network, *draw(foreign, rows=2))
         return result, gradients(foreign, result.u)
@@ -182,11 +182,11 @@ def test_dual_passes_through_gradient_checkpointing(foreign):
     foreign.model.enable_gradient_checkpointing()
     runs = []
     foreign.model.transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    result, found = evaluate()
+    result, gradients = evaluate()
     assert len(runs) == 2
     assert_close(result.u, expected.u, 1e-12)
     assert_close(result.jvp, expected.jvp, 1e-12)
-    for gradient, other in zip(found, expected_gradients, strict=True):
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient, other, 1e-12)
 
 
@@ -195,7 +195,7 @@ STAGES = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1
 
 @pytest.mark.parametrize("make", [UNet2DModel, UNet2DConditionModel])
 def test_dual_is_refused_by_unets(make):
-    """They take only a torch.Tensor for a tensor of times, and make a number of anything else: that is no tangent."""
+    """They accept only a torch.Tensor as times and convert anything else to a number, which has no tangent."""
     downs = "AttnDownBlock2D" if make is UNet2DModel else "CrossAttnDownBlock2D"
     ups = downs.replace("Down", "Up")
     model = make(**STAGES, in_channels=4, out_channels=4, down_block_types=(downs,) * 2, up_block_types=(ups,) * 2)

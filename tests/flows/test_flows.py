@@ -1,4 +1,4 @@
-"""The exact truths are exact: they agree with each other, with quadrature and with finite differences."""
+"""The exact flows agree with each other, with quadrature and with finite differences."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_gaussian_velocity_is_the_conditional_expectation(generator):
     t = torch.linspace(0.05, 0.9, 20, dtype=torch.float64)
     x_1 = torch.linspace(-6, 8, 20_001, dtype=torch.float64)
     log_joint = -((x_1 - 0.7) ** 2) / 0.5 - (x_t - t[:, None] * x_1) ** 2 / (2 * (1 - t[:, None]) ** 2)
-    # With x_t known, x_1 - x_0 = (x_1 - x_t) / (1 - t).
+    # Given x_t, x_1 - x_0 = (x_1 - x_t) / (1 - t).
     expected = (log_joint.softmax(1) * (x_1 - x_t)).sum(1, keepdim=True) / (1 - t[:, None])
     close(flow.velocity(x_t, t), expected, 1e-10)
 
@@ -81,8 +81,8 @@ def test_gaussian_derivative_along_the_trajectory(edge, flow, draw_jump):
     """Along (v, 1, 0): jvp = (u - v) / (s - t)."""
     row = draw_jump(edge)
     v = flow.velocity(row.x_t, row.t)
-    along = Tangent(v, torch.ones_like(row.t), torch.zeros_like(row.t))
-    result = functional(flow, row.x_t, row.t, row.s, None, along)
+    direction = Tangent(v, torch.ones_like(row.t), torch.zeros_like(row.t))
+    result = functional(flow, row.x_t, row.t, row.s, None, direction)
     close(expand(row.s - row.t, v) * result.jvp, result.u - v)
 
 
@@ -90,8 +90,8 @@ def test_gaussian_derivative_along_the_trajectory(edge, flow, draw_jump):
 def test_gaussian_derivative_in_the_landing_time(edge, flow, draw_jump):
     """du/ds = (v(f, s) - u) / (s - t)."""
     row = draw_jump(edge)
-    along = Tangent(torch.zeros_like(row.x_t), torch.zeros_like(row.t), torch.ones_like(row.t))
-    result = functional(flow, row.x_t, row.t, row.s, None, along)
+    direction = Tangent(torch.zeros_like(row.x_t), torch.zeros_like(row.t), torch.ones_like(row.t))
+    result = functional(flow, row.x_t, row.t, row.s, None, direction)
     v_end = flow.velocity(flow.flow_map(row.x_t, row.t, row.s), row.s)
     close(expand(row.s - row.t, v_end) * result.jvp, v_end - result.u)
 
@@ -101,14 +101,14 @@ def test_gaussian_derivatives_on_the_diagonal_have_their_limit(flow, draw_jump):
     row = draw_jump(Triangle())
     zeros, ones = torch.zeros_like(row.t), torch.ones_like(row.t)
     limit = expand(flow.std**2 / (2 * flow.scale(row.t) ** 4), row.x_t) * (row.x_t - row.t[:, None] * flow.mean)
-    along = Tangent(flow.velocity(row.x_t, row.t), ones, zeros)
-    close(functional(flow, row.x_t, row.t, row.t, None, along).jvp, limit, 1e-11)
-    along = Tangent(torch.zeros_like(row.x_t), zeros, ones)
-    close(functional(flow, row.x_t, row.t, row.t, None, along).jvp, limit, 1e-11)
+    direction = Tangent(flow.velocity(row.x_t, row.t), ones, zeros)
+    close(functional(flow, row.x_t, row.t, row.t, None, direction).jvp, limit, 1e-11)
+    direction = Tangent(torch.zeros_like(row.x_t), zeros, ones)
+    close(functional(flow, row.x_t, row.t, row.t, None, direction).jvp, limit, 1e-11)
 
 
 def test_gaussian_marginal_at_t_has_the_stated_scale(flow, generator):
-    """Noise carried to t is N(t mean, a(t)^2): the map keeps the standard score."""
+    """Noise mapped to time t is N(t mean, a(t)^2): the map preserves the standard score."""
     x_0 = torch.randn(16, 3, generator=generator, dtype=torch.float64)
     t = torch.full((16,), 0.6, dtype=torch.float64)
     score = (flow.flow_map(x_0, torch.zeros_like(t), t) - 0.6 * flow.mean) / (0.4**2 + 0.6**2 * flow.std**2) ** 0.5
@@ -116,7 +116,7 @@ def test_gaussian_marginal_at_t_has_the_stated_scale(flow, generator):
 
 
 def test_gaussian_samples_have_its_mean_and_std(flow, generator):
-    """The moments of 100,000 draws, within five standard errors."""
+    """The moments of 100,000 samples, within five standard errors."""
     x_1 = flow.sample(100_000, 3, generator, torch.float64)
     close(x_1.mean(0), flow.mean, 5 * flow.std / 100_000**0.5)
     close(x_1.std(0), torch.full_like(flow.mean, flow.std), 5 * flow.std / 200_000**0.5)
@@ -151,7 +151,7 @@ def test_mixture_velocity_is_the_mean_of_its_components_under_the_posterior(mixt
 
 
 def test_mixture_condition_chooses_a_component_row_by_row(mixture, generator):
-    """Class k is the Gaussian of component k; class K and no condition are the whole mixture."""
+    """Class k is the Gaussian of component k; class K or None is the whole mixture."""
     x_t = torch.randn(4, 2, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
     v = mixture(x_t, t, torch.tensor([0, 1, 2, 3]))
@@ -164,7 +164,7 @@ def test_mixture_condition_chooses_a_component_row_by_row(mixture, generator):
 
 
 def test_mixture_of_one_component_has_the_gaussian_flow_map(flow, generator, times):
-    """The solver reaches the closed form, each row over its own interval."""
+    """The solver matches the closed form, with a separate interval for each row."""
     single = GaussianMixture(flow.mean[None], flow.std)
     x_t = torch.randn(16, 3, generator=generator, dtype=torch.float64)
     close(single.flow_map(x_t, times[0], times[2]), flow.flow_map(x_t, times[0], times[2]), 1e-7)
@@ -187,14 +187,14 @@ def test_mixture_velocity_is_the_time_derivative_of_its_flow_map(mixture, genera
 
 
 def test_mixture_flow_map_follows_the_condition(mixture, generator, times):
-    """Under class k the map is that of component k."""
+    """For class k the map is that of component k."""
     x_t = torch.randn(16, 2, generator=generator, dtype=torch.float64)
-    landing = mixture.flow_map(x_t, times[0], times[2], torch.ones(16, dtype=torch.int64))
-    close(landing, Gaussian(mixture.means[1], mixture.std).flow_map(x_t, times[0], times[2]), 1e-7)
+    end = mixture.flow_map(x_t, times[0], times[2], torch.ones(16, dtype=torch.int64))
+    close(end, Gaussian(mixture.means[1], mixture.std).flow_map(x_t, times[0], times[2]), 1e-7)
 
 
 def test_mixture_flow_map_carries_noise_to_the_mixture(generator):
-    """Of 2,000 noise points each component of a ring receives its share, and lands within five of its std."""
+    """Each component of a ring receives its fraction of 2,000 noise points, within five standard deviations."""
     ring = GaussianMixture.ring(components=4, radius=2.0, std=0.2, dtype=torch.float64)
     x_0 = torch.randn(2000, 2, generator=generator, dtype=torch.float64)
     zeros, ones = torch.zeros(2000, dtype=torch.float64), torch.ones(2000, dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_mixture_flow_map_carries_noise_to_the_mixture(generator):
 
 
 def test_mixture_samples_have_their_labels_weights_and_moments(mixture, generator):
-    """Rows of label k are component k, and occur with its weight."""
+    """Rows with label k are from component k and occur with its weight."""
     x_1, labels = mixture.sample(50_000, generator)
     close(torch.bincount(labels).double() / 50_000, mixture.weights, 0.01)
     for k in range(3):
@@ -215,7 +215,7 @@ def test_mixture_samples_have_their_labels_weights_and_moments(mixture, generato
 
 
 def test_ring_puts_equal_components_on_a_circle():
-    """All means have the radius, and neighbours the same distance."""
+    """All means are on the circle, with equal distances between neighbors."""
     ring = GaussianMixture.ring(components=6, radius=2.0, std=0.1, dtype=torch.float64)
     close(ring.means.norm(dim=1), torch.full((6,), 2.0, dtype=torch.float64))
     gaps = (ring.means - ring.means.roll(1, 0)).norm(dim=1)

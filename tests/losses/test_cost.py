@@ -1,4 +1,4 @@
-"""What a step costs: the passes that are announced are the passes that are made."""
+"""The cost of a step: predicted passes equal the passes that are run."""
 
 import pytest
 
@@ -12,32 +12,33 @@ SHARES = (0.5, 0.25, 0.25)
 @pytest.mark.parametrize(
     ("objective", "teacher", "student", "derivative"),
     [
-        # Consistency and flow matching share the velocity; N2N asks at both of its ends, every third step.
+        # Consistency and flow matching share the velocity; N2N reads it at both of its ends, at every third step.
         (paper(), 1 + 2 / 3, 2 + 1 / 3, 1 + 1 / 3),
         (paper(n2n_every=1, batch_fractions=SHARES), 0.75 + 0.5, 1, 0.75),
-        # N2N by its end identity asks for one velocity more.
+        # N2N by its end identity reads one more velocity.
         (end_identity(), 1 + 1, 3, 2),
         (end_identity(batch_fractions=SHARES), 0.75 + 0.25, 1, 0.75),
-        # Rows that no loss takes cost nothing.
+        # Rows that no loss uses have no cost.
         (end_identity(batch_fractions=(0.25, 0.125, 0.125)), 0.375 + 0.125, 0.5, 0.375),
         (facm(), 1, 2, 1),
         (lagrangian(), 1 + 1, 2, 1),
-        # Rivals with divided batches, for comparisons at equal cost.
+        # Other methods with divided batches, for comparisons at equal cost.
         (facm((0.75, 0.25)), 1, 1, 0.75),
         (mean_flow((0.25, 0.75)), 1, 1, 0.25),
         (lagrangian((0.75, 0.25)), 0.25 + 0.75, 1, 0.75),
     ],
 )
 def test_passes_by_hand(objective, teacher, student, derivative):
-    """Each preset's passes, counted on paper, and two for each of the student's in the backward pass."""
-    found = cost(objective)
-    assert (found.teacher, found.student, found.derivative) == pytest.approx((teacher, student, derivative), abs=2e-3)
-    assert found.backward == 2 * found.student
-    assert found.total == pytest.approx(teacher + 3 * student + derivative, abs=1e-2)
+    """Each preset's passes, counted by hand, and two backward passes per forward pass of the student."""
+    result = cost(objective)
+    passes = (result.teacher, result.student, result.derivative)
+    assert passes == pytest.approx((teacher, student, derivative), abs=2e-3)
+    assert result.backward == 2 * result.student
+    assert result.total == pytest.approx(teacher + 3 * student + derivative, abs=1e-2)
 
 
 def test_guidance_doubles_the_teacher_in_its_interval():
-    """Null rows are asked for only where guidance is on."""
+    """Null rows are evaluated only where guidance is active."""
     once = cost(facm()).teacher
     assert cost(facm(), Guidance(2.0).passes).teacher == 2 * once
     assert cost(facm(), Guidance(2.0, interval=(0.2, 0.7)).passes).teacher == pytest.approx(1.5 * once)
@@ -45,7 +46,7 @@ def test_guidance_doubles_the_teacher_in_its_interval():
 
 
 def test_facm_costs_what_is_published():
-    """Eight forward passes and one tangent for each sample."""
+    """Eight forward passes and one tangent per sample."""
     assert cost(facm(), 2.0).total == pytest.approx(9.0)
 
 

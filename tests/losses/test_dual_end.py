@@ -1,4 +1,4 @@
-"""Every loss of every preset: zero on the truth, and with the gradient that its formula says."""
+"""Every loss of every preset is zero for the exact flow and has the gradient of its formula."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ CASES = [(preset, name) for preset, objective in PRESETS.items() for name in obj
 
 @pytest.fixture
 def student():
-    """A tiny flow map that is far from the truth, in float64."""
+    """A tiny flow map with a large error, in float64."""
     torch.manual_seed(0)
     network = MLP(dimensions=3, width=5, depth=2).double()
     torch.nn.init.normal_(network.end_time.weight)
@@ -35,17 +35,17 @@ def student():
 
 
 def prepare(flow, student, loss: DualEndLoss, row: Jump):
-    """Return jumps with their tangent, the student's JVPResult, and the teacher's velocities that have a weight."""
+    """Return jumps with their tangent, the student's JVPResult, and the teacher's velocities with a weight above 0."""
     v_start = flow.velocity(row.x_t, row.t) if loss.start_weight else None
-    along = tangent(v_start, row.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
-    row = replace(row, tangent=along)
+    row_tangent = tangent(v_start, row.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
+    row = replace(row, tangent=row_tangent)
     (result,) = forward_with_jvp(functional, student, [row])
-    landing = jump(row.x_t, result.u.detach(), row.t, row.s)
-    return row, result, v_start, flow.velocity(landing, row.s) if loss.end_weight else None
+    end = jump(row.x_t, result.u.detach(), row.t, row.s)
+    return row, result, v_start, flow.velocity(end, row.s) if loss.end_weight else None
 
 
 def jacobian(u, parameters):
-    """Return du/dtheta, (elements of u, parameters), one backward pass an element."""
+    """Return du/dtheta, (elements of u, parameters), by one backward pass per element."""
     rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in u.flatten()]
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
@@ -72,7 +72,7 @@ def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normalization, f
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(("preset", "name"), CASES)
 def test_every_loss_has_the_gradient_of_its_formula(preset, name, normalization, flow, student, draw_jump):
-    """The gradient is du/dtheta^T (2 w N(g) / elements, and the direction's part), by an explicit Jacobian."""
+    """The gradient is du/dtheta^T (2 w N(g) / elements + the cosine loss's part), by an explicit Jacobian."""
     objective = replace(PRESETS[preset], normalization=normalization)
     loss = objective.losses[name]
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge, rows=6))
@@ -102,7 +102,7 @@ def test_value_and_residual_are_those_of_the_formula(normalization, flow, studen
 
 
 def test_warm_up_enters_the_residual(flow, student, draw_jump):
-    """A quarter of the way into the warm-up a quarter of the derivative counts."""
+    """After a quarter of the warm-up the derivative has the factor 1/4."""
     loss = DualEndLoss(DataEdge())
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
     term = Objective({"loss": loss}, warmup_steps=400).term(loss, row, result, v_start, v_end, step=100)
@@ -111,7 +111,7 @@ def test_warm_up_enters_the_residual(flow, student, draw_jump):
 
 
 def test_paper_asks_for_noise_to_noisy_at_every_third_step():
-    """The other two losses are due at every step."""
+    """The other two losses are active at every step."""
     due = [set(presets.paper().active_losses(step)) for step in range(5)]
     both, three = {"consistency", "flow_matching"}, {"consistency", "flow_matching", "noise_to_noisy"}
     assert due == [three, both, both, three, both]
@@ -119,7 +119,7 @@ def test_paper_asks_for_noise_to_noisy_at_every_third_step():
 
 
 def test_presets_are_the_rows_of_the_table():
-    """Each loss's edge and end weights (start, end) are those of its method."""
+    """Each loss has the edge and the weights (start, end) of its method."""
     table = {
         (preset, name): (loss.edge, loss.start_weight, loss.end_weight)
         for preset, objective in PRESETS.items()
@@ -146,7 +146,7 @@ def test_presets_are_the_rows_of_the_table():
     ("steps", "decay_steps"), [(1, 1), (60, 15), (1000, 250), (80_000, 20_000), (312_500, 20_000), (None, None)]
 )
 def test_paper_s_noise_edge_reaches_the_noise_within_a_quarter_of_the_run(steps, decay_steps):
-    """At most the paper's 20,000 steps, which are also those of a run of unknown length; given ones stay."""
+    """At most the paper's 20,000 steps, which is also the default for runs of unknown length; set values stay."""
     edge = presets.paper().for_run(steps).losses["noise_to_noisy"].edge
     assert edge == NoiseEdge(0.1, decay_steps)
     t = torch.rand(4)
@@ -157,7 +157,7 @@ def test_paper_s_noise_edge_reaches_the_noise_within_a_quarter_of_the_run(steps,
 
 
 def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_jump):
-    """N(g) or N(g, t) and w(t) may be any functions: value = mean(w(t) N^2)."""
+    """N(g) or N(g, t) and w(t) can be any functions: value = mean(w(t) N^2)."""
     loss = DualEndLoss(Triangle(), time_weight=lambda t: 2 + t)
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
     g = residual(result.u.detach(), result.jvp, v_start, v_end, row.t, row.s, 1.0, 0.0)
@@ -169,7 +169,7 @@ def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_ju
 
 
 def test_presets_have_the_published_weightings():
-    """The paper and FACM clamp and add the direction to flow matching; MeanFlow has adaptive L2 and its time law."""
+    """The paper and FACM clamp and add the cosine loss to flow matching; MeanFlow has adaptive L2 and its time law."""
     paper, facm, mean_flow = PRESETS["paper"], PRESETS["facm"], PRESETS["mean_flow"]
     assert (paper.normalization, facm.normalization, mean_flow.normalization) == ("clamp", "clamp", "adaptive_l2")
     assert paper.losses["flow_matching"].cosine_weight == facm.losses["flow_matching"].cosine_weight == 1
@@ -191,14 +191,14 @@ def test_presets_have_the_published_weightings():
     ],
 )
 def test_loss_refuses_what_is_out_of_range(arguments, value):
-    """The message holds the value."""
+    """The message contains the value."""
     with pytest.raises(ValueError, match=f"got {value}$"):
         DualEndLoss(DataEdge(), **arguments)
 
 
 def test_objective_refuses_what_is_out_of_range():
-    """An objective has a loss, a normalization that there is, and a warm-up of no negative length."""
-    with pytest.raises(ValueError, match="at least one loss"):
+    """An objective needs a loss, a known normalization, and a warm-up of at least 0 steps."""
+    with pytest.raises(ValueError, match="loss"):
         Objective({})
     with pytest.raises(ValueError, match=r"got -1$"):
         Objective({"loss": DualEndLoss(DataEdge())}, warmup_steps=-1)
@@ -209,7 +209,7 @@ def test_objective_refuses_what_is_out_of_range():
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("name", ["paper", "facm"])
 def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalization, flow, student, draw_jump):
-    """Whatever N(g), the term is mean(w N(g)^2) + mean(1 - cos(u, v)), gradient included: v is the target itself."""
+    """For any N(g) the term and its gradient are those of mean(w N(g)^2) + mean(1 - cos(u, v)), with target v."""
     objective = replace(PRESETS[name], normalization=normalization)
     loss = objective.losses["flow_matching"]
     row, result, v, _ = prepare(flow, student, loss, draw_jump(loss.edge))
@@ -218,10 +218,10 @@ def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalizatio
     cosine = (1 - torch.nn.functional.cosine_similarity(result.u, v, dim=1)).mean()
     torch.testing.assert_close(with_cosine - without, cosine, rtol=0, atol=1e-12)
     parameters = list(student.parameters())
-    found = torch.autograd.grad(with_cosine - without, parameters, retain_graph=True)
+    gradient = torch.autograd.grad(with_cosine - without, parameters, retain_graph=True)
     expected = torch.autograd.grad(cosine, parameters)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    # To the normalized target the cosine would be another one.
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    # The cosine to the normalized target would differ.
     target = result.u.detach() - NORMALIZATIONS[normalization](result.u.detach() - v)
     other = (1 - torch.nn.functional.cosine_similarity(result.u, target, dim=1)).mean()
     assert (abs(other - cosine) > 1e-3) == (normalization != "plain")
@@ -229,7 +229,7 @@ def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalizatio
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_residual_of_half_precision_velocities_is_float32(dtype):
-    """u - v is not rounded to the dtype of u and v, and the loss has the value of float32."""
+    """u - v is not rounded to the dtype of u and v: the loss equals the one in float32."""
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, 32, 3, generator=generator).to(dtype)
     t = torch.rand(32, generator=generator)

@@ -1,4 +1,4 @@
-"""The dual-end residual is zero on the exact flow map, and every known mistake in it is not."""
+"""The dual-end residual is zero for the exact flow map, and not zero with any known mistake."""
 
 import random
 
@@ -25,22 +25,22 @@ RANDOM = unequal_weights(5)
 NAMED = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5)]
 
 
-def derivative(flow, row: Jump, along: Tangent):
+def derivative(flow, row: Jump, direction: Tangent):
     """Return jvp of the exact flow along a tangent."""
-    return functional(flow, row.x_t, row.t, row.s, None, along).jvp
+    return functional(flow, row.x_t, row.t, row.s, None, direction).jvp
 
 
 def ends(flow, row: Jump):
     """Return v_start, the end point and v_end of exact jumps."""
-    landing = flow.flow_map(row.x_t, row.t, row.s)
-    return flow.velocity(row.x_t, row.t), landing, flow.velocity(landing, row.s)
+    end = flow.flow_map(row.x_t, row.t, row.s)
+    return flow.velocity(row.x_t, row.t), end, flow.velocity(end, row.s)
 
 
 def correct(flow, row: Jump, gamma: float, lam: float):
     """Return g of the exact flow."""
     v_start, _, v_end = ends(flow, row)
-    along = tangent(v_start, row.t, gamma, lam)
-    u, jvp = flow(row.x_t, row.t, row.s), derivative(flow, row, along)
+    direction = tangent(v_start, row.t, gamma, lam)
+    u, jvp = flow(row.x_t, row.t, row.s), derivative(flow, row, direction)
     return residual(u, jvp, v_start, v_end, row.t, row.s, gamma, lam)
 
 
@@ -55,7 +55,7 @@ def printed_tangent(flow, row: Jump, gamma: float, lam: float):
 
 
 def reversed_tangent(flow, row: Jump, gamma: float, lam: float):
-    """Return g with the tangent's sign turned."""
+    """Return g with the sign of the tangent flipped."""
     v_start, _, v_end = ends(flow, row)
     u, jvp = (
         flow(row.x_t, row.t, row.s),
@@ -65,7 +65,7 @@ def reversed_tangent(flow, row: Jump, gamma: float, lam: float):
 
 
 def swapped_weights(flow, row: Jump, gamma: float, lam: float):
-    """Return g with the two end weights exchanged, beside the right tangent."""
+    """Return g with the two weights exchanged but the correct tangent."""
     v_start, _, v_end = ends(flow, row)
     u, jvp = (
         flow(row.x_t, row.t, row.s),
@@ -85,7 +85,7 @@ def end_velocity_at_the_start_time(flow, row: Jump, gamma: float, lam: float):
 
 
 def with_v_end(flow, row: Jump, gamma: float, lam: float, v_end):
-    """Return g with a given velocity at the landing."""
+    """Return g with another velocity at the end point."""
     v_start = flow.velocity(row.x_t, row.t)
     u, jvp = (
         flow(row.x_t, row.t, row.s),
@@ -94,13 +94,13 @@ def with_v_end(flow, row: Jump, gamma: float, lam: float, v_end):
     return residual(u, jvp, v_start, v_end, row.t, row.s, gamma, lam)
 
 
-def scaled(v, row: Jump, start: float, landing: float):
-    """Return the components (start v, start, landing) of a tangent."""
-    return start * v, torch.full_like(row.t, start), torch.full_like(row.t, landing)
+def scaled(v, row: Jump, start: float, end: float):
+    """Return the components (start v, start, end) of a tangent."""
+    return start * v, torch.full_like(row.t, start), torch.full_like(row.t, end)
 
 
-LANDING_MISTAKES = [end_velocity_at_the_start_point, end_velocity_at_the_start_time]
-MISTAKES = [printed_tangent, reversed_tangent, swapped_weights, *LANDING_MISTAKES]
+END_MISTAKES = [end_velocity_at_the_start_point, end_velocity_at_the_start_time]
+MISTAKES = [printed_tangent, reversed_tangent, swapped_weights, *END_MISTAKES]
 
 
 def rms(g) -> float:
@@ -111,7 +111,7 @@ def rms(g) -> float:
 @pytest.mark.parametrize("edge", EDGES, ids=repr)
 @pytest.mark.parametrize(("gamma", "lam"), NAMED + RANDOM)
 def test_residual_of_the_exact_flow_map_is_zero(gamma, lam, edge, flow, draw_jump):
-    """g = 0 for any end weights on any edge."""
+    """g = 0 for any weights on any edge."""
     assert correct(flow, draw_jump(edge), gamma, lam).abs().max() < 1e-12
 
 
@@ -119,7 +119,7 @@ def test_residual_of_the_exact_flow_map_is_zero(gamma, lam, edge, flow, draw_jum
 @pytest.mark.parametrize("edge", EDGES, ids=repr)
 @pytest.mark.parametrize(("gamma", "lam"), RANDOM)
 def test_each_mistake_leaves_a_residual_at_unequal_weights(gamma, lam, edge, mistake, flow, draw_jump):
-    """With gamma != lam, both above 0, no wrong tangent, weight or end point passes for the right one."""
+    """With gamma != lam, both above 0, each wrong tangent, weight or end point is detected."""
     row = draw_jump(edge)
     assert correct(flow, row, gamma, lam).abs().max() < 1e-12
     assert rms(mistake(flow, row, gamma, lam)) > 1e-2
@@ -137,7 +137,7 @@ def test_each_mistake_leaves_a_residual_at_unequal_weights(gamma, lam, edge, mis
     ],
 )
 def test_each_mistake_leaves_a_residual_in_the_named_losses(name, edge, gamma, lam, mistakes, flow, draw_jump):
-    """Where the landing has no weight only the tangent and the weights can be wrong; elsewhere all five can."""
+    """With an end weight of 0 only the tangent and the weights can be wrong; otherwise all five can."""
     row = draw_jump(edge)
     assert correct(flow, row, gamma, lam).abs().max() < 1e-12
     for mistake in mistakes:
@@ -145,42 +145,42 @@ def test_each_mistake_leaves_a_residual_in_the_named_losses(name, edge, gamma, l
 
 
 def test_the_printed_tangent_passes_at_equal_weights(flow, draw_jump):
-    """Why the weights above are unequal: at gamma = lam the published tangent is the right one."""
+    """This is why the weights above are unequal: for gamma = lam the published tangent is correct."""
     row = draw_jump(Triangle())
     assert rms(printed_tangent(flow, row, 0.7, 0.7)) < 1e-12
 
 
-def test_tangent_is_left_over_x_and_t_and_minus_right_over_s(flow, draw_jump):
+def test_tangent_is_gamma_over_x_and_t_and_minus_lambda_over_s(flow, draw_jump):
     """The components are (gamma v, gamma, -lam)."""
     row = draw_jump(Triangle(), rows=4)
     v = flow.velocity(row.x_t, row.t)
-    along = tangent(v, row.t, 0.3, 1.7)
-    assert torch.equal(along.x, 0.3 * v)
-    assert torch.equal(along.t, torch.full_like(row.t, 0.3))
-    assert torch.equal(along.s, torch.full_like(row.t, -1.7))
+    direction = tangent(v, row.t, 0.3, 1.7)
+    assert torch.equal(direction.x, 0.3 * v)
+    assert torch.equal(direction.t, torch.full_like(row.t, 0.3))
+    assert torch.equal(direction.s, torch.full_like(row.t, -1.7))
 
 
 def test_tangent_of_the_landing_end_needs_no_teacher_at_the_start(flow, draw_jump):
     """At gamma = 0 the tangent is (None, 0, -lam) with and without v_start, and g is still 0."""
     row = draw_jump(NoiseEdge())
     v_start, _, v_end = ends(flow, row)
-    along = tangent(None, row.t, 0.0, 1.0)
-    assert along.x is None
+    direction = tangent(None, row.t, 0.0, 1.0)
+    assert direction.x is None
     assert tangent(v_start, row.t, 0.0, 1.0).x is None
-    assert torch.equal(along.t, torch.zeros_like(row.t))
-    assert torch.equal(along.s, -torch.ones_like(row.s))
-    g = residual(flow(row.x_t, row.t, row.s), derivative(flow, row, along), None, v_end, row.t, row.s, 0.0, 1.0)
+    assert torch.equal(direction.t, torch.zeros_like(row.t))
+    assert torch.equal(direction.s, -torch.ones_like(row.s))
+    g = residual(flow(row.x_t, row.t, row.s), derivative(flow, row, direction), None, v_end, row.t, row.s, 0.0, 1.0)
     assert g.abs().max() < 1e-12
 
 
 def test_tangent_of_the_start_needs_the_teacher():
-    """A velocity that nobody computed is not taken for 0."""
+    """A missing velocity is not replaced by 0."""
     with pytest.raises(ValueError, match=r"start_weight = 0\.5"):
         tangent(None, torch.zeros(2), 0.5, 1.0)
 
 
 def test_residual_on_the_diagonal_is_flow_matching(flow, draw_jump):
-    """At s = t with (1, 0), g = u - v, whether or not a derivative is given."""
+    """At s = t with (1, 0), g = u - v, with or without a derivative."""
     row = draw_jump(Diagonal())
     v = flow.velocity(row.x_t, row.t)
     u, jvp = torch.sin(row.x_t), torch.cos(row.x_t)
@@ -189,7 +189,7 @@ def test_residual_on_the_diagonal_is_flow_matching(flow, draw_jump):
 
 
 def test_residual_of_a_constant_error_is_that_error_on_the_data_edge(flow, draw_jump):
-    """For u + eps, g = eps: consistency sees the error of u in full."""
+    """For u + eps, g = eps: the residual of consistency equals the error of u."""
     row, eps = draw_jump(DataEdge()), torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
     v_start = flow.velocity(row.x_t, row.t)
     jvp = derivative(flow, row, tangent(v_start, row.t, 1.0, 0.0))
@@ -213,7 +213,7 @@ def test_residual_of_a_constant_error_knows_where_it_lands(gamma, lam, edge, flo
 
 
 def test_warmup_scales_the_derivative_term_alone(flow, draw_jump):
-    """From warmup 0 to 1, g moves by -(s - t) jvp; at 0 the derivative is absent."""
+    """From warmup 0 to 1, g moves by -(s - t) jvp; at 0 the derivative has no effect."""
     row = draw_jump(Triangle())
     v_start, _, v_end = ends(flow, row)
     jvp = derivative(flow, row, tangent(v_start, row.t, 0.6, 1.3))

@@ -1,4 +1,4 @@
-"""The normalizations by hand-made numbers, the time weights, and the two pulls by their gradients."""
+"""Normalizations and time weights on small examples, and the two losses by their gradients."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_plain_is_the_residual_itself():
 
 
 def test_clamp_cuts_each_element():
-    """N(g) lies in [-1, 1], and what is inside stays."""
+    """N(g) lies in [-1, 1], and values inside are unchanged."""
     assert clamp(torch.tensor([[3.0, -40.0, 0.25]])).tolist() == [[1.0, -1.0, 0.25]]
 
 
@@ -56,7 +56,7 @@ def test_normalisers_take_the_mean_over_all_elements_of_a_sample(normalization, 
 
 @pytest.mark.parametrize("normalization", [tangent_norm, adaptive_l2])
 def test_normalised_residuals_are_bounded_and_keep_their_direction(normalization, generator):
-    """However large g, its rms becomes at most 1, near 1, and N(g) stays parallel to g."""
+    """For any large g the rms of N(g) is close to 1 and at most 1, and N(g) is parallel to g."""
     g = 1e4 * torch.randn(16, 8, generator=generator, dtype=torch.float64)
     normalized = normalization(g)
     rms = normalized.square().mean(1).sqrt()
@@ -67,7 +67,7 @@ def test_normalised_residuals_are_bounded_and_keep_their_direction(normalization
 
 
 def test_names_are_those_of_the_config():
-    """Each name finds its function."""
+    """Each name selects its function."""
     names = {"plain": plain, "clamp": clamp, "tangent_norm": tangent_norm, "adaptive_l2": adaptive_l2}
     assert names == NORMALIZATIONS
 
@@ -84,12 +84,12 @@ def test_time_weights_are_one_or_a_quarter_of_a_cosine():
     ("step", "steps", "factor"), [(0, 100, 0), (25, 100, 0.25), (100, 100, 1), (500, 100, 1), (0, 0, 1), (7, 0, 1)]
 )
 def test_warm_up_rises_linearly_from_0_to_1(step, steps, factor):
-    """It stays at 1 after its steps, and from the start where there are none."""
+    """It stays at 1 after its steps, and is always 1 for 0 steps."""
     assert warm_up(step, steps) == factor
 
 
 def test_pull_is_the_weighted_mean_square_with_gradient_2_g(generator):
-    """Value mean(w g^2); gradient 2 w g / number of elements: the target moves with nothing."""
+    """The value is mean(w g^2) and the gradient 2 w g / number of elements: the target is constant."""
     u, g = torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
     u.requires_grad_(True)
     weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_direction_is_0_along_1_across_and_2_against(g, value):
 
 
 def test_direction_compares_channels_at_each_place(generator):
-    """In an image the similarity is over axis 1, place by place, then averaged."""
+    """For images the similarity is over axis 1 at each pixel, then averaged."""
     u, g = torch.randn(2, 2, 5, 3, 3, generator=generator, dtype=torch.float64)
     target = u - g
     by_place = (u * target).sum(1) / (u.norm(dim=1) * target.norm(dim=1))
@@ -116,7 +116,7 @@ def test_direction_compares_channels_at_each_place(generator):
 
 
 def test_direction_moves_u_alone(generator):
-    """Its gradient is that of the cosine to a fixed target, and it is across u: the length is not pulled."""
+    """Its gradient is that of the cosine to a fixed target. It is orthogonal to u, so the length does not change."""
     u, g = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     target = u - g
     u.requires_grad_(True)
@@ -129,7 +129,7 @@ def test_direction_moves_u_alone(generator):
 
 
 def test_direction_of_one_channel_has_no_gradient():
-    """A similarity of numbers is a sign."""
+    """The similarity of scalars is a sign."""
     u = torch.tensor([[2.0], [-1.0]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(cosine_loss(u, torch.tensor([[0.5], [-3.0]], dtype=torch.float64)), u)
     assert gradient.abs().max() < 1e-12

@@ -1,4 +1,4 @@
-"""The processes that these tests share."""
+"""Processes that are shared by the tests."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def single() -> Iterator[Pair]:
-    """One process with a group of its own, started at the first call."""
+    """One process in its own group, started at the first call."""
     single = Pair(1)
     yield single
     single.stop()

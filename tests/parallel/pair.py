@@ -1,4 +1,4 @@
-"""Processes of one gloo group, which run a function on their own share and give back what it returns."""
+"""Processes of one gloo group that run a function and return its results."""
 
 import os
 import socket
@@ -16,9 +16,9 @@ PATIENCE = 300
 
 
 class Pair:
-    """Runs functions in two processes that live on from call to call: they take seconds to start.
+    """Runs functions in two processes that are reused by all calls, because they take seconds to start.
 
-    With size 1 it is a single process, in a group of its own as if it were one of several.
+    With size 1 it is a single process in its own group, like one of several.
     """
 
     def __init__(self, size: int = SIZE) -> None:
@@ -27,7 +27,7 @@ class Pair:
         self.pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what `function(*args)`, which all can import, gives in each process.
+        """Return the results of `function(*args)`, an importable function, of all processes.
 
         Raises:
             RuntimeError: with the traceback or exit code of each process that failed; the next call starts new ones.
@@ -52,7 +52,7 @@ class Pair:
             return f"process {rank} died with exit code {self.processes[rank].exitcode}", None
 
     def start(self) -> None:
-        """Start the processes, which meet on a free port."""
+        """Start the processes, which connect on a free port."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -75,8 +75,8 @@ class Pair:
 
 
 def serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    """Join the group, and answer calls until one fails: another process then sees that this one is gone."""
-    # As torchrun sets them, so that Lightning starts no processes of its own.
+    """Join the group and run calls until one fails; the other process then detects that this one has ended."""
+    # As set by torchrun, so that Lightning does not start more processes.
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)

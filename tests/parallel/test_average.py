@@ -1,4 +1,4 @@
-"""The average in float32 while two processes train in bfloat16, whole or sharded, and as it is loaded again."""
+"""The average in float32 while two processes train in bfloat16, full or sharded, and as loaded from a checkpoint."""
 
 import lightning as L
 import pytest
@@ -17,7 +17,7 @@ STEPS = 40
 
 
 def fit(strategy: str, folder: str) -> dict[str, Tensor]:
-    """Return the average after a drift from zero weights, gathered if it is sharded; a checkpoint is in the folder."""
+    """Return the average after weights drift from 0, gathered if sharded; save a checkpoint to the folder."""
     network = tiny()
     for p in network.parameters():
         torch.nn.init.zeros_(p)

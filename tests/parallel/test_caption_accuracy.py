@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Shares and protocol of held-out images with noise, of which each process sees its own."""
+    """Accuracies and protocol for held-out images with noise; each process sees its own part."""
     rank = 0 if world == 1 else torch.distributed.get_rank()
     data = Data()
     quality = FeatureMetrics(CaptionProbe(Pixels()))
@@ -33,4 +33,4 @@ def measured(batch_size: int, world: int) -> tuple[dict[str, float], dict[str, s
 def test_two_processes_measure_what_one_does(pair, batch_size):
     expected = measured(100, world=1)
     assert 0 < expected[0]["caption_top1"] < expected[0]["caption_top5"] < 1
-    assert all(found == expected for found in pair.run(measured, batch_size, SIZE))
+    assert all(result == expected for result in pair.run(measured, batch_size, SIZE))

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: twenty steps of two processes, broken off in the middle, against twenty unbroken ones of one."""
+"""Sharded checkpoints: twenty steps of two processes with an interruption, against twenty steps of one process."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -25,13 +25,13 @@ from tests.parallel.test_training import ROWS, Exact, OfBoth, student, whole
 pytestmark = pytest.mark.slow
 STEPS, BREAK = 20, 10
 NETWORK = {"input_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 10}
-# AdamW, whose steps depend on all that went before, over a schedule that does on their number.
+# AdamW depends on all earlier steps, and the schedule on the number of steps.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2)
 SCHEDULE = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-2, total_steps=STEPS, pct_start=0.3)
 
 
 class Run(NamedTuple):
-    """What is left of a run: whole weights and averages, this process's loss at each step, and the teacher."""
+    """Results of a run: full weights and averages, this process's loss at each step, and the teacher."""
 
     weights: dict[str, Tensor]
     averages: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
 
 class Curve(L.Callback):
-    """Keeps the loss of each step."""
+    """Records the loss of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -58,15 +58,15 @@ def teacher() -> Teacher:
 
 
 def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = None, network: DiT | None = None) -> Run:
-    """Train to the twentieth step: as one of two processes, or as the only one, which takes the steps of both.
+    """Train to step 20, as one of two processes or as a single process that runs the steps of both.
 
     With a folder a checkpoint of the tenth step is left there.
     """
-    given, flow_map = teacher(), network or student()
-    # A resumed run has another seed of its own, and must go on with that of the checkpoint.
+    a_teacher, flow_map = teacher(), network or student()
+    # A resumed run starts with another seed and must continue with the checkpoint's.
     L.seed_everything(0 if resumed is None else 7, verbose=False)
     distiller = (partial(OfBoth, accumulated=1) if processes == 1 else Distiller)(
-        given,
+        a_teacher,
         flow_map,
         objective=losses.paper(2, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
@@ -90,24 +90,24 @@ def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = N
         enable_model_summary=False,
     )
     trainer.fit(distiller.double(), Exact(batch_size=ROWS * SIZE // processes), ckpt_path=resumed)
-    return Run(whole(distiller.network), whole(distiller.average), curve.losses, whole(given.network))
+    return Run(whole(distiller.network), whole(distiller.average), curve.losses, whole(a_teacher.network))
 
 
 @cache
 def unbroken() -> Run:
-    """Twenty steps of one process, with no shards at all."""
+    """Twenty steps of one process without shards."""
     return fit(1, sharded=False)
 
 
 @pytest.fixture(scope="module")
 def two(pair, tmp_path_factory):
-    """Twenty steps of two processes, and the folder with the checkpoint of their tenth."""
+    """Twenty steps of two processes, and the folder with the checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("two")
     return pair.run(fit, SIZE, True, str(folder)), folder / f"step={BREAK}.ckpt"
 
 
 def assert_same(runs: list[Run], first: int = 0) -> None:
-    """Check that what is left is that of the unbroken run, and so are the losses from a step on, on average."""
+    """Check that the results equal those of the uninterrupted run, and so do the mean losses from a step on."""
     right = unbroken()
     for run in runs:
         torch.testing.assert_close(run.weights, right.weights, rtol=0, atol=1e-10)
@@ -126,7 +126,7 @@ def test_twenty_steps_of_two_processes_are_those_of_one(two):
 
 
 def test_teacher_is_untouched_and_in_no_checkpoint(two):
-    """To the bit; student, average and the optimizer's state are all there, each tensor once."""
+    """Bit-identical, with student, average and optimizer state, each tensor once."""
     runs, checkpoint = two
     before = teacher().network.state_dict()
     for run in runs:
@@ -142,28 +142,28 @@ def test_teacher_is_untouched_and_in_no_checkpoint(two):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_goes_on_from_shards(processes, two, pair, single):
-    """On as many processes or on one: the same twenty steps as without a break, to the rounding of float64."""
+    """On two processes or one: the same twenty steps as without an interruption, up to float64 rounding."""
     _, checkpoint = two
     runs = (single if processes == 1 else pair).run(fit, processes, True, "", str(checkpoint))
     assert_same(runs, BREAK)
 
 
 def test_a_consolidated_checkpoint_goes_on_without_shards(two, tmp_path):
-    """On one process by Lightning's ordinary strategy."""
+    """On one process with Lightning's default strategy."""
     _, checkpoint = two
     consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
     assert_same([fit(1, False, "", str(tmp_path / "whole.ckpt"))], BREAK)
 
 
 def test_a_consolidated_checkpoint_goes_on_in_shards(two, pair, tmp_path):
-    """Two processes divide it among themselves again."""
+    """Two processes shard it again."""
     _, checkpoint = two
     consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
     assert_same(pair.run(fit, SIZE, True, "", str(tmp_path / "whole.ckpt")), BREAK)
 
 
 def test_averaged_weights_are_read_from_shards_file_and_folder(two, tmp_path):
-    """`load` gives the average of the tenth step from each, in float32."""
+    """`load` returns the average of step 10 from each, in float32."""
     _, checkpoint = two
     consolidate(str(checkpoint), str(tmp_path / "whole.ckpt"))
     export(str(checkpoint), str(tmp_path / "folder"))
@@ -177,7 +177,7 @@ def test_averaged_weights_are_read_from_shards_file_and_folder(two, tmp_path):
 
 
 def resume_wider(checkpoint: str) -> str:
-    """Ask for the checkpoint to be gone on with by a network that is wider, and return why it is not."""
+    """Resume the checkpoint with a wider network; return the error message."""
     distiller = Distiller(teacher(), DiT(**NETWORK | {"width": 32}, end_time=True))
     return refusal(distiller.check_checkpoint, checkpoint, ModelParallelStrategy(SIZE, 1))
 
@@ -190,7 +190,7 @@ def test_another_network_is_refused_before_shards_are_read(two, pair):
 
 
 def test_every_process_writes_a_part(two):
-    """About half of the whole each."""
+    """Each about half of the total."""
     _, checkpoint = two
     sizes = [file.stat().st_size for file in sorted(Path(checkpoint).glob("*.distcp"))]
     assert len(sizes) == SIZE

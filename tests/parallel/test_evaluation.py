@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def measured(batch_size: int, world: int) -> dict[str, float]:
-    """All metrics of two sets of images, of which each process sees its share."""
+    """All metrics of two sets of images, of which each process sees its part."""
     rank = 0 if world == 1 else torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(0)
     real, made = (uint8_images(number, 8, generator, 1) // part for number, part in ((83, 1), (71, 2)))
@@ -44,12 +44,12 @@ def test_two_processes_measure_what_one_does(pair, batch_size):
     expected = measured(100, world=1)
     assert list(expected) == COLUMNS
     for values in pair.run(measured, batch_size, SIZE):
-        # Precision, recall and the splits of the score depend on every image being there once, and on their order.
+        # Precision, recall and the splits of the score require every image exactly once, and in order.
         assert values == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 class Plain(Digits):
-    """Digits in an ordinary loader, whose rows Lightning deals out: it repeats one to fill up the last share."""
+    """Digits in an ordinary loader, whose rows Lightning distributes; it repeats one to fill the last batch."""
 
     def test_dataloader(self):
         rows = self.reference
@@ -64,11 +64,11 @@ def results(
     batches: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """A test run of Lightning; the student is in float64, so that rounding to levels does not depend on batches."""
+    """A Lightning test run. The student is in float64, so that rounding to pixel levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
-    # An ordinary loader's images come in another order with two processes: KID is the same only if its subset is all.
+    # With two processes an ordinary loader's order differs: KID is equal only if its subset is the whole set.
     samples = 61 if kind == "plain loader" else 45
     data = Plain() if kind == "plain loader" else Digits()
     callback = Evaluation(Small(), ["student/mix/2"], test_samples=samples, batch_size=batch_size, reference=reference)
@@ -108,14 +108,14 @@ def test_a_run_of_two_processes_writes_the_table_of_one(pair, tmp_path, kind, re
 
 
 def test_the_first_samples_are_gathered_from_all_processes(pair, tmp_path):
-    """With batches of 2 each process has some of the ten that are shown."""
+    """With batches of 2 each process has some of the ten images."""
     results(tmp_path / "one", 1, "loader", batches=2)
     pair.run(partial(results, batches=1, batch_size=2), tmp_path / "two", SIZE, "loader")
     assert (tmp_path / "two" / "samples.png").read_bytes() == (tmp_path / "one" / "samples.png").read_bytes()
 
 
 def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_path):
-    """Two of one process, and one of each of two: 449 of the 1,797 digits."""
+    """Two from one process, and one from each of two: 449 of the 1,797 digits."""
     expected = results(tmp_path / "one", 1, "loader", batches=2)
     for values in pair.run(partial(results, batches=1), tmp_path / "two", SIZE, "loader"):
         assert values == pytest.approx(expected, rel=1e-6)
@@ -126,7 +126,7 @@ def test_the_first_batches_of_two_processes_are_the_first_ones_of_one(pair, tmp_
 def predicted(
     folder: str, devices: int, batch_size: int, samples: int = 20, sharded: bool = False, wide: bool = True
 ) -> dict[str, bytes]:
-    """The files that `predict` writes; if wide in float64, so that rounding to levels does not depend on batches."""
+    """The files that `predict` writes; if `wide` in float64, so that rounding to levels does not depend on batches."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -146,23 +146,23 @@ def predicted(
 
 
 def test_samples_do_not_depend_on_batches_nor_processes(pair, tmp_path):
-    """Those that put noise back, too; all files are equal, settings.json included."""
+    """Also for samplers that add noise. All files are equal, including settings.json."""
     expected = predicted(str(tmp_path / "seven"), 1, 7)
     assert len(expected) == 21
     assert predicted(str(tmp_path / "three"), 1, 3) == expected
-    assert all(found == expected for found in pair.run(predicted, str(tmp_path / "two"), SIZE, 3))
+    assert all(files == expected for files in pair.run(predicted, str(tmp_path / "two"), SIZE, 3))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_process_without_a_row_writes_nothing(pair, tmp_path, sharded):
-    """It takes part in the passes of sharded networks, though."""
+    """It still takes part in the passes of sharded networks."""
     (alone,) = (name for name in predicted(str(tmp_path / "one"), 1, 1, 1) if name.endswith("png"))
-    found = pair.run(predicted, str(tmp_path / "two"), SIZE, 1, 1, sharded, not sharded)
-    assert all(sorted(files) == sorted([alone, "settings.json"]) for files in found)
+    files = pair.run(predicted, str(tmp_path / "two"), SIZE, 1, 1, sharded, not sharded)
+    assert all(sorted(names) == sorted([alone, "settings.json"]) for names in files)
 
 
 def test_sharded_networks_have_the_settings_of_whole_ones(pair, tmp_path):
     expected = predicted(str(tmp_path / "one"), 1, 3, wide=False)
-    for found in pair.run(predicted, str(tmp_path / "two"), SIZE, 3, 20, True, False):
-        assert found.keys() == expected.keys()
-        assert found["settings.json"] == expected["settings.json"]
+    for files in pair.run(predicted, str(tmp_path / "two"), SIZE, 3, 20, True, False):
+        assert files.keys() == expected.keys()
+        assert files["settings.json"] == expected["settings.json"]

@@ -1,4 +1,4 @@
-"""The files of configs/trainer for several processes, started as the README says, on CPUs instead of GPUs."""
+"""The multi-process configs in configs/trainer, started as documented, on CPUs instead of GPUs."""
 
 import os
 import socket
@@ -46,7 +46,7 @@ def start(*argv: str) -> subprocess.Popen:
 
 
 def finish(*processes: subprocess.Popen) -> str:
-    """Wait, and return what the first printed; a failure shows what all printed."""
+    """Wait, and return the output of the first process; a failure shows all outputs."""
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
     return printed[0]
@@ -72,7 +72,7 @@ def same(one: Path, other: Path, tolerance: float) -> None:
 
 
 def test_fsdp_trains_resumes_tests_and_is_consolidated(experiment):
-    """Four steps, the last two of them again from the shards, and then on one process from one file, in bf16-mixed."""
+    """Four steps in bf16-mixed; the last two are repeated from the shards, and on one process from a single file."""
     kept = experiment.parent / "kept"
     finish(torchrun(2, *fit(experiment, "fsdp", *FSDP, "--trainer.max_steps", "4")))
     assert {path.name for path in kept.iterdir()} == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
@@ -90,7 +90,7 @@ def test_fsdp_trains_resumes_tests_and_is_consolidated(experiment):
 
 
 def test_ddp_and_nodes_train_as_fsdp_does(experiment):
-    """Two processes on one machine, and one on each of two, which are this one twice."""
+    """Two processes on one machine, and one on each of two machines, which are both this one."""
     kept = experiment.parent / "kept"
     steps = ["--trainer.max_steps", "2", "--trainer.precision", "32-true"]
     finish(torchrun(2, *fit(experiment, "fsdp", *FSDP, *steps)))
@@ -102,6 +102,6 @@ def test_ddp_and_nodes_train_as_fsdp_does(experiment):
         meet = ["--nnodes", "2", "--master-addr", "localhost", "--master-port", str(probe.getsockname()[1])]
     argv = fit(experiment, "nodes", "--trainer.devices", "1", *steps)
     finish(*(torchrun(1, *argv, nodes=(*meet, "--node-rank", str(rank))) for rank in range(2)))
-    # Sums are rounded in another order, and Adam divides by their size.
+    # Sums are rounded in a different order, and Adam divides by their size.
     same(kept / "fsdp.ckpt", kept / "ddp.ckpt", 1e-5)
     same(kept / "step=2.ckpt", kept / "ddp.ckpt", 1e-5)

@@ -13,15 +13,15 @@ pytestmark = pytest.mark.slow
 
 
 def in_pair(kind: type[DiT], cast_forward_inputs: bool) -> JVPResult:
-    """One of two processes that share the weights and have the same rows."""
+    """One of two processes with sharded weights and the same rows."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast_forward_inputs)
-    found = result(by_fsdp2(student(kind), mp_policy=policy))
-    return JVPResult(found.u.detach(), found.jvp)
+    sharded = result(by_fsdp2(student(kind), mp_policy=policy))
+    return JVPResult(sharded.u.detach(), sharded.jvp)
 
 
 @pytest.mark.parametrize("kind", [DiT, Thousand], ids=["t", "1000t"])
 def test_weights_gathered_in_bfloat16(kind, pair):
-    """With inputs left in float32 u and jvp are off as in bf16-true."""
+    """With inputs in float32 the errors of u and jvp are those of bf16-true."""
     for share in pair.run(in_pair, kind, False):
         u, jvp = errors(share, exact(student(kind)))
         assert u < 0.015
@@ -30,7 +30,7 @@ def test_weights_gathered_in_bfloat16(kind, pair):
 
 @pytest.mark.parametrize(("kind", "least", "most"), [(DiT, 0.0, 0.02), (Thousand, 0.5, 2.0)], ids=["t", "1000t"])
 def test_inputs_cast_by_fsdp2(kind, least, most, pair):
-    """FSDP2's default rounds t: an embedding of 1000 t then has another's derivative, though u looks right."""
+    """FSDP2's default rounds t: with an embedding of 1000 t the derivative is wrong, although u looks right."""
     for share in pair.run(in_pair, kind, True):
         u, jvp = errors(share, exact(student(kind)))
         assert u < 0.05

@@ -1,4 +1,4 @@
-"""Networks whose weights are in the first process alone are sharded to the same values as those that all hold."""
+"""Networks whose weights are only in the first process are sharded to the same values as networks in all processes."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ NETWORK = {"input_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "dep
 
 
 class WithTable(DiT):
-    """Has a buffer that is in no state_dict."""
+    """Has a buffer that is not in the state_dict."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -27,7 +27,7 @@ class WithTable(DiT):
 
 
 def fit(first_alone: bool) -> tuple[dict, dict, list[float], int]:
-    """Return weights, average, the table, and how many values this process held before its networks were sharded."""
+    """Return weights, average, the table, and the number of values in this process before sharding."""
     torch.manual_seed(1)
     network = WithTable(**NETWORK)
     nn.init.normal_(network.final_layer.linear.weight, std=0.2)
@@ -50,9 +50,9 @@ def fit(first_alone: bool) -> tuple[dict, dict, list[float], int]:
 
 
 def test_weights_of_the_first_process_are_enough(pair):
-    expected, given = pair.run(fit, False), pair.run(fit, True)
-    for (network, average, _, _), (other, other_average, table, _) in zip(expected, given, strict=True):
+    expected, actual = pair.run(fit, False), pair.run(fit, True)
+    for (network, average, _, _), (other, other_average, table, _) in zip(expected, actual, strict=True):
         assert all(torch.equal(network[name], other[name]) for name in network)
         assert all(torch.equal(average[name], other_average[name]) for name in average)
         assert table == [0, 1, 2]
-    assert [run[-1] for run in given] == [expected[0][-1], 0]
+    assert [run[-1] for run in actual] == [expected[0][-1], 0]

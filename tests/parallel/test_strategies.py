@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class Left(NamedTuple):
-    """What a process saw: the size of its mesh, whether its student is sharded, and the errors of two savings."""
+    """The results of a process: the size of its mesh, whether its student is sharded, and the errors of two saves."""
 
     size: int
     sharded: bool
@@ -30,7 +30,7 @@ class Left(NamedTuple):
 
 
 def fit(folder: str, failing: int | None = None, resumed: str | None = None, steps: int = 2) -> Left:
-    """Train two steps and save once more over the first checkpoint, where one process may write no more than 1 kB."""
+    """Train two steps and overwrite the first checkpoint while one process may write at most 1 kB."""
     L.seed_everything(0, verbose=False)
     teacher = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.2)
@@ -89,7 +89,7 @@ def test_networks_are_sharded_over_all_processes_and_resumed(processes, pair, si
 def test_a_part_that_cannot_be_written_leaves_the_checkpoint_of_before(failing, pair, tmp_path):
     path = tmp_path / "saved.ckpt"
     for left in pair.run(fit, str(tmp_path), failing):
-        # A limit on the size of files stands for a full disk, and is another errno.
+        # A limit on the file size simulates a full disk, with a different errno.
         [(kind, _, named)] = left.errors
         assert kind is OSError
         assert named == str(path)

@@ -1,4 +1,4 @@
-"""Distillation by Lightning in two processes against one process that takes the steps of both."""
+"""Distillation by Lightning in two processes, against one process that runs the steps of both."""
 
 from functools import cache, partial
 from typing import NamedTuple
@@ -25,7 +25,7 @@ ROWS, STEPS, CLIP = 8, 3, 0.5
 
 
 class Run(NamedTuple):
-    """What is left of a run: whole weights and averages, and the last values of the log."""
+    """Results of a run: full weights and averages, and the last logged values."""
 
     weights: dict[str, Tensor]
     averages: dict[str, Tensor]
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 def student() -> DiT:
-    """A small flow map in which every argument and weight matters."""
+    """A small flow map that depends on every argument and weight."""
     torch.manual_seed(0)
     network = DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10, end_time=True)
     for parameter in network.parameters():
@@ -51,7 +51,7 @@ class Exact(Digits):
 
 
 class OfBoth(Distiller):
-    """One process that takes the steps of several: the mean of their losses, each of its own rows and noise."""
+    """One process that runs the steps of several: the mean of their losses, each with its own rows and noise."""
 
     def __init__(self, *args, accumulated: int, **options) -> None:
         super().__init__(*args, **options)
@@ -60,7 +60,7 @@ class OfBoth(Distiller):
 
     @property
     def global_rank(self) -> int:
-        """The process whose step is taken."""
+        """The process whose step is run."""
         return self.rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -68,14 +68,14 @@ class OfBoth(Distiller):
         for part in range(self.accumulated):
             terms = []
             for self.rank in range(SIZE):
-                # Lightning deals rows out like cards.
+                # Lightning assigns rows to processes in turn.
                 rows = slice(part * SIZE * ROWS + self.rank, (part + 1) * SIZE * ROWS, SIZE)
                 share = Batch(batch.x_1[rows], batch.condition[rows])
                 totals.append(super().training_step(share, batch_idx * self.accumulated + part))
                 terms.append(self.terms)
         values = {name: torch.stack([part[name].value for part in terms]).mean() for name in self.terms}
         self.terms = {name: losses.LossTerm(value, self.terms[name].residual_rms) for name, value in values.items()}
-        # As they do, it logs its last batch alone.
+        # Like the processes, it logs only its last batch.
         self.log("loss/total", torch.stack(totals[-SIZE:]).mean(), prog_bar=True)
         return torch.stack(totals).mean()
 
@@ -89,7 +89,7 @@ STRATEGIES = {
 
 
 class Sampling(L.Callback):
-    """Draws from average and teacher after each step, before the average follows."""
+    """Samples from average and teacher after each step, before the average is updated."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         x_0 = torch.randn(4, 1, 8, 8, dtype=torch.float64)
@@ -101,7 +101,7 @@ class Sampling(L.Callback):
 def fit(
     strategy: str, accumulated: int = 1, n2n_every: int = 2, measured: bool = True, sampled: bool = False, **options
 ) -> Run:
-    """Train for three steps: as one of two processes, or as the one that takes the steps of both."""
+    """Train for three steps, as one of two processes or as a single process that runs the steps of both."""
     L.seed_everything(0, verbose=False)
     torch.compiler.reset()
     alone = strategy == "one process"
@@ -134,7 +134,7 @@ def fit(
 
 
 def fit_compiled(strategy: str) -> Run:
-    """Train with compiled blocks, in less than the minutes of torch's default compiler and of ever other rows."""
+    """Train with compiled blocks; a fast backend and fixed numbers of rows save minutes of compilation."""
     with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         return fit(strategy, n2n_every=1, compile=True, gradient_checkpointing=True)
 
@@ -144,13 +144,13 @@ def fit_with(strategy: str, options: dict) -> Run:
 
 
 def whole(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights, gathered if they are sharded."""
+    """Return the weights, gathered if sharded."""
     return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in network.state_dict().items()}
 
 
 @cache
 def expected(accumulated: int = 1, n2n_every: int = 2) -> Run:
-    """One process that takes the steps of both."""
+    """One process that runs the steps of both."""
     return fit("one process", accumulated, n2n_every)
 
 
@@ -172,12 +172,12 @@ def norms(run: Run) -> set[str]:
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_three_steps_of_two_processes_are_those_of_one(strategy, accumulated, pair):
-    """Weights, averages, losses and every gradient norm, clipped, accumulated or not, after N2N was due twice."""
+    """Weights, averages, losses and gradient norms, with and without clipping and accumulation, over two N2N steps."""
     right = expected(accumulated)
     runs = pair.run(fit, strategy, accumulated)
     assert_right(runs, right)
     assert right.logged["grad_norm/total"] > 2 * CLIP
-    # Where sharded gradients are accumulated, those of single losses cannot be taken apart.
+    # Accumulated sharded gradients cannot be separated by loss.
     single = {f"grad_norm/{name}" for name in losses.paper().losses}
     left_out = single if (strategy, accumulated) == ("fsdp2", 2) else set()
     assert all(norms(run) == norms(right) - left_out for run in runs)
@@ -196,7 +196,7 @@ def test_three_steps_of_two_processes_are_those_of_one(strategy, accumulated, pa
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_options_change_nothing(strategy, options, pair):
-    """The same weights and averages without a measurement of norms, sampled, checkpointed, and by other engines."""
+    """The same weights and averages without gradient norms, with sampling, checkpointing, and other engines."""
     tolerance = 1e-5 if options.get("derivative") == "central" else 1e-12
     for run in pair.run(fit_with, strategy, options):
         torch.testing.assert_close(run.weights, expected().weights, rtol=0, atol=tolerance)
@@ -210,6 +210,6 @@ def test_compiled_and_checkpointed_blocks_are_sharded(pair):
 
 
 def test_tensor_parallelism_is_refused(pair):
-    """By its default ModelParallelStrategy shards nothing among these processes: each would train by itself."""
+    """With its defaults ModelParallelStrategy shards nothing here: each process would train alone."""
     for text in pair.run(refusal, fit, "fsdp2 by default"):
         assert "data_parallel_size=2 and tensor_parallel_size=1" in text

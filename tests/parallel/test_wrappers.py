@@ -23,7 +23,7 @@ ROWS, DUAL_ROWS = 8, 6
 
 
 class Step(NamedTuple):
-    """What an engine gives, and the gradients after a backward pass."""
+    """The result of an engine, and the gradients after a backward pass."""
 
     u: Tensor
     jvp: Tensor
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def student() -> DiT:
-    """A small flow map in float64 in which every argument and weight matters."""
+    """A small flow map in float64 that depends on every argument and weight."""
     torch.manual_seed(0)
     network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, end_time=True)
     for parameter in network.parameters():
@@ -54,13 +54,13 @@ def run_engine(engine: str, network: nn.Module, rank: int = 0, size: int = 1) ->
 
 @cache
 def alone(engine: str, rank: int = 0, size: int = 1) -> Step:
-    """One process without a wrapper, for all rows or for one share of them."""
+    """One process without a wrapper, for all rows or for the rows of one process."""
     network = student()
     return Step(*run_engine(engine, network, rank, size), gradients(network))
 
 
 def in_pair(engine: str, wrapper: str, checkpointed: bool = False, backend: str | None = None) -> Step:
-    """One of two processes, with its share of the rows."""
+    """One of two processes, with its part of the rows."""
     torch.compiler.reset()
     network = student()
     network.gradient_checkpointing = checkpointed
@@ -94,7 +94,7 @@ WRAPPERS = {
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
-    """Return whole gradients by the names of the bare network."""
+    """Return full gradients by the names of the unwrapped network."""
     if isinstance(network, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(network, with_grads=True):
             return _named(network)
@@ -113,7 +113,7 @@ def assert_equal(actual, expected):
 
 
 def assert_right(shares: list[Step], engine: str) -> None:
-    """Check that each process has its rows' values, and the gradient of all rows, which is not that of its own."""
+    """Check that each process has the values of its rows, and the gradient of all rows instead of its own."""
     whole = alone(engine)
     for rank, share in enumerate(shares):
         assert_equal(share.u, whole.u[rank::SIZE])
@@ -123,7 +123,7 @@ def assert_right(shares: list[Step], engine: str) -> None:
 
 
 def differs(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    """Return whether every gradient is another, by more than 1 %."""
+    """Return whether every gradient differs by more than 1 %."""
     return all((some[name] - others[name]).norm() > 0.01 * others[name].norm() for name in others)
 
 
@@ -142,12 +142,12 @@ def test_engines_of_plain_passes_go_through_every_wrapper(engine, wrapper, check
     ids=["plain", "checkpointed", "inductor"],
 )
 def test_the_dual_engine_passes_through_compiled_blocks_that_are_sharded(checkpointed, backend, pair):
-    """FSDP2 around torch.compile: the same figures as without either."""
+    """FSDP2 around torch.compile: the same values as without both."""
     assert_right(pair.run(in_pair, "dual", "fsdp2", checkpointed, backend), "dual")
 
 
 def test_a_network_called_by_its_module_learns_alone(pair):
-    """What the other tests would see of an engine that did not call the wrapper itself: gradients of own rows only."""
+    """An engine that bypassed the wrapper would have only the gradients of its own rows, which the tests detect."""
     shares = pair.run(in_pair, "dual", "ddp, called by its module")
     for rank, share in enumerate(shares):
         assert_equal(share.gradients, alone("dual", rank, SIZE).gradients)
@@ -157,13 +157,13 @@ def test_a_network_called_by_its_module_learns_alone(pair):
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("wrapper", ["ddp, buffers left alone", "fsdp2"])
 def test_the_functional_engine_passes_through_ddp_and_fsdp2(wrapper, checkpointed, pair):
-    """Its second pass, in forward mode and without a graph, leaves the synchronisation of the first as it is."""
+    """Its second pass, in forward mode and without a graph, does not affect the synchronization of the first."""
     assert_right(pair.run(in_pair, "functional", wrapper, checkpointed), "functional")
 
 
 @pytest.mark.parametrize(("wrapper", "remedy"), [("ddp", "broadcast_buffers=False"), ("fsdp1", "fully_shard")])
 def test_the_functional_engine_says_what_it_cannot_pass_through(wrapper, remedy, pair):
-    """DDP copies buffers in place, which torch.func refuses; FSDP1 under it ends the process with a fault of memory."""
+    """DDP copies buffers in place, which torch.func refuses; FSDP1 under torch.func ends with a segmentation fault."""
     for text in pair.run(refusal, in_pair, "functional", wrapper):
         assert remedy in text
         assert "derivative dual" in text

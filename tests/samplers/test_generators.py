@@ -1,4 +1,4 @@
-"""Noise that samplers put back, from one generator for each row."""
+"""Noise that samplers add, from one generator per row."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from decm_lightning.seeds import generator_of
 
 
 def test_a_row_depends_on_its_own_generator_alone(flow):
-    """Not on the rows that are sampled with it."""
+    """And not on the other rows of the batch."""
     x_0 = torch.randn(5, 3, dtype=torch.float64)
 
     def samples(rows):

@@ -1,4 +1,4 @@
-"""How jvp, the student's derivative along a tangent over (x, t, s), is computed: one engine a file, one signature."""
+"""Engines that compute jvp, the student's derivative along a tangent over (x, t, s): one file each, one signature."""
 
 from decm_lightning.derivatives.central import central
 from decm_lightning.derivatives.choice import ENGINES, Choice, EngineName, choose

@@ -1,4 +1,4 @@
-"""What every engine takes and gives: a direction in (x, t, s), and a student's value with its derivative along it."""
+"""The interface of all engines: jumps with tangents in, mean velocities with their directional derivatives out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 
 @dataclass(frozen=True)
 class Tangent:
-    """A direction over (x, t, s): shapes (b, *d), (b,) and (b,); x is None where nothing moves in x."""
+    """A tangent over (x, t, s) of shapes (b, *d), (b,) and (b,); x is None if it is zero in x."""
 
     x: Sample | None
     t: Time
@@ -23,9 +23,9 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Jump:
-    """Rows of jumps with where they start, and the direction in which the student is to be differentiated, if any.
+    """A batch of jumps: start points, times, conditions, and the tangent to differentiate along, or None.
 
-    Times, and those of the tangent, may be on the CPU whatever the device of x_t: `forward_with_jvp` moves them.
+    Times, and the times of the tangent, may be on the CPU when x_t is not: `forward_with_jvp` moves them.
     """
 
     x_t: Sample
@@ -37,7 +37,7 @@ class Jump:
 
 @dataclass(frozen=True)
 class JVPResult:
-    """The mean velocity u with its autograd graph, and its directional derivative jvp without one (None: not asked)."""
+    """The mean velocity u with its autograd graph, and its derivative jvp without a graph (None if skipped)."""
 
     u: Sample
     jvp: Float[Tensor, "rows *d"] | None
@@ -45,19 +45,19 @@ class JVPResult:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Computes a JVPResult in one call. The tangent covers the first rows of the batch; jvp has as many rows as it."""
+    """Computes a JVPResult in one call. The tangent covers the first rows of the batch; jvp has the same rows."""
 
     def __call__(
         self, network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
     ) -> JVPResult:
-        """Return u for all rows (graph kept) and jvp for the rows of the tangent (no graph)."""
+        """Return u for all rows, with its graph, and jvp for the rows of the tangent, without a graph."""
 
 
 def forward_with_jvp(engine: Engine, network: FlowMapNetwork, jumps: Sequence[Jump]) -> list[JVPResult]:
-    """Run all jumps through the network as one batch, and give each its own JVPResult, in the order of `jumps`.
+    """Run all jumps through the network in one batch and return one JVPResult per jump, in the order of `jumps`.
 
-    One batch instead of several: the network is called once per step, which is faster and what DDP and FSDP expect.
-    Rows with a tangent are put first, because an engine differentiates only those.
+    One call of the network per step is faster, and DDP and FSDP expect it. Rows with a tangent come first, because
+    engines differentiate only the first rows.
     """
     order = sorted(range(len(jumps)), key=lambda i: jumps[i].tangent is None)
     rows = [jumps[i] for i in order]
@@ -83,10 +83,10 @@ def _join_times(times: Sequence[Tensor], x_t: Tensor) -> Tensor:
 
 
 def _join_tangents(tangents: Sequence[Tangent], x_t: Sample) -> Tangent:
-    """Return the tangents of the first rows of x_t as one, on its device; x is 0 in rows where only times move."""
+    """Concatenate the tangents of the first rows of x_t on its device; x is 0 in rows whose tangent has no x."""
     t, s = (_join_times([getattr(tangent, name) for tangent in tangents], x_t) for name in ("t", "s"))
     if all(tangent.x is None for tangent in tangents):
         return Tangent(None, t, s)
     like = x_t[: len(t)].split([len(tangent.t) for tangent in tangents])
-    moved = zip(tangents, like, strict=True)
-    return Tangent(torch.cat([torch.zeros_like(x) if along.x is None else along.x for along, x in moved]), t, s)
+    pairs = zip(tangents, like, strict=True)
+    return Tangent(torch.cat([torch.zeros_like(x) if part.x is None else part.x for part, x in pairs]), t, s)

@@ -1,4 +1,4 @@
-"""The exact derivative by forward-mode automatic differentiation, torch.func.jvp: the reference of all engines."""
+"""Exact derivative by forward-mode automatic differentiation (torch.func.jvp): the reference for all engines."""
 
 import torch
 from torch import nn
@@ -14,14 +14,15 @@ from decm_lightning.types import Condition, FlowMapNetwork, Sample, Time
 def functional(
     network: FlowMapNetwork, x_t: Sample, t: Time, s: Time, condition: Condition, tangent: Tangent | None
 ) -> JVPResult:
-    """Return u by an ordinary forward pass and jvp by a second, forward-mode pass without a graph.
+    """Return u from an ordinary forward pass and jvp from a second, forward-mode pass without a graph.
 
-    Keeping one graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP and
-    gradient checkpointing; two passes cost about the same time and pass through checkpointing, FSDP2, and DDP that
-    leaves buffers alone. Attention runs on the math kernel in the second pass, the only one with a forward derivative.
+    One pass that keeps its graph through torch.func.jvp (as FACM does) takes 3.4 times the memory and fails under DDP
+    and gradient checkpointing. Two passes take about the same time and work with checkpointing, FSDP2, and DDP with
+    broadcast_buffers=False. In the second pass attention runs on the math kernel, the only one with a forward
+    derivative.
 
     Raises:
-        ValueError: if the network is in a wrapper that forward mode cannot pass through.
+        ValueError: if the network is in a wrapper that does not support forward mode.
     """
     if tangent is not None:
         _check_wrappers(network)
@@ -46,12 +47,12 @@ def functional(
 def _check_wrappers(network: FlowMapNetwork) -> None:
     if isinstance(network, DistributedDataParallel) and network.will_sync_module_buffers():
         raise ValueError(
-            "derivative functional cannot pass through a DistributedDataParallel that copies buffers in its forward: "
-            "give it broadcast_buffers=False, or use derivative dual"
+            "derivative functional does not support a DistributedDataParallel that copies buffers in its forward pass: "
+            "pass broadcast_buffers=False to it, or use derivative dual"
         )
-    # It would end the process without a word.
+    # FSDP1 would terminate the process without an error message.
     if isinstance(network, nn.Module) and any(isinstance(part, FullyShardedDataParallel) for part in network.modules()):
         raise ValueError(
-            "derivative functional cannot pass through FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2), "
+            "derivative functional does not support FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2), "
             "or derivative dual"
         )

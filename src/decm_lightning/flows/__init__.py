@@ -1,4 +1,4 @@
-"""Exact truths: flows whose velocity, mean velocity and flow map are known."""
+"""Exact flows, whose velocity, mean velocity and flow map are known."""
 
 from decm_lightning.flows.gaussian import Gaussian
 from decm_lightning.flows.mixture import GaussianMixture

@@ -1,4 +1,4 @@
-"""The exact flow of a Gaussian: every quantity of the method in closed form."""
+"""The exact flow of a Gaussian, with all quantities of the method in closed form."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,17 @@ from decm_lightning.types import Condition, Sample, Time
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The flow from N(0, I) to x_1 ~ N(mean, std^2 I), a VelocityField and a FlowMapNetwork at once.
+    """The flow from N(0, I) to x_1 ~ N(mean, std^2 I). It is a FlowMapNetwork; `velocity` is its VelocityField.
 
-    With a(t)^2 = (1 - t)^2 + t^2 std^2, the marginal at t is N(t mean, a(t)^2 I), and a trajectory keeps its standard
-    score: f(x_t, t, s) = s mean + a(s) / a(t) (x_t - t mean).
+    With a(t)^2 = (1 - t)^2 + t^2 std^2, the marginal at t is N(t mean, a(t)^2 I). The standard score is constant along
+    a trajectory, so f(x_t, t, s) = s mean + a(s) / a(t) (x_t - t mean).
+
+    >>> flow, x_0 = Gaussian(mean=3.0, std=0.5), torch.tensor([[-1.0], [1.0]])
+    >>> t, s = torch.zeros(2), torch.ones(2)
+    >>> flow.flow_map(x_0, t, s).flatten()
+    tensor([2.5000, 3.5000])
+    >>> (x_0 + flow(x_0, t, s)).flatten()
+    tensor([2.5000, 3.5000])
 
     Args:
         mean: (d,) or a number.
@@ -45,5 +52,5 @@ class Gaussian:
         return self.mean + expand(ratio, x_t) * (x_t - expand(t, x_t) * self.mean)
 
     def sample(self, count: int, dimensions: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Return `count` draws of x_1, (count, dimensions)."""
+        """Return `count` samples of x_1, (count, dimensions)."""
         return self.mean + self.std * torch.randn(count, dimensions, generator=generator, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The exact flow of a Gaussian mixture: closed-form velocity, flow map by an adaptive Runge-Kutta solver."""
+"""The exact flow of a Gaussian mixture, with its velocity in closed form and its flow map by a Runge-Kutta solver."""
 
 import math
 
@@ -11,15 +11,15 @@ from decm_lightning.types import Batch, Labels, Sample, Time
 
 
 class GaussianMixture:
-    """The flow from N(0, I) to sum_k w_k N(mean_k, std^2 I), a VelocityField; each component is a class.
+    """The flow from N(0, I) to sum_k w_k N(mean_k, std^2 I), as a VelocityField; each component is a class.
 
-    Given a component, the flow is that of a Gaussian; v is their mean under the component's posterior at (x_t, t).
-    Condition k restricts the mixture to component k; condition K (the number of components) or None leaves it whole.
+    v is the mean of the components' Gaussian velocities under the posterior of the component at (x_t, t). Condition k
+    restricts the mixture to component k. Condition K (the number of components) or None selects the whole mixture.
 
     Args:
         means: (K, d).
         std: standard deviation of every component, above 0.
-        weights: (K,), above 0, in sum 1; None for equal weights.
+        weights: (K,), above 0, with sum 1; None for equal weights.
     """
 
     def __init__(self, means: Tensor, std: float, weights: Tensor | None = None) -> None:
@@ -31,7 +31,7 @@ class GaussianMixture:
     def ring(
         cls, components: int = 8, radius: float = 2.0, std: float = 0.2, dtype: torch.dtype = torch.float32
     ) -> "GaussianMixture":
-        """Return equal components on a circle in the plane, the test bed of the docs and the tests."""
+        """Return equal components on a circle in the plane, as used in the docs and the tests."""
         angles = torch.arange(components, dtype=dtype) * (2 * math.pi / components)
         return cls(radius * torch.stack([angles.cos(), angles.sin()], 1), std)
 
@@ -39,18 +39,18 @@ class GaussianMixture:
         """Return v(x_t, t) = sum_k p(k | x_t, t) (mean_k + q(t) / a(t)^2 (x_t - t mean_k)), (b, d)."""
         means = self.means.to(x_t)
         a_squared = (1 - t) ** 2 + t**2 * self.std**2
-        centred = x_t[:, None, :] - t[:, None, None] * means
-        logits = self.weights.to(x_t).log() - centred.square().sum(-1) / (2 * a_squared[:, None])
+        centered = x_t[:, None, :] - t[:, None, None] * means
+        logits = self.weights.to(x_t).log() - centered.square().sum(-1) / (2 * a_squared[:, None])
         if condition is not None:
             classes = torch.arange(len(means), device=x_t.device)
             allowed = (classes == condition[:, None]) | (condition[:, None] == len(means))
             logits = logits.masked_fill(~allowed, -torch.inf)
         ratio = (t * self.std**2 - (1 - t)) / a_squared
-        velocities = means + ratio[:, None, None] * centred
+        velocities = means + ratio[:, None, None] * centered
         return torch.einsum("bk,bkd->bd", logits.softmax(1), velocities)
 
     def null(self, condition: Labels) -> Labels:
-        """Return the condition that leaves the mixture whole."""
+        """Return the condition that selects the whole mixture."""
         return None if condition is None else torch.full_like(condition, len(self.means))
 
     def flow_map(self, x_t: Sample, t: Time, s: Time, condition: Labels = None, tolerance: float = 1e-9) -> Sample:
@@ -63,7 +63,7 @@ class GaussianMixture:
         return odeint(rescaled, x_t, unit, rtol=tolerance, atol=tolerance, method="dopri5")[-1]
 
     def sample(self, count: int, generator: torch.Generator) -> Batch:
-        """Return `count` draws of x_1, (count, d), with their components as labels."""
+        """Return `count` samples of x_1, (count, d), with their components as labels."""
         labels = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return Batch(self.means[labels] + self.std * noise, labels)

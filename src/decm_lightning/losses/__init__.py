@@ -1,4 +1,4 @@
-"""One residual, a few edges: every few-step distillation loss of this family, and the presets that name them."""
+"""Few-step distillation losses: one residual on different edges of the triangle, and presets for published methods."""
 
 from decm_lightning.losses.cost import Cost, cost
 from decm_lightning.losses.dual_end import DualEndLoss, LossTerm, Objective

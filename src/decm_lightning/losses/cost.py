@@ -1,4 +1,4 @@
-"""What a training step costs, counted in passes of the network."""
+"""The cost of a training step, counted in forward passes of the network."""
 
 from dataclasses import dataclass
 from math import lcm
@@ -6,18 +6,18 @@ from math import lcm
 from decm_lightning.losses.dual_end import Objective
 
 ROWS = 1024
-"""The batch size used for counting: large, so that rounding to whole rows does not show."""
+"""The batch size used for counting, large enough to make the rounding to whole rows negligible."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Passes of the network for each sample of the batch, averaged over steps; a forward pass is 1.
+    """Network passes per sample of the batch, averaged over steps; a forward pass counts 1.
 
     Attributes:
-        teacher: forward passes of the teacher, null passes included.
+        teacher: forward passes of the teacher, including null passes for guidance.
         student: forward passes of the student.
-        derivative: forward passes that only carry a tangent: 1 for each row with one.
-        backward: 2 for each forward pass of the student.
+        derivative: the tangent's share of forward passes: 1 per row with a tangent.
+        backward: 2 per forward pass of the student.
     """
 
     teacher: float
@@ -26,28 +26,28 @@ class Cost:
 
     @property
     def backward(self) -> float:
-        """The backward pass has two products for each one of the forward pass."""
+        """Twice the forward passes of the student: two matrix products for each one of the forward pass."""
         return 2 * self.student
 
     @property
     def total(self) -> float:
-        """All passes."""
+        """The sum of all passes."""
         return self.teacher + self.student + self.derivative + self.backward
 
     def __str__(self) -> str:
         return (
-            f"{self.total:.2f} forward passes a sample and step: "
+            f"{self.total:.2f} forward passes per sample and step: "
             f"teacher {self.teacher:.2f}, student {self.student:.2f}, "
             f"derivative {self.derivative:.2f}, backward {self.backward:.2f}"
         )
 
 
 def cost(objective: Objective, guided: float = 1.0) -> Cost:
-    """Return what a step of the objective costs with the one-pass engine.
+    """Return the cost of one training step of the objective with the dual engine.
 
     Args:
         objective: the losses with their batch fractions and how often each is active.
-        guided: passes of the teacher for one guided velocity (`Guidance.passes`).
+        guided: teacher passes per guided velocity (`Guidance.passes`).
     """
     steps = range(lcm(*(loss.every for loss in objective.losses.values())))
     teacher = student = derivative = 0.0

@@ -1,4 +1,4 @@
-"""A loss is an edge of the triangle, two end weights, and a weighting. An objective is a set of named losses."""
+"""A loss has an edge of the triangle, two weights, and a weighting. An objective is a set of named losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from decm_lightning.types import Sample, Time
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss of one step: its weighted value (a scalar with a graph) and the RMS of its residual before N(g)."""
+    """One loss at one step: its weighted value (a scalar with a graph) and the RMS of its residual g before N(g)."""
 
     value: Tensor
     residual_rms: Tensor
@@ -37,11 +37,11 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class TeacherVelocities:
-    """Where a loss reads the teacher's velocity. Nobody computes one that no loss reads.
+    """The points at which a loss reads the teacher's velocity. Velocities that no loss reads are not computed.
 
     Attributes:
-        batch: at the batch's own (x_t, t), computed once for all losses that read it.
-        start: at start points of the loss's own edge.
+        batch: at the batch's (x_t, t), computed once for all losses that read it.
+        start: at the start points of an edge with its own start times.
         end: at the end point and end time of the student's jump.
     """
 
@@ -55,15 +55,15 @@ class DualEndLoss:
     """The dual-end residual on one edge of the triangle.
 
     Args:
-        edge: where jumps start and end.
+        edge: the start and end times of the jumps.
         start_weight: weight of the start identity (the paper's gamma), at least 0.
         end_weight: weight of the end identity (the paper's lambda), at least 0.
         weight: factor of this loss in the sum, above 0.
-        every: number of steps from one computation of the loss to the next, at least 1.
-        batch_fraction: fraction of the batch's rows that it takes, in (0, 1].
+        every: the loss is computed at every `every`-th step; at least 1.
+        batch_fraction: fraction of the batch's rows that the loss uses, in (0, 1].
         cosine_weight: factor of the cosine loss added to the squared error, at least 0.
-        time_weight: factor of each row by its start time t: "constant" 1, "cosine" cos(pi t / 2) (FACM), or a function
-            from t, (b,), to weights, (b,).
+        time_weight: weight of each row by its start time t: "constant" (1), "cosine" (cos(pi t / 2), FACM), or a
+            function from t, (b,), to weights, (b,).
 
     Raises:
         ValueError: if a value is out of its range, both end weights are 0, or time_weight is unknown.
@@ -81,10 +81,11 @@ class DualEndLoss:
     def __post_init__(self) -> None:
         if self.start_weight < 0 or self.end_weight < 0 or self.start_weight + self.end_weight == 0:
             raise ValueError(
-                f"start_weight and end_weight must be at least 0, one above: got {self.start_weight}, {self.end_weight}"
+                f"start_weight and end_weight must be at least 0 and not both 0: "
+                f"got {self.start_weight}, {self.end_weight}"
             )
         if self.weight <= 0:
-            raise ValueError(f"weight must be above 0 (leave the loss out instead): got {self.weight}")
+            raise ValueError(f"weight must be above 0 (to disable the loss, remove it): got {self.weight}")
         if self.every < 1:
             raise ValueError(f"every must be at least 1: got {self.every}")
         if not 0 < self.batch_fraction <= 1:
@@ -95,24 +96,24 @@ class DualEndLoss:
 
     @property
     def velocities(self) -> TeacherVelocities:
-        """The teacher velocities that the residual reads: those with a weight."""
+        """The teacher velocities that the residual reads: those with a weight above 0."""
         start, shared = self.start_weight > 0, self.edge.starts_at_batch_times
         return TeacherVelocities(batch=start and shared, start=start and not shared, end=self.end_weight > 0)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is trained on: named losses, and the one normalization N(g) that all of them share.
+    """Named losses that train a student, and the normalization N(g) that they share.
 
     Args:
-        losses: the losses by name; the names appear in the log.
+        losses: the losses by name; names appear in the log.
         normalization: "plain", "clamp", "tangent_norm", "adaptive_l2" (see `weighting`), or a function from the
-            residual g, (b, *d), to N(g), or from (g, t) with the start times t, (b,).
+            residual g, (b, *d), to N(g), or from g and the start times t, (b,), to N(g).
         times: the distribution of the batch's start times t.
-        warmup_steps: steps over which the derivative term grows from 0 to its full size; 0 for none.
+        warmup_steps: steps over which the factor of the derivative term rises from 0 to 1; 0 disables the warm-up.
 
     Raises:
-        ValueError: if there are no losses, the normalization is unknown, or warmup_steps is negative.
+        ValueError: if losses is empty, the normalization is unknown, or warmup_steps is negative.
     """
 
     losses: Mapping[str, DualEndLoss]
@@ -128,7 +129,7 @@ class Objective:
             raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
 
     def for_run(self, steps: int | None) -> "Objective":
-        """Return the objective for a run of `steps` training steps, None if their number is unknown."""
+        """Return the objective for a run of `steps` training steps; None if the number is unknown."""
         losses = {name: replace(loss, edge=loss.edge.for_run(steps)) for name, loss in self.losses.items()}
         return replace(self, losses=losses)
 
@@ -137,41 +138,41 @@ class Objective:
         return {name: loss for name, loss in self.losses.items() if step % loss.every == 0}
 
     def rows(self, count: int) -> dict[str, Rows]:
-        """Return which of `count` rows each loss takes, at least one: consecutive rows, one loss after the other.
+        """Return the rows of a batch of `count` that each loss uses: consecutive ranges, at least one row each.
 
-        Batch fractions of 1 give every row to every loss, as in the paper. Fractions that sum to 1 divide the batch: a
-        step then costs about two fifths. A loss is the mean over its own rows, so its weight means the same. Fractions
-        that sum to less than 1 leave out the batch's last rows, which are loaded but never used.
+        With batch fractions of 1 every loss uses every row, as in the paper. Fractions that sum to 1 split the batch
+        among the losses, which reduces the cost of a step to about two fifths. Each loss is the mean over its own rows,
+        so the weights keep their meaning. With a sum below 1 the last rows of the batch are not used.
         """
         rows, first = {}, 0
         for name, loss in self.losses.items():
-            taken = max(1, round(loss.batch_fraction * count))
-            rows[name] = Rows.cyclic(first, taken, count)
-            first += taken
+            size = max(1, round(loss.batch_fraction * count))
+            rows[name] = Rows.cyclic(first, size, count)
+            first += size
         return rows
 
     def draw_times(self, count: int, generator: torch.Generator) -> Time:
-        """Return the start times of `count` rows by the law `times`, stratified within the rows of each loss.
+        """Sample the start times of `count` rows from `times`, stratified within the rows of each loss.
 
-        Losses whose edge draws its own start times are left out. See `rows.stratified_levels`.
+        Losses whose edge samples its own start times are ignored. See `rows.stratified_levels`.
         """
         rows = self.rows(count)
         readers = [rows[name] for name, loss in self.losses.items() if loss.edge.starts_at_batch_times]
         return self.times.quantiles(stratified_levels(count, readers, generator))
 
     def teacher_rows(self, step: int, count: int) -> Rows:
-        """Return the rows at whose x_t an active loss reads the teacher's velocity."""
+        """Return the rows for which an active loss reads the teacher's velocity at x_t."""
         rows = self.rows(count)
         return Rows.union(rows[name] for name, loss in self.active_losses(step).items() if loss.velocities.batch)
 
     def term(
         self, loss: DualEndLoss, jump: Jump, result: JVPResult, v_start: Sample | None, v_end: Sample | None, step: int
     ) -> LossTerm:
-        """Return one loss's term from the student's JVPResult and the teacher's velocities at the two ends.
+        """Compute one loss from the student's JVPResult and the teacher's velocities at the two ends.
 
-        The cosine loss has the target u - g with the residual g itself, not with N(g). For flow matching g = u - v, so
-        the target is the guided velocity v, as in the paper: 1 - cos(u, v). The target u - N(g) points elsewhere, and a
-        cosine to it would be smallest where u is farthest off. g is float32 or wider.
+        The cosine loss uses the target u - g, not u - N(g). For flow matching g = u - v, so the target is the guided
+        velocity v, as in the paper: 1 - cos(u, v). The direction of u - N(g) differs from that of v, and the cosine
+        loss to it would be smallest where the error of u is largest. g is float32 or wider.
         """
         u = result.u.to(torch.promote_types(result.u.dtype, torch.float32))
         g = residual(

@@ -1,4 +1,4 @@
-"""DE-CM and its rivals, each a few rows of one table (gamma and lambda are the paper's start and end weight).
+"""Objectives of DE-CM and related methods. gamma and lambda are the paper's names for the start and end weight.
 
 | loss | region of the triangle | start_weight (gamma) | end_weight (lambda) | preset |
 |---|---|---|---|---|
@@ -9,9 +9,9 @@
 | MeanFlow, AYF-EMD | `Triangle` | 1 | 0 | `mean_flow` |
 | Lagrangian map distillation, AYF-LMD | `Triangle` | 0 | 1 | `lagrangian` |
 
-`batch_fractions` are the parts of the batch that the losses take, in the order of a preset's docstring. At 1 every loss
-sees every row, as published. Fractions that sum to 1 give each row to one loss; `losses.cost` shows what a step then
-costs, so that methods can be compared at equal cost.
+`batch_fractions` are the fractions of the batch that the losses use, in the order given by a preset's docstring. With 1
+every loss uses every row, as published. Fractions that sum to 1 assign each row to one loss. `losses.cost` returns the
+cost of a step, so that methods can be compared at equal cost.
 """
 
 from decm_lightning.losses.dual_end import DualEndLoss, Objective
@@ -25,16 +25,16 @@ def paper(
     r_decay_steps: int | None = None,
     batch_fractions: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Objective:
-    """DE-CM close to its publication (arXiv 2602.10764): unit weights, N2N with ends (1, 0.5) at every third step.
+    """DE-CM close to the paper (arXiv 2602.10764): unit weights, N2N with weights (1, 0.5) at every third step.
 
-    The clamp of the residual is FACM's: the paper's normalization is not public. The flow-matching loss has the paper's
-    cosine term over the channels, which has no gradient where there is one channel.
+    The residual is clamped as in FACM, because the paper's normalization is not public. The flow-matching loss includes
+    the paper's cosine term over the channels, which has no gradient for data with one channel.
 
     Args:
-        n2n_every: number of steps from one N2N loss to the next (the paper: 3; 1 is unstable, 5 worse at few steps).
+        n2n_every: N2N is computed at every `n2n_every`-th step (the paper: 3; 1 is unstable, 5 worse at few steps).
         r_start: start time of the noise edge at step 0, in [0, 1).
-        r_decay_steps: steps until the noise edge has reached the noise (the paper: 20,000); None for a quarter of the
-            run, at most 20,000.
+        r_decay_steps: steps until the start time of the noise edge is 0 (the paper: 20,000); None for a quarter of the
+            run, but at most 20,000.
         batch_fractions: for consistency, flow matching and N2N.
     """
     consistency, flow_matching, n2n = batch_fractions
@@ -56,15 +56,15 @@ def end_identity(
     n2n_every: int = 1,
     batch_fractions: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Objective:
-    """DE-CM with N2N by its end identity alone, at t = 0, and one normalization for all losses.
+    """DE-CM with only the end identity for N2N, at t = 0, and one normalization for all losses.
 
-    The end identity is a well-posed equation in s that stays on its own edge. The start identity at t = 0 needs
+    The end identity is a well-posed equation in s on the noise edge alone. The start identity at t = 0 needs
     derivatives in x and t there, which no loss trains (docs/method.md).
 
     Args:
-        normalization: N(g) of all three losses.
-        n2n_every: number of steps from one N2N loss to the next.
-        batch_fractions: for consistency, flow matching and N2N; (0.5, 0.25, 0.25) costs about two fifths of all ones.
+        normalization: N(g) for all three losses.
+        n2n_every: N2N is computed at every `n2n_every`-th step.
+        batch_fractions: for consistency, flow matching and N2N; (0.5, 0.25, 0.25) costs two fifths of (1, 1, 1).
     """
     consistency, flow_matching, n2n = batch_fractions
     return Objective(
@@ -85,7 +85,7 @@ def consistency_only(normalization: NormalizationName | Normalization = "tangent
 
 
 def flow_matching_only(normalization: NormalizationName | Normalization = "tangent_norm") -> Objective:
-    """Flow matching to the guided teacher: the diagonal alone, which distills guidance and nothing else."""
+    """Flow matching to the guided teacher: the diagonal alone, which only distills guidance."""
     return Objective({"flow_matching": DualEndLoss(Diagonal())}, normalization=normalization)
 
 
@@ -96,7 +96,7 @@ def consistency_and_flow_matching(
     """The data edge and the diagonal, without N2N.
 
     Args:
-        normalization: N(g) of both losses.
+        normalization: N(g) for both losses.
         batch_fractions: for consistency and flow matching.
     """
     consistency, flow_matching = batch_fractions
@@ -110,10 +110,10 @@ def consistency_and_flow_matching(
 
 
 def facm(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """FACM's two edges (arXiv 2507.03738): data edge weighted by cos(pi t / 2), and the diagonal; clamped residual.
+    """FACM (arXiv 2507.03738): the data edge weighted by cos(pi t / 2), and the diagonal; clamped residual.
 
-    FACM itself also scales the residual by 1 - t^0.5, takes a normalized L2 of the clamped residual, and has its own
-    distribution of t.
+    Unlike this preset, FACM also scales the residual by 1 - t^0.5, applies a normalized L2 loss to the clamped
+    residual, and uses another distribution of t.
 
     Args:
         batch_fractions: for consistency and flow matching.
@@ -129,11 +129,11 @@ def facm(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
 
 
 def mean_flow(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """MeanFlow's equation (arXiv 2505.13447) with a teacher: the whole triangle by its start identity; adaptive L2.
+    """MeanFlow (arXiv 2505.13447) with a teacher: the whole triangle by the start identity, with adaptive L2.
 
-    t has MeanFlow's distribution: logit-normal(-0.4, 1) on a clock where 1 is noise. Two things differ from MeanFlow: s
-    is uniform over [t, 1] instead of a second draw, and by default every row has both losses instead of 75 % flow
-    matching, which is `batch_fractions=(0.25, 0.75)`.
+    t has MeanFlow's distribution, which is logit-normal(-0.4, 1) when time 1 is noise. There are two differences: s is
+    uniform over [t, 1] instead of a second sample, and by default every row has both losses. MeanFlow uses 75 % of the
+    rows for flow matching: `batch_fractions=(0.25, 0.75)`.
 
     Args:
         batch_fractions: for MeanFlow's loss and flow matching.
@@ -150,7 +150,7 @@ def mean_flow(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
 
 
 def lagrangian(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by its end identity.
+    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by the end identity.
 
     Args:
         batch_fractions: for the Lagrangian loss and flow matching.

@@ -1,4 +1,4 @@
-"""The rows of a batch that a loss takes, and start times that are stratified over the rows of every loss."""
+"""The rows of a batch that each loss uses, and start times that are stratified within the rows of each loss."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from decm_lightning.types import Condition, Sample, Time
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch as ranges, in order. They are taken by slices, which do not wait for the device."""
+    """Rows of a batch as ordered ranges. They are selected by slices, which need no device synchronization."""
 
     ranges: tuple[range, ...]
 
     @classmethod
     def cyclic(cls, first: int, count: int, batch: int) -> "Rows":
-        """Return `count` consecutive rows from `first` on, modulo the batch; count is at most the batch."""
+        """Return `count` consecutive rows from `first`, modulo the batch size; count is at most the batch size."""
         first %= batch
         if first + count <= batch:
             return cls((range(first, first + count),))
@@ -28,7 +28,7 @@ class Rows:
 
     @classmethod
     def union(cls, parts: Iterable["Rows"]) -> "Rows":
-        """Return the rows that are in any of the parts, in increasing order."""
+        """Return the union of the parts, in increasing order."""
         merged: list[range] = []
         for part in sorted((part for rows in parts for part in rows.ranges), key=lambda part: part.start):
             if merged and part.start <= merged[-1].stop:
@@ -50,7 +50,7 @@ class Rows:
         return _pytree.tree_map_only(Tensor, self.of, condition)
 
     def within(self, union: "Rows") -> "Rows":
-        """Return where these rows are among the rows of a union of which they are a part."""
+        """Return the positions of these rows among the rows of a union that contains them."""
         starts = accumulate((len(whole) for whole in union.ranges), initial=0)
         shifts = {whole: start - whole.start for whole, start in zip(union.ranges, starts, strict=False)}
 
@@ -61,7 +61,7 @@ class Rows:
         return Rows(tuple(moved(part) for part in self.ranges))
 
     def indices(self) -> list[int]:
-        """Return the rows one by one."""
+        """Return the row numbers as a list."""
         return [row for part in self.ranges for row in part]
 
 
@@ -69,8 +69,8 @@ class Rows:
 class PathSample:
     """Rows of a batch on their paths: noise x_0, data x_1, and the point x_t between them at time t.
 
-    v_t is the teacher's velocity v(x_t, t), None if no loss reads it. Times are on the CPU: how many of them are guided
-    is known there without waiting for the device.
+    v_t is the teacher's velocity v(x_t, t), or None if no loss reads it. Times are on the CPU, where the number of
+    guided rows is known without a device synchronization.
     """
 
     x_0: Sample
@@ -81,7 +81,7 @@ class PathSample:
     v_t: Sample | None = None
 
     def select(self, rows: Rows) -> "PathSample":
-        """Return some of the rows, without a velocity."""
+        """Return the selected rows, without a velocity."""
         return PathSample(
             rows.of(self.x_0),
             rows.of(self.x_1),
@@ -92,14 +92,14 @@ class PathSample:
 
 
 def stratified_levels(count: int, losses: Sequence[Rows], generator: torch.Generator) -> Time:
-    """Return `count` uniform levels in [0, 1): the n rows of a loss have one level in each of n equal parts.
+    """Sample `count` uniform levels in [0, 1) so that the n rows of each loss have one level in each of n equal parts.
 
-    That holds for losses that share all of their rows or none, and for two losses that overlap in any way. Rows of
-    three or more losses that overlap in part are spread as evenly as the free parts of each loss allow.
+    This holds for losses that share all or none of their rows, and for any overlap of two losses. If three or more
+    losses overlap partially, levels are spread as evenly as the free parts of each loss allow.
 
-    Rows in several losses come first: one level in each of their own equal parts. Unless the parts of every loss are
-    whole multiples of these, all levels have one offset, so that no two fall into one part. Then the remaining rows of
-    each loss take its free parts.
+    Rows in several losses are assigned first, one level in each of their own equal parts. Unless the number of parts of
+    each loss is a multiple of theirs, these levels share one offset, so that no two fall into the same part. Then the
+    remaining rows of each loss fill its free parts.
     """
     levels = torch.full((count,), torch.nan, dtype=torch.float32, device=generator.device)
     for rows, members in _cells(count, tuple(losses)):
@@ -117,18 +117,18 @@ def stratified_levels(count: int, losses: Sequence[Rows], generator: torch.Gener
 
 
 def _free_parts(levels: Tensor, parts: int) -> Tensor:
-    """Return which of the equal parts of [0, 1] have no level yet; a level of NaN is missing."""
+    """Return the equal parts of [0, 1] without a level; NaN marks a row that has no level yet."""
     free = torch.ones(parts, dtype=torch.bool, device=levels.device)
     free[(levels[~levels.isnan()].double() * parts).long().clamp(max=parts - 1)] = False
     return free.nonzero().flatten()
 
 
-# The same at every step.
+# Cached because the rows are the same at every step.
 @lru_cache
 def _cells(count: int, losses: tuple[Rows, ...]) -> list[tuple[Tensor, list[Tensor]]]:
-    """Return the rows that are in the same losses, and all rows of each such loss; most losses first.
+    """Group rows by the losses that use them; return each group with all rows of its losses, most losses first.
 
-    Losses with the same rows are one.
+    Losses with the same rows count as one.
     """
     members = sorted({tuple(sorted(rows.indices())) for rows in losses})
     inside = [set(member) for member in members]

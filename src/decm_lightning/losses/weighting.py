@@ -1,6 +1,6 @@
-"""The normalization N(g) of a residual, the weight of each row by its time, and the losses that regress u on u - N(g).
+"""Normalizations N(g) of the residual, weights of rows by start time, and losses that regress u toward u - N(g).
 
-N(g) is one function for all losses of a step: a normalized loss next to a plain one would starve one of the two.
+All losses of a step share one N(g). If only one of two losses were normalized, the other would dominate or vanish.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,20 +13,20 @@ from torch import Tensor
 from decm_lightning.path import expand
 from decm_lightning.types import Sample, Time
 
-# Any, not Tensor: of functions in a config the parser would demand annotations.
+# Any instead of Tensor: with Tensor the config parser would require annotations of functions.
 Normalization = Callable[..., Any]
 """N(g), or N(g, t) with the start times t, (b,), which may be on the CPU: `path.expand(t, g)` moves them."""
 TimeWeight = Callable[..., Any]
-"""A factor for each row from the start times t, (b,)."""
+"""Maps the start times t, (b,), to one weight per row, (b,)."""
 
 
 def plain(g: Sample) -> Sample:
-    """Return g: the mean square error."""
+    """Return g, which gives the mean squared error."""
     return g
 
 
 def clamp(g: Sample) -> Sample:
-    """Return g cut to [-1, 1] in each element (FACM, arXiv 2507.03738)."""
+    """Return g with each element clamped to [-1, 1] (FACM, arXiv 2507.03738)."""
     return g.clamp(-1, 1)
 
 
@@ -56,10 +56,10 @@ TIME_WEIGHTS: dict[TimeWeightName, TimeWeight] = {
 
 
 def check_choice(argument: str, choice: Any, table: Mapping[Any, Any]) -> None:
-    """Refuse a name that is not in the table.
+    """Check that a choice is a function or a name in the table.
 
     Raises:
-        ValueError: naming the argument and the names that there are.
+        ValueError: if it is not; the message lists the names.
     """
     if choice not in table if isinstance(choice, str) else not callable(choice):
         raise ValueError(f"{argument} must be a function or one of {', '.join(table)}: got {choice!r}")
@@ -84,19 +84,19 @@ def normalized(g: Sample, t: Time, by: NormalizationName | Normalization) -> Sam
 
 
 def time_weights(t: Time, by: TimeWeightName | TimeWeight) -> Time:
-    """Return the weight of each row from its start time, by the name of a weight or a function."""
+    """Return the weight of each row at its start time; `by` is the name of a weight or a function."""
     return (TIME_WEIGHTS[by] if isinstance(by, str) else by)(t)
 
 
 def warm_up(step: int, steps: int) -> float:
-    """Return the factor on the derivative term: from 0 to 1 over the first `steps` steps; 1 if `steps` is 0."""
+    """Return the factor of the derivative term, which rises from 0 to 1 over `steps` steps; 1 if `steps` is 0."""
     return min(1.0, step / steps) if steps else 1.0
 
 
 def stopgrad_mse(u: Sample, g: Sample, weight: Time) -> Tensor:
     """Return mean(weight |u - sg(u - g)|^2), whose gradient is 2 g du/dtheta: a scalar.
 
-    The stop-gradient is applied here, where the target is built; g must not carry a graph.
+    The stop-gradient is applied here, where the target is computed; g must not have a graph.
     """
     u_target = (u - g).detach()
     return (expand(weight, u) * (u - u_target).square()).mean()
@@ -105,7 +105,8 @@ def stopgrad_mse(u: Sample, g: Sample, weight: Time) -> Tensor:
 def cosine_loss(u: Sample, g: Sample) -> Tensor:
     """Return mean(1 - cosine similarity of u and sg(u - g) over the channels, axis 1): a scalar.
 
-    The second half of the paper's flow-matching loss. With one channel the similarity is a sign: no gradient.
+    This is the second term of the paper's flow-matching loss. With one channel the similarity is a sign and has no
+    gradient.
     """
     u_target = (u - g).detach()
     return (1 - torch.nn.functional.cosine_similarity(u, u_target, dim=1)).mean()

@@ -1,4 +1,4 @@
-"""Samplers: functions (student, x_0, condition, steps, generator=None, times=None, ...) that return samples."""
+"""Samplers: functions (student, x_0, condition, steps, generator=None, times=None, ...) that generate samples."""
 
 import inspect
 from functools import partial
@@ -17,51 +17,51 @@ ARGUMENTS = 4
 
 
 def sampler(name: str | Sampler, **options: Any) -> Sampler:
-    """Return a sampler with options as a function of (student, x_0, condition, steps, generator=None).
+    """Return a sampler with its options as a function (student, x_0, condition, steps, generator=None).
 
     Args:
-        name: "euler", "consistency" or "mix"; the path of a function such as "my_module.heun", or of a class whose
-            instances are samplers and whose arguments are the options; or the function itself. Options may follow a
-            name as text, as in "mix?s1=0.6". The module of a path may be in the working directory.
-        options: the sampler's own, such as times, shift or s1.
+        name: "euler", "consistency" or "mix"; the path of a function, such as "my_module.heun"; the path of a class
+            whose instances are samplers and whose arguments are the options; or a function. A name may include
+            options, as in "mix?s1=0.6". The module of a path may be in the working directory.
+        options: options of the sampler, such as times, shift or s1.
 
     Raises:
-        ImportError: if there is no such module.
-        ValueError: if there is no such sampler, it takes no generator, or has no such option.
+        ImportError: if the module does not exist.
+        ValueError: if the sampler is unknown, takes no generator, or does not have an option.
     """
     if isinstance(name, str):
         name, _, query = name.partition("?")
         options = read_options(query, f"{name}?{query}") | options
-    found: Any = _found(name) if isinstance(name, str) else name
+    function: Any = _resolve(name) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
-    if isinstance(found, type):
-        _check_options(label, list(inspect.signature(found).parameters.values()), options)
-        found = found(**options)
-        _check_generator(label, found)
-        return found
-    _check_generator(label, found)
-    _check_options(label, list(inspect.signature(found).parameters.values())[ARGUMENTS:], options)
-    return partial(found, **options)
+    if isinstance(function, type):
+        _check_options(label, list(inspect.signature(function).parameters.values()), options)
+        function = function(**options)
+        _check_generator(label, function)
+        return function
+    _check_generator(label, function)
+    _check_options(label, list(inspect.signature(function).parameters.values())[ARGUMENTS:], options)
+    return partial(function, **options)
 
 
-def _found(name: str) -> Any:
+def _resolve(name: str) -> Any:
     if name in SAMPLERS:
         return SAMPLERS[name]
     if "." not in name:
         raise ValueError(
             f"sampler must be one of {', '.join(SAMPLERS)}, or a path such as my_module.heun: got {name!r}"
         )
-    found = imported(name)
-    if not callable(found):
-        raise ValueError(f"sampler {name} must be a function or a class: got {found!r}")
-    return found
+    function = imported(name)
+    if not callable(function):
+        raise ValueError(f"sampler {name} must be a function or a class: got {function!r}")
+    return function
 
 
 def _check_generator(name: str, function: Any) -> None:
     parameters = inspect.signature(function).parameters.values()
     if not any(p.name == "generator" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
-            f"sampler {name} must take (student, x_0, condition, steps, generator=None): it has no generator"
+            f"sampler {name} must accept (student, x_0, condition, steps, generator=None): it has no argument generator"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sample number i of a seed: the one rule by which every command and callback generates it."""
+"""Generate sample number i of a seed, in the same way for every command and callback."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from decm_lightning.types import Condition, FlowMapNetwork, Sample
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A function from noise to samples, such as `samplers.mix`; its further arguments are options with defaults."""
+    """A function from noise to samples, such as `samplers.mix`. Further arguments are options with defaults."""
 
     def __call__(
         self,
@@ -23,7 +23,7 @@ class Sampler(Protocol):
         steps: int,
         generator: Generators | None = None,
     ) -> Sample:
-        """Return samples, shaped like x_0, by `steps` evaluations of the student; new noise is from `generator`."""
+        """Return samples, shaped like x_0, by `steps` evaluations of the student; added noise is from `generator`."""
 
 
 @torch.no_grad()
@@ -39,21 +39,21 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Sample:
-    """Return samples number `rows` of a seed, (len(rows), *shape).
+    """Generate the samples of a seed with the numbers `rows`, (len(rows), *shape).
 
-    All noise of sample i, x_0 and what a sampler adds later, comes from `seeds.generator_of(seed, i)`. A sample thus
-    depends on the seed, its number and its condition, and not on the batch, the device or the number of processes.
+    All noise of sample i, both x_0 and noise that the sampler adds, comes from `seeds.generator_of(seed, i)`. A sample
+    depends on the seed, its number and its condition, but not on the batch, the device or the number of processes.
 
     Args:
         student: the network u(x_t, t, s).
-        sampler: such as `samplers.mix`; its `generator` is a list of one generator for each row.
-        condition: one row for each sample, on `device`; or None.
+        sampler: such as `samplers.mix`; its `generator` is a list with one generator per row.
+        condition: one row per sample, on `device`; or None.
         steps: network evaluations per sample, at least 1.
         shape: the shape of one sample.
         rows: the numbers of the samples, at least one.
         seed: from 0 to 2**63 - 1.
-        device: where the student computes.
-        dtype: of the samples.
+        device: the student's device.
+        dtype: dtype of the samples.
     """
     generators = [generator_of(seed, row) for row in rows]
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Mix: each part of a trajectory on the edge of the triangle where the student was trained for it."""
+"""The Mix sampler, which uses the noise edge, the diagonal and the data edge of the triangle in turn."""
 
 from collections.abc import Sequence
 
@@ -29,27 +29,32 @@ def mix(
     s1: float | None = None,
     shift: float = 1.0,
 ) -> Sample:
-    """Return samples by DE-CM's Mix (arXiv 2602.10764, which names it without a definition; this one is ours).
+    """Generate samples by DE-CM's Mix. The paper (arXiv 2602.10764) does not define it; this definition is ours.
 
-        x_s1 = f(x_0, 0, s1)                        one step on the noise edge
-        x_t' = x_t + (t' - t) u(x_t, t, t)          steps - 2 Euler steps from s1 on, on the diagonal
-        x_1 = f(x_t, t, 1)                          one step on the data edge
+        x_s1 = f(x_0, 0, s1)                        one jump on the noise edge
+        x_t' = x_t + (t' - t) u(x_t, t, t)          steps - 2 Euler steps on the diagonal, from s1
+        x_1 = f(x_t, t, 1)                          one jump on the data edge
 
-    No noise is added. One step is f(x_0, 0, 1). The default times divide [s1, 1] into steps - 1 equal parts. An Euler
-    step at the end would be far worse.
+    No noise is added. With 1 step the result is f(x_0, 0, 1). The default times divide [s1, 1] into steps - 1 equal
+    parts. The last step is a jump because an Euler step is much less accurate there.
+
+    >>> from decm_lightning.flows import Gaussian
+    >>> x_0 = torch.tensor([[-1.0], [0.0], [1.0]])
+    >>> mix(Gaussian(mean=3.0, std=0.5), x_0, None, steps=2, s1=0.6).round(decimals=4).flatten()  # exact: 3 + x_0 / 2
+    tensor([2.5000, 3.0000, 3.5000])
 
     Args:
         student: the network u(x_t, t, s).
         x_0: noise, (b, *d).
-        condition: class labels or captions, one for each row, or None.
+        condition: class labels or captions, one per row, or None.
         steps: network evaluations, at least 1.
-        generator: not used, since no noise is added.
-        times: the steps - 1 times between two steps, s1 first, increasing within (0, 1); None for the default times.
-        s1: end time of the first step, in (0, 1); None for 0.75 up to 3 steps, 0.7 up to 7, 0.5 from 8 on.
-        shift: above 0; bends the default times after s1, see `steps.shifted`.
+        generator: ignored, because no noise is added.
+        times: the steps - 1 times between steps, from s1 on, increasing in (0, 1); None for the default times.
+        s1: end time of the first step, in (0, 1); None for 0.75 up to 3 steps, 0.7 for 4 to 7, and 0.5 from 8.
+        shift: above 0; changes the default times after s1, see `steps.shifted`.
 
     Raises:
-        ValueError: if steps, times, s1 or shift is out of its range, or times is given with s1 or shift.
+        ValueError: if steps, times, s1 or shift is out of its range, or times is passed with s1 or shift.
     """
     check_steps(steps)
     check_shift(shift)

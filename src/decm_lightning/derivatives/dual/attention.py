@@ -1,4 +1,4 @@
-"""The tangent of attention, by a fused kernel or in blocks of queries: no matrix of tokens x tokens is kept."""
+"""The tangent of attention, by a fused kernel or in blocks of queries, without storing a tokens x tokens matrix."""
 
 import logging
 import math
@@ -14,14 +14,14 @@ from decm_lightning.derivatives.dual.tangent_rows import TangentRows
 from decm_lightning.derivatives.dual.value import unsupported
 
 BLOCK = 256
-"""Queries in a block: at 1,024 tokens half the time and a quarter of the memory of forward mode."""
+"""Queries per block. At 1,024 tokens this takes half the time and a quarter of the memory of forward mode."""
 ANNOUNCED: set[str | None] = set()
-"""What the log has been told."""
+"""Reasons that have been logged."""
 log = logging.getLogger(__name__)
 
 
 class FusedCall(NamedTuple):
-    """A use of the fused kernel: shapes of queries, keys and values, which of them have tangents, dtype and scale."""
+    """A call of the fused kernel: shapes of queries, keys and values, which of them have tangents, dtype and scale."""
 
     query: tuple[int, ...]
     key: tuple[int, ...]
@@ -34,13 +34,13 @@ class FusedCall(NamedTuple):
     def of(
         cls, q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, scale: float
     ) -> "FusedCall":
-        """Return the use that these operands are."""
+        """Describe the call with these operands."""
         present = (dq is not None, dk is not None, dv is not None)
         return cls(tuple(q.shape), tuple(k.shape), tuple(v.shape), present, q.dtype, scale)
 
 
 RECORDED: list[set[FusedCall]] = []
-"""Uses of the fused kernel, recorded instead of computed while `fused_check` collects them."""
+"""Calls of the fused kernel, recorded instead of computed while `fused_check` collects them."""
 
 
 def _before_matrices(rows: TangentRows, *_: Any, **__: Any) -> bool:
@@ -65,8 +65,8 @@ def attention(
     """Return P dV + dP V, with P = softmax(S), dP = P dS - P rowsum(P dS), S = c Q K^T, dS = c (dQ K^T + Q dK^T)."""
     if dropout_p or isinstance(attn_mask, Pair):
         unsupported("scaled_dot_product_attention", "with dropout or with a mask that has a tangent")
-    # Autocast reaches torch's attention, and no kernel of ours.
-    (q, dq), (k, dk), (v, dv) = (_split(given, value.dtype) for given in (query, key, content))
+    # Autocast casts the inputs of torch's attention, but not of our kernel.
+    (q, dq), (k, dk), (v, dv) = (_split(operand, value.dtype) for operand in (query, key, content))
     if enable_gqa:
         groups = q.shape[-3] // k.shape[-3]
         k, v = (x.repeat_interleave(groups, -3) for x in (k, v))
@@ -76,12 +76,12 @@ def attention(
     if reason is None and RECORDED:
         RECORDED[-1].add(FusedCall.of(q, dq, k, dk, v, dv, factor))
     elif q.device.type != "meta":
-        # On the meta device engines are tried, and nothing is computed.
+        # The meta device is only used to select an engine.
         _announce(reason)
         if reason is None:
             return fused_tangent(q, dq, k, dk, v, dv, factor)
     dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
-    # Autocast would give a softmax in float32 on some devices, and products of two dtypes.
+    # On some devices autocast would compute the softmax in float32, and products would mix dtypes.
     with torch.autocast(q.device.type, enabled=False):
         return by_blocks(q, dq, k, dk, v, dv, factor, BLOCK, attn_mask, is_causal)
 
@@ -98,24 +98,26 @@ def by_blocks(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Return the tangent of attention, `block` queries at a time; operands are (..., tokens, head size)."""
-    keys, moved_keys = k.mT, torch.cat([k, dk], -1).mT
+    """Return the tangent of attention, for `block` queries at a time; operands are (..., tokens, head size)."""
+    keys, keys_with_tangents = k.mT, torch.cat([k, dk], -1).mT
     blocks = []
     for start in range(0, q.shape[-2], block):
         rows = slice(start, start + block)
-        here, along = q[..., rows, :] * factor, dq[..., rows, :] * factor
-        mask = _mask(attn_mask, is_causal, rows, here, k)
-        p = _weights(here @ keys, mask)
-        dp = torch._softmax_backward_data(torch.cat([along, here], -1) @ moved_keys, p, -1, p.dtype)
+        query, dquery = q[..., rows, :] * factor, dq[..., rows, :] * factor
+        mask = _mask(attn_mask, is_causal, rows, query, k)
+        p = _weights(query @ keys, mask)
+        dp = torch._softmax_backward_data(torch.cat([dquery, query], -1) @ keys_with_tangents, p, -1, p.dtype)
         blocks.append(p @ dv + dp @ v)
     return torch.cat(blocks, -2)
 
 
-def _split(given: Pair | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return (given.primal.to(dtype), given.tangent.to(dtype)) if isinstance(given, Pair) else (given.to(dtype), None)
+def _split(operand: Pair | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    if isinstance(operand, Pair):
+        return operand.primal.to(dtype), operand.tangent.to(dtype)
+    return operand.to(dtype), None
 
 
-# The compiler runs it while it traces, and leaves it out.
+# The compiler calls it while tracing and leaves it out of the compiled code.
 @torch.compiler.assume_constant_result
 def _announce(reason: str | None) -> None:
     if reason not in ANNOUNCED:
@@ -135,5 +137,5 @@ def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores.softmax(-1)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
-    # As in torch's attention, a query that may see nothing gets nothing, and no NaN.
+    # As in torch's attention, a query whose keys are all masked returns 0 and not NaN.
     return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)

@@ -1,4 +1,4 @@
-"""The engine: one pass of dual values over the network."""
+"""The dual engine: one pass of dual values through the network."""
 
 from typing import Any
 
@@ -17,15 +17,16 @@ def dual(
     s: Time,
     condition: Condition,
     tangent: Tangent | None,
-    watched: bool = False,
+    check_finite: bool = False,
 ) -> JVPResult:
-    """Return u with its ordinary graph and jvp without any, both from one pass over the network.
+    """Return u with its ordinary graph and jvp without a graph, from one pass through the network.
 
-    Every operation gives its value as always and beside it, under no_grad, its derivative along the tangent in the rows
-    that have one; a tangent is freed once the next operations have read it. Attention runs on the fused kernel. The
-    network's code must be made of torch's operations, none in place, and may be compiled, whole or in parts; dropout is
-    carried but in attention, checkpointing unless it is reentrant, and an autograd.Function is not. A dual is no
-    torch.Tensor: code that asks isinstance takes its other branch, which may give another u.
+    Each operation computes its value as usual and also, under no_grad, its derivative along the tangent in the rows
+    that have one. A tangent is freed once the next operations have read it. Attention runs on the fused kernel.
+
+    The network must consist of torch operations, none of them in place. It may be compiled, as a whole or in parts.
+    Dropout outside attention and non-reentrant checkpointing are supported; autograd.Function is not. A dual is not a
+    torch.Tensor: code that branches on isinstance(x, torch.Tensor) takes the other branch, which may change u.
 
     Args:
         network: the student.
@@ -33,38 +34,39 @@ def dual(
         t: start times, (b,).
         s: end times, (b,).
         condition: class labels, (b,), or None.
-        tangent: direction over (x, t, s) of the first rows; None to skip the derivative.
-        watched: stop at the first tangent that is not finite; it costs a look at every one of them.
+        tangent: tangent over (x, t, s) of the first rows; None to skip the derivative.
+        check_finite: stop at the first tangent that is not finite; this reads every tangent.
 
     Raises:
-        NoTangentError: if an operation has no tangent, or no finite one; the message names it and its layer.
+        NoTangentError: if an operation has no tangent, or with check_finite a tangent that is not finite. The message
+            names the operation and its layer.
     """
     if tangent is None:
         return JVPResult(network(x_t, t, s, condition), None)
     rows = len(tangent.t)
-    rule_set = RuleSet(watched)
+    rule_set = RuleSet(check_finite)
     inputs: list[Any] = [
-        value if along is None else Dual(value, along.detach().to(value), rule_set)
-        for value, along in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
+        value if part is None else Dual(value, part.detach().to(value), rule_set)
+        for value, part in ((x_t, tangent.x), (t, tangent.t), (s, tangent.s))
     ]
     try:
-        end: Any = network(inputs[0], inputs[1], inputs[2], condition)
-        if not isinstance(end, Dual):
-            return JVPResult(end, torch.zeros_like(end[:rows]))
-        return JVPResult(end.primal, end.padded()[:rows])
+        u: Any = network(inputs[0], inputs[1], inputs[2], condition)
+        if not isinstance(u, Dual):
+            return JVPResult(u, torch.zeros_like(u[:rows]))
+        return JVPResult(u.primal, u.padded()[:rows])
     except NoTangentError as error:
         raise NoTangentError(f"{error}{_place(network, error)}") from error
     finally:
-        # Gradient checkpointing keeps a block's inputs and runs it again in the backward pass, without tangents.
+        # Gradient checkpointing stores a block's inputs and recomputes it in the backward pass, without tangents.
         for member in list(rule_set):
             member.tangent = None
 
 
 def _place(network: FlowMapNetwork, error: BaseException) -> str:
-    """Return the innermost layer of the network that was at work when the error was raised."""
+    """Return the innermost layer of the network in which the error was raised, as text for its message."""
     names = {id(module): name for name, module in network.named_modules()} if isinstance(network, nn.Module) else {}
-    found, frame = "", error.__traceback__
+    layer, frame = "", error.__traceback__
     while frame is not None:
-        found = names.get(id(frame.tb_frame.f_locals.get("self")), found)
+        layer = names.get(id(frame.tb_frame.f_locals.get("self")), layer)
         frame = frame.tb_next
-    return f", in layer {found}" if found else ""
+    return f", in layer {layer}" if layer else ""

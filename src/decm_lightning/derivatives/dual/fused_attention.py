@@ -1,6 +1,6 @@
-"""The tangent of attention in one kernel, for NVIDIA GPUs: one pass over the keys, and no matrix of weights in memory.
+"""The tangent of attention in one Triton kernel: one pass over the keys, without a weight matrix in memory.
 
-Triton comes with torch's CUDA builds alone. Without it this module can be imported, and `supports` names the reason.
+Only torch's CUDA builds include Triton. Without it this module can be imported, and `supports` gives the reason.
 """
 
 import math
@@ -18,37 +18,37 @@ except ImportError:
 _jit = getattr(triton, "jit", lambda function: function)
 
 LARGEST_HEAD = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
-"""Beyond, the registers of a GPU do not hold a block."""
+"""The largest head size per dtype: a larger block does not fit into the registers of a GPU."""
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
-"""With TRITON_INTERPRET=1 Triton runs kernels in numpy, also on tensors of the CPU: slow, for tests."""
+"""With TRITON_INTERPRET=1 Triton runs kernels in numpy, also on CPU tensors. This is slow and meant for tests."""
 
 REFUSED: list[str] = []
-"""The reason why this process does not use the kernel, if any: it failed, or its numbers were wrong."""
+"""The reason why this process does not use the kernel, if any: it raised, or its result was wrong."""
 
 
 def refuse_fused(reason: str) -> None:
-    """Make `supports` return False from now on, for this reason."""
+    """Make `supports` return this reason from now on."""
     REFUSED[:] = [reason]
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Return None if `fused_tangent` can be used, else the reason why not."""
+    """Return None if `fused_tangent` can be used, or the reason why it cannot."""
     head = query.shape[-1]
     if REFUSED:
         return REFUSED[0]
     if triton is None:
         return "Triton is not installed"
     if not INTERPRETED and not _is_ampere_or_later(query.device):
-        return "not on an NVIDIA GPU of the Ampere generation or later"
+        return "the device is not an NVIDIA GPU of the Ampere generation or later"
     if query.dtype not in LARGEST_HEAD:
-        return f"{query.dtype} is none of bfloat16, float16 and float32"
+        return f"{query.dtype} is not bfloat16, float16 or float32"
     if not query.dtype == key.dtype == value.dtype:
-        return "queries, keys and values have several dtypes"
+        return "queries, keys and values have different dtypes"
     if not head == key.shape[-1] == value.shape[-1]:
-        return "queries, keys and values have several head sizes"
+        return "queries, keys and values have different head sizes"
     if head > LARGEST_HEAD[query.dtype]:
         return f"head size {head} is above {LARGEST_HEAD[query.dtype]} for {query.dtype}"
-    return None if query.numel() and key.numel() else "there are no queries or no keys"
+    return None if query.numel() and key.numel() else "queries or keys are empty"
 
 
 def fused_tangent(
@@ -56,12 +56,12 @@ def fused_tangent(
 ) -> Tensor:
     """Return dO = P dV + (P * dS) V - rowsum(P * dS) O: P = softmax(S), S = c Q K^T, dS = c (dQ K^T + Q dK^T).
 
-    Queries have shape (..., n, d), keys and values (..., m, d), whose leading axes broadcast. A tangent has the shape
-    and the dtype of its primal; None is zero, and costs nothing.
+    Queries have shape (..., n, d), keys and values (..., m, d); the leading axes broadcast. A tangent has the shape and
+    the dtype of its primal; None means zero and is skipped.
 
     Raises:
-        RuntimeError: if `supports` has a reason.
-        ValueError: if a shape does not fit.
+        RuntimeError: if `supports` returns a reason.
+        ValueError: if shapes do not match.
     """
     leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
 
@@ -75,39 +75,40 @@ def fused_tangent(
     return tangent.reshape(*leading, *q.shape[-2:])
 
 
-# No triton_op, into which the compiler looks: it finds nothing to fuse there, and launches kernels in a way of its own,
-# that takes no tuples and that the interpreter does not go through.
+# Not a triton_op: the compiler would trace into it, find nothing to fuse, and launch the kernel by its own launcher,
+# which does not accept tuples and bypasses the interpreter.
 @torch.library.custom_op("decm_lightning::attention_tangent", mutates_args=())
 def attention_tangent(
     q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, scale: float
 ) -> Tensor:
-    """Return the tangent of attention as `fused_tangent` does, for operands of four axes, (b, h, n, d)."""
+    """Return the tangent of attention as `fused_tangent` does, for operands of shape (b, h, n, d)."""
     if reason := supports(q, k, v):
         raise RuntimeError(f"attention has no fused tangent: {reason}")
     for operand, like in ((dq, q), (dk, k), (v, k), (dv, k), (k[:, :, :0], q[:, :, :0])):
-        # The kernel would read beyond the tensor.
+        # Otherwise the kernel would read beyond the tensor.
         if operand is not None and operand.shape != like.shape:
-            raise ValueError(f"operands of attention do not fit: {tuple(operand.shape)} and {tuple(like.shape)}")
+            shapes = f"{tuple(operand.shape)} and {tuple(like.shape)}"
+            raise ValueError(f"operands of attention must have the same shape: got {shapes}")
     out = _empty(q)
     operands = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (out, q, dq, k, dk, v, dv)]
-    # Triton takes loads of 16 bytes where it knows that rows are aligned: where strides are multiples of 16. Those of
-    # head size 72 are multiples of 8. Counted in units of 8, which it knows, they do.
+    # Triton uses 16-byte loads only if it knows that rows are aligned, from strides that are multiples of 16. With head
+    # size 72 they are multiples of 8, so strides are passed in units of a constant that Triton knows.
     unit = math.gcd(16 // q.element_size(), *(step for x in operands if x is not None for step in x.stride()[:-1]))
-    given = [x if x is None else (x, *(step // unit for step in x.stride()[:-1])) for x in operands]
+    arguments = [x if x is None else (x, *(step // unit for step in x.stride()[:-1])) for x in operands]
     batch, heads, queries, size = q.shape
     width = max(16, 1 << (size - 1).bit_length())
     block, step, warps = _blocks(q.dtype, width)
-    # All programs on one axis: the others end at 65,535.
+    # All programs are on the first axis: the other axes are limited to 65,535.
     grid = (batch * heads * -(-queries // block),)
     sizes = (heads, queries, k.shape[2])
     with torch.cuda.device_of(q):
-        _kernel[grid](*given, sizes, scale, size, width, unit, block, step, num_warps=warps, num_stages=2)
+        _kernel[grid](*arguments, sizes, scale, size, width, unit, block, step, num_warps=warps, num_stages=2)
     return out
 
 
 @attention_tangent.register_fake
 def _empty(q: Tensor, *_: Any) -> Tensor:
-    # In memory (b, n, h, d), as networks have it before they split heads and after they join them.
+    # The memory layout is (b, n, h, d), as in networks before they split heads and after they join them.
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
@@ -118,9 +119,9 @@ def _is_ampere_or_later(device: torch.device) -> bool:
 
 
 def _blocks(dtype: torch.dtype, width: int) -> tuple[int, int, int]:
-    """Return the queries of a program, the keys of a step, and the warps.
+    """Return the queries per program, the keys per step, and the warps.
 
-    Compiled for sm_80 to sm_120 these need at most 96 KB of shared memory where there are 99 (sm_86, sm_89, sm_120).
+    On sm_86, sm_89 and sm_120, which have 99 KB of shared memory, these need at most 96 KB.
     """
     if dtype == torch.float32:
         return (64, 16, 4) if width <= 64 else (16, 16, 4)
@@ -131,7 +132,7 @@ def _blocks(dtype: torch.dtype, width: int) -> tuple[int, int, int]:
 
 @_jit
 def _rows(operand, sample, head, first, count: constexpr, width: constexpr, unit: constexpr):  # type: ignore[no-untyped-def]
-    """Return pointers to a tile of rows, in 64 bits, since tensors may have more than 2^31 elements."""
+    """Return pointers to a tile of rows, in 64 bits because tensors may have more than 2^31 elements."""
     tensor, sample_stride, head_stride, row_stride = operand
     start = tl.cast(sample, tl.int64) * sample_stride + tl.cast(head, tl.int64) * head_stride
     rows = (tl.cast(first, tl.int64) + tl.arange(0, count))[:, None] * row_stride
@@ -140,7 +141,7 @@ def _rows(operand, sample, head, first, count: constexpr, width: constexpr, unit
 
 @_jit
 def _add_product(total, left, right):  # type: ignore[no-untyped-def]
-    # Float32 as three products in TF32, like torch's own attention: exact to 1e-6, and on tensor cores, unlike "ieee".
+    # Float32 as three TF32 products, as in torch's attention: exact to 1e-6 and on tensor cores, unlike "ieee".
     return tl.dot(left, right, total, input_precision="tf32x3")
 
 
@@ -161,7 +162,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     block: constexpr,
     step: constexpr,
 ):
-    """Compute a block of rows of one head. Operands are tuples of a tensor and its strides; tangents may be None."""
+    """Compute one block of rows of one head. Operands are tuples of a tensor and its strides; tangents may be None."""
     heads, queries, keys = sizes
     blocks = tl.cdiv(queries, block)
     first = tl.program_id(0) % blocks * block
@@ -172,7 +173,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     if dq is not None:
         dquery = tl.load(_rows(dq, sample, head, first, block, width, unit), mask=here, other=0.0)
 
-    # Sums over the keys so far, of weights e relative to the largest score: of e, e dS, e V, and e dS V + e dV.
+    # Running sums over the keys, with e = exp(S - largest): of e, e dS, e V, and e dS V + e dV.
     largest = tl.full([block], float("-inf"), tl.float32)
     total, dtotal = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
     mean, dmean = tl.zeros([block, width], tl.float32), tl.zeros([block, width], tl.float32)
@@ -189,9 +190,9 @@ def _kernel(  # type: ignore[no-untyped-def]
             dkey = tl.load(_rows(dk, sample, head, start, step, width, unit), mask=there, other=0.0)
             dscores = _add_product(dscores, query, tl.trans(dkey))
 
-        # Times log2(e), for powers of two.
+        # Multiplied by log2(e), because exp2 is used.
         scores = tl.where(seen[None, :], scores * (scale * 1.4426950408889634), float("-inf"))
-        # Finite from the first step on, which sees a key: infinities are not subtracted from each other.
+        # Finite from the first step on, since every step has a key: infinities are never subtracted.
         larger = tl.maximum(largest, tl.max(scores, 1))
         largest, shrink = larger, tl.exp2(largest - larger)
         weights = tl.exp2(scores - largest[:, None])

@@ -15,7 +15,7 @@ BY_SAMPLE = {
     *("adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "conv_transpose1d", "conv_transpose2d"),
     *("interpolate", "pixel_shuffle", "pixel_unshuffle"),
 }
-"""Operations along all axes but the first, which is the batch."""
+"""Operations that mix all axes but the first, the batch."""
 
 
 def _only_dual_is_first(*args: Any, **kwargs: Any) -> bool:
@@ -67,7 +67,7 @@ def convolution(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The convolution of dx, without the bias."""
+    """Return the convolution of dx without the bias; by forward mode if the weight depends on the input too."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, weight, bias, *args, **kwargs)
     return func(x.tangent, weight, None, *args, **kwargs)
@@ -75,7 +75,7 @@ def convolution(
 
 @rule(*BY_SAMPLE, is_rowwise=_on_first_axis)
 def of_a_sample(rows: TangentRows | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-    """The tangent by forward mode, in the samples that have one."""
+    """Return the tangent by forward mode, for the samples that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
@@ -90,9 +90,9 @@ def instance_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The tangent by forward mode, in the samples that have one."""
+    """Return the tangent by forward mode, for the samples that have one."""
     if running_mean is not None:
-        unsupported("instance_norm", "with running statistics, which forward mode would update once more")
+        unsupported("instance_norm", "with running statistics, which forward mode would update a second time")
     return forward_mode(func, x, None, *args, **kwargs)
 
 
@@ -107,7 +107,7 @@ def matmul(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b
 
 @rule("einsum", is_rowwise=lambda *_, **__: False)
 def einsum(rows: TangentRows | None, func: Callable, value: Tensor, /, equation: str, *factors: Any) -> Tensor:
-    """Return the sum of the products in which one factor is replaced by its tangent."""
+    """Return the sum over factors of the product with that factor replaced by its tangent."""
     points = [factor.primal if isinstance(factor, Pair) else factor for factor in factors]
     terms = [
         func(equation, *points[:i], factor.tangent, *points[i + 1 :])
@@ -119,7 +119,7 @@ def einsum(rows: TangentRows | None, func: Callable, value: Tensor, /, equation:
 
 @rule("softmax", is_rowwise=apart("softmax"))
 def softmax(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
-    """Return P dx - P sum(P dx): the Jacobian is symmetric, and the kernel of the gradient that of the tangent."""
+    """Return P dx - P sum(P dx). The Jacobian is symmetric, so the gradient's kernel also computes the tangent."""
     dim = kwargs.get("dim", args[0] if args else None)
     if dim is None:
         return forward_mode(func, x, *args, **kwargs)
@@ -141,11 +141,11 @@ def layer_norm(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalized x: a symmetric Jacobian, as of softmax."""
+    """Return w (dx - mean(dx) - n mean(n dx)) / std, with n the normalized x; symmetric as for softmax."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, normalized_shape, weight, bias, eps)
-    moved = _normalised(x.primal, x.tangent, list(normalized_shape), eps)
-    return moved if weight is None else moved * weight
+    dn = _normalized_tangent(x.primal, x.tangent, list(normalized_shape), eps)
+    return dn if weight is None else dn * weight
 
 
 @rule("group_norm", is_rowwise=_on_first_axis)
@@ -162,15 +162,15 @@ def group_norm(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    """Return w (dx - mean(dx) - n mean(n dx)) / std within each group, with w that of the channel."""
+    """Return w (dx - mean(dx) - n mean(n dx)) / std within each group, with one w per channel."""
     if not _only_dual_is_first(x, weight, bias):
         return forward_mode(func, x, num_groups, weight, bias, eps)
     point, tangent = (part.reshape(len(part), num_groups, -1) for part in (x.primal, x.tangent))
-    moved = _normalised(point, tangent, [point.shape[-1]], eps).reshape(x.primal.shape)
-    return moved if weight is None else moved * weight.view(-1, *[1] * (moved.ndim - 2))
+    dn = _normalized_tangent(point, tangent, [point.shape[-1]], eps).reshape(x.primal.shape)
+    return dn if weight is None else dn * weight.view(-1, *[1] * (dn.ndim - 2))
 
 
-def _normalised(x: Tensor, dx: Tensor, shape: list[int], eps: float) -> Tensor:
+def _normalized_tangent(x: Tensor, dx: Tensor, shape: list[int], eps: float) -> Tensor:
     x = x.detach()
     _, mean, scale = torch.native_layer_norm(x, shape, None, None, eps)
     only_x = [True, False, False]
@@ -195,5 +195,5 @@ def rms_norm(
     smallest = torch.finfo(x.primal.dtype).eps if eps is None else eps
     scale = torch.rsqrt(x.primal.square().mean(axes, keepdim=True) + smallest)
     unit = x.primal * scale
-    moved = scale * torch.addcmul(x.tangent, unit, (unit * x.tangent).mean(axes, keepdim=True), value=-1)
-    return moved if weight is None else moved * weight
+    dn = scale * torch.addcmul(x.tangent, unit, (unit * x.tangent).mean(axes, keepdim=True), value=-1)
+    return dn if weight is None else dn * weight

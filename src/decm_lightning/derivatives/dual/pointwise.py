@@ -1,4 +1,4 @@
-"""Tangents of operations that act on each element alone, or broadcast."""
+"""Tangents of element-wise operations, with broadcasting."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from decm_lightning.derivatives.dual.value import Dual
 
 aten = torch.ops.aten
 
-# For a function of one element, the kernel that multiplies a gradient by its derivative does the same to a tangent.
+# The Jacobian is diagonal, so the backward kernels, which multiply by f'(x), also compute tangents.
 DERIVATIVES: dict[str, Callable[..., Tensor]] = {
     "silu": lambda dx, x, _, inplace=False: aten.silu_backward(dx, x),
     "gelu": lambda dx, x, _, approximate="none": aten.gelu_backward(dx, x, approximate=approximate),
@@ -43,7 +43,7 @@ def _shape(rows: TangentRows | None, value: Tensor) -> torch.Size:
 def of_one_element(
     rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return f'(x) dx; by forward mode in the complex plane, where a gradient takes the conjugate of f'(x)."""
+    """Return f'(x) dx; by forward mode if x is complex, where backward kernels multiply by the conjugate of f'(x)."""
     if x.primal.is_complex():
         return forward_mode(func, x, *args, **kwargs)
     known = value if rows is None else rows.of(value)
@@ -54,13 +54,13 @@ def of_one_element(
 def of_several_elements(
     rows: TangentRows | None, func: Callable, value: Tensor, /, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The tangent by forward mode, in the rows that have one."""
+    """Return the tangent by forward mode, for the rows that have one."""
     return forward_mode(func, *args, **kwargs)
 
 
 @rule("pow", broadcasts=True)
 def power(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Any, exponent: Any) -> Tensor:
-    """Return n x^(n - 1) dx for a number n from 1 on, such as in the norms of diffusers; else by forward mode."""
+    """Return n x^(n - 1) dx for a number n >= 1, as in diffusers' norms; otherwise use forward mode."""
     if isinstance(x, Pair) and isinstance(exponent, int | float) and exponent >= 1:
         return exponent * x.primal ** (exponent - 1) * x.tangent
     return forward_mode(func, x, exponent)
@@ -99,7 +99,7 @@ def mul(rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: A
 def div(
     rows: TangentRows | None, func: Callable, value: Tensor, /, a: Any, b: Any, rounding_mode: str | None = None
 ) -> Tensor:
-    """(da - (a / b) db) / b."""
+    """Return (da - (a / b) db) / b."""
     if rounding_mode is not None:
         return forward_mode(func, a, b, rounding_mode=rounding_mode)
     if not isinstance(b, Pair):
@@ -110,15 +110,15 @@ def div(
 
 @rule("__rdiv__", "__rtruediv__", broadcasts=True)
 def rdiv(rows: TangentRows | None, func: Callable, value: Tensor, /, b: Any, a: Any) -> Tensor:
-    """The tangent of a / b with the arguments the other way round."""
+    """Return the tangent of a / b; torch passes b first."""
     return div(rows, func, value, a, b)
 
 
 def dropout(
     func: Callable, x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
 ) -> Dual:
-    """Return x times the mask that the dropout of ones is: the tangent sees the very mask of the value."""
-    # Checkpointing demands that autograd keeps as many tensors as in the plain forward: where nothing drops, none.
+    """Return x times the dropout of ones, so that value and tangent share one mask."""
+    # x itself if nothing is dropped: checkpointing requires that autograd saves the same tensors as without duals.
     return x * func(torch.ones_like(x.primal), p, True) if p and training and train else x
 
 

@@ -23,11 +23,11 @@ ALONG_DIM = {
     "softmax": (1, None),
     "cat": (1, 0),
 }
-"""Where the operation's `dim` stands among its arguments, and its default; None: all axes."""
+"""The position of `dim` among the operation's arguments, and its default; None means all axes."""
 
 
 def apart(name: str) -> Callable[..., bool]:
-    """Return whether the operation works along other axes than the rows."""
+    """Return a check of whether the operation's `dim` differs from the axis of the rows."""
     position, default = ALONG_DIM[name]
 
     def is_rowwise(rows: TangentRows, func: Callable, value: Any, /, *args: Any, **kwargs: Any) -> bool:
@@ -41,7 +41,7 @@ def apart(name: str) -> Callable[..., bool]:
 
 
 def _same(rows: TangentRows | None, func: Callable, value: Any, /, x: Pair, *args: Any, **kwargs: Any) -> Any:
-    """The operation is linear: do the same to the tangent."""
+    """Apply the operation itself to the tangent, since it is linear."""
     return func(x.tangent, *args, **kwargs)
 
 
@@ -56,13 +56,13 @@ def _before_last(rows: TangentRows, *_: Any, **__: Any) -> bool:
 
 @rule("view_as_complex", is_rowwise=_before_last)
 def view_as_complex(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair) -> Tensor:
-    """The same pairs of the tangent, which may lie in memory in another way than the value."""
+    """Return the tangent as complex numbers; its memory layout may differ from the value's."""
     return func(x.tangent.contiguous())
 
 
 @rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
 def cast(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
-    """The tangent follows the value to its dtype and device."""
+    """Cast the tangent to the dtype and device of the value."""
     return x.tangent.to(value)
 
 
@@ -72,9 +72,9 @@ def _keeps_reshape(rows: TangentRows, func: Callable, value: Tensor, /, x: Dual,
 
 @rule(*RESHAPES, is_rowwise=_keeps_reshape)
 def reshape(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
-    """The tangent in the shape of the value, which is known by now; arguments would count the value's rows."""
+    """Reshape the tangent by the value's new shape, since the arguments may contain the value's number of rows."""
     if value.dtype != x.primal.dtype:
-        unsupported(func.__name__, "a view in another dtype is no linear map")
+        unsupported(func.__name__, "a view in another dtype is not a linear map")
     if rows is None:
         return x.tangent.reshape(value.shape)
     whole = list(x.primal.shape)
@@ -101,19 +101,19 @@ def pad(
     mode: str = "constant",
     **_: Any,
 ) -> Tensor:
-    """The tangent padded in the same mode, and with zeros for a constant."""
+    """Pad the tangent in the same mode; in constant mode with zeros."""
     return func(x.tangent, pad, mode)
 
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, *args: Any, **kwargs: Any) -> Tensor:
-    """The tangent repeated along the same axes."""
+    """Expand the tangent along the same axes."""
     return x.tangent.expand((value if rows is None else rows.of(value)).shape)
 
 
 @rule("cat", is_rowwise=apart("cat"), broadcasts=True)
 def cat(rows: TangentRows | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The tangents joined, with zeros for what has none."""
+    """Concatenate the tangents, with zeros for tensors without one."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
@@ -121,7 +121,7 @@ def cat(rows: TangentRows | None, func: Callable, value: Tensor, /, tensors: Any
 def stack(
     rows: TangentRows | None, func: Callable, value: Tensor, /, tensors: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The tangents stacked, with zeros for what has none."""
+    """Stack the tangents, with zeros for tensors without one."""
     return func(replace(tensors, _tangent), *args, **kwargs)
 
 
@@ -129,8 +129,8 @@ def _keeps_index(rows: TangentRows, func: Callable, value: Tensor, /, x: Dual, i
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items):
         return False
-    taken = sum(item is not None and item is not Ellipsis for item in items)
-    rest = [slice(None)] * (x.ndim - taken)
+    indexed = sum(item is not None and item is not Ellipsis for item in items)
+    rest = [slice(None)] * (x.ndim - indexed)
     at = items.index(Ellipsis) if Ellipsis in items else len(items)
     axes = [item for item in items[:at] + rest + items[at + 1 :] if item is not None]
     return axes[rows.axis] == slice(None)
@@ -138,7 +138,7 @@ def _keeps_index(rows: TangentRows, func: Callable, value: Tensor, /, x: Dual, i
 
 @rule("__getitem__", is_rowwise=_keeps_index)
 def getitem(rows: TangentRows | None, func: Callable, value: Tensor, /, x: Pair, index: Any) -> Tensor:
-    """The same elements of the tangent."""
+    """Return the same elements of the tangent."""
     if not isinstance(x, Pair):
         unsupported("__getitem__", "an index has no derivative")
     return x.tangent[index]
@@ -149,9 +149,9 @@ def _tangent(value: Pair | Tensor) -> Tensor:
 
 
 def checkpoint(func: Callable, body: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Gradient checkpointing inside a compiled region, which takes and gives plain tensors only.
+    """Checkpoint `body` inside a compiled region, where inputs and outputs must be plain tensors.
 
-    Outside of one it is no operation of torch but ordinary code.
+    Outside compiled regions checkpointing is ordinary code and not a torch operation.
     """
     rule_set = next(value.rule_set for value in args if isinstance(value, Dual))
     parts = [part for value in args if isinstance(value, Dual) for part in (value.primal, value.tangent)]

@@ -1,4 +1,4 @@
-"""Tangents that are shorter than their values: they are zero beyond their end, and every rule may rely on that."""
+"""Tangents that cover only the first rows of their values; beyond these rows they are zero."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class TangentRows:
     """The one axis on which a tangent is shorter than its value.
 
     Attributes:
-        axis: the axis, counted from the right and so negative: where broadcasting aligns shapes.
+        axis: the axis, counted from the right as in broadcasting, so negative.
         count: the tangent's size on that axis.
         total: the value's size on that axis.
     """
@@ -24,7 +24,7 @@ class TangentRows:
 
     @classmethod
     def between(cls, whole: Tensor, part: Tensor) -> "TangentRows | None":
-        """Return where a tangent is shorter than its value; None if nowhere."""
+        """Return the axis on which a tangent is shorter than its value; None if their shapes are equal."""
         if whole.shape == part.shape:
             return None
         assert whole.ndim == part.ndim, (whole.shape, part.shape)
@@ -33,15 +33,15 @@ class TangentRows:
         return cls(differs[0], part.shape[differs[0]], whole.shape[differs[0]])
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return what of a tensor belongs to the tangent's rows: all of it, if it is broadcast along the axis."""
+        """Return the tangent's rows of a tensor; all of it if it broadcasts along the axis."""
         if whole.ndim < -self.axis or whole.shape[self.axis] != self.total:
             return whole
         return whole.narrow(self.axis, 0, self.count)
 
     def after_reshape(self, before: Sequence[int], after: Sequence[int]) -> list[int] | None:
-        """Return the tangent's shape when its value goes from shape `before` to `after`; None if it has none.
+        """Return the tangent's shape after its value is reshaped from `before` to `after`; None if rows get mixed.
 
-        The rows stay the first ones of an axis if as many elements stand before that axis as stood before the old one.
+        The rows stay the first rows of an axis if the product of the sizes before that axis is unchanged.
         """
         outside = math.prod(before[: self.axis])
         for i, size in enumerate(after):
@@ -52,7 +52,7 @@ class TangentRows:
 
 
 def pad(part: Tensor, whole: Tensor) -> Tensor:
-    """Return the tangent `part` in the shape of its value `whole`, with the zeros written out."""
+    """Return the tangent `part` padded with zeros to the shape of its value `whole`."""
     rows = TangentRows.between(whole, part)
     if rows is None:
         return part

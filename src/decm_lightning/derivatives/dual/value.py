@@ -1,4 +1,4 @@
-"""The dual value: a tensor with its derivative, which a network's ordinary code takes for a tensor."""
+"""The dual value: a tensor with its derivative, which ordinary network code can use like a tensor."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ METADATA = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_c
 
 
 class NoTangentError(NotImplementedError):
-    """An operation whose tangent is not known, or not finite: a silent zero would be a wrong derivative."""
+    """Raised for an operation whose tangent is unknown or not finite; a silent zero would be a wrong derivative."""
 
 
 class RuleSet(WeakSet):
-    """All living duals of one pass, made outside compiled regions.
+    """All living duals of one pass that were created outside compiled regions.
 
     Attributes:
         recorded: whether autograd records the pass.
-        watched: stop at the first tangent that is not finite where its value is.
+        check_finite: whether to raise at the first tangent that is not finite.
     """
 
-    def __init__(self, watched: bool = False) -> None:
+    def __init__(self, check_finite: bool = False) -> None:
         super().__init__()
         self.recorded = torch.is_grad_enabled()
-        self.watched = watched
+        self.check_finite = check_finite
 
 
 @dataclass(eq=False)
 class Dual:
     """A tensor and its derivative along a tangent; torch's functions and methods apply to it as to a tensor.
 
-    No subclass of Tensor, whose tangent FSDP2 would lose silently, but a dataclass and a pytree: the containers in
-    which DDP, FSDP and gradient checkpointing look for tensors.
+    A dual is a dataclass and a pytree node, because DDP, FSDP and gradient checkpointing look for tensors in these. It
+    is not a subclass of Tensor: FSDP2 would silently drop its tangent.
 
     Attributes:
         primal: the value, with its autograd graph.
-        tangent: the derivative, without a graph; on at most one axis shorter than the value, and zero beyond. None once
-            the pass is over.
+        tangent: the derivative, without a graph. It may be shorter than the value on one axis and is zero beyond. None
+            after the pass.
         rule_set: all living duals of the pass.
     """
 
@@ -53,16 +53,16 @@ class Dual:
     rule_set: RuleSet
 
     apply: ClassVar[Callable[[Callable, tuple, dict[str, Any]], Any]]
-    """How functions of torch act on duals: set by `dispatch`, whose rules need this class."""
+    """Apply a torch function to duals. Set by `dispatch`, whose rules need this class."""
 
     def __post_init__(self) -> None:
-        # A compiled region that read the set would be compiled anew for each of its states.
+        # A compiled region that reads the set would be recompiled each time the set changes.
         if not torch.compiler.is_compiling():
             self.rule_set.add(self)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
-        """Apply a function of torch to arguments of which at least one is dual."""
+        """Apply a torch function to arguments, at least one of which is a dual."""
         return cls.apply(func, tuple(args), kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -79,21 +79,21 @@ class Dual:
 
     def __len__(self) -> int:
         if not self.primal.ndim:
-            # torch.tensor counts a list in a list: code that took the value for a number, as it is no torch.Tensor.
-            unsupported("tensor", "a number taken out of a value has no derivative")
+            # Called by torch.tensor(x), in code that handles x as a number because it is not a torch.Tensor.
+            unsupported("tensor", "a number read from a tensor has no derivative")
         return len(self.primal)
 
     def __iter__(self) -> Iterator["Dual"]:
         return iter(self.unbind(0))
 
     def __bool__(self) -> NoReturn:
-        unsupported("__bool__", "a branch on a value has no derivative")
+        unsupported("__bool__", "a branch on a tensor's value has no derivative")
 
     def __rmatmul__(self, other: Tensor) -> "Dual":
         return _call(torch.matmul, other, self)
 
     def padded(self) -> Tensor:
-        """Return the tangent in the shape of the value."""
+        """Return the tangent padded with zeros to the shape of the value."""
         assert self.tangent is not None
         return pad(self.tangent, self.primal)
 
@@ -108,12 +108,12 @@ def _call(func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _operator(func: Callable) -> Callable:
-    # A partial is no method: it would not be bound to the instance.
+    # Not a partial: it would not be bound to the instance as a method.
     return lambda *args: Dual.apply(func, args, {})
 
 
 def _in_place(name: str) -> Callable:
-    return lambda *_: unsupported(name, "operations in place are not carried")
+    return lambda *_: unsupported(name, "in-place operations are not supported")
 
 
 OPERATORS: dict[str, Any] = {
@@ -146,7 +146,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "setitem"):
 
 
 class _DualBackend(TorchBackend):
-    """Makes einops take duals: it finds a backend among the subclasses of its own, by the type of the tensor."""
+    """Registers duals with einops, which searches the subclasses of its backends by the type of the tensor."""
 
     framework_name = __name__
 

@@ -50,7 +50,7 @@ def test_a_folder_resumes_by_name(tmp_path: Path) -> None:
     [
         (
             SETTINGS | {"steps": 4, "seed": 1},
-            r"other settings \(steps: 2 in the folder, requested 4; seed: 0 in the folder, requested 1\): choose another folder",
+            r"other settings \(steps: 2 in the folder, requested 4; seed: 0 in the folder, requested 1\)",
         ),
         (SETTINGS | {"s1": 0.5}, r"other settings \(s1: None in the folder, requested 0.5\)"),
         ({"seed": 0, "steps": 2}, r"other settings \(sampler: mix in the folder, requested None\)"),

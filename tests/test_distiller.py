@@ -269,7 +269,7 @@ def test_accumulated_batches_draw_their_own_noise(tmp_path):
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
     def fit(folder, steps, checkpoint=None):
         teacher = tiny_teacher()
-        # A resumed run uses its checkpoint's seed instead of its own.
+        # A resumed run uses its checkpoint's seed, not the current one.
         L.seed_everything(4 if checkpoint else 3, verbose=False)
         options = {
             "optimizer": lambda p: torch.optim.AdamW(p, 1e-2),

@@ -1,6 +1,7 @@
 """Sharded checkpoints: consolidated, used directly, or refused with a one-line error."""
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -171,16 +172,13 @@ def test_shards_that_are_not_whole_are_refused(fault, message, decm):
     ("argv", "message"),
     [
         (["consolidate", "gone"], "no checkpoint at gone"),
-        (["consolidate", "plain.ckpt"], "plain.ckpt is "),
-        (
-            ["consolidate", "teacher"],
-            "teacher is ",
-        ),
+        (["consolidate", "plain.ckpt"], r"plain.ckpt is .*\.metadata and meta\.pt"),
+        (["consolidate", "teacher"], r"teacher is .*\.metadata and meta\.pt"),
         (["consolidate", "shards", "--out", "shards"], "out must differ from the path of the checkpoint: got shards"),
         (["consolidate", "shards", "--out", "teacher"], "out must be a file: teacher is a folder"),
         (
             ["fit", *FIT, "--ckpt_path", "shards"],
-            "shards is a sharded checkpoint, which only ModelParallelStrategy reads: decm consolidate shards ",
+            "shards is a sharded checkpoint, which only ModelParallelStrategy reads: .*decm consolidate shards",
         ),
         (["test", *FIT, "--ckpt_path", "shards"], "shards is a sharded checkpoint, which only ModelParallelStrategy"),
     ],
@@ -188,7 +186,7 @@ def test_shards_that_are_not_whole_are_refused(fault, message, decm):
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, decm):
     code, _, err = decm(*argv)
     assert code == 2
-    assert err.startswith(f"decm: error: {message}")
+    assert re.match(f"decm: error: {message}", err)
     assert err.count("\n") == 1
 
 

@@ -309,7 +309,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
         "inception_score": "mean over 10 splits, in random order",
         "precision, recall": "k = 3, 44 generated against 50 real images",
         "kid": "mean over 100 subsets of 44, not times 1,000",
-        "nfe": "passes of a network for one sample, guidance included",
+        "nfe": "network evaluations per sample, guidance included",
         "device": f"cpu ({platform.machine()})",
         "processes": 1,
         "versions": f"{versions}, Python {platform.python_version()}",

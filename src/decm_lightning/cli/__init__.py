@@ -47,8 +47,8 @@ _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
-    "validate": Command("trainer:run", "measure the metrics of training", TRAINING, (), _CHECKPOINT),
-    "test": Command("trainer:run", "measure all metrics and write the quality table", TRAINING, (), _CHECKPOINT),
+    "validate": Command("trainer:run", "evaluate a checkpoint with the metrics of training", TRAINING, (), _CHECKPOINT),
+    "test": Command("trainer:run", "evaluate a checkpoint and write the quality table", TRAINING, (), _CHECKPOINT),
     "predict": Command("trainer:run", "generate images on all devices into a folder", TRAINING, (), _CHECKPOINT),
     "sample": Command("sample:sample", "generate images of chosen classes", INFERENCE, ("model",), _SAMPLED),
     "sample-prompts": Command(

@@ -218,7 +218,7 @@ def wide(values: Any) -> Any:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Compare relative to the largest element, by default up to float32 rounding, because kernels depend on alignment."""
+    """Compare relative to the largest element, by default up to float32 rounding: kernels depend on alignment."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
@@ -290,7 +290,7 @@ def test_adapters_are_on_every_attention(case):
 
 
 def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
-    """The selected engine agrees in one pass with a fourth-order difference, needed because times are multiplied by 1000."""
+    """The selected engine agrees in one pass with a fourth-order difference (times are multiplied by 1000)."""
     student = changed(case.teacher).double()
     assert (
         choose(student, student.example()).reason

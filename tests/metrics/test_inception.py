@@ -32,19 +32,19 @@ def network(weights) -> InceptionFeatures:
 
 
 def test_features_are_those_of_the_public_implementation(network):
-    with safe_open(FIXTURE, "pt") as kept:
-        made = json.loads(kept.metadata()["made"])
-        expected = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 - no mapping
+    with safe_open(FIXTURE, "pt") as stored:
+        made = json.loads(stored.metadata()["made"])
+        expected = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
     assert made["weights_seed"] == SEED
     for side in made["sides"]:
         generator = torch.Generator().manual_seed(made["images_seed"])
         views = network(uint8_images(made["images"], side, generator))
         assert set(views) == {"pool", "spatial", "logits"}
         for name, value in views.items():
-            wanted = expected[f"{name}_{side}"]
-            assert value.shape == wanted.shape
-            assert (value - wanted).norm() < 1e-5 * wanted.norm()
-            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+            target = expected[f"{name}_{side}"]
+            assert value.shape == target.shape
+            assert (value - target).norm() < 1e-5 * target.norm()
+            torch.testing.assert_close(value, target, rtol=1e-4, atol=1e-5 * target.abs().max().item())
 
 
 def test_spatial_features_are_rows_by_columns_by_channels_of_the_first_branch(network):
@@ -93,12 +93,12 @@ def test_weights_are_downloaded_once_and_checked(weights, tmp_path, monkeypatch)
     monkeypatch.setattr(inception, "FILE", weights.name)
     monkeypatch.setattr(inception, "URL", weights.as_uri())
     InceptionFeatures()
-    kept = tmp_path / "checkpoints" / weights.name
-    assert kept.read_bytes() == weights.read_bytes()
+    cached = tmp_path / "checkpoints" / weights.name
+    assert cached.read_bytes() == weights.read_bytes()
     monkeypatch.setattr(inception, "URL", "file:///nowhere")
     InceptionFeatures()
 
-    kept.unlink()
+    cached.unlink()
     wrong = weights.with_name("weights-00000000.pth")
     wrong.symlink_to(weights)
     monkeypatch.setattr(inception, "FILE", wrong.name)

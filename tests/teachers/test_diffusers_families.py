@@ -290,7 +290,7 @@ def test_adapters_are_on_every_attention(case):
 
 
 def test_derivative_is_that_of_forward_mode_and_of_a_difference(case):
-    """The selected engine agrees in one pass with a fourth-order difference: times are multiplied by 1000."""
+    """The selected engine agrees in one pass with a fourth-order difference (times are multiplied by 1000)."""
     student = changed(case.teacher).double()
     assert choose(student, student.example()).reason.startswith("derivative dual: exact")
     captions = wide(case.captions)

@@ -167,7 +167,7 @@ def test_sharding_is_refused(folder):
 
 
 def test_config_names_it(folder, fit, capsys):
-    """The command line needs only class path and folder; digits that do not match its latents give one line."""
+    """The command line needs class path and folder; data that do not match the latents are reported in one line."""
     assert fit("DiffusersTeacher", {"model": str(folder), "lora_rank": "2"}) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("decm: error: the data's samples are (1, 8, 8) and the network's (4, 4, 4): ")

@@ -182,11 +182,11 @@ def test_dual_passes_through_gradient_checkpointing(foreign):
     foreign.model.enable_gradient_checkpointing()
     runs = []
     foreign.model.transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    result, gradients = evaluate()
+    result, recomputed_gradients = evaluate()
     assert len(runs) == 2
     assert_close(result.u, expected.u, 1e-12)
     assert_close(result.jvp, expected.jvp, 1e-12)
-    for gradient, other in zip(gradients, expected_gradients, strict=True):
+    for gradient, other in zip(recomputed_gradients, expected_gradients, strict=True):
         assert_close(gradient, other, 1e-12)
 
 

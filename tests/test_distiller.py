@@ -366,7 +366,7 @@ def test_sampling_a_teacher_by_one_euler_step_is_its_velocity():
 
 
 def test_an_exact_flow_has_no_student_of_its_own():
-    with pytest.raises(ValueError, match=r"give Distiller\(student="):
+    with pytest.raises(ValueError, match=r"pass Distiller\(student="):
         Distiller(ExactTeacher(GaussianMixture.ring()))
 
 

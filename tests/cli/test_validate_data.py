@@ -231,7 +231,7 @@ def test_the_vae_is_compared_and_tried(decm):
         assert code == 2
         assert message in out
         assert "VAE" in err
-    refused(decm, ["validate-data", "latents", "--vae", "not/there/at/all"], "no folder not/there/at/all")
+    refused(decm, ["validate-data", "latents", "--vae", "not/there/at/all"], "VAE not/there/at/all not found")
 
 
 def test_skipped_files_are_counted(decm):

@@ -160,7 +160,7 @@ def test_sharding_is_refused(folder):
     try:
         module = make(folder)
         module._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-        with pytest.raises(ValueError, match="a student with LoRA shares its frozen weights"):
+        with pytest.raises(ValueError, match=r"a student with LoRA .* --trainer.strategy ddp"):
             module.configure_model()
     finally:
         torch.distributed.destroy_process_group()

@@ -244,4 +244,5 @@ def test_what_does_not_fit_the_teacher_is_said_in_one_line(kind, decm, tmp_path,
     arguments, message = BAD[kind]
     assert decm("run", 1, *(argument.format(**names) for argument in arguments)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"decm: error: {message.format(**names)}")
+    assert last.startswith("decm: error: ")
+    assert message.format(**names) in last

@@ -416,7 +416,7 @@ def test_bad_input_gives_one_clear_line_and_exit_code_2(argv, message, decm):
     refused(decm, argv, message)
 
 
-def test_a_latent_student_gives_pictures(decm):
+def test_a_latent_student_generates_images(decm):
     assert decm(*command("latents"))[0] == 0
     torch.manual_seed(0)
     save(DiT(8, 2, patch_size=2, width=16, depth=1, heads=2, num_classes=2), Path("student"))
@@ -435,7 +435,7 @@ def test_a_latent_student_gives_pictures(decm):
     )
 
 
-def test_what_is_drawn_is_decoded(decm):
+def test_generated_latents_are_decoded(decm):
     from decm_lightning.samplers import mix
 
     assert decm(*command("latents"))[0] == 0
@@ -443,7 +443,7 @@ def test_what_is_drawn_is_decoded(decm):
     network = DiT(8, 2, patch_size=2, width=16, depth=1, heads=2, num_classes=2, end_time=True).eval()
     torch.nn.init.normal_(network.final_layer.linear.weight)
     save(network, Path("student"))
-    argv = ["--classes", "[1]", "--per_class", "1", "--scale", "1", "--out", "one.png", "--seed", "3"]
+    argv = ["--classes", "[1]", "--per_class", "1", "--scale", "1", "--out", "one.png", "--seed", "3", "--steps", "1"]
     assert decm("sample", "student", *argv, "--vae", "vae", "--latents", "latents")[0] == 0
     x_0 = torch.randn(1, 2, 8, 8, generator=generator_of(3, 1))
     scaling = torch.load("latents/latents_stats.pt", weights_only=True)

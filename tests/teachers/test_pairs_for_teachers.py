@@ -228,7 +228,7 @@ BAD = {
     "pixels": (["{data}.vae=null"], "the pairs are images (3, 8, 8) and the network's (4, 4, 4): "),
     "length": (
         ["{data}.encoder.init_args.max_tokens=4"],
-        "number of tokens: got 15 and 13, ",
+        "the empty prompt and the captions must have the same number of tokens: got 15 and 13, ",
     ),
     "no encoders": (
         ["{data}.encoder.init_args.model={kl}"],

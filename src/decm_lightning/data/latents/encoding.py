@@ -167,9 +167,8 @@ class EncodingData(L.LightningDataModule):
         ours = self.plan.pending[self.trainer.global_rank :: self.trainer.world_size]
         shards = {number: self.plan.shards[number] for number in ours}
         batches = ShardBatches(self.images, self.size, shards, self.batch_size)
-        return DataLoader(
-            batches, batch_size=1, num_workers=self.num_workers, collate_fn=_only, worker_init_fn=silence_broken_pipes
-        )
+        quiet = silence_broken_pipes
+        return DataLoader(batches, num_workers=self.num_workers, collate_fn=_only, worker_init_fn=quiet)
 
     def _planned(self) -> Plan:
         files, allow_skipped = self.images.files, self.on_error == "skip"

@@ -1,5 +1,6 @@
 """The effect of each loss, in short trainings on an exact mixture of Gaussians in the plane."""
 
+import functools
 from dataclasses import dataclass
 
 import lightning as L
@@ -12,6 +13,7 @@ from decm_lightning.flows import GaussianMixture
 from decm_lightning.networks import MLP
 from decm_lightning.samplers import euler
 from decm_lightning.teachers import ExactTeacher
+from decm_lightning.training import WarmupCosine
 from decm_lightning.types import Batch
 
 FLOW = GaussianMixture.ring()
@@ -39,7 +41,10 @@ class Errors:
 def train(objective: losses.Objective) -> Errors:
     L.seed_everything(0, verbose=False)
     adam = lambda parameters: torch.optim.Adam(parameters, 1e-3)  # noqa: E731
-    distiller = Distiller(ExactTeacher(FLOW), MLP(2, 128, 3), objective, optimizer=adam, ema_decay=0.995)
+    constant = functools.partial(WarmupCosine, warmup=0.0, floor=1.0)
+    distiller = Distiller(
+        ExactTeacher(FLOW), MLP(2, 128, 3), objective, optimizer=adam, lr_scheduler=constant, ema_decay=0.995
+    )
     L.Trainer(
         accelerator="cpu",
         max_steps=STEPS,

@@ -8,6 +8,7 @@ import torch
 
 from decm_lightning import Distiller, losses
 from decm_lightning.data import Digits
+from decm_lightning.samplers import euler, mix
 from decm_lightning.teachers import PretrainedTeacher
 
 TEACHER = Path(__file__).parents[2] / "weights/digits/teacher"
@@ -20,8 +21,9 @@ def distances(objective):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.Trainer(accelerator="cpu", max_steps=60, enable_checkpointing=False, **quiet).fit(module, Digits())
     x_0, labels = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(500) % 10
-    truth = module.sample(x_0, labels, "teacher", "euler", 25)
-    found = {n: module.sample(x_0, labels, "student", "mix", n) for n in (1, 2, 4)}
+    models = module.models()
+    truth = euler(models["teacher"], x_0, labels, 25)
+    found = {n: mix(models["student"], x_0, labels, n) for n in (1, 2, 4)}
     return {n: (samples - truth).square().mean().sqrt().item() for n, samples in found.items()}
 
 

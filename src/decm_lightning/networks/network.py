@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 from decm_lightning.files import atomic, tensors_sha256
 from decm_lightning.networks.generation import Requested, generate
+from decm_lightning.networks.record import Record
 from decm_lightning.samplers import Sampler
 from decm_lightning.text import CaptionEncoder, named_encoder
 from decm_lightning.types import Condition, Sample, Time
@@ -35,6 +36,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         time_scale: the factor by which times are multiplied before they are embedded; it determines the step of a
             central difference.
         gradient_checkpointing: only store the inputs of each block, and recompute the rest in the backward pass.
+        record: the network's origin and recommended use, if it was loaded with one.
     """
 
     config: dict[str, Any]
@@ -42,6 +44,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     num_classes: int
     time_scale: float = 1.0
     gradient_checkpointing: bool = False
+    record: Record | None = None
 
     @abstractmethod
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:

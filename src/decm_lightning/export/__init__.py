@@ -1,0 +1,23 @@
+"""Write trained networks in formats that other programs read."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from torch import dtype
+
+from decm_lightning.networks import Network
+
+Format = Literal["folder", "safetensors", "diffusers", "lora"]
+FORMATS: dict[Format, str] = {"folder": "folder:write"}
+"""The function of each format, "module:function" in this package: `write(network, out, dtype)` returns the files."""
+
+Write = Callable[[Network, Path, dtype], list[Path]]
+
+
+def writer(to: Format) -> Write:
+    """Return the function that writes a format. Its module is imported only now."""
+    module, _, function = FORMATS[to].partition(":")
+    found: Write = getattr(import_module(f"{__name__}.{module}"), function)
+    return found

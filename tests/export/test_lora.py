@@ -109,7 +109,7 @@ def case(request, tmp_path):
             part.eval()
     pipeline.save_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    return Case(pipeline, tmp_path, random(DiffusersTeacher(str(tmp_path), lora_rank=2, latent_size=4)))
+    return Case(pipeline, tmp_path, random(DiffusersTeacher(str(tmp_path), 2, latent_size=4, embedded_guidance=2.0)))
 
 
 def random(teacher):
@@ -134,19 +134,19 @@ def error(actual, expected):
 @pytest.mark.parametrize("case", ["sd3", "flux", "guided flux", "sana"], indirect=True)
 def test_a_stock_pipeline_generates_the_samples_of_the_consistency_sampler(case):
     file = case.export()
-    base = {steps: case.pipe(steps, sampling_of(file)) for steps in (1, 4)}
+    base = case.pipe(4, sampling_of(file))
     case.pipeline.load_lora_weights(file)
     assert len(case.pipeline.get_active_adapters()) == 1
     for steps in (1, 2, 4):
         expected = case.sample(steps)
-        assert error(case.pipe(steps, sampling_of(file)), expected) < 1e-5
-    assert error(base[4], expected) > 0.1
-    if not isinstance(case.pipeline, SanaPipeline):
+        assert error(case.pipe(steps, sampling_of(file)), expected) < 1e-5 * expected.abs().max()
+    assert error(base, expected) > 0.1
+    if isinstance(case.pipeline, SanaPipeline):
+        with pytest.raises(RuntimeError, match="no bias"):
+            case.pipeline.fuse_lora()
+    else:
         case.pipeline.fuse_lora()
         assert error(case.pipe(4, sampling_of(file)), expected) < 1e-4
-        case.pipeline.unfuse_lora()
-    case.pipeline.unload_lora_weights()
-    assert error(case.pipe(1, sampling_of(file)), base[1]) < 1e-4
 
 
 @pytest.mark.parametrize("case", ["sd3", "sana"], indirect=True)
@@ -156,7 +156,8 @@ def test_the_time_embedding_itself_may_be_adapted(case):
     case.student = random(DiffusersTeacher(str(case.folder), lora_rank=2, targets=targets))
     file = case.export()
     case.pipeline.load_lora_weights(file)
-    assert error(case.pipe(2, sampling_of(file)), case.sample(2)) < 1e-5
+    expected = case.sample(2)
+    assert error(case.pipe(2, sampling_of(file)), expected) < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", ["sd3", "sana"], indirect=True)
@@ -251,7 +252,7 @@ def test_metadata_say_what_the_file_belongs_to_and_how_to_sample(case):
     assert (found["rank"], found["alpha"]) == ("2", "2")
     assert found["library"] == f"decm-lightning {decm_lightning.__version__}"
     sampling = json.loads(found["sampling"])
-    assert (sampling["guidance_scale"], sampling["shift"]) == (3.5, 1.0)
+    assert (sampling["guidance_scale"], sampling["shift"]) == (2.0, 1.0)
     assert {steps: sampling["sigmas"][steps] for steps in "1234"} == {
         "1": [1.0],
         "2": [1.0, 0.3],

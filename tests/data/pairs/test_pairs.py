@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import TeacherTraining
+from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.pairs import cache as pairs_cache
 from decm_lightning.data.pairs.cache import prepare
-from decm_lightning.data.pairs.captioned_images import Pairs, is_held_out
+from decm_lightning.data.pairs.captioned_images import Pairs
 from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
 from decm_lightning.data.resumable import EpochSampler
 from decm_lightning.image_reader import pixels_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.errors import missing_extra
-from decm_lightning.image_listing import counted, list_files
+from decm_lightning.image_listing import list_files
 from decm_lightning.networks.hub import is_hub_name
 
 SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -88,10 +88,3 @@ def _of_files(images: ImageFiles) -> ImageSource:
         [file.name for file in files], labels, images.class_names, identity, lambda i: files[i].place.read(),
         images.left_out,
     )  # fmt: skip
-
-
-def describe(source: ImageSource) -> str:
-    """Return the number of images and classes in one line, and of the files that are left out."""
-    classes = len(source.class_names)
-    others = f"; not read: {counted(source.left_out)}" if source.left_out else ""
-    return f"{len(source.names)} images in {classes} class{'es' if classes > 1 else ''}{others}"

@@ -34,11 +34,11 @@ def student(engine: str) -> DiT:
     """A small flow map in float64 that depends on every argument and weight."""
     torch.manual_seed(0)
     sizes = {"patch_size": 2, "width": 16, "depth": 3, "heads": 2, "num_classes": 3}
-    # With the larger output of a pixel skip, the rounding of central differences exceeds the tolerance.
+    # The tolerance is absolute: central differences of the larger output of a pixel skip are not that precise.
     network = DiT(4, 2, **sizes, end_time=True, pixel_skip=engine == "dual")
     for parameter in network.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.3 if parameter.ndim < 4 else 0.05)
     return network.double()
 
 

@@ -22,7 +22,7 @@ MIX = SamplingSpec("student", "mix", 2)
 
 def distiller(guidance: Guidance = Guidance(2.0), channels: int = 1) -> Distiller:  # noqa: B008 - frozen
     L.seed_everything(0, verbose=False)
-    teacher = DiT(8, channels, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    teacher = DiT(8, channels, patch_size=4, width=16 * channels, depth=1, heads=2, num_classes=10)
     # Some of its layers start at zero: all specs would be alike, and all labels.
     for parameter in teacher.parameters():
         if parameter.requires_grad:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network
+from decm_lightning.networks.pixel_skip import PixelSkipHead
 from decm_lightning.types import Condition, Sample, Time
 
 
@@ -36,7 +37,8 @@ class DiT(Network):
         input_size: height and width of the input, a multiple of patch_size.
         in_channels: channels of the input and of the velocity.
         patch_size: side of the square patch that becomes one token.
-        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
+        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4. Without pixel_skip,
+            at least patch_size^2 * in_channels: a narrower token cannot carry the noise of its own patch.
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
@@ -49,9 +51,12 @@ class DiT(Network):
         rotary: use rotary positions in the attention, in addition to the fixed positions added to the tokens.
         learn_sigma: double the output channels and drop the second half, in which DiT predicts a variance and SiT has
             untrained weights.
+        pixel_skip: add a `PixelSkipHead`, through which the noise bypasses the blocks. For images with large patches,
+            such as 8 x 8 pixels.
 
     Raises:
-        ValueError: if a size is below 1 or not divisible as described, or norm or mlp is unknown.
+        ValueError: if a size is below 1 or not divisible as described, the width is too small, or norm or mlp is
+            unknown.
     """
 
     prediction: Literal["velocity", "noise"] | None = "velocity"
@@ -74,9 +79,12 @@ class DiT(Network):
         mlp: FeedForwardName = "swiglu",
         rotary: bool = True,
         learn_sigma: bool = False,
+        pixel_skip: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
+        if not pixel_skip:
+            check_width(width, patch_size, in_channels, "pixel_skip: true")
         _check_names(norm, mlp)
         self.config = {
             "input_size": input_size,
@@ -94,6 +102,7 @@ class DiT(Network):
             "mlp": mlp,
             "rotary": rotary,
             "learn_sigma": learn_sigma,
+            "pixel_skip": pixel_skip,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.side = input_size // patch_size
@@ -109,6 +118,7 @@ class DiT(Network):
         self.feat_rope = Rotary(width // heads, self.side) if rotary else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift, norm, mlp) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels * (1 + learn_sigma), norm)
+        self.pixel_skip = PixelSkipHead(in_channels, width) if pixel_skip else None
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -128,6 +138,8 @@ class DiT(Network):
         u = self.unpatchify(self.final_layer(tokens, embedding))
         if self.learn_sigma:
             u = u[:, : self.in_channels]
+        if self.pixel_skip is not None:
+            u = self.pixel_skip(u, x_t, embedding)
         # FSDP2 attaches hooks to the output and warns if it is a view.
         return u.contiguous().to(x_t.dtype)
 
@@ -163,6 +175,27 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
     if heads < 1 or width < 1 or width % heads or width // heads % 4:
         raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
+
+
+def check_width(width: int, patch_size: int, in_channels: int, skip: str) -> None:
+    """Check that a token can carry the noise of its own patch, which the velocity E[x_1] - x_0 contains.
+
+    Args:
+        width: width of a token.
+        patch_size: side of a patch.
+        in_channels: channels of a patch.
+        skip: the argument that lets the noise bypass the tokens, named as a remedy.
+
+    Raises:
+        ValueError: if the width is smaller than the number of values of a patch.
+    """
+    values = patch_size * patch_size * in_channels
+    if width < values:
+        raise ValueError(
+            f"tokens of width {width} cannot carry the noise of patches with {values} values "
+            f"({patch_size} x {patch_size} x {in_channels}): use a width of at least {values}, a smaller patch_size, "
+            f"or {skip}"
+        )
 
 
 def _check_names(norm: str, mlp: str) -> None:

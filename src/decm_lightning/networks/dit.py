@@ -4,6 +4,7 @@ Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and Si
 public checkpoints load without conversion. `r_embedder` is FACM's name for the embedder of the end time s.
 """
 
+import copy
 from typing import Literal, get_args
 
 import torch
@@ -43,7 +44,9 @@ class DiT(Network):
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: number of classes; label num_classes is the null class.
-        end_time: embed the end time s; otherwise s is ignored.
+        end_time: embed the end time s; False ignores it. "facm" is FACM's clock (arXiv 2507.03738): one embedding of
+            2 - t where s = t, and of t elsewhere, for steps of length 0 and steps to the data only. Its samplers are
+            `euler` and `consistency`.
         qk_norm: normalize queries and keys. LightningDiT's own checkpoints have no QK norm.
         shift: let the embedding shift each half of a block, in addition to scaling and gating it.
         norm: "rms" with learned weights, or "layer" without weights.
@@ -72,7 +75,7 @@ class DiT(Network):
         heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
-        end_time: bool = False,
+        end_time: bool | Literal["facm"] = False,
         qk_norm: bool = True,
         shift: bool = True,
         norm: NormName = "rms",
@@ -86,6 +89,8 @@ class DiT(Network):
         if not pixel_skip:
             check_width(width, patch_size, in_channels, "pixel_skip: true")
         _check_names(norm, mlp)
+        if end_time not in (False, True, "facm"):
+            raise ValueError(f"end_time must be true, false or 'facm': got {end_time!r}")
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,
@@ -112,7 +117,8 @@ class DiT(Network):
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
-        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time else None
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time is True else None
+        self.is_facm = end_time == "facm"
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
         self.feat_rope = Rotary(width // heads, self.side) if rotary else None
@@ -128,7 +134,8 @@ class DiT(Network):
         """
         if not isinstance(condition, Tensor):
             raise ValueError("DiT needs class labels: use network.null(labels) for unconditional rows")
-        embedding = self.t_embedder(t) + self.y_embedder(condition)
+        time = torch.where(s == t, 2 - t, t) if self.is_facm else t
+        embedding = self.t_embedder(time) + self.y_embedder(condition)
         if self.r_embedder is not None:
             embedding = embedding + self.r_embedder(s)
         tokens = self.x_embedder(x_t) + self.pos_embed
@@ -154,7 +161,9 @@ class DiT(Network):
         )
 
     def with_end_time(self) -> "DiT":
-        """Return a copy that also embeds s and initially equals this network for every s."""
+        """Return a copy that also reads s and initially equals this network for every s it reads."""
+        if self.is_facm:
+            return copy.deepcopy(self)
         student = DiT(**(self.config | {"end_time": True}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)

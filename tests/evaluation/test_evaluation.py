@@ -185,9 +185,9 @@ def test_missing_images_classes_and_models_are_refused(tmp_path):
     data.reference_size = 0
     with pytest.raises(ValueError, match="the validation or test loader is empty"):
         trainer(tmp_path, evaluation()).validate(distiller(), datamodule=data, verbose=False)
-    with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
-    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+    with pytest.raises(ValueError, match="student, teacher: got 'tutor'"):
         validated(distiller(), tmp_path, specs=["tutor/mix/1"])
 
 
@@ -335,7 +335,7 @@ def test_several_networks_share_the_samples_and_not_their_columns(tmp_path):
     written, _ = results(tmp_path, features=[DigitsFeatures(), Another()])
     assert list(written["rows"][0])[4:] == ["fd", "kid", "fd_another"]
     assert written["metric"] == "Fréchet distance on the digits classifier and another"
-    with pytest.raises(ValueError, match="two feature networks have a column 'kid': measure them in two runs"):
+    with pytest.raises(ValueError, match="'kid'"):
         results(tmp_path, features=[DigitsFeatures(), Small()])
 
 

@@ -157,6 +157,11 @@ class Distiller(FlowTraining):
         own = {"objective": self.objective, "guidance": self.guidance, "derivative": self.derivative}
         return super().settings() | own | {"teacher": self.teacher_identity}
 
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. Without a teacher, all read the velocity x_1 - x_0."""
+        alone = isinstance(self.teacher, NoTeacher)
+        return [name for name, loss in self.objective.losses.items() if alone or loss.edge.reads_data]
+
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
         teacher = {} if isinstance(self.teacher, NoTeacher) else {"teacher": flow_map_of(self.velocity)}

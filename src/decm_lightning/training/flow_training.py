@@ -92,6 +92,10 @@ class FlowTraining(L.LightningModule):
         """Return the flow maps that can be sampled, by name."""
         raise NotImplementedError
 
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. If there are any, data of conditions alone are refused."""
+        return ["flow_matching"]
+
     @property
     def ema_decay(self) -> float:
         """The decay of the average."""

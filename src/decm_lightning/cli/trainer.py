@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - the parser finds their classes by name
 from decm_lightning.cli.parsing import Parser
-from decm_lightning.evaluation import SampleWriter
+from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
@@ -106,6 +106,9 @@ class TrainerCLI(LightningCLI):
         ValueError: if the settings contradict each other, such as a config and a checkpoint of different networks.
     """
 
+    needs_checkpoint = True
+    """Whether the weights to evaluate come from --ckpt_path."""
+
     def __init__(self, argv: Sequence[str], command: str | None = None) -> None:
         self.command = command
         self.options: list[str] = []
@@ -149,7 +152,7 @@ class TrainerCLI(LightningCLI):
         for limit in ("max_steps", "max_epochs"):
             if self.command == "fit" and self.config.trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
-        if self.command in ("validate", "test", "predict") and not self.config.ckpt_path:
+        if self.command in ("validate", "test", "predict") and self.needs_checkpoint and not self.config.ckpt_path:
             raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
         if self.command is not None:
             _spell_out(self.config)
@@ -194,6 +197,10 @@ class TrainerCLI(LightningCLI):
         """
         # Child processes must end with this one: otherwise they may prepare data for hours.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.command == "test" and any(isinstance(callback, Evaluation) for callback in callbacks):
+            # Evaluation prints a table, so Lightning's would be a second one.
+            self.config_init["verbose"] = False
         options = {name: self.config_init[name] for name in self.options}
         try:
             getattr(self.trainer, str(self.command))(self.model, datamodule=self.datamodule, **options)
@@ -211,15 +218,18 @@ class TrainerCLI(LightningCLI):
 
 def run(command: str, argv: Sequence[str]) -> None:
     """Run one of the trainer's methods with a config and its overrides."""
-    _prepare(argv, command).run()
+    prepare()
+    TrainerCLI(argv, command).run()
 
 
 def build(*argv: str) -> TrainerCLI:
     """Build the `trainer`, `model` and `datamodule` of a config and its overrides, without running them."""
-    return _prepare(argv)
+    prepare()
+    return TrainerCLI(argv)
 
 
-def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
+def prepare() -> None:
+    """Set up the parser, the warnings and the log of this process."""
     _keep_whole_numbers()
     # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
@@ -229,7 +239,6 @@ def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
     if getattr(rank_zero_only, "rank", 0) == 0 and not package.handlers:
         package.setLevel(logging.INFO)
         package.addHandler(logging.StreamHandler())
-    return TrainerCLI(argv, command)
 
 
 def _shards(strategy: Any) -> bool:

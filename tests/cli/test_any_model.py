@@ -158,6 +158,25 @@ def test_a_model_of_diffusers_is_guided(folder, tmp_path):
     assert "limit 0.1" in protocol(tmp_path / "model")["guidance"]
 
 
+def test_classes_of_other_packages_are_imported_only_if_trusted(folder, tmp_path, capsys):
+    (folder / "own_data.py").write_text(
+        "from decm_lightning.data import Digits\n\nprint('imported')\n\n\nclass Own(Digits):\n    pass\n"
+    )
+    content = torch.load(CHECKPOINT, weights_only=True)
+    saved = yaml.safe_load(content["config"])
+    saved["data"]["class_path"] = "own_data.Own"
+    torch.save(content | {"config": yaml.safe_dump(saved)}, tmp_path / "own.ckpt")
+    capsys.readouterr()
+    assert run("test", tmp_path / "own.ckpt") == 2
+    said = capsys.readouterr()
+    assert ("own_data.Own" in said.err, "--trust" in said.err, said.out) == (True, True, "")
+    assert run("test", tmp_path / "own.ckpt", "--trust", "true") == 0
+    assert "imported" in capsys.readouterr().out
+    # The user's own config needs no trust.
+    (folder / "own.yaml").write_text(yaml.safe_dump(saved))
+    assert run("test", CHECKPOINT, "--config", "own.yaml", "--out", tmp_path / "out") == 0
+
+
 def test_specs_of_other_models_are_replaced_by_the_defaults(folder, tmp_path):
     options = (
         "--trainer.callbacks",

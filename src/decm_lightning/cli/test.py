@@ -1,6 +1,8 @@
 """decm test: measure a training checkpoint, an exported folder, a public model or a model of diffusers."""
 
 import json
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,18 +75,24 @@ class ModelCLI(TrainerCLI):
         """Parse the command line after the config that the model carries, unless a config is passed.
 
         Raises:
-            ValueError: if there is no config.
+            ValueError: if there is no config, or it names classes of other packages without --trust.
         """
-        if self.path and not any(name in ("c", "config") for name, _ in arguments(args)):
+        options = list(arguments(args))
+        self.is_carried = bool(self.path) and not any(name in ("c", "config") for name, _ in options)
+        if self.is_carried:
             if (config := self._carried_config()) is None:
                 raise ValueError(f"{self.path} carries no config: give --config FILE, for its data and metrics")
+            if ("trust", "true") in options:
+                sys.path.append(os.getcwd())
+            else:
+                _refuse_code(config, self.path)
             args = ["--config", yaml.safe_dump(config), *args]
         if self.path and self.needs_checkpoint:
             args = [*args, "--ckpt_path", self.path]
         super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
-        """Direct all output to one folder, and refuse missing files and code that is not trusted."""
+        """Direct all output to one folder, and refuse missing files."""
         super().before_instantiate_classes()
         if not self.path:
             return
@@ -95,17 +103,14 @@ class ModelCLI(TrainerCLI):
         callbacks = self.config.trainer.callbacks or []
         self.config.trainer.callbacks = [each for each in callbacks if not each.class_path.endswith("ModelCheckpoint")]
         self.config.trainer.default_root_dir = str(self.out)
-        arguments_of_module = self.config.get("model.init_args", {})
+        module = self.config.get("model.init_args", {})
         if self.config.guidance is not None:
-            arguments_of_module["guidance"] = self.config.guidance
+            module["guidance"] = self.config.guidance
         if not self.needs_checkpoint:
-            guidance = arguments_of_module.get("guidance")
+            guidance = module.get("guidance")
             self.guidance = Guidance(**guidance.as_dict()) if guidance is not None else Guidance()
             self.config.model = None
-        tree = self.config.as_dict()
-        if not self.config.trust:
-            _refuse_code(tree, self.path)
-        check_files(tree)
+        check_files(self.config.as_dict())
 
     def instantiate_classes(self) -> None:
         """Build everything, with the trained model in place of the config's.
@@ -120,6 +125,9 @@ class ModelCLI(TrainerCLI):
             self.model = PretrainedModel(self.path, self.guidance, self.config.trust)
             if self.model.is_student and self.config.guidance is not None:
                 raise ValueError(f"{self.path} is a student, which has learned the guided velocity: remove --guidance")
+            if self.model.is_student and not self.is_carried:
+                # The guidance of another module.
+                self.model.guidance = Guidance()
         self.evaluation.restrict(models := self.model.models(), DEFAULT[next(iter(models))])
 
     @property
@@ -166,12 +174,12 @@ def _training_checkpoint(path: Path) -> dict[str, Any] | None:
     """Return the content of a training checkpoint, without the weights of a sharded one; None for other models."""
     if is_sharded(path):
         return read_rest(path)
-    content = read_file(path) if path.is_file() else None
+    content = read_file(path) if path.is_file() and path.suffix != ".safetensors" else None
     return content if isinstance(content, dict) and isinstance(content.get("network"), dict) else None
 
 
 def _refuse_code(tree: Any, path: str) -> None:
-    """Refuse classes of a config that are neither in this package nor in its requirements."""
+    """Refuse a config with classes of other packages: parsing it imports them, which runs their code."""
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         if name == "class_path" and not str(value).startswith(KNOWN):
             raise ValueError(f"{path} carries a config with {value}: pass --trust true if you trust its code")

@@ -124,7 +124,7 @@ def test_an_exported_student_needs_its_record_alone(folder, expected, tmp_path):
     assert run("test", tmp_path / "student") == 0
     assert rows(tmp_path / "student") == {name: row for name, row in expected.items() if "student" in name}
     assert protocol(tmp_path / "student")["weights"] == "student: as loaded"
-    assert student.identity() in protocol(tmp_path / "student")["checkpoint"]
+    assert protocol(tmp_path / "student")["weights sha256"] == student.identity()
 
 
 def test_a_teacher_is_measured_with_the_guidance_of_the_command_line(folder, expected, tmp_path):

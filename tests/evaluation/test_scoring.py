@@ -133,7 +133,7 @@ def bad(tmp_path, real):
 )
 def test_bad_input_is_one_line(samples, reference, said, bad, decm):
     code, out, err = decm("score", "--samples", bad / samples, "--reference", bad / reference, *FEATURES)
-    (line,) = [line for line in err.splitlines() if not line.startswith("skipped")]
+    (line,) = [line for line in err.splitlines() if line.startswith("decm: error")]
     assert (code, out) == (2, "")
     assert all(word in line for word in said), line
     assert not list(bad.glob("*-quality"))

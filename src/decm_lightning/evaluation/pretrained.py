@@ -58,10 +58,6 @@ class PretrainedModel(L.LightningModule):
             return {"student": self.average}
         return {"teacher": flow_map_of(GuidedField(self.loaded, self.loaded.null, self.guidance))}
 
-    def origin(self) -> str:
-        """Return where the network is from, with a hash of its weights."""
-        return f"{self.path} (weights {self.average.identity()})"
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 

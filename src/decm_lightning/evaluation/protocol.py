@@ -26,10 +26,11 @@ def protocol(
 ) -> dict[str, str | int]:
     """Return the settings of sampling and measurement (`measurement`) by name."""
     source = generator.source
-    loaded = source.origin() if isinstance(source, PretrainedModel) else "none: weights in memory"
+    loaded = source.path if isinstance(source, PretrainedModel) else "none: weights in memory"
     return {
         "checkpoint": str(trainer.ckpt_path or loaded),
         "weights": _weights(source, costs),
+        "weights sha256": source.average.identity(),
         **origin(trainer, generator),
         "times (t -> s)": "; ".join(f"{spec}: {c.steps}" for spec, c in costs.items() if c.steps) or "none",
         "labels": generator.describe_labels(),

@@ -30,12 +30,7 @@ def score(
         device: the device, such as cpu or cuda.
     """
     check_device(device)
-    if features is None:
-        # Imported here: the weights of Inception are only loaded if no other network is requested.
-        from decm_lightning.metrics import InceptionFeatures
-
-        features = InceptionFeatures()
-    networks = features if isinstance(features, list) else [features]
+    networks = [features] if isinstance(features, nn.Module) else features
     table = table_of(samples, reference, networks, seed, batch_size, device)
     path = Path(samples)
     files = table.write(Path(out) if out else path.with_name(f"{path.name.removesuffix('.npz')}-quality"))

@@ -128,7 +128,8 @@ class ModelCLI(TrainerCLI):
             if self.model.is_student and not self.is_carried:
                 # The guidance of another module.
                 self.model.guidance = Guidance()
-        self.evaluation.restrict(models := self.model.models(), DEFAULT[next(iter(models))])
+        if self.command == "test":
+            self.evaluation.restrict(models := self.model.models(), DEFAULT[next(iter(models))])
 
     @property
     def out(self) -> Path:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -137,7 +138,7 @@ class GuidanceSearch(Evaluation):
         }
 
     def _write(self, best: Cell) -> None:
-        cells = sorted(self.measured, key=lambda cell: (cell["interval"], cell["limit"] or 0, cell["scale"]))
+        cells = sorted(self.measured, key=lambda cell: (cell["interval"], cell["limit"] or inf, cell["scale"]))
         table = markdown_table([cell | {"interval": _interval(cell)} for cell in cells])
         guidance = {key: best[key] for key in _key(Guidance())}
         line = "guidance: " + json.dumps(guidance).replace('"', "")

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from decm_lightning.evaluation.protocol import machine, measurement, networks
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import split_evenly
+from decm_lightning.metrics import InceptionFeatures
 from decm_lightning.metrics.feature_metrics import FeatureMetrics, metrics_of
 from decm_lightning.metrics.reference import Images, read
 
@@ -17,7 +18,7 @@ from decm_lightning.metrics.reference import Images, read
 def score(
     samples: str | Path,
     reference: str | Path,
-    features: Sequence[nn.Module],
+    features: Sequence[nn.Module] | None = None,
     seed: int = 0,
     batch_size: int = 500,
     device: torch.device | str = "cpu",
@@ -30,7 +31,7 @@ def score(
         samples: a folder with at least 2 images of one size, or an .npz file with images `arr_0`, uint8 (n, h, w, 1 or
             3).
         reference: real images in one of these forms, or moments of features; see `metrics.reference.read`.
-        features: one feature network or several.
+        features: one feature network or several; None for Inception, the network of the FID.
         seed: seed of metrics that use random subsets.
         batch_size: images read at once, at least 1.
         device: the device of the feature networks.
@@ -47,6 +48,8 @@ def score(
         raise ValueError(f"{samples} has no images arr_0: expected an .npz file of images, or a folder of images")
     if len(generated.images) < 2:
         raise ValueError(f"{samples} has 1 image: metrics need at least 2")
+    # Inception is loaded, and downloaded once, only after the images have been found.
+    features = [InceptionFeatures()] if features is None else features
     qualities = [quality.to(torch.device(device)) for quality in metrics_of(features, seed, real)]
     if real.images is not None and any(quality.needs_real for quality in qualities):
         _add(qualities, real.images, True, batch_size)

@@ -34,7 +34,6 @@ from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.resuming import differences, settings_of
 
 log = logging.getLogger(__name__)
-COMPARED = ("trainer", "data")
 WITHOUT_EFFECT = (
     "trainer.logger",
     "trainer.callbacks",
@@ -51,7 +50,6 @@ NOISE = (
     "'set_vital' is deprecated",
     ".*LeafSpec.* is deprecated",
     "The number of training batches .* is smaller than the logging interval",
-    "The '.*_dataloader' does not have many workers",
     ".*does not have many workers which may be a bottleneck",
     # The loader's sampler yields batches of rows.
     "Couldn't infer the batch indices",
@@ -81,7 +79,7 @@ class ConfigSaver(SaveConfigCallback):
         if trainer.state.fn != "fit" or "config" not in checkpoint:
             return
         saved, own = (
-            settings_of({key: config.get(key) for key in COMPARED})
+            settings_of({key: config.get(key) for key in ("trainer", "data")})
             for config in map(yaml.safe_load, (checkpoint["config"], self._dumped()))
         )
         differing = {n: v for n, v in differences(saved, own).items() if not n.startswith(WITHOUT_EFFECT)}
@@ -106,8 +104,7 @@ class TrainerCLI(LightningCLI):
         ValueError: if the settings contradict each other, such as a config and a checkpoint of different networks.
     """
 
-    needs_checkpoint = True
-    """Whether the weights to evaluate come from --ckpt_path."""
+    needs_checkpoint = True  # The weights to evaluate come from --ckpt_path.
 
     def __init__(self, argv: Sequence[str], command: str | None = None) -> None:
         self.command = command
@@ -197,11 +194,10 @@ class TrainerCLI(LightningCLI):
         """
         # Child processes must end with this one: otherwise they may prepare data for hours.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.command == "test" and any(isinstance(callback, Evaluation) for callback in callbacks):
-            # Evaluation prints a table, so Lightning's would be a second one.
-            self.config_init["verbose"] = False
         options = {name: self.config_init[name] for name in self.options}
+        # Evaluation prints a table, so Lightning's would be a second one.
+        if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
+            options["verbose"] = False
         try:
             getattr(self.trainer, str(self.command))(self.model, datamodule=self.datamodule, **options)
         except Exception as error:

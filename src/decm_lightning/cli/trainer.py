@@ -51,8 +51,7 @@ NOISE = (
     ".*LeafSpec.* is deprecated",
     "The number of training batches .* is smaller than the logging interval",
     ".*does not have many workers which may be a bottleneck",
-    # The loader's sampler yields batches of rows.
-    "Couldn't infer the batch indices",
+    "Couldn't infer the batch indices",  # The loader's sampler yields batches of rows.
     # Without a VAE, latents can be trained on but not evaluated: their validation loader is empty.
     "Total length of `list` across ranks is zero",
 )

@@ -31,6 +31,7 @@ from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
+from decm_lightning.seeds import on_cpu
 from decm_lightning.teachers import NoTeacher, Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.schedule import WarmupCosine
@@ -185,7 +186,7 @@ class Distiller(FlowTraining):
 
         # Interpolate a point x_t on each row's path. The teacher's velocity there is shared by all losses.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        cpu_generator = _on_cpu(generator)
+        cpu_generator = on_cpu(generator)
         t = self.objective.draw_times(len(x_1), cpu_generator).to(path.time_dtype(x_1))
         samples = self.path_samples(PathSample(x_0, x_1, condition, t, path.interpolate(x_0, x_1, t)), step)
 
@@ -298,8 +299,3 @@ class Distiller(FlowTraining):
         self.teacher.apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
-
-
-def _on_cpu(generator: torch.Generator) -> torch.Generator:
-    """Return the generator if it is on the CPU, otherwise a CPU generator with its seed."""
-    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -293,14 +293,17 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
         "weights": "student: exponential moving average (decay 0.9999); teacher: as loaded",
+        "weights sha256": distiller().average.identity(),
         "times (t -> s)": "student/mix/4: 0 -> 0.7, 0.7 -> 0.7, 0.8 -> 0.8, 0.9 -> 1; "
         "student/consistency/3: 0 -> 1, 0.7 -> 1, 0.85 -> 1",
         "precision": "32-true",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),
         "reference sha256": digest,
+        "reference size": "8 x 8, gray",
         "real images": 50,
         "generated images": 44,
+        "generated size": "8 x 8, gray",
         "labels": "uniform over 10 classes, by the seed",
         "pixels": "round(127.5 (x + 1)) clamped to 0..255",
         "guidance": "teacher: scale 2, no limit, t in [0, 1]",

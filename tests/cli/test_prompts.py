@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import cli
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.cli.prompts import Prompt, read_prompts
 from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import DiT, TextDiT, save
 from decm_lightning.samplers import mix
 from decm_lightning.text import TextEncoder
+from decm_lightning.text.prompts import Prompt, read_prompts
 from decm_lightning.types import Captions
 from tests.autoencoders.tiny import save_kl
 

@@ -214,13 +214,13 @@ def test_a_datamodule_may_give_the_conditions():
     assert generator.grid([MIX], 12).shape == (1, 12, 1, 8, 8)
 
 
-def test_a_grid_has_a_row_a_spec_and_a_column_a_class():
+def test_a_grid_has_a_row_per_spec_and_equally_many_columns_per_class():
     generator = SampleGenerator(distiller(), Digits())
     specs = [MIX, SamplingSpec("teacher", "euler", 2)]
     assert generator.grid(specs, 4).shape == (2, 4, 1, 8, 8)
-    grid = generator.grid(specs, 20)
-    assert grid.shape == (2, 10, 1, 8, 8)
-    assert torch.equal(grid[1], generator.generate(specs[1], range(10)))
+    grid = generator.grid(specs, 25)
+    assert grid.shape == (2, 20, 1, 8, 8)
+    assert torch.equal(grid[1], generator.generate(specs[1], range(20)))
 
 
 def test_latents_are_decoded_some_at_a_time(generator):

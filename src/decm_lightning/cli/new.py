@@ -22,7 +22,6 @@ from decm_lightning.data.images.sources import ImageSource, find_images
 from decm_lightning.files import atomic
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_image
-from decm_lightning.losses import cost, end_identity
 from decm_lightning.networks import save
 
 LOOKED_AT = 500
@@ -33,8 +32,10 @@ TIMED = 5.0
 """Seconds after which no more steps are timed."""
 TEACHER_SHARE = 0.6
 """The teacher's part of the time."""
-EVALUATION_SHARE = 0.07
-"""The part of a run's time for the Fréchet distance. Sample grids take less than another 0.03."""
+EVALUATION_SHARE, GRID_SHARE = 0.06, 0.03
+"""The parts of a run's time for the Fréchet distance and for samples.png."""
+GRIDS, COLUMNS = 20, 10
+"""The largest number of renewals of samples.png, and its columns."""
 HELD_OUT_FROM = 5000
 """With fewer images, a tenth would be too few for a distance."""
 
@@ -85,7 +86,7 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
     print(f"wrote {target}/teacher.yaml and {target}/student.yaml. Next:\n")
     for name, length in (("teacher", teacher), ("student", student)):
         grid = f"{target}/{name}/samples.png"
-        print(f"  decm fit --config {target}/{name}.yaml    # about {length.minutes:.0f} minutes, renews {grid}")
+        print(f"  decm fit --config {target}/{name}.yaml    # about {max(1, round(length.minutes))} min, renews {grid}")
     print(f"  decm sample {target}/student/checkpoints/last.ckpt --steps 4 --out {target}/samples.png")
 
 
@@ -166,33 +167,47 @@ def _measured(plan: Plan, minutes: float) -> tuple[Plan, Length, Length]:
                 raise
             plan = replace(plan, batch_size=plan.batch_size // 2)
     passes = 2 if plan.guidance != 1 else 1
-    each = teacher / 3 / plan.batch_size
-    student_each = student / cost(end_identity(batch_fractions=(0.5, 0.25, 0.25)), passes).total / plan.batch_size
+    # A forward pass of one image. Of a training step, the backward pass is two thirds.
+    forward = teacher / 3 / plan.batch_size
+    guided, few = forward * 25 * passes, forward * (1 + 2 + 4)
     return (
         plan,
-        _length(plan, TEACHER_SHARE * minutes, teacher, each * 25 * passes, 1),
-        _length(plan, (1 - TEACHER_SHARE) * minutes, student, min(each, student_each) * 7, 3),
+        _length(plan, TEACHER_SHARE * minutes, teacher, guided, guided + _features_time()),
+        _length(plan, (1 - TEACHER_SHARE) * minutes, student, guided + few, few + 3 * _features_time()),
     )
 
 
-def _length(plan: Plan, minutes: float, step: float, sample: float, specs: int) -> Length:
-    """Return the length of a run, from the seconds of a step and of a sample of all specs."""
-    # Of one image, of the reference or a sample. Measured: 1 / 63 s on one core.
-    features = 1 / (2000 if torch.cuda.is_available() else 50)
-    budget = 60 * minutes * EVALUATION_SHARE
-    samples = int(budget / (sample + (specs + 1) * features)) // 50 * 50
+def _length(plan: Plan, minutes: float, step: float, column: float, sample: float) -> Length:
+    """Return the length of a run.
+
+    Args:
+        plan: the sizes.
+        minutes: time for the run.
+        step: seconds of a training step.
+        column: seconds of a column of samples.png.
+        sample: seconds to generate and measure one sample of each spec.
+    """
+    seconds = 60 * minutes
+    samples = int(EVALUATION_SHARE * seconds / (sample + _features_time())) // 50 * 50
     samples = min(1000, samples) if plan.has_features and samples >= 100 else 0
-    steps = round((60 * minutes - budget) / step)
+    grids = min(GRIDS, max(1, int(GRID_SHARE * seconds / (COLUMNS * column))))
+    steps = round((1 - EVALUATION_SHARE - GRID_SHARE) * seconds / step)
     # Two digits are easier to read, and to change.
     digit = 10 ** max(0, len(str(steps)) - 2)
-    return Length(max(20, steps // digit * digit), minutes, samples)
+    steps = max(20, steps // digit * digit)
+    return Length(steps, minutes, samples, max(1, steps // grids))
+
+
+def _features_time() -> float:
+    """Return the seconds for the features of one image. Measured: 1 / 63 s on one core."""
+    return 1 / 2000 if torch.cuda.is_available() else 1 / 50
 
 
 def _time_steps(plan: Plan) -> tuple[float, float]:
     """Return the seconds of a training step of teacher and student. The configs run as they will be written."""
     with TemporaryDirectory() as temporary, _quiet():
         place = Path(temporary)
-        length = Length(STEPS, 0, 100)
+        length = Length(STEPS, 0, 100, 1)
         seconds = []
         for name, text in (("teacher", teacher_config(plan, length)), ("student", student_config(plan, length))):
             (place / f"{name}.yaml").write_text(text, encoding="utf-8")

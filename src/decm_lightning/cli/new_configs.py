@@ -60,12 +60,14 @@ class Length:
     Attributes:
         steps: training steps.
         minutes: estimated minutes, evaluation included.
-        samples: images for the Fréchet distance at the end of the run.
+        samples: images for the Fréchet distance at the end of the run; 0 to measure none.
+        grid_every: steps between two renewals of samples.png.
     """
 
     steps: int
     minutes: float
     samples: int
+    grid_every: int
 
 
 def teacher_config(plan: Plan, length: Length) -> str:
@@ -74,7 +76,7 @@ def teacher_config(plan: Plan, length: Length) -> str:
     skip = "true" if plan.patch > 2 else "false"
     return f"""\
 # A flow-matching teacher for {plan.summary}.
-# Written by `decm new` for {plan.machine}: about {length.minutes:.0f} minutes.
+# Written by `decm new` for {plan.machine}: about {max(1, round(length.minutes))} minutes.
 #     decm fit --config {plan.out}/teacher.yaml
 # To resume an interrupted run, add --ckpt_path {plan.out}/teacher/checkpoints/last.ckpt
 {_trainer(plan, length, "teacher", ["teacher/euler/25"], ["teacher/euler/25"])}
@@ -112,7 +114,7 @@ def student_config(plan: Plan, length: Length) -> str:
     grid = ["teacher/euler/25", "student/mix/1", "student/mix/2", "student/mix/4"]
     return f"""\
 # A few-step student of the teacher in {plan.out}/teacher, by DE-CM.
-# Written by `decm new` for {plan.machine}: about {length.minutes:.0f} minutes.
+# Written by `decm new` for {plan.machine}: about {max(1, round(length.minutes))} minutes.
 #     decm fit --config {plan.out}/student.yaml
 # To resume an interrupted run, add --ckpt_path {plan.out}/student/checkpoints/last.ckpt
 {_trainer(plan, length, "student", grid, grid[1:])}
@@ -166,7 +168,7 @@ trainer:
     - class_path: lightning.pytorch.callbacks.LearningRateMonitor
     # Renews {plan.out}/{name}/samples.png.
     - class_path: decm_lightning.evaluation.SampleGrid
-      init_args: {{specs: [{", ".join(grid)}], every_n_steps: {max(1, length.steps // 10)}}}
+      init_args: {{specs: [{", ".join(grid)}], every_n_steps: {length.grid_every}}}
 {_evaluation(plan, length, measured)}"""
 
 

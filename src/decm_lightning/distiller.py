@@ -262,10 +262,7 @@ class Distiller(FlowTraining):
 
     def log_weight(self, name: str, t: Time) -> Tensor | None:
         """Return the learned logarithm of a loss's weight at the times t, None if the loss has none."""
-        if name not in self.log_weights:
-            return None
-        weight: Tensor = self.log_weights[name](t.to(self.device))
-        return weight
+        return self.log_weights[name](t.to(self.device)) if name in self.log_weights else None
 
     def teacher_velocity(self, sample: PathSample) -> Sample:
         """Return the guided teacher's velocity v(x_t, t); without a teacher, the path's own velocity x_1 - x_0."""

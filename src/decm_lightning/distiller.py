@@ -1,7 +1,7 @@
 """Dual-End Consistency Models (arXiv 2602.10764): distill a many-step teacher into a few-step student."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, tangent
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.flow_training import FlowTraining
@@ -144,6 +145,12 @@ class Distiller(FlowTraining):
         """Return the settings that determine the run, except its data. A hash of its weights identifies the teacher."""
         own = {"objective": self.objective, "guidance": self.guidance, "derivative": self.derivative}
         return super().settings() | own | {"teacher": self.teacher_identity}
+
+    def record(self) -> Record:
+        """Return the origin and the use of the student."""
+        teacher = Reference(self.teacher.name, self.teacher_identity)
+        guidance, objective = asdict(self.guidance), str(self.requested_objective)
+        return replace(super().record(), teacher=teacher, guidance=guidance, objective=objective)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""

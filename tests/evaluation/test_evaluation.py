@@ -293,6 +293,7 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
         "weights": "student: exponential moving average (decay 0.9999); teacher: as loaded",
+        "weights sha256": distiller().average.identity(),
         "times (t -> s)": "student/mix/4: 0 -> 0.7, 0.7 -> 0.7, 0.8 -> 0.8, 0.9 -> 1; "
         "student/consistency/3: 0 -> 1, 0.7 -> 1, 0.85 -> 1",
         "precision": "32-true",

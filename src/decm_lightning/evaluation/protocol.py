@@ -12,6 +12,7 @@ from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.metrics import FeatureMetrics, Reference
+from decm_lightning.networks.record import WEIGHTS_HASH
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
@@ -29,6 +30,7 @@ def protocol(
     counts = qualities[0].counts()
     lines: dict[str, str | int] = {"checkpoint": str(trainer.ckpt_path or "none: weights in memory")}
     lines["weights"] = _weights(generator.source, costs)
+    lines[WEIGHTS_HASH] = generator.source.average.identity()
     lines |= origin(trainer, generator)
     lines["times (t -> s)"] = "; ".join(f"{spec}: {c.steps}" for spec, c in costs.items() if c.steps) or "none"
     lines["feature network"] = ", ".join(quality.name for quality in qualities)

@@ -42,6 +42,7 @@ class DiT(Network):
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: number of classes; label num_classes is the null class.
         end_time: embed the end time s; otherwise s is ignored.
+        prediction: what the network predicts; None if unknown, because public files do not record it.
         qk_norm: normalize queries and keys. LightningDiT's own checkpoints have no QK norm.
         shift: let the embedding shift each half of a block, in addition to scaling and gating it.
         norm: "rms" with learned weights, or "layer" without weights.
@@ -54,9 +55,6 @@ class DiT(Network):
         ValueError: if a size is below 1 or not divisible as described, or norm or mlp is unknown.
     """
 
-    prediction: Literal["velocity", "noise"] | None = "velocity"
-    """What the network predicts; None if it was loaded from a public file, which does not record it."""
-
     def __init__(
         self,
         input_size: int,
@@ -68,6 +66,7 @@ class DiT(Network):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         end_time: bool = False,
+        prediction: Literal["velocity", "noise"] | None = "velocity",
         qk_norm: bool = True,
         shift: bool = True,
         norm: NormName = "rms",
@@ -88,6 +87,7 @@ class DiT(Network):
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
             "end_time": end_time,
+            "prediction": prediction,
             "qk_norm": qk_norm,
             "shift": shift,
             "norm": norm,
@@ -131,6 +131,11 @@ class DiT(Network):
         # FSDP2 attaches hooks to the output and warns if it is a view.
         return u.contiguous().to(x_t.dtype)
 
+    @property
+    def prediction(self) -> Literal["velocity", "noise"] | None:
+        """What the network predicts; None if unknown."""
+        return self.config["prediction"]  # type: ignore[no-any-return]
+
     def units(self) -> list[nn.Module]:
         """Return the blocks."""
         return list(self.blocks)
@@ -143,7 +148,7 @@ class DiT(Network):
 
     def with_end_time(self) -> "DiT":
         """Return a copy that also embeds s and initially equals this network for every s."""
-        student = DiT(**(self.config | {"end_time": True}))
+        student = DiT(**(self.config | {"end_time": True, "prediction": "velocity"}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree
 
 from decm_lightning.networks.diffusers_folder import find_config, from_pretrained
 from decm_lightning.networks.lora import LoRANetwork
+from decm_lightning.samplers.options import read_options
 from decm_lightning.teachers.diffusers_families import FAMILIES, TimeInput, Times
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.noise_prediction import NoisePrediction
@@ -122,9 +124,13 @@ class DiffusersNetwork(LoRANetwork):
             if isinstance(module, TimeInput):
                 module.add_end_time()
 
-    def caption_encoder(self) -> CaptionEncoder:
-        """Return the text encoders of the pipeline that contains the model."""
-        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device)
+    @cached_property
+    def recorded_encoder(self) -> CaptionEncoder:
+        """The text encoders of the pipeline that contains the model, with the options in the record."""
+        recorded = self.record and self.record.text_encoder
+        query = recorded.name.partition("?")[2] if recorded else ""
+        options = read_options(query, query)
+        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device, **options)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

@@ -1,6 +1,7 @@
 """Data module of your own text-image pairs: pixels or latents, with captions from any text encoder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,13 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.pairs.cache import PreparedPairs, prepare
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
 from decm_lightning.data.pairs.latents import encode_latents
 from decm_lightning.data.pairs.pair import no_caption_column, summary
 from decm_lightning.image_listing import counted
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -142,6 +143,16 @@ class TextImagePairs(CaptionedImages):
         """Return the identities of the text encoder and of the VAE, if there is one."""
         vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
         return vae | {"encoder": self.encoder.identity}
+
+    def data_name(self) -> str:
+        """Return the source."""
+        return str(self.source)
+
+    def record(self) -> Record:
+        """Return the record of a network, with the text encoder and the VAE, if there is one."""
+        own = super().record()
+        vae = None if self.coder is None else Reference(self.vae or "", self.coder.autoencoder.identity)
+        return replace(own, vae=vae)
 
     def release(self) -> None:
         """Move the VAE off the accelerator, unless training uses it too."""

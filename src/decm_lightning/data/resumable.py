@@ -1,6 +1,7 @@
 """The loaders of all data modules: a training loader that resumes within an epoch, and loaders of reference data."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.data.fit import check_fit
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.even_split import EvenBatches
@@ -120,6 +122,8 @@ class ResumableData(L.LightningDataModule):
         variants: number of variants of each row of `train`.
         class_names: names of the classes by label; empty if unknown.
         license: license of the data as an SPDX identifier; "" if unknown.
+        vae: where the VAE of the latents is; None for images.
+        coder: the loaded VAE with the normalization of the latents; None for images.
 
     Raises:
         ValueError: if a number is below its minimum.
@@ -130,6 +134,8 @@ class ResumableData(L.LightningDataModule):
     variants = 1
     class_names: Sequence[str] = ()
     license = ""
+    vae: str | None = None
+    coder: LatentCoder | None = None
 
     def __init__(self, batch_size: int, reference_size: int | None, num_workers: int) -> None:
         super().__init__()
@@ -215,9 +221,13 @@ class ResumableData(L.LightningDataModule):
 
     def record(self) -> Record:
         """Return the record of a network, as far as the data determine it. Call it after `setup`."""
-        return Record(
+        own = Record(
             class_names=tuple(self.class_names), data=Reference(self.data_name(), self.train.identity(), self.license)
         )
+        if self.coder is None:
+            return own
+        vae = Reference(self.vae or "", self.coder.autoencoder.identity)
+        return replace(own, vae=vae, latents=self.coder.normalization.as_json())
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffling."""

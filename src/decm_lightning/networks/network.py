@@ -121,12 +121,11 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         Raises:
             ValueError: if none is named, or it is another one than the recorded one. The message names both.
         """
-        encoder = self.recorded_encoder if requested is None else requested
+        encoder = self.named_encoder() if requested is None else requested
         return checked_encoder(self, named_encoder(encoder) if isinstance(encoder, str) else encoder)
 
-    @cached_property
-    def recorded_encoder(self) -> CaptionEncoder:
-        """The text encoder that the record or the config names.
+    def named_encoder(self) -> CaptionEncoder:
+        """Return the text encoder that the record or the config names.
 
         Raises:
             ValueError: if neither does.

@@ -53,7 +53,8 @@ class Record:
         class_names: names of the classes by label; empty if unknown.
         text_encoder: the encoder of its captions; None for a network without captions.
         vae: the VAE of its latents; None if its samples are images, or the VAE is unknown.
-        latents: the latents' normalization, see `LatentNormalization.as_json`; None if the VAE's config determines it.
+        latents: mean, std and multiplier of the latents' normalization, see `LatentNormalization.as_json`; None if its
+            samples are images.
         sampling: the recommended sampler with its options by number of steps, such as {2: "mix?s1=0.6"}; empty for the
             defaults of `recommended`.
         quality: the table that `decm test` measured, as in quality.json.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -124,9 +123,8 @@ class DiffusersNetwork(LoRANetwork):
             if isinstance(module, TimeInput):
                 module.add_end_time()
 
-    @cached_property
-    def recorded_encoder(self) -> CaptionEncoder:
-        """The text encoders of the pipeline that contains the model, with the options in the record."""
+    def named_encoder(self) -> CaptionEncoder:
+        """Return the text encoders of the pipeline that contains the model, with the options in the record."""
         recorded = self.record and self.record.text_encoder
         query = recorded.name.partition("?")[2] if recorded else ""
         options = read_options(query, query)

@@ -190,12 +190,10 @@ class ImageNetLatents(ResumableData):
         return self.folder
 
     def record(self) -> Record:
-        """Return the record of a network, with the VAE, if it is known, and the normalization of the latents."""
-        provenance = self.train.provenance
-        vae = None if provenance is None else Reference(self.vae or "", provenance.vae)
-        if self.coder is not None:
-            vae = Reference(self.vae or "", self.coder.autoencoder.identity)
-        return replace(super().record(), vae=vae, latents=self.train.normalization.as_json())
+        """Return the record of a network. Without a VAE, cache.json may tell which one encoded the latents."""
+        own, provenance = super().record(), self.train.provenance
+        unloaded = None if provenance is None else Reference("", provenance.vae)
+        return replace(own, vae=own.vae or unloaded, latents=self.train.normalization.as_json())
 
     def release(self) -> None:
         """Move the VAE off the accelerator, because only evaluation uses it."""

@@ -1,7 +1,6 @@
 """Data module of your own text-image pairs: pixels or latents, with captions from any text encoder."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +14,6 @@ from decm_lightning.data.pairs.captioned_images import CaptionedImages
 from decm_lightning.data.pairs.latents import encode_latents
 from decm_lightning.data.pairs.pair import no_caption_column, summary
 from decm_lightning.image_listing import counted
-from decm_lightning.networks.record import Record, Reference
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -147,12 +145,6 @@ class TextImagePairs(CaptionedImages):
     def data_name(self) -> str:
         """Return the source."""
         return str(self.source)
-
-    def record(self) -> Record:
-        """Return the record of a network, with the text encoder and the VAE, if there is one."""
-        own = super().record()
-        vae = None if self.coder is None else Reference(self.vae or "", self.coder.autoencoder.identity)
-        return replace(own, vae=vae)
 
     def release(self) -> None:
         """Move the VAE off the accelerator, unless training uses it too."""

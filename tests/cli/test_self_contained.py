@@ -41,6 +41,7 @@ RUN = {
 }
 SPECS = ["student/mix/2", "student/mix/2?s1=0.3", "student/consistency/4", "student/mix/4"]
 LAST = "checkpoints/last.ckpt"
+SMALL = {"patch_size": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 10}
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def same_images(decm, model, *argv):
 
 
 def test_checkpoint_folder_and_python_generate_the_same_images(decm):
-    save(randomized(DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)), "teacher")
+    save(randomized(DiT(8, 1, **SMALL)), "teacher")
     write("config.yaml")
     assert decm("fit", "--config", "config.yaml")[0] == 0
     record = load(LAST).record
@@ -130,6 +131,18 @@ def test_checkpoint_folder_and_python_generate_the_same_images(decm):
     # The table of other weights is not used.
     Path("checkpoints/last.quality.json").write_text(json.dumps(table).replace(load(LAST).identity(), "0" * 16))
     assert load(LAST).record.quality is None
+
+
+def test_a_teacher_records_its_data_and_is_sampled_by_euler(decm):
+    network = {"class_path": "decm_lightning.networks.DiT", "init_args": {"input_size": 8, "in_channels": 1} | SMALL}
+    model = {"class_path": "decm_lightning.TeacherTraining", "init_args": {"network": network, "class_dropout": 0.2}}
+    write("config.yaml", model=model)
+    assert decm("fit", "--config", "config.yaml")[0] == 0
+    network = load(LAST)
+    assert (network.record.teacher, network.record.guidance, network.record.data.name) == (None, None, "Digits")
+    assert "class_dropout=0.2" in network.record.objective
+    assert network.sampling() == ("euler", 50)
+    assert same_images(decm, LAST, "--steps", "3")
 
 
 @pytest.mark.parametrize("vae", ["vae", None])

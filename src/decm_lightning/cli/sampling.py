@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from decm_lightning.networks.generation import flow_map
 from decm_lightning.networks.recorded import check_recorded, latent_coder
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
-from decm_lightning.types import Captions, Condition, Sample
+from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
 
 TEACHER_STEPS = 50
 DIGITS = 16
@@ -51,6 +52,11 @@ class ImageGenerator:
         """The device of the network."""
         return next(self.network.parameters()).device
 
+    @cached_property
+    def flow_map(self) -> FlowMapNetwork:
+        """The network as a flow map."""
+        return flow_map(self.network)
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the images."""
@@ -61,7 +67,7 @@ class ImageGenerator:
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:
         """Return images `rows` of the seed, uint8 (b, c, h, w) on the CPU; `condition` has one row per image."""
         samples = generate(
-            flow_map(self.network), sampler(self.sampler), condition, self.steps,
+            self.flow_map, sampler(self.sampler), condition, self.steps,
             shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
         )  # fmt: skip
         return to_uint8(self.decoder.decode(samples)).cpu()

@@ -1,7 +1,7 @@
 """Dual-End Consistency Models (arXiv 2602.10764): distill a many-step teacher into a few-step student."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from decm_lightning.losses import Composition, FlowMapLoss, Objective, cost, end
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.seeds import on_cpu
 from decm_lightning.teachers import NoTeacher, Teacher
@@ -162,6 +163,12 @@ class Distiller(FlowTraining):
         """Return the losses that read the data x_1. Without a teacher, all read the velocity x_1 - x_0."""
         alone = isinstance(self.teacher, NoTeacher)
         return [name for name, loss in self.objective.losses.items() if alone or loss.edge.reads_data]
+
+    def record(self) -> Record:
+        """Return the origin and the use of the student."""
+        teacher = Reference(self.teacher.name, self.teacher_identity)
+        guidance, objective = asdict(self.guidance), str(self.requested_objective)
+        return replace(super().record(), teacher=teacher, guidance=guidance, objective=objective)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""

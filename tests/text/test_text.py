@@ -266,7 +266,10 @@ def test_a_file_of_the_hub_is_known_by_the_name_of_its_blob(tmp_path):
     blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
     blob.write_bytes(b"")
     (tmp_path / "hub/text_encoder/model.safetensors").symlink_to(blob)
-    local, hub = (fingerprint("", [tmp_path / name / "text_encoder/model.safetensors"]) for name in ("local", "hub"))
+    local, hub = (
+        fingerprint("", [tmp_path / name / "text_encoder/model.safetensors"], tmp_path / name)
+        for name in ("local", "hub")
+    )
     assert local == hub
 
 

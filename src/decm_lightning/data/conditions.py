@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
+from decm_lightning.data.latents.latent_coder import read_coder
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
@@ -113,7 +113,7 @@ class Conditions(ResumableData):
         """
         if self.vae is not None and self.coder is None:
             folder = self.latents
-            self.coder = LatentCoder.read(self.vae, folder) if folder else LatentCoder(load_autoencoder(self.vae))
+            self.coder = read_coder(self.vae, folder) if folder else LatentCoder(load_autoencoder(self.vae))
         if self.prompts is not None:
             self.texts = [prompt.text for prompt in read_prompts(Path(self.prompts))]
             self.train = self._rows(len(self.texts), self._encode(self.texts))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Protocol, runtime_checkable
 
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record
 from decm_lightning.types import Condition, Sample
 
 
@@ -52,6 +53,14 @@ class HasIdentity(Protocol):
 
     def identity(self) -> dict[str, str]:
         """Return the identities of these networks by name."""
+
+
+@runtime_checkable
+class HasRecord(Protocol):
+    """Data that describe themselves in the records of networks."""
+
+    def record(self) -> Record:
+        """Return a record with the parts that the data determine, such as classes and VAE. Call it after `setup`."""
 
 
 @runtime_checkable

@@ -237,7 +237,7 @@ class Evaluation(L.Callback):
             rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in results.items()]
             headings = self.generator.headings(range(images.shape[1]))
             table = Table(networks(self.qualities), settings, rows, headings)
-            files = table.write(folder, images)
+            files = [*table.write(folder, images), *table.store(trainer.ckpt_path)]
             print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,6 +14,7 @@ from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.guidance import Guidance
 from decm_lightning.metrics import FeatureMetrics, Reference
+from decm_lightning.networks.record import WEIGHTS_HASH
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
@@ -30,7 +31,7 @@ def protocol(
     return {
         "checkpoint": str(trainer.ckpt_path or loaded),
         "weights": _weights(source, costs),
-        "weights sha256": source.average.identity(),
+        WEIGHTS_HASH: source.average.identity(),
         **origin(trainer, generator),
         "times (t -> s)": "; ".join(f"{spec}: {c.steps}" for spec, c in costs.items() if c.steps) or "none",
         "labels": generator.describe_labels(),

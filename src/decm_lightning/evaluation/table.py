@@ -1,6 +1,7 @@
 """The quality table as files: quality.md, quality.json and samples.png."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch import Tensor
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
+from decm_lightning.networks.record_files import quality_file
+
+log = logging.getLogger(__name__)
 
 TEXTS = ("model", "sampler", "samples", "limit", "interval")
 """Columns that are aligned to the left."""
@@ -74,6 +78,23 @@ class Table:
         rows = [row.as_dict() for row in self.rows]
         content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def store(self, checkpoint: str | Path | None) -> list[Path]:
+        """Write quality.json next to a checkpoint or into an exported folder, where `load` reads it.
+
+        Returns:
+            the file, or nothing without a checkpoint or if its folder cannot be written.
+        """
+        if checkpoint is None:
+            return []
+        file = quality_file(checkpoint)
+        try:
+            with atomic(file) as content:
+                content.write_text(self.json(), encoding="utf-8")
+        except OSError as error:
+            log.warning("the table is not stored with the checkpoint: %s", error)
+            return []
+        return [file]
 
     def write(self, folder: Path, images: Tensor | None = None) -> list[Path]:
         """Write the files and return their paths.

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
+from decm_lightning.autoencoders.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents.imagenet import Latents
-from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data.resumable import EpochSampler
 from decm_lightning.networks import MLP
 from tests.data.latents.test_shards import write_shards

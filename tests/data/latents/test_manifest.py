@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from decm_lightning.autoencoders.normalization import Moments
 from decm_lightning.data.latents.imagenet import Latents
 from decm_lightning.data.latents.manifest import EncodingSettings, Manifest, Shard
-from decm_lightning.data.latents.normalization import Moments
 from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.files import file_sha256
 

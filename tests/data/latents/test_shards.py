@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from decm_lightning.data.latents.normalization import LatentNormalization
+from decm_lightning.autoencoders.normalization import LatentNormalization
 from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
 from decm_lightning.files import file_sha256

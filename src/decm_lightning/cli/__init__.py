@@ -69,6 +69,9 @@ COMMANDS = {
         "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
     ),
+    "compare": Command(
+        "compare:compare", "compare runs in one report: quality, gradients, cost, samples, settings", INFERENCE, ("runs",)
+    ),
     "consolidate": Command(
         "consolidate:consolidate", "merge a sharded checkpoint into one file, to resume on one device",
         INFERENCE, ("checkpoint",), {"checkpoint": "checkpoint"},

@@ -14,20 +14,21 @@ from safetensors.torch import save_model
 from torch import nn
 
 from decm_lightning.files import atomic
-from decm_lightning.networks.checkpoint_files import Weights, read_file, tensors_in
+from decm_lightning.networks.checkpoint_files import Weights, read_file, read_single_file, tensors_in
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import CONFIG, Network, describe
+from decm_lightning.networks.record import Record
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
-"""The files in a network folder."""
+WEIGHTS = "model.safetensors"
+"""The file with the weights in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 
@@ -48,9 +49,10 @@ def load(
         (1, 8, 8)
 
     Args:
-        path: a folder written by `save`; a training checkpoint (a .ckpt file or a folder of shards); a public
-            LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face hub.
-            Local paths take precedence, and only a name with one slash and no suffix is looked up on the hub.
+        path: a folder written by `save`; a .safetensors file of `decm export`; a training checkpoint (a .ckpt file or a
+            folder of shards); a public LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on
+            the Hugging Face hub. Local paths take precedence, and only a name with one slash and no suffix is looked up
+            on the hub.
         device: the device to move the network to.
         trust: import the module of a network class from outside this package, which runs its code. A class that is
             already imported does not need it.
@@ -71,7 +73,7 @@ def load(
 
 
 def save(network: Network, folder: str | Path) -> None:
-    """Write config.json and model.safetensors to `folder`, and a model card unless there is one.
+    """Write config.json and model.safetensors to `folder`. `decm export` also writes a model card.
 
     The folder is created if necessary. An existing network is replaced once both files are complete, and stays usable
     if writing fails.
@@ -89,9 +91,6 @@ def save(network: Network, folder: str | Path) -> None:
             os.fsync(content.fileno())
         with atomic(folder / CONFIG) as config:
             config.write_text(described, encoding="utf-8")
-    if not (folder / CARD).exists():
-        with atomic(folder / CARD) as card:
-            network.generate_model_card().save(card)
 
 
 def check_target(folder: str | Path) -> Path:
@@ -241,17 +240,21 @@ def _from_folder(folder: Path, trust: bool) -> Network:
 
 
 def _from_file(file: Path, trust: bool, weights: Weights | None, heads: int | None) -> Network:
-    content = read_file(file)
+    content, prefix = read_file(file), PREFIXES[weights]
+    if single := read_single_file(file, content):
+        content, prefix = single, ""
     if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
         try:
             return import_public(tensors_in(content, weights), heads)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     with _naming(file):
-        network, prefix = build(content["network"], trust), PREFIXES[weights]
+        network = build(content["network"], trust)
         if not is_weightless():
             state = content["state_dict"].items()
             network.load_state_dict({n.removeprefix(prefix): v for n, v in state if n.startswith(prefix)})
+        if content.get("record") is not None:
+            network.record = Record.from_dict(content["record"])
     return network
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from decm_lightning.cli.sampling import image_generator, reads_captions
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.export import Format, hub, writer
-from decm_lightning.export.card import Samples, write_card
+from decm_lightning.export.card import Samples, places, write_card
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.pretrained import check_target
 from decm_lightning.networks.record import Record
@@ -62,7 +62,8 @@ def export(
         log.warning("%s has a model card without decm export's mark, which is left unchanged", target)
     print(f"wrote {', '.join(map(str, [*files, *card]))}")
     if name:
-        print(f"pushed to {hub.push(target, [*files, *card], name, public)}")
+        uploaded = [*files, *(file for file in places(target) if file.exists())]
+        print(f"pushed to {hub.push(target, uploaded, name, public)}")
 
 
 def _samples(network: Network) -> Samples | None:

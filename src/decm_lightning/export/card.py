@@ -42,10 +42,7 @@ class Samples:
 
 
 def write_card(network: Network, out: Path, to: str, samples: Samples | None, name: str = "") -> list[Path]:
-    """Write the card of an export and its samples, and return the files; none if the user has edited the card.
-
-    A folder gets README.md and samples.png. A single file student.safetensors gets student.md and student.png, so that
-    the README.md of its folder is never replaced.
+    """Write the card of an export and its samples, and return the files; none if the user has removed the card's mark.
 
     Args:
         network: the exported network; all statements come from it and its record.
@@ -57,7 +54,7 @@ def write_card(network: Network, out: Path, to: str, samples: Samples | None, na
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    card, grid = (out / CARD, out / GRID) if out.is_dir() else (out.with_suffix(".md"), out.with_suffix(".png"))
+    card, grid = places(out)
     if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return []
     files = [card]
@@ -70,6 +67,15 @@ def write_card(network: Network, out: Path, to: str, samples: Samples | None, na
     with atomic(card) as partial:
         partial.write_text(text, encoding="utf-8")
     return files
+
+
+def places(out: Path) -> tuple[Path, Path]:
+    """Return the paths of an export's card and samples.
+
+    A folder has README.md and samples.png. A single file student.safetensors has student.md and student.png, so that
+    the README.md of its folder is never replaced.
+    """
+    return (out / CARD, out / GRID) if out.is_dir() else (out.with_suffix(".md"), out.with_suffix(".png"))
 
 
 def card_text(network: Network, out: Path, to: str, samples: Samples | None, grid: str, name: str) -> str:

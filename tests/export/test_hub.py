@@ -67,7 +67,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     yield server

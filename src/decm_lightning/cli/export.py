@@ -1,7 +1,6 @@
 """decm export: write a checkpoint's averaged weights in a format that other programs, or `load`, read."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +71,7 @@ def _samples(network: Network) -> Samples | None:
         generator = image_generator(network, None, None, 0, None, None)
         steps = STEPS if network.reads_end_time else (generator.steps,)
         condition, rows, names = _columns(network, generator.device)
-        images = [replace(generator, steps=number).images(condition, rows) for number in steps]
+        images = [generator.at(number).images(condition, rows) for number in steps]
     except (ValueError, OSError, ImportError, NonFiniteError) as error:
         log.warning("the model card has no samples: %s", error)
         return None

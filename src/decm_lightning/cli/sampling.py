@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
+from decm_lightning.networks.record import Record
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, Sample
@@ -53,6 +54,11 @@ class ImageGenerator:
         """(width, height) of the images."""
         height, width = self.network.sample_shape[1:]
         return width * self.decoder.factor, height * self.decoder.factor
+
+    def at(self, steps: int, sampler: str | None = None, seed: int = 0) -> "ImageGenerator":
+        """Return a generator with another number of steps, by default with the sampler recommended for that number."""
+        record = self.network.record or Record()
+        return replace(self, steps=steps, sampler=sampler or record.sampling.get(steps, self.sampler), seed=seed)
 
     @torch.no_grad()
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:

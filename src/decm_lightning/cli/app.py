@@ -89,7 +89,8 @@ def app(
         studio = Studio(generator, texts, Path(folder))
         # Errors of the model show now, and the first times of the page are not those of a first call.
         studio.column("a cat" if texts else 0, RECOMMENDED, 1, 0)
-        _serve(page(gradio, studio, "/".join(Path(model).parts[-2:])), studio, port, share)
+        place = Path(model).with_suffix("") if Path(model).is_file() else Path(model)
+        _serve(page(gradio, studio, "/".join(place.parts[-2:])), studio, port, share)
 
 
 def import_gradio() -> ModuleType:

@@ -22,6 +22,10 @@ from decm_lightning.types import Captions
 CARD, GRID = "README.md", "samples.png"
 MARK = "<!-- decm export replaces this card. Remove this line to keep your changes. -->"
 PAPER = "[Dual-End Consistency Models](https://arxiv.org/abs/2602.10764)"
+LIBRARIES = {
+    "folder": "decm-lightning", "safetensors": "decm-lightning", "diffusers": "diffusers", "lora": "diffusers"
+}  # fmt: skip
+"""The library that reads a format, in the terms of the hub."""
 SMALL = 64
 """Images below this size, in pixels, are enlarged in the grid."""
 
@@ -108,7 +112,7 @@ def _front(network: Network, to: str, base: Reference | None, license: License) 
     image = len(network.sample_shape) == 3
     return ModelCardData(
         base_model=base.name if base is not None and is_hub_name(base.name) else None,
-        library_name="diffusers" if is_lora or to == "diffusers" else "decm-lightning",
+        library_name=LIBRARIES.get(to),
         license=license.id,
         license_name=license.name,
         license_link=license.link,
@@ -148,14 +152,19 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
             f'pipeline = DiffusionPipeline.from_pretrained("{where}", trust_remote_code=True)',
             f"image = pipeline({condition}, num_inference_steps=4).images[0]",
         ]
-    elif to.startswith("lora"):
+    elif to == "lora-comfyui":
+        return (
+            f"Place {out.name} in ComfyUI's models/loras, load it with LoraLoaderModelOnly at strength 1.0, and sample "
+            "with SamplerCustomAdvanced: sampler lcm, ManualSigmas 1.0, 0.3, 0.2, 0.1, 0.0, CFGGuider with cfg 1.0."
+        )
+    elif to == "lora":
         file = f'"{name}", weight_name="{out.name}"' if name else f'"{where}"'
         lines = [
             "from diffusers import DiffusionPipeline, FlowMatchLCMScheduler",
             f'pipeline = DiffusionPipeline.from_pretrained("{base.name if base else "the base model"}")',
             f"pipeline.load_lora_weights({file})",
             "pipeline.scheduler = FlowMatchLCMScheduler(shift=1.0)",
-            f"image = pipeline({condition}, num_inference_steps=4, guidance_scale=1.0).images[0]",
+            f"image = pipeline({condition}, sigmas=[1.0, 0.3, 0.2, 0.1], guidance_scale=1.0).images[0]",
         ]
     elif len(network.sample_shape) == 3 and network.sample_shape[0] not in (1, 3):
         # Latents need the VAE, which the command finds.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from decm_lightning.cli.sampling import image_generator, reads_captions
+from decm_lightning.cli.targets import check_device
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.export import Format, hub, writer
 from decm_lightning.export.card import Samples, places, write_card
@@ -53,6 +54,7 @@ def export(
     # Reading the checkpoint may take minutes, so the target is checked first.
     target = check_target(out) if to == "folder" else Path(out)
     name = hub.check_name(push) if push else ""
+    check_device(device)
     network = load(checkpoint, device, trust)
     images = _samples(network) if samples else None
     files = writer(to)(network.cpu(), target, getattr(torch, dtype))

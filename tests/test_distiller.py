@@ -378,7 +378,7 @@ def test_data_with_more_classes_than_the_network_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
 def test_data_of_another_shape_than_the_network_s_are_refused(size, channels, tmp_path):
-    network = DiT(size, channels, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    network = DiT(size, channels, patch_size=4, width=48, depth=1, heads=2, num_classes=10)
     shapes = rf"samples are \(1, 8, 8\) and the network's \({channels}, {size}, {size}\)"
     with pytest.raises(ValueError, match=shapes):
         trainer(tmp_path, max_steps=1).fit(TeacherTraining(network), Digits(batch_size=16))

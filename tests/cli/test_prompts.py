@@ -34,7 +34,7 @@ GENERATE = ("sample-prompts", "student", "--prompts", "prompts.jsonl", "--encode
 
 def text_dit(seed: int) -> TextDiT:
     torch.manual_seed(seed)
-    network = TextDiT(8, 3, 8, patch_size=4, width=16, depth=1, heads=2, end_time=True)
+    network = TextDiT(8, 3, 8, patch_size=4, width=48, depth=1, heads=2, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -11,7 +11,7 @@ from decm_lightning.cli.early_checks import Reads, check_inputs
 from decm_lightning.cli.messages import describe, did_you_mean, is_for_the_user
 from decm_lightning.cli.output import Output
 
-TRAINING, INFERENCE, PREPARATION = "Training", "Inference and export", "Data preparation"
+OWN, TRAINING, INFERENCE, PREPARATION = "Your own images", "Training", "Inference and export", "Data preparation"
 MODEL, IMAGES = "checkpoint or folder", "folder or file"
 HEAD = """usage: decm COMMAND [options]
 
@@ -46,6 +46,7 @@ _CHECKPOINT = {"ckpt_path": "checkpoint"}
 _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
+    "new": Command("new:new", "write the configs of a teacher and its student for your images", OWN, ("folder",)),
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
     "validate": Command("trainer:run", "evaluate a checkpoint with the metrics of training", TRAINING, (), _CHECKPOINT),
     "test": Command("trainer:run", "evaluate a checkpoint and write the quality table", TRAINING, (), _CHECKPOINT),

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - the parser finds their classes by name
+from decm_lightning.cli.next_command import print_next
 from decm_lightning.cli.parsing import Parser
 from decm_lightning.evaluation import SampleWriter
 from decm_lightning.files import atomic
@@ -207,6 +208,8 @@ class TrainerCLI(LightningCLI):
         if self.command in ("validate", "test") and not self.trainer.callback_metrics:
             callback = "a callback that logs, such as decm_lightning.evaluation.Evaluation"
             raise ValueError(f"nothing was measured: {self.command} needs {callback}")
+        if self.command == "fit":
+            print_next(self.trainer, self.model.network)
 
 
 def run(command: str, argv: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from numpy.random import SeedSequence
-from torch import Tensor
+from torch import Tensor, nn
 
 from decm_lightning.gradients import clip_by_norm
 from decm_lightning.guidance import Guidance
@@ -124,7 +124,11 @@ class FlowTraining(L.LightningModule):
         Raises:
             ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
         """
-        return self.recipe.make(self.network.parameters())
+        return self.recipe.make(self.trained_parameters())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer updates."""
+        return list(self.network.parameters())
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the run, except its data. A resumed run compares them."""

@@ -1,6 +1,7 @@
 """The model card: its values come from the record, and the license is never invented."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from decm_lightning import cli
 from decm_lightning.export.card import Samples, write_card
 from decm_lightning.export.licenses import UNKNOWN, License, license_of
-from decm_lightning.networks import MLP, DiT
+from decm_lightning.networks import MLP, DiT, save
 from decm_lightning.networks.record import Record, Reference
+from decm_lightning.teachers import DiffusersTeacher
+from tests.export.lora_cases import case
 
+__all__ = ["case"]
 SD = "stabilityai/stable-diffusion-3.5-medium"
 QUALITY = {
     "metric": "Fréchet distance on DigitsFeatures",
@@ -149,6 +154,26 @@ def test_each_format_says_how_it_is_run_from_the_hub(to, library, named, network
     assert named in found.text
     assert "# student\n" in found.text
     assert ("lora" in found.data.tags) == to.startswith("lora")
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_a_student_of_sd35_has_its_license_in_every_format(case, tmp_path, monkeypatch, capsys):
+    """The weights of the base are in a folder of this name; it is tiny and random."""
+    place = tmp_path / "stable-diffusion-3.5-medium"
+    place.mkdir()
+    for part in list(tmp_path.iterdir()):
+        if part != place:
+            part.rename(place / part.name)
+    student = DiffusersTeacher(str(place), latent_size=4).network.with_end_time(lora_rank=2)
+    save(student, tmp_path / "student")
+    for to, out, card_of in (("lora", "a.safetensors", "a.md"), ("folder", "b", "b/README.md")):
+        monkeypatch.setattr(
+            sys, "argv", ["decm", "export", *map(str, (tmp_path / "student", tmp_path / out)), "--to", to]
+        )
+        assert cli.main() == 0, capsys.readouterr().err
+        data = ModelCard.load(tmp_path / card_of).data
+        assert (data.license, data.license_name) == ("other", "stabilityai-ai-community")
+        assert data.pipeline_tag == "text-to-image"
 
 
 def test_points_have_no_task_of_the_hub(tmp_path):

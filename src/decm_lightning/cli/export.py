@@ -57,9 +57,10 @@ def export(
     target = check_target(out) if to == "folder" else Path(out)
     name = hub.check_name(push) if push else ""
     check_device(device)
-    network = load(checkpoint, device, trust)
-    images = _samples(network) if samples else None
-    files = writer(to)(network.cpu(), target, getattr(torch, dtype))
+    network = load(checkpoint, trust=trust)
+    files = writer(to)(network, target, getattr(torch, dtype))
+    # Loaded again, because writing may round the weights in place to a dtype in which they do not run.
+    images = _samples(load(checkpoint, device, trust)) if samples else None
     card = write_card(network, target, to, images, name)
     if not card:
         log.warning("%s has a model card without decm export's mark, which is left unchanged", target)

@@ -65,6 +65,7 @@ COMMANDS = {
     "sample-prompts": Command(
         "sample_prompts:sample_prompts", "generate images from a file of prompts", INFERENCE, ("model",), _PROMPTED
     ),
+    "app": Command("app:app", "open a page that generates images in the browser", INFERENCE, ("model",), _SAMPLED),
     "export": Command(
         "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},

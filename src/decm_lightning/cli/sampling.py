@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ class ImageGenerator:
         """(width, height) of the images."""
         height, width = self.network.sample_shape[1:]
         return width * self.decoder.factor, height * self.decoder.factor
+
+    def at(self, steps: int, sampler: str | None = None, seed: int = 0) -> "ImageGenerator":
+        """Return a generator with another number of steps, by default with the sampler recommended for that number."""
+        name, steps = self.network.sampling(sampler, steps)
+        return replace(self, steps=steps, sampler=str(name), seed=seed)
 
     @torch.no_grad()
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:

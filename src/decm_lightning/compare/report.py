@@ -124,7 +124,9 @@ def _cost(students: Sequence[Student], bar: tqdm) -> Section:
 
 
 def _samples(students: Sequence[Student], bar: tqdm) -> Section:
-    section = Section("Samples", [f"Rows: {', '.join(map(str, measure.STEPS))} steps. The noise and conditions are equal."])
+    section = Section(
+        "Samples", [f"Rows: {', '.join(map(str, measure.STEPS))} steps. The noise and conditions are equal."]
+    )
     grids = _measured(students, measure.samples, section, bar)
     section.figures |= {("samples", name): png for name, png in grids.items()}
     return section

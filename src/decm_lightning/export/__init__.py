@@ -12,6 +12,7 @@ from decm_lightning.networks import Network
 Format = Literal["folder", "safetensors", "diffusers", "lora", "lora-comfyui"]
 FORMATS: dict[Format, str] = {
     "folder": "folder:write",
+    "safetensors": "single_file:write",
     "lora": "lora:write",
     "lora-comfyui": "lora:write_comfyui",
 }

@@ -1,5 +1,6 @@
 """Read tensors from public checkpoints, wherever the file nests them and however their names are prefixed."""
 
+import json
 import re
 import zipfile
 from argparse import Namespace
@@ -10,6 +11,7 @@ from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,6 +92,32 @@ def read_file(path: str | Path) -> Any:
     except Exception as error:
         # Arbitrary bytes can raise any exception.
         raise ValueError(f"{path} cannot be read: {describe_unreadable(path) or _reason(error)}") from error
+
+
+def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
+    """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
+
+    Args:
+        path: a file that `read_file` has read.
+        tensors: its content.
+
+    Returns:
+        {"network", "record", "state_dict"}, or an empty dict if it is another file.
+
+    Raises:
+        ValueError: naming the file, if its metadata are damaged.
+    """
+    if _head(path)[8:9] != b"{":
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "network" not in metadata:
+        return {}
+    try:
+        read = {key: json.loads(metadata[key]) for key in ("network", "record") if key in metadata}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: its metadata are not JSON ({error})") from error
+    return read | {"state_dict": tensors}
 
 
 def _head(path: Path) -> bytes:

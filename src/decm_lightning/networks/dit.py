@@ -15,7 +15,11 @@ from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, Ti
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.pixel_skip import PixelSkipHead
+from decm_lightning.networks.record import Record, choose
+from decm_lightning.samplers import Sampler
 from decm_lightning.types import Condition, Sample, Time
+
+FACM_SAMPLING = {1: "consistency", 2: "consistency", 4: "consistency", 8: "consistency", 50: "euler"}
 
 
 class DiT(Network):
@@ -154,6 +158,12 @@ class DiT(Network):
     def prediction(self) -> Literal["velocity", "noise"] | None:
         """What the network predicts; None if unknown."""
         return self.config["prediction"]  # type: ignore[no-any-return]
+
+    def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
+        """Return a sampler and its number of steps; on FACM's clock the recommended ones never step to s < 1."""
+        if self.is_facm and sampler is None and not (self.record and self.record.sampling):
+            return choose(Record(sampling=FACM_SAMPLING), True, None, steps)
+        return super().sampling(sampler, steps)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

@@ -29,7 +29,7 @@ CONFIG = "config.json"
 """The file with the description of a network."""
 
 
-class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning", license="apache-2.0"):
+class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning"):
     """A trainable flow map: u = network(x_t, t, s, condition) is the mean velocity from time t to the end time s.
 
     Attributes:

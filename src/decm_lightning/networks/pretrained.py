@@ -13,7 +13,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from decm_lightning.files import atomic
-from decm_lightning.networks.checkpoint_files import Weights, naming, read_file, tensors_in
+from decm_lightning.networks.checkpoint_files import Weights, naming, read_file, read_single_file, tensors_in
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
@@ -26,8 +26,8 @@ from decm_lightning.networks.weightless import is_weightless, on_meta
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
-"""The files in a network folder."""
+WEIGHTS = "model.safetensors"
+"""The file with the weights in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 
@@ -49,9 +49,10 @@ def load(
         (1, 8, 8)
 
     Args:
-        path: a folder written by `save`; a training checkpoint (a .ckpt file or a folder of shards); a public
-            LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face hub.
-            Local paths take precedence, and only a name with one slash and no suffix is looked up on the hub.
+        path: a folder written by `save`; a .safetensors file of `decm export`; a training checkpoint (a .ckpt file or a
+            folder of shards); a public LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on
+            the Hugging Face hub. Local paths take precedence, and only a name with one slash and no suffix is looked up
+            on the hub.
         device: the device to move the network to.
         trust: import the module of a network class from outside this package, which runs its code. A class that is
             already imported does not need it.
@@ -74,7 +75,7 @@ def load(
 
 
 def save(network: Network, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and the network's record to `folder`, and a model card unless it has one.
+    """Write config.json, model.safetensors and the network's record to `folder`. `decm export` writes a model card.
 
     The folder is created if necessary. An existing network is replaced once all files are complete, and stays usable
     if writing fails.
@@ -93,9 +94,6 @@ def save(network: Network, folder: str | Path) -> None:
         with atomic(folder / CONFIG) as config:
             config.write_text(described, encoding="utf-8")
             write_record(network.record, folder)
-    if not (folder / CARD).exists():
-        with atomic(folder / CARD) as card:
-            network.generate_model_card().save(card)
 
 
 def check_target(folder: str | Path) -> Path:
@@ -247,14 +245,16 @@ def _from_folder(folder: Path, trust: bool) -> Network:
 
 
 def _from_file(file: Path, trust: bool, weights: Weights | None, heads: int | None) -> Network:
-    content = read_file(file)
+    content, prefix = read_file(file), PREFIXES[weights]
+    if single := read_single_file(file, content):
+        content, prefix = single, ""
     if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
         try:
             return import_public(tensors_in(content, weights), heads)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     with naming(file):
-        network, prefix = _build_with_base(content["network"], file, trust), PREFIXES[weights]
+        network = _build_with_base(content["network"], file, trust)
         network.record = record_in(content)
         if not is_weightless():
             state = content["state_dict"].items()

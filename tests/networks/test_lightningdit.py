@@ -156,6 +156,7 @@ def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, end_tim
         **{"input_size": 16, "in_channels": 32, "patch_size": 1, "width": 1152, "depth": 28, "heads": 16},
         **{"mlp_ratio": 4.0, "num_classes": 1000, "end_time": end_time, "qk_norm": qk_norm, "shift": True},
         **{"norm": "rms", "mlp": "swiglu", "rotary": True, "learn_sigma": False, "prediction": None},
+        "pixel_skip": False,
     }
     count = sum(parameter.numel() for parameter in network.parameters())
     second_embedder = 1152 * 256 + 1152 + 1152 * 1152 + 1152

@@ -80,11 +80,7 @@ def test_a_folder_stores_the_record_and_loses_that_of_the_previous_network(netwo
     assert load(tmp_path / "hub").record == FULL
     network.record = None
     save(network, tmp_path / "one")
-    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert sorted(file.name for file in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
     assert load(tmp_path / "one").record is None
 
 

@@ -1,0 +1,108 @@
+"""A pipeline that generates images of classes with a flow map in few steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from torch import Tensor
+
+from decm_lightning.export.diffusers.bundle import source
+from decm_lightning.export.diffusers.pipeline import Callback, FlowMapPipeline, Generator
+
+SOURCE = source(__file__)
+
+
+class FlowMapClassPipeline(FlowMapPipeline):
+    """Generates images of classes in few steps, without guidance.
+
+    Args:
+        transformer: a `FlowMapDiT`.
+        scheduler: FlowMapEulerDiscreteScheduler with shift 1.
+        vae: the VAE of the latents; None if samples are images.
+        id2label: names of the classes by label.
+        sampling: the recommended sampler for each number of steps, such as {"2": "mix?s1=0.6"}; the first is the
+            default.
+    """
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict[str, str] | None = None,
+        sampling: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(id2label=id2label)
+        self._set_up(sampling)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each name. A name such as "tench, Tinca tinca" also counts for each of its parts."""
+        names = {name: int(label) for label, name in (self.config.id2label or {}).items()}
+        parts = {part.strip(): label for name, label in names.items() for part in name.split(",")}
+        return parts | names
+
+    def get_label_ids(self, names: str | int | Sequence[str | int]) -> list[int]:
+        """Return the labels of classes, given by name or number.
+
+        Raises:
+            ValueError: if a class does not exist. The null class has the number of classes as its label.
+        """
+        found = []
+        for name in [names] if isinstance(names, str | int) else names:
+            label = self.labels.get(name) if isinstance(name, str) else int(name)
+            if label is None or not 0 <= label <= self.transformer.config.num_classes:
+                known = ", ".join(self.labels) or "none has a name"
+                raise ValueError(f"classes are 0 to {self.transformer.config.num_classes - 1} ({known}): got {name!r}")
+            found.append(label)
+        return found
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: str | int | Sequence[str | int],
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images of classes.
+
+        Args:
+            class_labels: numbers or names of classes, one for each image; a tensor of labels is accepted too.
+            num_inference_steps: evaluations of the transformer; None for the recommended number.
+            sampler: "mix", "euler" or "consistency", with options such as "mix?s1=0.6"; None for the recommended one.
+            num_images_per_prompt: images of each class, next to each other.
+            generator: the source of all noise, one or one per image; `generators` returns those of `decm sample`.
+            latents: the initial noise, (images, c, h, w).
+            output_type: "pil", "np", "pt", or "latent" for the samples without decoding.
+            return_dict: return an ImagePipelineOutput instead of a tuple.
+            callback_on_step_end: called after each step with (pipeline, step, timestep, {"latents": latents}). The
+                latents that it returns replace those of the step.
+            callback_on_step_end_tensor_inputs: the names of the callback's tensors, only "latents".
+
+        Raises:
+            ValueError: if an argument is out of its range.
+        """
+        labels = torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        return self._generate(
+            {"class_labels": labels},
+            (len(labels), *self.transformer.sample_shape),
+            num_inference_steps,
+            sampler,
+            generator,
+            latents,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )

@@ -1,20 +1,5 @@
-"""Write students as folders that diffusers loads with `DiffusionPipeline.from_pretrained`."""
+"""Write networks as folders that diffusers loads, with the code that they need.
 
-from pathlib import Path
-
-import torch
-from diffusers import FlowMapEulerDiscreteScheduler
-
-from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
-from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
-from decm_lightning.networks import Network
-
-
-def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
-    """Write."""
-    with torch.device("meta"):
-        transformer = FlowMapDiT(**network.config)
-    transformer.network = network.to(dtype)
-    pipeline = FlowMapClassPipeline(transformer, FlowMapEulerDiscreteScheduler(shift=1.0))
-    pipeline.save_pretrained(out)
-    return sorted(out.rglob("*"))
+The modules `flow_map_*` are loaded by diffusers: transformers and pipelines. `bundle` turns each of them into one
+self-contained file. `writing` is the entry point.
+"""

@@ -68,30 +68,32 @@ class _Module:
         text = Path(file).read_text(encoding="utf-8")
         tree, lines = ast.parse(text), text.splitlines()
         module = cls(ast.get_docstring(tree, clean=False) or "")
-        name, body = "", tree.body[1:] if module.title else tree.body
-        for node in body:
+        names: list[str] = []
+        for node in tree.body[1:] if module.title else tree.body:
             if isinstance(node, ast.Import):
                 module.imports |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 module.imports |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
-            elif isinstance(node, ast.Expr) and name:
+            elif isinstance(node, ast.Expr) and names:
                 # The docstring of a constant.
-                module.definitions[name] += _text(node, lines)
+                module.definitions |= {name: module.definitions[name] + _text(node, lines) for name in names}
             else:
-                name = _defined(node, file)
-                is_block = isinstance(node, ast.ClassDef | ast.FunctionDef)
-                module.definitions[name] = f"\n\n{_text(node, lines)}\n\n" if is_block else _text(node, lines)
-                module.used[name] = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+                names, text = _defined(node, file), _text(node, lines)
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    text = f"\n\n{text}\n\n"
+                module.definitions |= dict.fromkeys(names, text)
+                module.used |= dict.fromkeys(names, [part.id for part in ast.walk(node) if isinstance(part, ast.Name)])
         return module
 
 
-def _defined(node: ast.stmt, file: str) -> str:
+def _defined(node: ast.stmt, file: str) -> list[str]:
+    """Return the names that a statement defines."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
-        return node.name
-    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    if not isinstance(target, ast.Name):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    if not targets:
         raise ValueError(f"{file}, line {node.lineno}: only definitions and assignments can be copied")
-    return target.id
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
 
 
 def _text(node: ast.stmt, lines: list[str]) -> str:
@@ -105,7 +107,8 @@ def _text(node: ast.stmt, lines: list[str]) -> str:
 @cache
 def _module(name: str) -> _Module:
     spec = find_spec(name)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return _Module.parse(spec.origin)
 
 
@@ -127,7 +130,8 @@ class _Bundle:
             self.origins[name] = module
             for used in module.used[name]:
                 self.add(module, used)
-            self.texts.append(module.definitions[name])
+            if (text := module.definitions[name]) not in self.texts:
+                self.texts.append(text)
         elif name in module.imports:
             origin, original = module.imports[name]
             if name in _module(STANDALONE).definitions:

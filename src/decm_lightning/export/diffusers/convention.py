@@ -1,6 +1,5 @@
 """The convention of diffusers: timesteps from 1000 for noise to 0 for data, and velocities from data to noise."""
 
-import torch
 from torch import Tensor
 
 TIMESTEPS = 1000

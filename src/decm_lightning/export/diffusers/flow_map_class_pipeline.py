@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
-from torch import Tensor
 
 from decm_lightning.export.diffusers.bundle import source
-from decm_lightning.export.diffusers.pipeline import Callback, FlowMapPipeline, Generator
+from decm_lightning.export.diffusers.pipeline import FlowMapPipeline
 
 SOURCE = source(__file__)
 
@@ -21,8 +20,9 @@ class FlowMapClassPipeline(FlowMapPipeline):
         scheduler: FlowMapEulerDiscreteScheduler with shift 1.
         vae: the VAE of the latents; None if samples are images.
         id2label: names of the classes by label.
-        sampling: the recommended sampler for each number of steps, such as {"2": "mix?s1=0.6"}; the first is the
-            default.
+        steps: the default number of steps.
+        sampling: the recommended sampler for each number of steps, such as {"2": "mix?s1=0.6"}; the sampler of the
+            default number serves all others.
     """
 
     def __init__(
@@ -31,12 +31,13 @@ class FlowMapClassPipeline(FlowMapPipeline):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         id2label: dict[str, str] | None = None,
+        steps: int = 2,
         sampling: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label)
-        self._set_up(sampling)
+        self._set_up(steps, sampling)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -66,43 +67,20 @@ class FlowMapClassPipeline(FlowMapPipeline):
         class_labels: str | int | Sequence[str | int],
         num_inference_steps: int | None = None,
         sampler: str | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generator = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callback = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images of classes.
 
         Args:
-            class_labels: numbers or names of classes, one for each image; a tensor of labels is accepted too.
+            class_labels: numbers or names of classes.
             num_inference_steps: evaluations of the transformer; None for the recommended number.
             sampler: "mix", "euler" or "consistency", with options such as "mix?s1=0.6"; None for the recommended one.
-            num_images_per_prompt: images of each class, next to each other.
-            generator: the source of all noise, one or one per image; `generators` returns those of `decm sample`.
-            latents: the initial noise, (images, c, h, w).
-            output_type: "pil", "np", "pt", or "latent" for the samples without decoding.
-            return_dict: return an ImagePipelineOutput instead of a tuple.
-            callback_on_step_end: called after each step with (pipeline, step, timestep, {"latents": latents}). The
-                latents that it returns replace those of the step.
-            callback_on_step_end_tensor_inputs: the names of the callback's tensors, only "latents".
+            options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,
+                return_dict, callback_on_step_end.
 
         Raises:
             ValueError: if an argument is out of its range.
         """
-        labels = torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
-        labels = labels.repeat_interleave(num_images_per_prompt)
-        return self._generate(
-            {"class_labels": labels},
-            (len(labels), *self.transformer.sample_shape),
-            num_inference_steps,
-            sampler,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        labels = torch.tensor(self.get_label_ids(class_labels))
+        shape = self.transformer.sample_shape
+        return self._generate({"class_labels": labels}, shape, num_inference_steps, sampler, **options)

@@ -3,7 +3,6 @@
 from functools import wraps
 from typing import Any
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -16,7 +15,7 @@ from decm_lightning.networks.dit import DiT
 SOURCE = source(__file__)
 
 
-class FlowMapDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class FlowMapDiT(ModelMixin, ConfigMixin):
     """A `DiT` with the calling convention of diffusers. Its config has the arguments of `DiT`."""
 
     _supports_gradient_checkpointing = True

@@ -30,7 +30,7 @@ Generator = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None
 
 
-class FlowMapPipeline(DiffusionPipeline):  # type: ignore[misc]
+class FlowMapPipeline(DiffusionPipeline):
     """Generates images with a flow map u(x_t, t, s), without guidance.
 
     Subclasses encode the condition and call `_generate`. Their constructors call `_set_up`.
@@ -40,9 +40,9 @@ class FlowMapPipeline(DiffusionPipeline):  # type: ignore[misc]
     _optional_components: ClassVar[list[str]] = ["vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
-    def _set_up(self, sampling: dict[str, str] | None) -> None:
-        """Store the recommended sampler for each number of steps; the first is the default."""
-        self.register_to_config(sampling=sampling or {"2": "mix"})
+    def _set_up(self, steps: int, sampling: dict[str, str] | None) -> None:
+        """Store the default number of steps, and the recommended sampler for each number of steps."""
+        self.register_to_config(steps=steps, sampling={str(steps): "mix"} | (sampling or {}))
         self.image_processor = VaeImageProcessor()
 
     @staticmethod
@@ -52,50 +52,77 @@ class FlowMapPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _generate(
         self,
-        condition: dict[str, Tensor],
+        condition: dict[str, Tensor | None],
         shape: Sequence[int],
-        steps: int | None,
-        sampler: str | None,
-        generator: Generator,
-        latents: Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        callback: Callback,
-        callback_inputs: Sequence[str],
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Return images of these conditions; the arguments are described at `__call__` of the subclasses."""
-        if unknown := [name for name in callback_inputs if name not in self._callback_tensor_inputs]:
+        """Generate images.
+
+        Args:
+            condition: arguments of the transformer, with one row for each label or caption; None is left out.
+            shape: the shape of a sample, (c, h, w).
+            num_inference_steps: evaluations of the transformer; None for the recommended number.
+            sampler: "mix", "euler" or "consistency", with options such as "mix?s1=0.6"; None for the recommended one.
+            num_images_per_prompt: images for each label or caption, next to each other.
+            generator: the source of all noise, one or one per image; `generators` returns those of `decm sample`.
+            latents: the initial noise, (images, c, h, w).
+            output_type: "pil", "np", "pt", or "latent" for the samples without decoding.
+            return_dict: return an ImagePipelineOutput instead of a tuple.
+            callback_on_step_end: called after each step with (pipeline, step, timestep, {"latents": latents}). The
+                latents that it returns replace those of the step.
+            callback_on_step_end_tensor_inputs: the names of the callback's tensors, only "latents".
+
+        Raises:
+            ValueError: if an argument is out of its range.
+        """
+        inputs = callback_on_step_end_tensor_inputs
+        if unknown := [name for name in inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(f"callback inputs must be among {', '.join(self._callback_tensor_inputs)}: got {unknown}")
         device, dtype = self._execution_device, self.transformer.dtype
-        if latents is None:
-            # In float32, so that a narrower pipeline gets the same noise.
-            latents = randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != tuple(shape):
-            raise ValueError(f"latents must have shape {tuple(shape)}: got {tuple(latents.shape)}")
-        latents = latents.to(device, dtype)
-        steps = steps or int(next(iter(self.config.sampling)))
+        given = {name: part.to(device) for name, part in condition.items() if part is not None}
+        rows = {name: part.repeat_interleave(num_images_per_prompt, 0) for name, part in given.items()}
+        latents = self._noise((len(next(iter(rows.values()))), *shape), generator, latents).to(device, dtype)
+        steps = num_inference_steps or self.config.steps
         name, scheduler = self._schedule(sampler, steps, device)
         timesteps = [*scheduler.timesteps, torch.zeros_like(scheduler.timesteps[0])]
         options = {"generator": generator} if isinstance(scheduler, FlowMatchLCMScheduler) else {}
         with self.progress_bar(total=steps) as bar:
             for step, timestep in enumerate(timesteps[:-1]):
                 end = timesteps[_end(name, step, steps)]
-                output = self.transformer(latents, timestep, end, **condition, return_dict=False)[0]
+                output = self.transformer(latents, timestep, end, **rows, return_dict=False)[0]
                 latents = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
-                if callback is not None:
-                    latents = callback(self, step, timestep, {"latents": latents}).get("latents", latents)
+                if callback_on_step_end is not None:
+                    passed = dict.fromkeys(inputs, latents)
+                    latents = callback_on_step_end(self, step, timestep, passed).get("latents", latents)
                 bar.update()
         images = self.image_processor.postprocess(self._decode(latents, output_type), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _noise(self, shape: Sequence[int], generator: Generator, latents: Tensor | None) -> Tensor:
+        if latents is None:
+            # In float32, so that a narrower pipeline gets the same noise.
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}: got {tuple(latents.shape)}")
+        return latents
+
     def _schedule(self, sampler: str | None, steps: int, device: torch.device) -> tuple[str, Any]:
         """Return the name of a sampler, and a scheduler with its timesteps."""
         scheduler: Any = self.scheduler
         recommended: dict[str, str] = self.config.sampling
+        default = recommended[str(self.config.steps)].partition("?")[0]
         if isinstance(scheduler, FlowMatchLCMScheduler):
             sampler = sampler or "consistency"
-        sampler = sampler or recommended.get(str(steps)) or next(iter(recommended.values())).partition("?")[0]
+        sampler = sampler or recommended.get(str(steps), default)
         name, _, options = sampler.partition("?")
         if name not in TIMES:
             raise ValueError(f"sampler must be one of {', '.join(TIMES)}: got {sampler!r}")

@@ -36,17 +36,17 @@ def rearrange(x: Tensor | Sequence[Tensor], pattern: str, **sizes: int) -> Tenso
         pattern: names of the axes before and after. A group in parentheses is one axis, and 1 a new axis of size 1.
         sizes: sizes of the axes in a group; at most one of them may be left out.
     """
-    x = x if isinstance(x, Tensor) else torch.stack(list(x))
+    found = x if isinstance(x, Tensor) else torch.stack(list(x))
     sides = (re.findall(r"\([^)]*\)|\w+", side) for side in pattern.split("->"))
     before, after = ([group.strip("()").split() for group in side] for side in sides)
     for place in reversed(range(len(before))):
         if len(before[place]) > 1:
-            x = x.unflatten(place, [sizes.get(axis, -1) for axis in before[place]])
+            found = found.unflatten(place, [sizes.get(axis, -1) for axis in before[place]])
     axes = [axis for group in before for axis in group]
-    x = x.permute([axes.index(axis) for group in after for axis in group if axis != "1"])
+    found = found.permute([axes.index(axis) for group in after for axis in group if axis != "1"])
     for place, group in enumerate(after):
-        x = x.unsqueeze(place) if group == ["1"] else x.flatten(place, place + len(group) - 1)
-    return x
+        found = found.unsqueeze(place) if group == ["1"] else found.flatten(place, place + len(group) - 1)
+    return found
 
 
 def source(file: str) -> str:

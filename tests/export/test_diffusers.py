@@ -15,6 +15,8 @@ from decm_lightning import cli, samplers
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.export.diffusers import bundle
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
+from decm_lightning.export.diffusers.flow_map_sd3_pipeline import FlowMapSD3Pipeline
+from decm_lightning.export.diffusers.flow_map_text_pipeline import FlowMapTextPipeline
 from decm_lightning.export.diffusers.writing import write
 from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.networks import MLP, save
@@ -24,6 +26,7 @@ from tests.autoencoders.tiny import save_kl
 from tests.export.exports import dit, sd3_student, text_dit
 
 CAPTIONS = ["a red fox", "two cats"]
+OWN = {"class": FlowMapClassPipeline, "text": FlowMapTextPipeline, "sd3": FlowMapSD3Pipeline}
 CONDITIONS = {"class": [1, 4], "text": CAPTIONS, "sd3": CAPTIONS}
 SPECS = [("mix", 1), ("mix", 2), ("mix?s1=0.6", 4), ("euler", 5), ("consistency", 3), ("mix?times=[0.3,0.9]", 3)]
 WITHOUT_PACKAGE = """
@@ -220,17 +223,18 @@ def test_a_saved_pipeline_keeps_code_and_weights(exported, kind, tmp_path):
     assert (tmp_path / f"again/{module}.py").read_text() == (exported.folder / kind / f"{module}.py").read_text()
 
 
-def test_the_package_loads_its_exports_without_remote_code(exported, tmp_path):
+@pytest.mark.parametrize("kind", OWN)
+def test_the_package_loads_its_exports_without_remote_code(exported, kind, tmp_path):
     """Also after it saved them again, and the folder it writes is again complete."""
     with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(exported.folder / "class")
-    own = FlowMapClassPipeline.from_pretrained(exported.folder / "class")
-    assert type(own) is FlowMapClassPipeline
-    assert type(own.transformer).__module__ == "decm_lightning.export.diffusers.flow_map_dit"
+        DiffusionPipeline.from_pretrained(exported.folder / kind)
+    own = OWN[kind].from_pretrained(exported.folder / kind)
+    assert type(own.transformer).__module__.startswith("decm_lightning.export.diffusers.")
     own.save_pretrained(tmp_path / "again")
-    options = {"latents": noise(exported.networks["class"]), "output_type": "latent"}
-    for pipeline in (loaded(tmp_path / "again"), FlowMapClassPipeline.from_pretrained(tmp_path / "again")):
-        assert torch.equal(pipeline([1, 4], **options).images, own([1, 4], **options).images)
+    options = {"latents": noise(exported.networks[kind]), "output_type": "latent"}
+    expected = own(CONDITIONS[kind], **options).images
+    for pipeline in (loaded(tmp_path / "again"), OWN[kind].from_pretrained(tmp_path / "again")):
+        assert torch.equal(pipeline(CONDITIONS[kind], **options).images, expected)
 
 
 @pytest.mark.parametrize("kind", ["class", "text", "sd3"])
@@ -271,9 +275,10 @@ def test_narrow_weights_are_stored_and_run(tmp_path):
     write(network, tmp_path / "out", torch.bfloat16)
     stored = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    for options, dtype in (({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16)):
+    narrow = {"torch_dtype": torch.bfloat16}
+    for options in ({}, narrow, narrow | {"low_cpu_mem_usage": False}):
         pipeline = loaded(tmp_path / "out", **options)
-        assert pipeline.transformer.dtype == dtype
+        assert {part.dtype for part in pipeline.transformer.parameters()} == {options.get("torch_dtype", torch.float32)}
         found = pipeline([1, 4], latents=noise(network), output_type="latent").images
         assert (found - expected).norm() / expected.norm() < 0.05
 

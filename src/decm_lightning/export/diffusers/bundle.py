@@ -60,7 +60,7 @@ class _Module:
 
     title: str
     definitions: dict[str, str] = field(default_factory=dict)
-    used: dict[str, list[str]] = field(default_factory=dict)
+    used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     imports: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -82,7 +82,7 @@ class _Module:
                 if isinstance(node, ast.ClassDef | ast.FunctionDef):
                     text = f"\n\n{text}\n\n"
                 module.definitions |= dict.fromkeys(names, text)
-                module.used |= dict.fromkeys(names, [part.id for part in ast.walk(node) if isinstance(part, ast.Name)])
+                module.used |= dict.fromkeys(names, tuple(p.id for p in ast.walk(node) if isinstance(p, ast.Name)))
         return module
 
 

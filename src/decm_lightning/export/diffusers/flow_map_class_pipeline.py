@@ -7,7 +7,7 @@ import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from decm_lightning.export.diffusers.bundle import source
-from decm_lightning.export.diffusers.pipeline import FlowMapPipeline
+from decm_lightning.export.diffusers.pipeline import FlowMapPipeline, with_options
 
 SOURCE = source(__file__)
 
@@ -61,6 +61,7 @@ class FlowMapClassPipeline(FlowMapPipeline):
             found.append(label)
         return found
 
+    @with_options
     @torch.no_grad()
     def __call__(
         self,

@@ -3,6 +3,7 @@
 from functools import wraps
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -25,7 +26,8 @@ class FlowMapDiT(ModelMixin, ConfigMixin):
     @wraps(DiT.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.network = DiT(*args, **kwargs)
+        # diffusers loads weights into a model that was built with their dtype as the default.
+        self.network = DiT(*args, **kwargs).to(torch.get_default_dtype())
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

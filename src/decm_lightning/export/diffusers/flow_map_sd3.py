@@ -3,7 +3,7 @@
 from functools import wraps
 from typing import Any
 
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin, SD3Transformer2DModel  # noqa: F401 - diffusers looks ModelMixin up in this module
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from decm_lightning.export.diffusers.bundle import source
-from decm_lightning.export.diffusers.pipeline import FlowMapPipeline
+from decm_lightning.export.diffusers.pipeline import FlowMapPipeline, with_options
 
 SOURCE = source(__file__)
 
@@ -67,6 +67,7 @@ class FlowMapSD3Pipeline(FlowMapPipeline):
         self.tokenizer_max_length = tokenizer.model_max_length
         self._set_up(steps, sampling)
 
+    @with_options
     @torch.no_grad()
     def __call__(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decm_lightning.export.diffusers.bundle import source
-from decm_lightning.export.diffusers.pipeline import FlowMapPipeline
+from decm_lightning.export.diffusers.pipeline import FlowMapPipeline, with_options
 
 SOURCE = source(__file__)
 
@@ -59,6 +59,7 @@ class FlowMapTextPipeline(FlowMapPipeline):
         ).to(self._execution_device)
         return self.text_encoder(**inputs).last_hidden_state, inputs["attention_mask"]
 
+    @with_options
     @torch.no_grad()
     def __call__(
         self,

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +45,11 @@ class FlowMapPipeline(DiffusionPipeline):
         """Store the default number of steps, and the recommended sampler for each number of steps."""
         self.register_to_config(steps=steps, sampling={str(steps): "mix"} | (sampling or {}))
         self.image_processor = VaeImageProcessor()
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the last call."""
+        return self._num_timesteps
 
     @staticmethod
     def generators(seed: int, rows: Sequence[int]) -> list[torch.Generator]:
@@ -90,7 +96,7 @@ class FlowMapPipeline(DiffusionPipeline):
         given = {name: part.to(device) for name, part in condition.items() if part is not None}
         rows = {name: part.repeat_interleave(num_images_per_prompt, 0) for name, part in given.items()}
         latents = self._noise((len(next(iter(rows.values()))), *shape), generator, latents).to(device, dtype)
-        steps = num_inference_steps or self.config.steps
+        steps = self._num_timesteps = num_inference_steps or self.config.steps
         name, scheduler = self._schedule(sampler, steps, device)
         timesteps = [*scheduler.timesteps, torch.zeros_like(scheduler.timesteps[0])]
         options = {"generator": generator} if isinstance(scheduler, FlowMatchLCMScheduler) else {}
@@ -170,6 +176,16 @@ class FlowMapPipeline(DiffusionPipeline):
             module = import_module(f"{cls.__module__.rpartition('.')[0]}.{library}")
             config |= {"_class_name": cls.__name__, "transformer": [module.__name__, name]}
         return loaded
+
+
+def with_options(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the options of `_generate` in the signature of `__call__`, which passes them on as **options."""
+    own, options = signature(call), signature(FlowMapPipeline._generate).parameters.values()
+    named = [part for part in own.parameters.values() if part.kind is not part.VAR_KEYWORD]
+    more = [part for part in options if part.default is not part.empty and part.name not in own.parameters]
+    shown = own.replace(parameters=[*named, *(part.replace(kind=part.KEYWORD_ONLY) for part in more)])
+    call.__signature__ = shown  # type: ignore[attr-defined]
+    return call
 
 
 def _end(sampler: str, step: int, steps: int) -> int:

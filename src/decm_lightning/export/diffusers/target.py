@@ -66,6 +66,10 @@ def replaced(folder: Path) -> Iterator[Path]:
         for name in OWN:
             if (folder / name).exists():
                 shutil.copy2(folder / name, partial)
+        mode = (partial / INDEX).stat().st_mode
+        for file in partial.rglob("*.safetensors"):
+            # safetensors creates files that only their owner can read.
+            file.chmod(mode)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)

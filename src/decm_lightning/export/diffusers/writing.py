@@ -32,7 +32,7 @@ def write(
         the files of the folder.
 
     Raises:
-        ImportError: if diffusers is older than 0.42, or transformers is needed and missing.
+        ImportError: if diffusers is older than 0.39, or transformers is needed and missing.
         OSError: if a part does not exist or the folder cannot be written.
         ValueError: if the folder contains anything else, or the network cannot be exported with these parts.
     """
@@ -40,7 +40,7 @@ def write(
     try:
         from diffusers import FlowMapEulerDiscreteScheduler  # noqa: F401
     except ImportError as error:
-        raise ImportError("--to diffusers needs diffusers 0.42 or newer: pip install -U diffusers") from error
+        raise ImportError("--to diffusers needs diffusers 0.39 or newer: pip install -U diffusers") from error
     from decm_lightning.export.diffusers import components
 
     if isinstance(network, TextDiT):

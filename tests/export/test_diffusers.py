@@ -211,7 +211,9 @@ def test_schedulers_of_diffusers_can_replace_ours(exported):
 @pytest.mark.parametrize("kind", ["class", "text", "sd3"])
 def test_a_saved_pipeline_keeps_code_and_weights(exported, kind, tmp_path):
     first = loaded(exported.folder / kind)
+    plain, first.transformer = first.transformer, torch.compile(first.transformer)
     first.save_pretrained(tmp_path / "again")
+    first.transformer = plain
     second = loaded(tmp_path / "again")
     for name, tensor in first.transformer.state_dict().items():
         assert torch.equal(tensor, second.transformer.state_dict()[name]), name
@@ -380,6 +382,11 @@ def test_an_export_is_replaced_as_a_whole(tmp_path, monkeypatch):
         write(dit(), out, torch.float32)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "modules"] == ["out"]
+    assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1
+    out.rename(tmp_path / "out.old")
+    with pytest.raises(KeyboardInterrupt):
+        write(dit(), out, torch.float32)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("occupant", ["mine.txt", "model_index.json", "transformer/config.json"])
@@ -400,9 +407,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--to", "diffusers"])
     assert cli.main() == 0
     assert "out/model_index.json" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*argv, "--vae", "x"])
-    assert cli.main() == 2
-    assert "--vae" in capsys.readouterr().err
+    for more, fault in ((["--vae", "x"], "--vae"), (["--to", "diffusers"], "mine.txt")):
+        (tmp_path / "out/mine.txt").touch()
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        assert cli.main() == 2
+        error = capsys.readouterr().err
+        assert fault in error
+        assert error.count("\n") == 1
 
 
 def test_bundles_refuse_two_meanings_of_a_name(tmp_path):

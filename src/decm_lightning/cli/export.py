@@ -1,5 +1,6 @@
 """decm export: write a checkpoint's averaged weights in a format that other programs, or `load`, read."""
 
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,12 @@ from typing import Literal
 import torch
 
 from decm_lightning.export import Format, writer
+from decm_lightning.export.diffusers.target import check_target as check_pipeline_folder
 from decm_lightning.networks import load
-from decm_lightning.networks.pretrained import check_target
+from decm_lightning.networks.pretrained import check_target as check_network_folder
+
+CHECKS: dict[Format, Callable[[str], Path]] = {"folder": check_network_folder, "diffusers": check_pipeline_folder}
+"""Functions that check the target of a format."""
 
 
 def export(
@@ -39,7 +44,7 @@ def export(
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     # Reading the checkpoint may take minutes, so the target is checked first.
-    target = check_target(out) if to == "folder" else Path(out)
+    target = CHECKS.get(to, Path)(out)
     write = writer(to)
     options = {name: value for name, value in (("vae", vae), ("latents", latents), ("encoder", encoder)) if value}
     if unknown := options.keys() - signature(write).parameters.keys():

@@ -94,7 +94,8 @@ class FlowMapPipeline(DiffusionPipeline):
             raise ValueError(f"callback inputs must be among {', '.join(self._callback_tensor_inputs)}: got {unknown}")
         device, dtype = self._execution_device, self.transformer.dtype
         given = {name: part.to(device) for name, part in condition.items() if part is not None}
-        rows = {name: part.repeat_interleave(num_images_per_prompt, 0) for name, part in given.items()}
+        cast = {name: part.to(dtype) if part.is_floating_point() else part for name, part in given.items()}
+        rows = {name: part.repeat_interleave(num_images_per_prompt, 0) for name, part in cast.items()}
         latents = self._noise((len(next(iter(rows.values()))), *shape), generator, latents).to(device, dtype)
         steps = self._num_timesteps = num_inference_steps or self.config.steps
         name, scheduler = self._schedule(sampler, steps, device)

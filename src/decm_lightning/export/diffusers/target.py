@@ -20,15 +20,16 @@ OWN = ("README.md", ".gitattributes")
 OLD = ".old"
 
 
-def check_target(folder: Path) -> Path:
-    """Return `folder` if an export may replace it: it must not exist yet, be empty, or contain only an export.
+def check_target(out: str | Path) -> Path:
+    """Return the folder `out` if an export may replace it: it must not exist, be empty, or contain only an export.
 
     Raises:
         NotADirectoryError: if it is a file.
         ValueError: if it has no name, or contains anything else.
     """
+    folder = Path(out)
     if not folder.name:
-        raise ValueError(f"the output folder must have a name: got {str(folder)!r}")
+        raise ValueError(f"the output folder must have a name: got {str(out)!r}")
     if not folder.exists():
         return folder
     if not folder.is_dir():
@@ -59,6 +60,9 @@ def replaced(folder: Path) -> Iterator[Path]:
         OSError: if the disk is full.
     """
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():
+        # An earlier export was killed between its two renames.
+        old.rename(folder)
     try:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)

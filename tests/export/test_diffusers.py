@@ -181,8 +181,17 @@ def test_arguments_of_a_call(exported, kind):
         pipeline(first, **options, callback_on_step_end_tensor_inputs=["noise"])
     with pytest.raises(ValueError, match="heun"):
         pipeline(first, sampler="heun")
+    with pytest.raises(ValueError, match="got 0"):
+        pipeline(first, num_inference_steps=0)
     with pytest.raises(ValueError, match=r"\(1, .*\(2, "):
         pipeline(first, latents=x_0)
+
+
+def test_sd3_generates_other_sizes(exported):
+    pipeline = loaded(exported.folder / "sd3")
+    assert [image.size for image in pipeline(CAPTIONS, height=16, width=4).images] == [(4, 16)] * 2
+    with pytest.raises(ValueError, match="4: got 10"):
+        pipeline(CAPTIONS, height=10)
 
 
 def test_progress_bar_counts_the_steps(exported, capsys):

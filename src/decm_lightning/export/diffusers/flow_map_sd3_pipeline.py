@@ -106,6 +106,9 @@ class FlowMapSD3Pipeline(FlowMapPipeline):
             )
         channels, *trained = self.transformer.sample_shape
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        multiple = factor * self.transformer.config.patch_size
+        if wrong := [side for side in (height, width) if side and side % multiple]:
+            raise ValueError(f"height and width must be multiples of {multiple}: got {wrong[0]}")
         sides = [side // factor if side else own for side, own in zip((height, width), trained, strict=True)]
         condition = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
         return self._generate(condition, (channels, *sides), num_inference_steps, sampler, **options)

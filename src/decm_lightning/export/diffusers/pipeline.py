@@ -97,7 +97,7 @@ class FlowMapPipeline(DiffusionPipeline):
         cast = {name: part.to(dtype) if part.is_floating_point() else part for name, part in given.items()}
         rows = {name: part.repeat_interleave(num_images_per_prompt, 0) for name, part in cast.items()}
         latents = self._noise((len(next(iter(rows.values()))), *shape), generator, latents).to(device, dtype)
-        steps = self._num_timesteps = num_inference_steps or self.config.steps
+        steps = self._num_timesteps = self.config.steps if num_inference_steps is None else num_inference_steps
         name, scheduler = self._schedule(sampler, steps, device)
         timesteps = [*scheduler.timesteps, torch.zeros_like(scheduler.timesteps[0])]
         options = {"generator": generator} if isinstance(scheduler, FlowMatchLCMScheduler) else {}

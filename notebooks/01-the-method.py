@@ -40,13 +40,14 @@ from decm_lightning import Distiller, losses
 from decm_lightning.derivatives import Tangent, functional
 from decm_lightning.flows import Gaussian, GaussianMixture
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import DualEndLoss, Objective, residual, tangent
+from decm_lightning.losses import FlowMapLoss, Objective, residual, tangent
 from decm_lightning.networks import MLP, save
 from decm_lightning.path import interpolate, jump
 from decm_lightning.samplers import euler, flow_map_of, sampler
 from decm_lightning.samplers.steps import at, flow_map_step
 from decm_lightning.teachers import ExactTeacher
-from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge, Triangle, Uniform
+from decm_lightning.time_laws import Uniform
+from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge, Triangle
 from decm_lightning.types import Batch
 
 STEPS = int(os.environ.get("DECM_NOTEBOOK_STEPS", 1000))  # training steps of each student
@@ -147,7 +148,7 @@ plt.show()
 METHODS = {
     "flow matching": losses.flow_matching_only(),
     "consistency": losses.consistency_only(),
-    "noise-to-noisy (N2N)": Objective({"noise_to_noisy": DualEndLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
+    "noise-to-noisy (N2N)": Objective({"noise_to_noisy": FlowMapLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
     "DE-CM: all three": losses.end_identity(),
     "MeanFlow": losses.mean_flow(),
     "Lagrangian distillation": losses.lagrangian(),

@@ -44,7 +44,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 # ## The method
 #
 # An `Edge` defines the jumps that start at the batch's times `t`. A `TimeLaw` is a quantile function, which maps
-# uniform levels to times. A `DualEndLoss` has an edge and two weights, and an `Objective` is a set of named losses with
+# uniform levels to times. A `FlowMapLoss` has an edge and two weights, and an `Objective` is a set of named losses with
 # one normalization of their residuals. All are dataclasses, so they can be compared when a run is resumed.
 
 # %%
@@ -55,7 +55,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from decm_lightning import Batch, Distiller, Objective, data, flows, losses, networks, teachers
-from decm_lightning.triangle import DataEdge, Diagonal, Edge, TimeLaw, Times
+from decm_lightning.time_laws import TimeLaw
+from decm_lightning.triangle import DataEdge, Diagonal, Edge, Times
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Late(TimeLaw):
         return levels**0.7
 
 
-halfway = losses.DualEndLoss(Halfway(), start_weight=0.5, end_weight=0.5)
-edges = {"consistency": losses.DualEndLoss(DataEdge()), "flow_matching": losses.DualEndLoss(Diagonal())}
+halfway = losses.FlowMapLoss(Halfway(), start_weight=0.5, end_weight=0.5)
+edges = {"consistency": losses.FlowMapLoss(DataEdge()), "flow_matching": losses.FlowMapLoss(Diagonal())}
 objective = Objective({"halfway": halfway} | edges, normalization="tangent_norm", times=Late())
 
 # %% [markdown]

@@ -14,6 +14,7 @@ CHECKED = [
     "types",
     "path",
     "conditions",
+    "time_laws",
     "triangle",
     "derivatives.central",
     "derivatives.functional",
@@ -31,7 +32,8 @@ from decm_lightning.derivatives import Jump  # noqa: E402
 from decm_lightning.flows import Gaussian  # noqa: E402
 from decm_lightning.networks.network import check_compiler  # noqa: E402
 from decm_lightning.path import interpolate  # noqa: E402
-from decm_lightning.triangle import Edge, Uniform  # noqa: E402
+from decm_lightning.time_laws import Uniform  # noqa: E402
+from decm_lightning.triangle import Edge  # noqa: E402
 
 METHOD = (
     "derivatives",
@@ -69,6 +71,15 @@ def _unchecked_duals(request: pytest.FixtureRequest, _shapes: None) -> Iterator[
     """Disable the checks in tests of the dual engine, too."""
     before = config.jaxtyping_disable
     config.update("jaxtyping_disable", before or "dual" in request.node.nodeid)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def unchecked(_unchecked_duals: None) -> Iterator[None]:
+    """Disable the checks, for arguments of a wrong type that the code refuses."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", before)
 

@@ -8,7 +8,7 @@ from torch import nn
 from decm_lightning import Distiller, losses
 from decm_lightning.data import Digits
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import DualEndLoss, Objective
+from decm_lightning.losses import FlowMapLoss, Objective
 from decm_lightning.networks import MLP, DiT
 from decm_lightning.samplers import euler
 from decm_lightning.teachers import Teacher
@@ -79,12 +79,12 @@ def test_teacher_of_another_dtype_is_sampled_in_that_of_the_noise(dtype):
 
 
 NEVER = {
-    "free of the teacher's start": Objective({"predictor": DualEndLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
-    "lagrangian": Objective({"lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0)}),
+    "free of the teacher's start": Objective({"predictor": FlowMapLoss(NoiseEdge(), start_weight=0.0, end_weight=1.0)}),
+    "lagrangian": Objective({"lagrangian": FlowMapLoss(Triangle(), start_weight=0.0, end_weight=1.0)}),
     "both": Objective(
         {
-            "n2n": DualEndLoss(NoiseEdge(0.1), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
-            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
+            "n2n": FlowMapLoss(NoiseEdge(0.1), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
+            "lagrangian": FlowMapLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.5),
         }
     ),
 }
@@ -112,9 +112,9 @@ def test_rows_that_no_loss_reads_are_not_evaluated(monkeypatch):
     """Consistency reads a quarter of the rows at every second step, and the Lagrangian loss none at the start."""
     objective = Objective(
         {
-            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.25),
-            "consistency": DualEndLoss(DataEdge(), batch_fraction=0.25, every=2),
-            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=0.25),
+            "lagrangian": FlowMapLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=0.25),
+            "consistency": FlowMapLoss(DataEdge(), batch_fraction=0.25, every=2),
+            "flow_matching": FlowMapLoss(Diagonal(), batch_fraction=0.25),
         }
     )
     teacher = Line()
@@ -232,7 +232,7 @@ def test_times_are_float32_in_a_run_in_bfloat16(precision, tmp_path):
 
     torch.manual_seed(0)
     teacher = Teacher(Watched(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10))
-    objective = Objective({"lagrangian": DualEndLoss(Triangle(), start_weight=1.0, end_weight=1.0)})
+    objective = Objective({"lagrangian": FlowMapLoss(Triangle(), start_weight=1.0, end_weight=1.0)})
     L.seed_everything(0, verbose=False)
     distiller = Distiller(teacher, tiny_teacher().network.with_end_time(), objective, Guidance(2.0))
     trainer(tmp_path, max_steps=1, precision=precision).fit(distiller, Digits(batch_size=64))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Times, Triangle, Uniform
+from decm_lightning.time_laws import LogitNormal, Uniform
+from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge, Times, Triangle
 
 EDGES = [DataEdge(), Diagonal(), NoiseEdge(), NoiseEdge(0.1), Triangle()]
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
 
 from decm_lightning import path
@@ -25,24 +26,27 @@ from decm_lightning.derivatives import (
     functional,
 )
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import DualEndLoss, Objective, cost, end_identity, tangent
+from decm_lightning.losses import Composition, FlowMapLoss, Objective, cost, end_identity, tangent
+from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
-from decm_lightning.teachers import Teacher
+from decm_lightning.seeds import on_cpu
+from decm_lightning.teachers import NoTeacher, Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.schedule import WarmupCosine
-from decm_lightning.types import Batch, FlowMapNetwork, Sample
+from decm_lightning.types import Batch, FlowMapNetwork, Sample, Time
 
 
 class Distiller(FlowTraining):
     """Trains a student u(x_t, t, s) on edges of the (t, s) triangle against a frozen teacher's guided velocity.
 
     Args:
-        teacher: the frozen teacher. Checkpoints do not contain it, because the config builds it again.
+        teacher: the frozen teacher. Checkpoints do not contain it, because the config builds it again. None to train on
+            the velocity x_1 - x_0 of each row's path, as MeanFlow does; this needs a student.
         student: the flow map to train; None for a copy of the teacher with a zero-initialized end time.
-        objective: the losses: `losses.paper`, `losses.end_identity`, a baseline of `losses.presets`, or your own; None
-            for `losses.end_identity()`.
+        objective: the losses: `losses.paper`, `losses.end_identity`, a method of `losses.rivals`, or your own; None for
+            `losses.end_identity()`.
         guidance: how the teacher is guided. The student learns the guided velocity and needs only one pass.
         derivative: the engine for jvp: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
             "central" (central difference), a function (`derivatives.Engine`), or "auto": the first of the three that
@@ -55,12 +59,13 @@ class Distiller(FlowTraining):
         compile: compile the blocks of student and teacher.
 
     Raises:
-        ValueError: if the engine is unknown, ema_decay is out of its range, or the student is missing.
+        ValueError: if the engine is unknown, ema_decay is out of its range, the student is missing, or the objective or
+            guidance needs a teacher and there is none.
     """
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | None,
         student: Network | None = None,
         objective: Objective | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
@@ -74,12 +79,20 @@ class Distiller(FlowTraining):
         if not callable(derivative) and derivative not in ("auto", *ENGINES):
             names = ", ".join(("auto", *ENGINES))
             raise ValueError(f"derivative must be a function or one of {names}: got {derivative!r}")
+        objective = end_identity() if objective is None else objective
+        teacher = NoTeacher() if teacher is None else teacher
+        if isinstance(teacher, NoTeacher):
+            objective.check_without_teacher()
+            if guidance.scale != 1:
+                raise ValueError(f"guidance needs a teacher: got scale {guidance.scale} and teacher None")
         network = teacher.student() if student is None else student
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher: Teacher = teacher
         self.guidance = guidance
         self.velocity = GuidedField(teacher, teacher.null, guidance)
-        self.requested_objective = self.objective = end_identity() if objective is None else objective
+        self.requested_objective = self.objective = objective
+        learned = [name for name, loss in objective.losses.items() if loss.learned_weight]
+        self.log_weights = nn.ModuleDict({name: LogWeight() for name in learned})
         self.requested_derivative = derivative
         self.derivative: Engine = (
             derivative if callable(derivative) else dual if derivative == "auto" else ENGINES[derivative]
@@ -145,9 +158,26 @@ class Distiller(FlowTraining):
         own = {"objective": self.objective, "guidance": self.guidance, "derivative": self.derivative}
         return super().settings() | own | {"teacher": self.teacher_identity}
 
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. Without a teacher, all read the velocity x_1 - x_0."""
+        alone = isinstance(self.teacher, NoTeacher)
+        return [name for name, loss in self.objective.losses.items() if alone or loss.edge.reads_data]
+
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
-        return {"student": self.average, "teacher": flow_map_of(self.velocity)}
+        teacher = {} if isinstance(self.teacher, NoTeacher) else {"teacher": flow_map_of(self.velocity)}
+        return {"student": self.average, **teacher}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the student and of the learned weights."""
+        return [*super().trained_parameters(), *self.log_weights.parameters()]
+
+    def configure_model(self) -> None:
+        """Compile and shard the networks, and let FSDP2 average the gradients of the learned weights."""
+        super().configure_model()
+        if self.device_mesh is not None:
+            for log_weight in self.log_weights.values():
+                fully_shard(log_weight, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Run one step of DE-CM's algorithm, and return the sum of the active losses."""
@@ -156,7 +186,7 @@ class Distiller(FlowTraining):
 
         # Interpolate a point x_t on each row's path. The teacher's velocity there is shared by all losses.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        cpu_generator = _on_cpu(generator)
+        cpu_generator = on_cpu(generator)
         t = self.objective.draw_times(len(x_1), cpu_generator).to(path.time_dtype(x_1))
         samples = self.path_samples(PathSample(x_0, x_1, condition, t, path.interpolate(x_0, x_1, t)), step)
 
@@ -173,7 +203,9 @@ class Distiller(FlowTraining):
         self.terms = {}
         for (name, loss), (jump, v_start), result in zip(losses.items(), starts.values(), results, strict=True):
             v_end = self.end_velocity(loss, jump, result.u.detach())
-            self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step)
+            composition = self.compose(loss, jump, v_start, step, cpu_generator)
+            log_weight = self.log_weight(name, jump.t)
+            self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step, composition, log_weight)
         return self.total()
 
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
@@ -192,7 +224,7 @@ class Distiller(FlowTraining):
         return samples
 
     def make_jumps(
-        self, loss: DualEndLoss, sample: PathSample, step: int, generator: torch.Generator
+        self, loss: FlowMapLoss, sample: PathSample, step: int, generator: torch.Generator
     ) -> tuple[Jump, Sample | None]:
         """Return a loss's jumps and the teacher's velocity at their start, None if the loss does not read it."""
         times = loss.edge.draw(sample.t, step, generator)
@@ -200,18 +232,45 @@ class Distiller(FlowTraining):
             # This edge has its own start times, on the same paths from noise to data.
             sample = replace(sample, t=times.t, x_t=path.interpolate(sample.x_0, sample.x_1, times.t))
         v_start = self.teacher_velocity(sample) if loss.velocities.start else sample.v_t
-        jump_tangent = tangent(v_start, times.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
+        weights = (loss.start_weight, loss.end_weight)
+        jump_tangent = tangent(v_start, times.t, *weights) if loss.needs_derivative else None
         return Jump(sample.x_t, times.t, times.s, sample.condition, jump_tangent), v_start
 
-    def end_velocity(self, loss: DualEndLoss, jump: Jump, u: Sample) -> Sample | None:
+    def end_velocity(self, loss: FlowMapLoss, jump: Jump, u: Sample) -> Sample | None:
         """Return the teacher's velocity at the end of the student's jump, None if the loss does not read it."""
         if not loss.velocities.end:
             return None
         with self.part("teacher"):
             return self.velocity(path.jump(jump.x_t, u, jump.t, jump.s), jump.s, jump.condition)
 
+    @torch.no_grad()
+    def compose(
+        self, loss: FlowMapLoss, jump: Jump, v_start: Sample | None, step: int, generator: torch.Generator
+    ) -> Composition | None:
+        """Return the target that two shorter steps give, None if the loss does not use the middle identity."""
+        if not loss.middle_weight:
+            return None
+        network = self.student if loss.middle.network == "student" else self.average
+
+        def flow_map(x_t: Sample, t: Time, s: Time) -> Sample:
+            return network(x_t, t.to(x_t.device), s.to(x_t.device), jump.condition)
+
+        alpha = loss.middle.alpha.at(jump.t, jump.s, step, generator)
+        first = v_start if loss.middle.first == "teacher" else None
+        with self.part("target"):
+            return loss.middle.compose(flow_map, jump.x_t, jump.t, jump.s, alpha, first)
+
+    def log_weight(self, name: str, t: Time) -> Tensor | None:
+        """Return the learned logarithm of a loss's weight at the times t, None if the loss has none."""
+        if name not in self.log_weights:
+            return None
+        weight: Tensor = self.log_weights[name](t.to(self.device))
+        return weight
+
     def teacher_velocity(self, sample: PathSample) -> Sample:
-        """Return the guided teacher's velocity v(x_t, t)."""
+        """Return the guided teacher's velocity v(x_t, t); without a teacher, the path's own velocity x_1 - x_0."""
+        if isinstance(self.teacher, NoTeacher):
+            return path.velocity(sample.x_0, sample.x_1)
         with self.part("teacher"):
             return self.velocity(sample.x_t, sample.t, sample.condition)
 
@@ -240,8 +299,3 @@ class Distiller(FlowTraining):
         self.teacher.apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
-
-
-def _on_cpu(generator: torch.Generator) -> torch.Generator:
-    """Return the generator if it is on the CPU, otherwise a CPU generator with its seed."""
-    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -11,9 +11,9 @@ from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network
 from decm_lightning.samplers import flow_map_of
+from decm_lightning.time_laws import TimeLaw, Uniform
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.schedule import WarmupCosine
-from decm_lightning.triangle import TimeLaw, Uniform
 from decm_lightning.types import Batch, Condition, FlowMapNetwork, Sample, Time
 
 

@@ -14,12 +14,13 @@ triangle:
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from decm_lightning.path import DATA, NOISE
+from decm_lightning.time_laws import TimeLaw, Uniform, stratified
 from decm_lightning.types import Time
 
 PAPER_DECAY = 20_000
@@ -34,53 +35,6 @@ class Times:
     s: Time
 
 
-def stratified(count: int, generator: torch.Generator) -> Time:
-    """Return one level from each of `count` equal parts of [0, 1], in random order: (rank + U[0, 1)) / count.
-
-    The levels are float32 on the generator's device. They ignore torch's default dtype, which a bfloat16 run changes.
-    """
-    ranks = torch.randperm(count, generator=generator, device=generator.device)
-    offsets = torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device)
-    return (ranks + offsets) / count
-
-
-class TimeLaw(ABC):
-    """A distribution of times over [0, 1], defined by its quantile function. Subclass it to add your own."""
-
-    @abstractmethod
-    def quantiles(self, levels: Time) -> Time:
-        """Return the times at uniform levels in [0, 1): t with P(time < t) = level."""
-
-    def draw(self, count: int, generator: torch.Generator) -> Time:
-        """Sample `count` times on the generator's device, one from each of `count` parts of equal probability."""
-        return self.quantiles(stratified(count, generator))
-
-
-@dataclass(frozen=True)
-class Uniform(TimeLaw):
-    """Stratified uniform: one time from each of b equal parts of [0, 1], in random order.
-
-    The variance of the batch mean falls from 1 / b to 1 / b^3 for a smooth loss. The paper finds it better than
-    logit-normal and arctan-normal times.
-    """
-
-    def quantiles(self, levels: Time) -> Time:
-        """Return the levels."""
-        return levels
-
-
-@dataclass(frozen=True)
-class LogitNormal(TimeLaw):
-    """Stratified logit-normal: sigmoid(mean + std * N(0, 1)), by quantiles (SD3, arXiv 2403.03206)."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-    def quantiles(self, levels: Time) -> Time:
-        """Return sigmoid(mean + std * the normal quantile)."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
-
-
 class Edge(ABC):
     """A region of the triangle to train on. Subclass it to add your own.
 
@@ -92,6 +46,11 @@ class Edge(ABC):
 
     starts_at_batch_times: ClassVar[bool] = True
     has_length: ClassVar[bool] = True
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether some jumps start after t = 0, at points x_t that depend on the data x_1."""
+        return True
 
     @abstractmethod
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
@@ -113,13 +72,34 @@ class DataEdge(Edge):
 
 @dataclass(frozen=True)
 class Diagonal(Edge):
-    """s = t: jumps of length 0, where the mean velocity equals the instantaneous velocity."""
+    """s = t: jumps of length 0, where the mean velocity equals the instantaneous velocity.
 
+    Args:
+        times: the distribution of t; None for the batch's times.
+        length: s - t, from 0 to 1. Shortcut models take the mean velocity of their shortest step for the instantaneous
+            velocity.
+
+    Raises:
+        ValueError: if length is out of its range.
+    """
+
+    times: TimeLaw | None = None
+    length: float = 0.0
     has_length = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.length <= 1:
+            raise ValueError(f"length must be from 0 to 1: got {self.length}")
+
+    @property
+    def starts_at_batch_times(self) -> bool:  # type: ignore[override]
+        """Whether t is the batch's time."""
+        return self.times is None
+
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
-        """Return (t, t)."""
-        return Times(t, t)
+        """Return (t, t + length)."""
+        t = t if self.times is None else self.times.draw(len(t), generator).to(t)
+        return Times(t, (t + self.length).clamp(max=DATA) if self.length else t)
 
 
 @dataclass(frozen=True)
@@ -146,6 +126,11 @@ class NoiseEdge(Edge):
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps must be at least 1: got {self.decay_steps}")
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether r is above 0 at first."""
+        return self.start > 0
+
     def for_run(self, steps: int | None) -> "NoiseEdge":
         """Return the edge with its decay_steps filled in."""
         if self.decay_steps is not None or steps is None:
@@ -161,9 +146,62 @@ class NoiseEdge(Edge):
 
 @dataclass(frozen=True)
 class Triangle(Edge):
-    """The whole triangle: s is uniform over [t, 1] for the batch's t."""
+    """The whole triangle: s has a law restricted to [t, 1], for the batch's t.
+
+    If t is the `SmallerOfTwo` times of the same law, (t, s) are the smaller and the larger of two independent times.
+
+    Args:
+        end_times: the law of s; uniform by default.
+    """
+
+    end_times: TimeLaw = field(default_factory=Uniform)
 
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
-        """Return (t, t + (1 - t) U)."""
-        levels = stratified(len(t), generator).to(t)
-        return Times(t, t + (DATA - t) * levels)
+        """Return (t, s) with s = Q(F(t) + (1 - F(t)) U) for the law's levels F and quantiles Q."""
+        first = self.end_times.levels(t)
+        s = self.end_times.quantiles(first + (1 - first) * stratified(len(t), generator).to(t))
+        return Times(t, torch.maximum(s, t))
+
+
+@dataclass(frozen=True)
+class Lengths(Edge):
+    """The whole triangle by a law of the length s - t; t is uniform over [0, 1 - length] (AYF, arXiv 2506.14603).
+
+    Args:
+        lengths: the law of s - t.
+    """
+
+    lengths: TimeLaw = field(default_factory=Uniform)
+    starts_at_batch_times = False
+
+    def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
+        """Return (t, t + length)."""
+        length = self.lengths.draw(len(t), generator).to(t)
+        start = (DATA - length) * stratified(len(t), generator).to(t)
+        return Times(start, (start + length).clamp(max=DATA))
+
+
+@dataclass(frozen=True)
+class DyadicSteps(Edge):
+    """Steps of length 1, 1/2, ..., 2 / finest from multiples of their length (shortcut models, arXiv 2410.12557).
+
+    Args:
+        finest: number of the shortest steps, whose length is learned by flow matching: a power of 2, at least 2.
+
+    Raises:
+        ValueError: if finest is not a power of 2.
+    """
+
+    finest: int = 128
+    starts_at_batch_times = False
+
+    def __post_init__(self) -> None:
+        if self.finest < 2 or self.finest & (self.finest - 1):
+            raise ValueError(f"finest must be a power of 2, at least 2: got {self.finest}")
+
+    def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
+        """Return (k / n, (k + 1) / n) for n = 2^j, with j and k uniform."""
+        levels = self.finest.bit_length() - 1
+        count = 2 ** (stratified(len(t), generator).to(t) * levels).floor().clamp(max=levels - 1)
+        start = (stratified(len(t), generator).to(t) * count).floor().clamp(max=count - 1) / count
+        return Times(start, start + 1 / count)

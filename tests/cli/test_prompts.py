@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import cli
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.cli.prompts import Prompt, read_prompts
 from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import DiT, TextDiT, save
 from decm_lightning.samplers import mix
 from decm_lightning.text import TextEncoder
+from decm_lightning.text.prompts import Prompt, read_prompts
 from decm_lightning.types import Captions
 from tests.autoencoders.tiny import save_kl
 
@@ -34,7 +34,7 @@ GENERATE = ("sample-prompts", "student", "--prompts", "prompts.jsonl", "--encode
 
 def text_dit(seed: int) -> TextDiT:
     torch.manual_seed(seed)
-    network = TextDiT(8, 3, 8, patch_size=4, width=16, depth=1, heads=2, end_time=True)
+    network = TextDiT(8, 3, 8, patch_size=4, width=48, depth=1, heads=2, end_time=True)
     for parameter in network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -121,7 +121,7 @@ def test_folders_run_without_this_package(exported):
 @pytest.mark.parametrize(
     "options",
     [{}, {"end_time": False}, {"norm": "layer", "mlp": "gelu", "rotary": False, "qk_norm": False, "learn_sigma": True},
-     {"shift": False, "in_channels": 3, "patch_size": 4}],
+     {"shift": False, "in_channels": 3, "patch_size": 4, "pixel_skip": True}],
 )  # fmt: skip
 def test_the_copied_dit_is_ours(options, tmp_path):
     network = dit(**options)
@@ -134,7 +134,7 @@ def test_the_copied_dit_is_ours(options, tmp_path):
     assert transformer.config.depth == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"end_time": False, "features": 0}])
+@pytest.mark.parametrize("options", [{}, {"end_time": False, "features": 0, "patch_size": 2}])
 def test_the_copied_text_dit_is_ours(options, tmp_path):
     network = text_dit(tmp_path / "encoder", **options)
     write(network, tmp_path / "out", torch.float32)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from decm_lightning.losses import DualEndLoss, Objective, end_identity, paper
+from decm_lightning.losses import FlowMapLoss, Objective, end_identity, paper
 from decm_lightning.losses.rows import Rows, stratified_levels
-from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle, Uniform
+from decm_lightning.time_laws import LogitNormal, Uniform
+from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge, Triangle
 from tests.test_triangle import normal_levels, strata
 
 LAWS = [Uniform(), LogitNormal(-0.4, 1.2)]
@@ -17,9 +18,9 @@ def make_objective(batch_fractions, times=LAWS[0]) -> Objective:
     """Consistency and flow matching with these batch_fractions, and between them N2N, which has its own times."""
     first, second = batch_fractions
     losses = {
-        "consistency": DualEndLoss(DataEdge(), batch_fraction=first),
-        "noise_to_noisy": DualEndLoss(NoiseEdge(), every=3, batch_fraction=1 - first if first < 1 else 1.0),
-        "flow_matching": DualEndLoss(Diagonal(), every=2, batch_fraction=second),
+        "consistency": FlowMapLoss(DataEdge(), batch_fraction=first),
+        "noise_to_noisy": FlowMapLoss(NoiseEdge(), every=3, batch_fraction=1 - first if first < 1 else 1.0),
+        "flow_matching": FlowMapLoss(Diagonal(), every=2, batch_fraction=second),
     }
     return Objective(losses, times=times)
 
@@ -86,7 +87,7 @@ def test_variance_of_a_loss_s_mean_falls_with_the_cube_of_its_rows(count):
 
 def test_rows_of_many_overlapping_losses_are_spread_evenly():
     """Three losses on three quarters each: the mean of t varies much less than with a split permutation."""
-    losses = {name: DualEndLoss(Triangle(), batch_fraction=0.75) for name in "abc"}
+    losses = {name: FlowMapLoss(Triangle(), batch_fraction=0.75) for name in "abc"}
     objective, generator = Objective(losses), torch.Generator().manual_seed(0)
     for rows in objective.rows(128).values():
         means = torch.stack([rows.of(objective.draw_times(128, generator)).double().mean() for _ in range(500)])

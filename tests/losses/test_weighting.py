@@ -8,14 +8,21 @@ import torch
 from decm_lightning.losses.weighting import (
     NORMALIZATIONS,
     TIME_WEIGHTS,
-    adaptive_l2,
-    clamp,
+    Normalize,
     cosine_loss,
-    plain,
+    normalized,
     stopgrad_mse,
-    tangent_norm,
+    time_weights,
     warm_up,
 )
+
+
+def by_name(name):
+    """Return a normalization as a function of g alone."""
+    return lambda g: normalized(g, torch.zeros(len(g), dtype=g.dtype), name)
+
+
+plain, clamp, tangent_norm, adaptive_l2 = map(by_name, NORMALIZATIONS)
 
 
 def test_plain_is_the_residual_itself():
@@ -66,10 +73,39 @@ def test_normalised_residuals_are_bounded_and_keep_their_direction(normalization
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-12)
 
 
-def test_names_are_those_of_the_config():
-    """Each name selects its function."""
-    names = {"plain": plain, "clamp": clamp, "tangent_norm": tangent_norm, "adaptive_l2": adaptive_l2}
-    assert names == NORMALIZATIONS
+@pytest.mark.parametrize(
+    ("normalize", "size"),
+    [
+        (Normalize(power=0.3, constant=2.0), (12.5 + 2) ** 0.3),
+        (Normalize(power=0.3, constant=2.0, outside=True), 12.5**0.3 + 2),
+        (Normalize(power=1.0, constant=0.5, over="sum"), (25 + 0.5) / 2),
+        (Normalize(limit=3.5, power=0.5), ((9 + 3.5**2) / 2) ** 0.5),
+        (Normalize(factor=lambda t: 2 * t, power=0.5, constant=1.0), (12.5 / 4 + 1) ** 0.5 * 2),
+    ],
+)
+def test_normalize_by_hand(normalize, size):
+    """g = (3, 4) at t = 1/4, divided by a size computed by hand."""
+    g, t = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
+    h = g.clamp(max=normalize.limit) if normalize.limit else g
+    torch.testing.assert_close(normalize(g, t), h / size, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"limit": 0.0}, {"power": -1.0}, {"constant": -1.0}, {"factor": "sine"}, {"over": "sum", "outside": True}],
+)
+def test_normalize_refuses_what_is_out_of_range(arguments):
+    """The message contains the value."""
+    with pytest.raises(ValueError, match="got"):
+        Normalize(**arguments)
+
+
+def test_weights_may_depend_on_the_length():
+    """A function of two arguments gets the start and the end times."""
+    t, s = torch.tensor([0.25]), torch.tensor([1.0])
+    assert time_weights(t, s, lambda t, s: s - t).item() == 0.75
+    assert time_weights(t, s, lambda t: 2 * t).item() == 0.5
+    assert time_weights(t, s, "one_minus_root").item() == 0.5
 
 
 def test_time_weights_are_one_or_a_quarter_of_a_cosine():

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from decm_lightning.derivatives import functional
 from decm_lightning.path import expand
-from decm_lightning.triangle import Edge, TimeLaw, Times
+from decm_lightning.time_laws import TimeLaw
+from decm_lightning.triangle import Edge, Times
 
 seen = {}
 

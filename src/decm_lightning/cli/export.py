@@ -32,7 +32,9 @@ def export(
         checkpoint: a checkpoint written by decm fit (a .ckpt file, or a folder of shards), or an exported folder.
         out: the folder or file to write. An existing network is replaced once the new one is complete.
         to: folder (config.json and model.safetensors, which decm_lightning.load, decm sample and teachers read);
-            diffusers (a folder that DiffusionPipeline.from_pretrained loads with trust_remote_code=True).
+            diffusers (a folder that DiffusionPipeline.from_pretrained loads with trust_remote_code=True);
+            lora or lora-comfyui (one LoRA .safetensors file of an SD3, Flux or Sana student, for load_lora_weights of
+            diffusers or for ComfyUI; consistency sampler only).
         dtype: dtype of the stored weights. float16 halves the file and rounds each weight to 1 part in 2,000. Networks
             loaded from the folder always compute in float32.
         vae: for diffusers, the VAE of the latents, unless the model records it: a folder, a name on the Hugging Face

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.prompts import Prompt, read_prompts
 from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model, progress
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
@@ -17,6 +16,7 @@ from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import check_plots, save_named_grid, short
 from decm_lightning.text import CaptionEncoder, named_encoder
+from decm_lightning.text.prompts import Prompt, read_prompts
 
 METADATA = "metadata.jsonl"
 BATCH = 64

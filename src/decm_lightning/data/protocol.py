@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from decm_lightning.networks import Network
 from decm_lightning.types import Condition, Sample
@@ -60,6 +60,13 @@ class NamesRows(Protocol):
 
     def place(self, batch_idx: int, row: int) -> str:
         """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+
+
+@runtime_checkable
+class LacksSamples(Protocol):
+    """Data of conditions alone, for losses that start at noise. x_1 is zeros of the network's sample shape."""
+
+    lacks_samples: Literal[True]
 
 
 @runtime_checkable

@@ -135,6 +135,13 @@ class ResumableData(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = torch.initial_seed() % 2**31
 
+    @property
+    def device(self) -> torch.device:
+        """The device that encodes captions and images: the trainer's, or else the accelerator of this machine."""
+        if self.trainer:
+            return self.trainer.strategy.root_device
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
     def train_dataloader(self) -> EpochLoader:
         """Return the shuffled training batches of this process. An incomplete last batch is dropped.
 

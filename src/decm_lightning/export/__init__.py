@@ -5,8 +5,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-Format = Literal["folder", "safetensors", "diffusers", "lora"]
-FORMATS: dict[Format, str] = {"folder": "folder:write", "diffusers": "diffusers.writing:write"}
+Format = Literal["folder", "safetensors", "diffusers", "lora", "lora-comfyui"]
+FORMATS: dict[Format, str] = {
+    "folder": "folder:write",
+    "diffusers": "diffusers.writing:write",
+    "lora": "lora:write",
+    "lora-comfyui": "lora:write_comfyui",
+}
 """The function of each format, "module:function" in this package: `write(network, out, dtype)` returns the files."""
 
 Write = Callable[..., list[Path]]

@@ -1,33 +1,58 @@
-"""Few-step distillation losses: one residual on different edges of the triangle, and presets for published methods."""
+"""Few-step losses: one residual on different regions of the triangle, and presets for published methods."""
 
 from decm_lightning.losses.cost import Cost, cost
-from decm_lightning.losses.dual_end import DualEndLoss, LossTerm, Objective
+from decm_lightning.losses.loss import FlowMapLoss, LossTerm
+from decm_lightning.losses.middle import Composition, Fraction, Middle
+from decm_lightning.losses.objective import Objective
 from decm_lightning.losses.presets import (
     consistency_and_flow_matching,
     consistency_only,
     end_identity,
-    facm,
     flow_matching_only,
-    lagrangian,
-    mean_flow,
     paper,
 )
 from decm_lightning.losses.residual import residual, tangent
+from decm_lightning.losses.rivals import (
+    alpha_flow,
+    ayf_emd,
+    ayf_lmd,
+    discrete_consistency,
+    facm,
+    free_flow,
+    lagrangian,
+    mean_flow,
+    scm,
+    shortcut,
+    split_mean_flow,
+)
+from decm_lightning.losses.weighting import Normalize
 
 __all__ = [
+    "Composition",
     "Cost",
-    "DualEndLoss",
+    "FlowMapLoss",
+    "Fraction",
     "LossTerm",
+    "Middle",
+    "Normalize",
     "Objective",
+    "alpha_flow",
+    "ayf_emd",
+    "ayf_lmd",
     "consistency_and_flow_matching",
     "consistency_only",
     "cost",
+    "discrete_consistency",
     "end_identity",
     "facm",
     "flow_matching_only",
+    "free_flow",
     "lagrangian",
     "mean_flow",
     "paper",
     "residual",
+    "scm",
+    "shortcut",
+    "split_mean_flow",
     "tangent",
 ]

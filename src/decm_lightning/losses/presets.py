@@ -1,22 +1,21 @@
-"""Objectives of DE-CM and related methods. gamma and lambda are the paper's names for the start and end weight.
+"""Objectives of DE-CM and its ablations. gamma and lambda are the paper's names for the start and end weight.
 
 | loss | region of the triangle | start_weight (gamma) | end_weight (lambda) | preset |
 |---|---|---|---|---|
 | flow matching | `Diagonal`, s = t | 1 | 0 | all but `consistency_only` |
-| consistency (CM, sCM, FACM) | `DataEdge`, s = 1 | 1 | 0 | `paper`, `end_identity`, `facm`, `consistency_*` |
+| consistency | `DataEdge`, s = 1 | 1 | 0 | all but `flow_matching_only` |
 | noise to noisy (DE-CM's N2N) | `NoiseEdge`, t = r -> 0 | 1 | 0.5 | `paper` |
 | FreeFlow's predictor | `NoiseEdge`, t = 0 | 0 | 1 | `end_identity` |
-| MeanFlow, AYF-EMD | `Triangle` | 1 | 0 | `mean_flow` |
-| Lagrangian map distillation, AYF-LMD | `Triangle` | 0 | 1 | `lagrangian` |
 
-`batch_fractions` are the fractions of the batch that the losses use, in the order given by a preset's docstring. With 1
-every loss uses every row, as published. Fractions that sum to 1 assign each row to one loss. `losses.cost` returns the
-cost of a step, so that methods can be compared at equal cost.
+`rivals` has the other published methods. `batch_fractions` are the fractions of the batch that the losses use, in the
+order given by a preset's docstring. With 1 every loss uses every row, as published. Fractions that sum to 1 assign each
+row to one loss. `losses.cost` returns the cost of a step, so that methods can be compared at equal cost.
 """
 
-from decm_lightning.losses.dual_end import DualEndLoss, Objective
+from decm_lightning.losses.loss import FlowMapLoss
+from decm_lightning.losses.objective import Objective
 from decm_lightning.losses.weighting import Normalization, NormalizationName
-from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
+from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge
 
 
 def paper(
@@ -41,9 +40,9 @@ def paper(
     noise_edge = NoiseEdge(r_start, r_decay_steps)
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
-            "noise_to_noisy": DualEndLoss(
+            "consistency": FlowMapLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": FlowMapLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
+            "noise_to_noisy": FlowMapLoss(
                 noise_edge, start_weight=1.0, end_weight=0.5, every=n2n_every, batch_fraction=n2n
             ),
         },
@@ -69,9 +68,9 @@ def end_identity(
     consistency, flow_matching, n2n = batch_fractions
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
-            "noise_to_noisy": DualEndLoss(
+            "consistency": FlowMapLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": FlowMapLoss(Diagonal(), batch_fraction=flow_matching),
+            "noise_to_noisy": FlowMapLoss(
                 NoiseEdge(), start_weight=0.0, end_weight=1.0, every=n2n_every, batch_fraction=n2n
             ),
         },
@@ -81,12 +80,12 @@ def end_identity(
 
 def consistency_only(normalization: NormalizationName | Normalization = "tangent_norm") -> Objective:
     """Continuous-time consistency distillation: the data edge alone."""
-    return Objective({"consistency": DualEndLoss(DataEdge())}, normalization=normalization)
+    return Objective({"consistency": FlowMapLoss(DataEdge())}, normalization=normalization)
 
 
 def flow_matching_only(normalization: NormalizationName | Normalization = "tangent_norm") -> Objective:
     """Flow matching to the guided teacher: the diagonal alone, which only distills guidance."""
-    return Objective({"flow_matching": DualEndLoss(Diagonal())}, normalization=normalization)
+    return Objective({"flow_matching": FlowMapLoss(Diagonal())}, normalization=normalization)
 
 
 def consistency_and_flow_matching(
@@ -102,63 +101,8 @@ def consistency_and_flow_matching(
     consistency, flow_matching = batch_fractions
     return Objective(
         {
-            "consistency": DualEndLoss(DataEdge(), batch_fraction=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
+            "consistency": FlowMapLoss(DataEdge(), batch_fraction=consistency),
+            "flow_matching": FlowMapLoss(Diagonal(), batch_fraction=flow_matching),
         },
         normalization=normalization,
-    )
-
-
-def facm(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """FACM (arXiv 2507.03738): the data edge weighted by cos(pi t / 2), and the diagonal; clamped residual.
-
-    Unlike this preset, FACM also scales the residual by 1 - t^0.5, applies a normalized L2 loss to the clamped
-    residual, and uses another distribution of t.
-
-    Args:
-        batch_fractions: for consistency and flow matching.
-    """
-    consistency, flow_matching = batch_fractions
-    return Objective(
-        {
-            "consistency": DualEndLoss(DataEdge(), time_weight="cosine", batch_fraction=consistency),
-            "flow_matching": DualEndLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
-        },
-        normalization="clamp",
-    )
-
-
-def mean_flow(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """MeanFlow (arXiv 2505.13447) with a teacher: the whole triangle by the start identity, with adaptive L2.
-
-    t has MeanFlow's distribution, which is logit-normal(-0.4, 1) when time 1 is noise. There are two differences: s is
-    uniform over [t, 1] instead of a second sample, and by default every row has both losses. MeanFlow uses 75 % of the
-    rows for flow matching: `batch_fractions=(0.25, 0.75)`.
-
-    Args:
-        batch_fractions: for MeanFlow's loss and flow matching.
-    """
-    triangle, flow_matching = batch_fractions
-    return Objective(
-        {
-            "mean_flow": DualEndLoss(Triangle(), batch_fraction=triangle),
-            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
-        },
-        normalization="adaptive_l2",
-        times=LogitNormal(0.4, 1.0),
-    )
-
-
-def lagrangian(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
-    """Lagrangian flow-map distillation (arXiv 2406.07507): the whole triangle by the end identity.
-
-    Args:
-        batch_fractions: for the Lagrangian loss and flow matching.
-    """
-    triangle, flow_matching = batch_fractions
-    return Objective(
-        {
-            "lagrangian": DualEndLoss(Triangle(), start_weight=0.0, end_weight=1.0, batch_fraction=triangle),
-            "flow_matching": DualEndLoss(Diagonal(), batch_fraction=flow_matching),
-        }
     )

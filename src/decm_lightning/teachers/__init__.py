@@ -3,7 +3,8 @@
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
 from decm_lightning.teachers.exact import ExactTeacher
+from decm_lightning.teachers.no_teacher import NoTeacher
 from decm_lightning.teachers.pretrained import PretrainedTeacher
 from decm_lightning.teachers.teacher import Teacher
 
-__all__ = ["DiffusersPrompts", "DiffusersTeacher", "ExactTeacher", "PretrainedTeacher", "Teacher"]
+__all__ = ["DiffusersPrompts", "DiffusersTeacher", "ExactTeacher", "NoTeacher", "PretrainedTeacher", "Teacher"]

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from numpy.random import SeedSequence
-from torch import Tensor
+from torch import Tensor, nn
 
 from decm_lightning.gradients import clip_by_norm
 from decm_lightning.guidance import Guidance
@@ -92,6 +92,10 @@ class FlowTraining(L.LightningModule):
         """Return the flow maps that can be sampled, by name."""
         raise NotImplementedError
 
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. If there are any, data of conditions alone are refused."""
+        return ["flow_matching"]
+
     @property
     def ema_decay(self) -> float:
         """The decay of the average."""
@@ -124,7 +128,11 @@ class FlowTraining(L.LightningModule):
         Raises:
             ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
         """
-        return self.recipe.make(self.network.parameters())
+        return self.recipe.make(self.trained_parameters())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer updates."""
+        return list(self.network.parameters())
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the run, except its data. A resumed run compares them."""

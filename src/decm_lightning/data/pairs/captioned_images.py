@@ -1,13 +1,13 @@
 """Base classes of data modules with captioned images, some of which are held out."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float16, UInt8
+from jaxtyping import Float16, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.text import EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
@@ -85,13 +85,6 @@ class CaptionedImages(ResumableData):
             raise ValueError(f"held_out must be in [0, 1): got {held_out}")
         self.held_out = held_out
 
-    @property
-    def device(self) -> torch.device:
-        """The device that encodes captions and images: the trainer's, or else the accelerator of this machine."""
-        if self.trainer:
-            return self.trainer.strategy.root_device
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
     def split(
         self,
         images: Stored,
@@ -139,9 +132,3 @@ class CaptionedImages(ResumableData):
             count = len(self.train)
             raise ValueError(f"no pair is held out: increase held_out, which is {self.held_out} of {count} pairs")
         return self.reference
-
-
-def is_held_out(names: Sequence[str], fraction: float) -> Bool[Tensor, " n"]:
-    """Return which names are held out. The choice depends only on a hash of each name."""
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    return torch.tensor([value < fraction for value in hashes], dtype=torch.bool)

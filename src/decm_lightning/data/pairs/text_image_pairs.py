@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.data.pairs.cache import PreparedPairs, prepare
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
-from decm_lightning.data.pairs.latents import encode_latents
 from decm_lightning.data.pairs.pair import no_caption_column, summary
 from decm_lightning.image_listing import counted
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode

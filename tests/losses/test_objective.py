@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from decm_lightning.derivatives import Jump, JVPResult, forward_with_jvp, functional
-from decm_lightning.losses import DualEndLoss, Objective, presets, residual, tangent
+from decm_lightning.losses import FlowMapLoss, Objective, presets, residual, rivals, tangent
 from decm_lightning.losses.weighting import NORMALIZATIONS, TIME_WEIGHTS
 from decm_lightning.networks import MLP
 from decm_lightning.path import expand, jump
-from decm_lightning.triangle import DataEdge, Diagonal, LogitNormal, NoiseEdge, Triangle
+from decm_lightning.time_laws import LogitNormal
+from decm_lightning.triangle import DataEdge, Diagonal, Lengths, NoiseEdge, Triangle
 
 PRESETS = {
     "paper": presets.paper(),
@@ -18,9 +19,12 @@ PRESETS = {
     "consistency_only": presets.consistency_only(),
     "flow_matching_only": presets.flow_matching_only(),
     "consistency_and_flow_matching": presets.consistency_and_flow_matching(),
-    "facm": presets.facm(),
-    "mean_flow": presets.mean_flow(),
-    "lagrangian": presets.lagrangian(),
+    "facm": rivals.facm(),
+    "mean_flow": rivals.mean_flow(),
+    "ayf_emd": rivals.ayf_emd(warmup_steps=0),
+    "ayf_lmd": rivals.ayf_lmd(warmup_steps=0),
+    "lagrangian": rivals.lagrangian(),
+    "free_flow": rivals.free_flow(),
 }
 CASES = [(preset, name) for preset, objective in PRESETS.items() for name in objective.losses]
 
@@ -34,7 +38,18 @@ def student():
     return network
 
 
-def prepare(flow, student, loss: DualEndLoss, row: Jump):
+def normalized_by(objective: Objective, normalization: str) -> Objective:
+    """Return the objective with one normalization for all losses."""
+    losses = {name: replace(loss, normalization=None) for name, loss in objective.losses.items()}
+    return replace(objective, losses=losses, normalization=normalization)
+
+
+def normalize(g, t, name):
+    """Return N(g)."""
+    return NORMALIZATIONS[name](g, t)
+
+
+def prepare(flow, student, loss: FlowMapLoss, row: Jump):
     """Return jumps with their tangent, the student's JVPResult, and the teacher's velocities with a weight above 0."""
     v_start = flow.velocity(row.x_t, row.t) if loss.start_weight else None
     row_tangent = tangent(v_start, row.t, loss.start_weight, loss.end_weight) if loss.edge.has_length else None
@@ -62,7 +77,7 @@ def direction_gradient(u, g):
 @pytest.mark.parametrize(("preset", "name"), CASES)
 def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normalization, flow, draw_jump):
     """The exact student has no residual and no loss."""
-    objective = replace(PRESETS[preset], normalization=normalization)
+    objective = normalized_by(PRESETS[preset], normalization)
     loss = objective.losses[name]
     term = objective.term(loss, *prepare(flow, flow, loss, draw_jump(loss.edge)), step=0)
     assert term.residual_rms < 1e-12
@@ -73,14 +88,14 @@ def test_every_loss_is_zero_on_the_exact_flow_map(preset, name, normalization, f
 @pytest.mark.parametrize(("preset", "name"), CASES)
 def test_every_loss_has_the_gradient_of_its_formula(preset, name, normalization, flow, student, draw_jump):
     """The gradient is du/dtheta^T (2 w N(g) / elements + the cosine loss's part), by an explicit Jacobian."""
-    objective = replace(PRESETS[preset], normalization=normalization)
+    objective = normalized_by(PRESETS[preset], normalization)
     loss = objective.losses[name]
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge, rows=6))
     term = objective.term(loss, row, result, v_start, v_end, step=0)
     u = result.u.detach()
     g = residual(u, result.jvp, v_start, v_end, row.t, row.s, loss.start_weight, loss.end_weight)
     weight = expand(TIME_WEIGHTS[loss.time_weight](row.t), u)
-    over_u = 2 * weight * NORMALIZATIONS[normalization](g) / u.numel() + loss.cosine_weight * direction_gradient(u, g)
+    over_u = 2 * weight * normalize(g, row.t, normalization) / u.numel() + loss.cosine_weight * direction_gradient(u, g)
     parameters = list(student.parameters())
     expected = loss.weight * over_u.flatten() @ jacobian(result.u, parameters)
     actual = torch.cat([part.flatten() for part in torch.autograd.grad(term.value, parameters)])
@@ -91,19 +106,19 @@ def test_every_loss_has_the_gradient_of_its_formula(preset, name, normalization,
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_value_and_residual_are_those_of_the_formula(normalization, flow, student, draw_jump):
     """value = weight mean(w N(g)^2); residual_rms = rms(g), before N and without the weight."""
-    loss = DualEndLoss(Triangle(), start_weight=0.7, end_weight=1.2, weight=3.0, time_weight="cosine")
+    loss = FlowMapLoss(Triangle(), start_weight=0.7, end_weight=1.2, weight=3.0, time_weight="cosine")
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
     term = Objective({"loss": loss}, normalization).term(loss, row, result, v_start, v_end, step=0)
     g = residual(result.u.detach(), result.jvp, v_start, v_end, row.t, row.s, 0.7, 1.2)
     weight = torch.cos(torch.pi / 2 * row.t)[:, None]
-    torch.testing.assert_close(term.value.detach(), 3 * (weight * NORMALIZATIONS[normalization](g) ** 2).mean())
+    torch.testing.assert_close(term.value.detach(), 3 * (weight * normalize(g, row.t, normalization) ** 2).mean())
     torch.testing.assert_close(term.residual_rms, g.square().mean().sqrt())
     assert not term.residual_rms.requires_grad
 
 
 def test_warm_up_enters_the_residual(flow, student, draw_jump):
     """After a quarter of the warm-up the derivative has the factor 1/4."""
-    loss = DualEndLoss(DataEdge())
+    loss = FlowMapLoss(DataEdge())
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
     term = Objective({"loss": loss}, warmup_steps=400).term(loss, row, result, v_start, v_end, step=100)
     g = result.u.detach() - v_start - 0.25 * (1 - row.t)[:, None] * result.jvp
@@ -134,8 +149,11 @@ def test_presets_are_the_rows_of_the_table():
         ("consistency_only", "consistency"): (DataEdge(), 1, 0),
         ("consistency_and_flow_matching", "consistency"): (DataEdge(), 1, 0),
         ("facm", "consistency"): (DataEdge(), 1, 0),
-        ("mean_flow", "mean_flow"): (Triangle(), 1, 0),
+        ("mean_flow", "mean_flow"): (Triangle(LogitNormal(0.4, 1.0)), 1, 0),
+        ("ayf_emd", "ayf_emd"): (Lengths(LogitNormal(-0.6, 1.6)), 1, 0),
+        ("ayf_lmd", "ayf_lmd"): (Lengths(LogitNormal(-0.6, 1.6)), 0, 1),
         ("lagrangian", "lagrangian"): (Triangle(), 0, 1),
+        ("free_flow", "predictor"): (NoiseEdge(), 0, 1),
     }
     diagonals = [o.losses["flow_matching"] for o in PRESETS.values() if "flow_matching" in o.losses]
     assert len(diagonals) == 7
@@ -158,7 +176,7 @@ def test_paper_s_noise_edge_reaches_the_noise_within_a_quarter_of_the_run(steps,
 
 def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_jump):
     """N(g) or N(g, t) and w(t) can be any functions: value = mean(w(t) N^2)."""
-    loss = DualEndLoss(Triangle(), time_weight=lambda t: 2 + t)
+    loss = FlowMapLoss(Triangle(), time_weight=lambda t: 2 + t)
     row, result, v_start, v_end = prepare(flow, student, loss, draw_jump(loss.edge))
     g = residual(result.u.detach(), result.jvp, v_start, v_end, row.t, row.s, 1.0, 0.0)
     own = {"of g": lambda g: g.tanh(), "of g and t": lambda g, t: g * expand(t, g)}
@@ -168,49 +186,47 @@ def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_ju
         torch.testing.assert_close(term.value.detach(), ((2 + row.t)[:, None] * expected[name] ** 2).mean())
 
 
-def test_presets_have_the_published_weightings():
-    """The paper and FACM clamp and add the cosine loss to flow matching; MeanFlow has adaptive L2 and its time law."""
-    paper, facm, mean_flow = PRESETS["paper"], PRESETS["facm"], PRESETS["mean_flow"]
-    assert (paper.normalization, facm.normalization, mean_flow.normalization) == ("clamp", "clamp", "adaptive_l2")
-    assert paper.losses["flow_matching"].cosine_weight == facm.losses["flow_matching"].cosine_weight == 1
-    assert facm.losses["consistency"].time_weight == "cosine"
-    assert mean_flow.times == LogitNormal(0.4, 1.0)
-    assert PRESETS["end_identity"].normalization == "tangent_norm"
+def test_presets_have_one_normalization():
+    """The paper's losses share the clamp, and flow matching has the cosine loss."""
+    assert (PRESETS["paper"].normalization, PRESETS["end_identity"].normalization) == ("clamp", "tangent_norm")
+    assert PRESETS["paper"].losses["flow_matching"].cosine_weight == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
-        ({"start_weight": -1.0}, "-1.0, 0.0"),
-        ({"end_weight": -0.5}, "1.0, -0.5"),
-        ({"start_weight": 0.0}, "0.0, 0.0"),
+        ({"start_weight": -1.0}, "-1.0, 0.0, 0.0"),
+        ({"end_weight": -0.5}, "1.0, -0.5, 0.0"),
+        ({"start_weight": 0.0}, "0.0, 0.0, 0.0"),
         ({"weight": 0.0}, "0.0"),
         ({"every": 0}, "0"),
         ({"cosine_weight": -2.0}, "-2.0"),
         ({"time_weight": "sine"}, "'sine'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_loss_refuses_what_is_out_of_range(arguments, value):
     """The message contains the value."""
     with pytest.raises(ValueError, match=f"got {value}$"):
-        DualEndLoss(DataEdge(), **arguments)
+        FlowMapLoss(DataEdge(), **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_objective_refuses_what_is_out_of_range():
     """An objective needs a loss, a known normalization, and a warm-up of at least 0 steps."""
     with pytest.raises(ValueError, match="loss"):
         Objective({})
     with pytest.raises(ValueError, match=r"got -1$"):
-        Objective({"loss": DualEndLoss(DataEdge())}, warmup_steps=-1)
+        Objective({"loss": FlowMapLoss(DataEdge())}, warmup_steps=-1)
     with pytest.raises(ValueError, match=r"plain, clamp, tangent_norm, adaptive_l2: got 'l3'$"):
-        Objective({"loss": DualEndLoss(DataEdge())}, "l3")
+        Objective({"loss": FlowMapLoss(DataEdge())}, "l3")
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("name", ["paper", "facm"])
 def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalization, flow, student, draw_jump):
     """For any N(g) the term and its gradient are those of mean(w N(g)^2) + mean(1 - cos(u, v)), with target v."""
-    objective = replace(PRESETS[name], normalization=normalization)
+    objective = normalized_by(PRESETS[name], normalization)
     loss = objective.losses["flow_matching"]
     row, result, v, _ = prepare(flow, student, loss, draw_jump(loss.edge))
     with_cosine = objective.term(loss, row, result, v, None, step=0).value
@@ -222,7 +238,7 @@ def test_cosine_of_flow_matching_is_to_the_teacher_s_velocity(name, normalizatio
     expected = torch.autograd.grad(cosine, parameters)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
     # The cosine to the normalized target would differ.
-    target = result.u.detach() - NORMALIZATIONS[normalization](result.u.detach() - v)
+    target = result.u.detach() - normalize(result.u.detach() - v, row.t, normalization)
     other = (1 - torch.nn.functional.cosine_similarity(result.u, target, dim=1)).mean()
     assert (abs(other - cosine) > 1e-3) == (normalization != "plain")
 
@@ -233,7 +249,7 @@ def test_residual_of_half_precision_velocities_is_float32(dtype):
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, 32, 3, generator=generator).to(dtype)
     t = torch.rand(32, generator=generator)
-    loss = DualEndLoss(Diagonal(), cosine_weight=1.0)
+    loss = FlowMapLoss(Diagonal(), cosine_weight=1.0)
     terms = [
         Objective({"loss": loss}).term(loss, Jump(x, t, t, None), JVPResult(x, None), y, None, step=0)
         for x, y in ((u, v), (u.float(), v.float()))

@@ -6,14 +6,14 @@ import torch
 from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.latent_coder import LatentCoder
-from decm_lightning.data.latents.normalization import LatentNormalization
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
+from decm_lightning.data.latents.latent_coder import read_coder
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
 from decm_lightning.networks import DiT, Network, TextDiT
-from decm_lightning.networks.record import Record, Reference
+from decm_lightning.networks.record import Record
+from decm_lightning.networks.recorded import check_recorded, latent_coder
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
 from decm_lightning.text import CaptionEncoder, TextEncoder, named_encoder
 
@@ -130,8 +130,9 @@ def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
     if name is None or not has_scaling:
         remedy = "give --vae, and --latents, the folder with the latents' statistics"
         raise ValueError(f"the model generates latents with {channels} channels: {remedy}")
-    coder = LatentCoder.read(name, latents) if latents else LatentCoder(load_autoencoder(name), _stored(record))
-    _check_identity("VAE", name, coder.autoencoder.identity, record.vae)
+    own = read_coder(name, latents) if latents else latent_coder(network, name)
+    coder = own or LatentCoder(load_autoencoder(name))
+    check_recorded("VAE", name, coder.autoencoder.identity, record.vae)
     if coder.autoencoder.latent_channels != channels:
         found = coder.autoencoder.latent_channels
         raise ValueError(f"the model generates {channels} channels, but latents of {name} have {found}")
@@ -143,14 +144,6 @@ def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
             latents_mean=mean, latents_std=std, scaling_factor=scaling.multiplier, shift_factor=None
         )
     return model
-
-
-def _stored(record: Record) -> LatentNormalization | None:
-    """Return the normalization in a record; None for that of the VAE's config."""
-    if record.latents is None:
-        return None
-    mean, std = (torch.tensor(record.latents[name]).float().reshape(1, -1, 1, 1) for name in ("mean", "std"))
-    return LatentNormalization(mean, std, record.latents.get("multiplier", 1.0))
 
 
 def _encoder(network: TextDiT, name: str | None) -> TextEncoder:
@@ -166,15 +159,8 @@ def _encoder(network: TextDiT, name: str | None) -> TextEncoder:
         raise ValueError("the network names no text encoder: give --encoder, the one it was trained with")
     encoder: CaptionEncoder = named_encoder(name)
     assert isinstance(encoder, TextEncoder)
-    _check_identity("text encoder", name, encoder.identity, record.text_encoder)
+    check_recorded("text encoder", name, encoder.identity, record.text_encoder)
     encoder.to("cpu")
     if (width := encoder(["a"]).tokens.shape[-1]) != network.caption_width:
         raise ValueError(f"the network reads tokens of size {network.caption_width}, but those of {name} have {width}")
     return encoder
-
-
-def _check_identity(what: str, name: str, identity: str, recorded: Reference | None) -> None:
-    if recorded is not None and recorded.identity not in ("", identity):
-        raise ValueError(
-            f"{name} is not the {what} of the network: its identity is {identity}, not {recorded.identity}"
-        )

@@ -77,7 +77,7 @@ def test_the_images_of_a_caption_are_those_of_decm_sample_prompts(decm, tmp_path
     BertTokenizerFast(vocab="encoder/vocab.txt").save_pretrained("encoder")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained("encoder")
-    save(TextDiT(8, 3, 8, patch_size=4, width=16, depth=1, heads=2, end_time=True, text_encoder="encoder"), "text")
+    save(TextDiT(8, 3, 8, patch_size=2, width=16, depth=1, heads=2, end_time=True, text_encoder="encoder"), "text")
     page = studio("text", tmp_path)
     column = page.column(" a red cow ", "mix", 4, 1)
     Path("prompts.txt").write_text("a red cow\n")

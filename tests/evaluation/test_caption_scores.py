@@ -114,7 +114,7 @@ def test_a_score_that_cannot_be_loaded_is_said_and_the_rest_is_measured(tmp_path
 
 
 def test_captions_are_asked_for_where_there_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"caption accuracy needs images with captions: got Digits"):
+    with pytest.raises(ValueError, match="got Digits"):
         measured(tmp_path, distiller(digits()), Digits(reference_size=20), CaptionProbe(DigitsFeatures()))
 
 

@@ -258,11 +258,11 @@ def test_no_rows_take_a_pass_and_give_no_image():
 def test_what_cannot_be_shown_is_refused():
     with pytest.raises(ValueError, match=r"the network generates \(4, 8, 8\)"):
         SampleGenerator(distiller(channels=4), Prompted()).check([])
-    with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         SampleGenerator(distiller(), None).check([])
-    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+    with pytest.raises(ValueError, match="student, teacher: got 'tutor'"):
         SampleGenerator(distiller(), Digits()).check([SamplingSpec("tutor", "mix", 1)])
-    with pytest.raises(ValueError, match=r"a module with models\(\).*: got LightningModule"):
+    with pytest.raises(ValueError, match="got LightningModule"):
         SampleGenerator(L.LightningModule(), Digits())
 
 

@@ -77,7 +77,13 @@ def test_facm_trains_it_and_it_is_saved(student, tmp_path, monkeypatch):
     assert own.t_embedder.mlp[0].weight.grad.abs().max() > 0
     assert own.r_embedder is None
     save(own, tmp_path / "student")
-    assert load(tmp_path / "student").config["end_time"] == "facm"
+    loaded = load(tmp_path / "student")
+    assert loaded.config["end_time"] == "facm"
+    assert [loaded.sampling(steps=steps) for steps in (1, 4, 50)] == [
+        ("consistency", 1),
+        ("consistency", 4),
+        ("euler", 50),
+    ]
 
 
 def test_other_clocks_are_refused(network, tmp_path):

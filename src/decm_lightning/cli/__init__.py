@@ -46,10 +46,20 @@ _CHECKPOINT = {"ckpt_path": "checkpoint"}
 _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
-    "new": Command("new:new", "write the configs of a teacher and its student for your images", OWN, ("folder",)),
+    "new": Command(
+        "new:new", "write the configs of a teacher and its student for your images", OWN,
+        ("folder",), {"folder": IMAGES},
+    ),
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
     "validate": Command("trainer:run", "evaluate a checkpoint with the metrics of training", TRAINING, (), _CHECKPOINT),
-    "test": Command("trainer:run", "evaluate a checkpoint and write the quality table", TRAINING, (), _CHECKPOINT),
+    "test": Command(
+        "test:test", "evaluate a checkpoint, or any student or teacher, and write the quality table",
+        TRAINING, ("model",), _CHECKPOINT | {"model": MODEL},
+    ),
+    "tune-guidance": Command(
+        "tune_guidance:tune_guidance", "measure a teacher on a grid of guidance scale, limit and interval",
+        TRAINING, ("model",), {"model": MODEL},
+    ),
     "predict": Command("trainer:run", "generate images on all devices into a folder", TRAINING, (), _CHECKPOINT),
     "sample": Command("sample:sample", "generate images of chosen classes", INFERENCE, ("model",), _SAMPLED),
     "sample-prompts": Command(
@@ -60,9 +70,16 @@ COMMANDS = {
         "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
     ),
+    "compare": Command(
+        "compare:compare", "compare runs in one report: quality, gradients, cost, samples, settings", INFERENCE, ("runs",)
+    ),
     "consolidate": Command(
         "consolidate:consolidate", "merge a sharded checkpoint into one file, to resume on one device",
         INFERENCE, ("checkpoint",), {"checkpoint": "checkpoint"},
+    ),
+    "score": Command(
+        "score:score", "measure images that were generated elsewhere: FID, KID, precision and recall, ...",
+        INFERENCE, (), {"samples": IMAGES, "reference": IMAGES},
     ),
     "encode": Command("encode:encode", "encode images into a folder of latents", PREPARATION, (), {"images": IMAGES}),
     "encode-pairs": Command(
@@ -123,7 +140,8 @@ def _run(name: str, *argv: str) -> None:
         raise ValueError("; ".join([f"unknown command {name!r}: see decm --help", *did_you_mean(name, COMMANDS)]))
     command = COMMANDS[name]
     if command.group == TRAINING and not argv:
-        raise ValueError(f"{name} needs --config FILE")
+        needed = f"a {MODEL}, or --config FILE" if command.positional else "--config FILE"
+        raise ValueError(f"{name} needs {needed}")
     configs = check_inputs(argv, command.reads, command.positional)
     if configs:
         # Appended, so that a file next to a config cannot shadow an installed package.

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -30,7 +30,7 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
     Args:
         function: the function. Its signature gives names, types and defaults, and its docstring gives the help.
         program: the name of the command.
-        positional: names of the positional arguments.
+        positional: names of the positional arguments. One with the type list[str] takes all remaining values.
         argv: the command line after the command's name.
 
     Raises:
@@ -38,10 +38,25 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
     """
     parser = Parser(prog=program)
     parser.add_argument("--config", action=ActionConfigFile, help="a file with these options")
-    named = set(signature(function).parameters) - set(positional)
+    parameters = signature(function).parameters
+    several = {name for name in positional if parameters[name].annotation == list[str]}
+    named = set(parameters) - set(positional)
     options: dict[str, Any] = {"as_group": False, "sub_configs": True}
-    parser.add_function_arguments(function, as_positional=True, skip={*named}, **options)
+    parser.add_function_arguments(function, as_positional=True, skip={*named, *several}, **options)
+    for name in several:
+        parser.add_argument(name, nargs="+", type=str)
     parser.add_function_arguments(function, skip={*positional}, **options)
     config = parser.instantiate(parser.parse_args(list(argv)))
     config.pop("config")
     function(**config)
+
+
+def keep_whole_numbers(function: Callable[..., Any]) -> None:
+    """Let the parser read 1 as an int where an argument is an int or a float.
+
+    For the trainer's limits 1.0 would mean all batches.
+    """
+    # typing caches Optional[Union[int, float]] in the order in which a library first wrote it.
+    annotations = unwrap(function).__annotations__
+    numbers = int | float | None
+    annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})

@@ -4,8 +4,10 @@ import json
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -124,6 +126,17 @@ def _head(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read: not a regular file")
     with path.open("rb") as content:
         return content.read(9)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn the errors of unexpected content into a ValueError in one line that begins with `path`."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        # The message of torch lists every weight that does not match.
+        raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
 
 
 def few(names: Sequence[str], count: int = 3) -> str:

@@ -15,7 +15,11 @@ from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, Ti
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network
 from decm_lightning.networks.pixel_skip import PixelSkipHead
+from decm_lightning.networks.record import Record, choose
+from decm_lightning.samplers import Sampler
 from decm_lightning.types import Condition, Sample, Time
+
+FACM_SAMPLING = {1: "consistency", 2: "consistency", 4: "consistency", 8: "consistency", 50: "euler"}
 
 
 class DiT(Network):
@@ -47,6 +51,7 @@ class DiT(Network):
         end_time: embed the end time s; False ignores it. "facm" is FACM's clock (arXiv 2507.03738): one embedding of
             2 - t where s = t, and of t elsewhere, for steps of length 0 and steps to the data only. Its samplers are
             `euler` and `consistency`.
+        prediction: what the network predicts; None if unknown, because public files do not record it.
         qk_norm: normalize queries and keys. LightningDiT's own checkpoints have no QK norm.
         shift: let the embedding shift each half of a block, in addition to scaling and gating it.
         norm: "rms" with learned weights, or "layer" without weights.
@@ -62,9 +67,6 @@ class DiT(Network):
             unknown.
     """
 
-    prediction: Literal["velocity", "noise"] | None = "velocity"
-    """What the network predicts; None if it was loaded from a public file, which does not record it."""
-
     def __init__(
         self,
         input_size: int,
@@ -76,6 +78,7 @@ class DiT(Network):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         end_time: bool | Literal["facm"] = False,
+        prediction: Literal["velocity", "noise"] | None = "velocity",
         qk_norm: bool = True,
         shift: bool = True,
         norm: NormName = "rms",
@@ -101,6 +104,7 @@ class DiT(Network):
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
             "end_time": end_time,
+            "prediction": prediction,
             "qk_norm": qk_norm,
             "shift": shift,
             "norm": norm,
@@ -150,6 +154,17 @@ class DiT(Network):
         # FSDP2 attaches hooks to the output and warns if it is a view.
         return u.contiguous().to(x_t.dtype)
 
+    @property
+    def prediction(self) -> Literal["velocity", "noise"] | None:
+        """What the network predicts; None if unknown."""
+        return self.config["prediction"]  # type: ignore[no-any-return]
+
+    def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
+        """Return a sampler and its number of steps; on FACM's clock the recommended ones never step to s < 1."""
+        if self.is_facm and sampler is None and not (self.record and self.record.sampling):
+            return choose(Record(sampling=FACM_SAMPLING), True, None, steps)
+        return super().sampling(sampler, steps)
+
     def units(self) -> list[nn.Module]:
         """Return the blocks."""
         return list(self.blocks)
@@ -164,7 +179,7 @@ class DiT(Network):
         """Return a copy that also reads s and initially equals this network for every s it reads."""
         if self.is_facm:
             return copy.deepcopy(self)
-        student = DiT(**(self.config | {"end_time": True}))
+        student = DiT(**(self.config | {"end_time": True, "prediction": "velocity"}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)

@@ -76,17 +76,17 @@ class PretrainedTeacher(Teacher):
         if time_convention == "facm":
             # Changing the weights rather than wrapping the network also converts the student and exported networks.
             mirror(_without_end_time(network, path, "time_convention='facm'").t_embedder)
-        self.prediction = prediction or "velocity"
-        if is_silent and not next(network.parameters()).is_meta:
+        self.prediction: Prediction = prediction or "velocity"
+        if isinstance(network, DiT) and not (is_silent and next(network.parameters()).is_meta):
             self.prediction = _checked_prediction(network, prediction, path)
         if self.prediction == "noise":
-            _without_end_time(network, path, "prediction='noise'")
+            _without_end_time(network, path, "prediction='noise'").config["prediction"] = "noise"
             if time_convention == "facm":
                 raise ValueError(f"{path} predicts noise, not velocity: remove time_convention='facm'")
         if student_time == "facm" and time_convention != "facm":
             raise ValueError("student_time='facm' needs a teacher with time_convention='facm'")
         self.student_time = student_time
-        self.noise = noise
+        self.name, self.noise = path, noise
         super().__init__(network.to("meta") if is_weightless() else network)
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
@@ -128,8 +128,8 @@ def _without_end_time(network: Network, path: str, option: str) -> DiT:
     return network
 
 
-def _checked_prediction(network: Network, expected: Prediction | None, path: str) -> Prediction:
-    found = prediction_of(network)
+def _checked_prediction(network: DiT, expected: Prediction | None, path: str) -> Prediction:
+    found = network.prediction or prediction_of(network)
     if found is None:
         if expected is None:
             log.warning("%s: cannot tell whether the network predicts velocity or noise; assuming velocity", path)

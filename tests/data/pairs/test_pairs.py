@@ -419,7 +419,7 @@ def test_where_all_pairs_are_bad_the_faults_are_counted_by_their_kind(source, en
 
 
 def test_an_invalid_source_is_refused(source, encoder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         ready(source / "nowhere", encoder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*expected \*.tar, .*\*.parquet"):
         ready(source, encoder, tmp_path)

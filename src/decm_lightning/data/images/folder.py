@@ -9,12 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.images.pixels import PreparedImages, prepare_images
 from decm_lightning.data.images.sources import find_images
 from decm_lightning.data.latents.cached import encode_latents
-from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.image_listing import broken, counted
 from decm_lightning.types import Batch, Sample
@@ -164,6 +163,10 @@ class ImageFolder(ResumableData):
     def decode(self, x: Sample) -> Sample:
         """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
         return x if self.coder is None else self.coder.decode(x)
+
+    def data_name(self) -> str:
+        """Return the folder."""
+        return self.folder
 
     def identity(self) -> dict[str, str]:
         """Return the identity of the VAE, if there is one."""

@@ -9,8 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.caches import make_once
-from decm_lightning.data.latents.latent_coder import LatentCoder
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.files import PARTIAL, text_sha256
 

@@ -1,6 +1,7 @@
 """Base classes of data modules with captioned images, some of which are held out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float16, UInt8
@@ -9,7 +10,9 @@ from torch.utils.data import DataLoader
 
 from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.resumable import BatchDataset, ResumableData
-from decm_lightning.text import EncodedCaptions, UnencodedCaptions
+from decm_lightning.files import text_sha256
+from decm_lightning.networks.record import Record, Reference
+from decm_lightning.text import CaptionEncoder, EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
 Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
@@ -59,7 +62,7 @@ class Pairs(BatchDataset):
 class CaptionedImages(ResumableData):
     """Loaders over pairs. Some pairs are held out as the reference, and tests generate samples for their captions.
 
-    A subclass sets `train`, `reference` and `texts` in `setup`.
+    A subclass sets `encoder`, and `train`, `reference` and `texts` in `setup`.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
@@ -69,6 +72,7 @@ class CaptionedImages(ResumableData):
 
     Attributes:
         texts: captions of the reference as text.
+        encoder: the text encoder.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -78,6 +82,7 @@ class CaptionedImages(ResumableData):
     train: Pairs
     reference: Pairs
     texts: list[str]
+    encoder: CaptionEncoder
 
     def __init__(self, batch_size: int, held_out: float, reference_size: int | None, num_workers: int) -> None:
         super().__init__(batch_size, reference_size, num_workers)
@@ -103,11 +108,19 @@ class CaptionedImages(ResumableData):
             variants: number of captions per image. The reference uses the first.
         """
         self.variants = variants
+        self.pairs_identity = text_sha256("".join(f"{n}\0{t}\0" for n, t in zip(names, texts, strict=True)))[:16]
         held = is_held_out(names, self.held_out)
         rows = held.nonzero().flatten()[: self.reference_size]
         self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
         self.reference = Pairs(images, captions, rows, variants)
         self.texts = [texts[row] for row in rows.tolist()]
+
+    def record(self) -> Record:
+        """Return the record of a network, with the text encoder. A hash of names and captions identifies the data."""
+        own = super().record()
+        encoder = Reference(self.encoder.name, self.encoder.identity)
+        data = Reference(self.data_name(), self.pairs_identity, self.license)
+        return replace(own, text_encoder=encoder, data=data)
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.

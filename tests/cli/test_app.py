@@ -91,7 +91,7 @@ def test_the_images_of_a_caption_are_those_of_decm_sample_prompts(decm, tmp_path
 
 def test_the_recommended_sampler_depends_on_the_number_of_steps(decm, tmp_path):
     page = studio("student", tmp_path)
-    page.generator.network.record = Record(sampling={4: "consistency"})
+    page.generator.network.record = Record(sampling={4: "consistency", 2: "mix"})
     for steps, sampler in ((4, "consistency"), (2, "mix")):
         found, expected = (page.column(3, name, steps, 0).files[0].read_bytes() for name in (RECOMMENDED, sampler))
         assert found == expected

@@ -1,28 +1,128 @@
-"""The report: an HTML page that needs no other file, or Markdown with its images next to it."""
+"""Write one report on several runs."""
 
-from collections.abc import Callable, Sequence
-from math import inf
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from decm_lightning.compare import measure
-from decm_lightning.compare.measure import NOT_MEASURED, Student
-from decm_lightning.compare.page import Section, as_html, as_markdown
-from decm_lightning.compare.plots import Point, heat_map, line_plot
-from decm_lightning.compare.runs import NAMES, Run, differences, read_runs, shared_protocol
+from decm_lightning.compare.page import heat_map, html, line_plot, table
+from decm_lightning.compare.runs import Run, differences, read_runs, shared_protocol
 from decm_lightning.files import atomic
 
 DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid")
 """Columns in which the smallest value is the best; in others it is the largest."""
-FORMATS = {".html": as_html, ".md": as_markdown}
+NAMES = ("model", "sampler", "steps", "options", "nfe")
+"""Columns of a table that are not measured."""
+TRIANGLE = (
+    "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. Upper edge: data edge, "
+    "s = 1. Left edge: noise edge, t = 0. Diagonal: s = t."
+)
 
 
-def compare(
-    folders: Sequence[str], out: Path, triangle: bool = True, device: str = "cpu", trust: bool = False
-) -> list[Path]:
+class Report:
+    """A report on runs that were measured with the same protocol.
+
+    Args:
+        runs: at least two.
+        stem: the name of the report, with which the names of its figures begin.
+
+    Attributes:
+        lines: paragraphs of Markdown.
+        figures: SVG and PNG files by name.
+
+    Raises:
+        ValueError: if the protocols differ.
+    """
+
+    def __init__(self, runs: Sequence[Run], stem: str) -> None:
+        self.protocol = [{"setting": name, "value": value} for name, value in shared_protocol(runs).items()]
+        self.runs, self.stem = runs, stem
+        self.lines = [f"# Comparison of {', '.join(run.name for run in runs)}"]
+        self.figures: dict[str, bytes] = {}
+
+    def add_quality(self) -> None:
+        """Add the table and the curves of each metric."""
+        specs = {spec: row for run in self.runs for spec, row in run.rows.items()}
+        for metric in dict.fromkeys(name for row in specs.values() for name in row if name not in NAMES):
+            plot = line_plot(_curves(self.runs, metric), "network evaluations per sample (NFE)", metric, log_x=True)
+            values = {spec: {run.name: run.rows.get(spec, {}).get(metric) for run in self.runs} for spec in specs}
+            rows = [{"samples": spec, "NFE": row["nfe"], **values[spec]} for spec, row in specs.items()]
+            text = "The curves show the best sampler at each number of evaluations."
+            self.lines += [f"## Quality: {metric}", text, self._figure(f"{metric}.svg", plot), table(rows)]
+
+    def add_measured(self, triangle: bool) -> None:
+        """Add what is measured now, or the reason if it cannot be measured; `triangle` is the slowest part."""
+        parts = {"gradient norms": measure.gradient_norms, "cost": measure.cost, "samples": measure.samples}
+        parts |= {"error on the triangle": measure.triangle_error} if triangle else {}
+        with tqdm(total=len(parts) * len(self.runs), leave=False, disable=None) as bar:
+            for title, function in parts.items():
+                self.lines.append(f"## {title.capitalize()}")
+                results: dict[str, Any] = {}
+                for run in self.runs:
+                    bar.set_description(f"{run.name}: {title}")
+                    try:
+                        results[run.name] = function(run)
+                    except measure.NOT_MEASURED as error:
+                        self.lines.append(f"{run.name}: not measured, because {' '.join(str(error).split())}")
+                    bar.update()
+                if results:
+                    getattr(self, f"_{function.__name__}")(results)
+
+    def write(self, out: Path) -> list[Path]:
+        """Add the settings, write the report as HTML, or as Markdown with its figures next to it; return the files."""
+        self.lines += ["## Protocol of all runs", table(self.protocol), "## Differences"]
+        self.lines += [table(rows)] if (rows := differences(self.runs)) else ["None."]
+        markdown = "\n\n".join(self.lines) + "\n"
+        files = {out.name: html(markdown, self.figures).encode()}
+        if out.suffix == ".md":
+            files = {out.name: markdown.encode(), **self.figures}
+        for name, content in files.items():
+            with atomic(out.with_name(name)) as partial:
+                partial.write_bytes(content)
+        return [out.with_name(name) for name in files]
+
+    def _figure(self, name: str, content: bytes) -> str:
+        file = re.sub(r"[^\w.]+", "-", f"{self.stem}-{name}")
+        self.figures[file] = content
+        return f"![{name}]({file})"
+
+    def _gradient_norms(self, results: Mapping[str, list[tuple[float, float]]]) -> None:
+        norms = {run: [norm for _, norm in points] for run, points in results.items()}
+        self.lines.append(self._figure("norms.svg", line_plot(results, "training step", "norm", log_x=False)))
+        self.lines.append(
+            table([{"run": n, "median": median(each), "largest": max(each)} for n, each in norms.items()])
+        )
+
+    def _cost(self, results: Mapping[str, dict[str, float]]) -> None:
+        text = "Forward passes per sample and step, where a backward pass counts 2, times steps."
+        self.lines += [text, table([{"run": name, **each} for name, each in results.items()])]
+
+    def _samples(self, results: Mapping[str, bytes]) -> None:
+        grids = {run: self._figure(f"{run}-samples.png", grid) for run, grid in results.items()}
+        text = f"Rows: {', '.join(map(str, measure.STEPS))} steps. The noise and conditions of all runs are the same."
+        self.lines += [text, table([grids])]
+
+    def _triangle_error(self, results: Mapping[str, dict[tuple[float, float], float]]) -> None:
+        values = [error for errors in results.values() for error in errors.values() if error > 0]
+        maps = {run: heat_map(errors, min(values), max(values)) for run, errors in results.items()}
+        figures = {run: self._figure(f"{run}-triangle.svg", content) for run, content in maps.items()}
+        rows = []
+        for run, errors in results.items():
+            regions = {
+                "data edge": [error for (_, s), error in errors.items() if s == 1],
+                "noise edge": [error for (t, _), error in errors.items() if t == 0],
+                "diagonal": [error for (t, s), error in errors.items() if s == t],
+                "all": list(errors.values()),
+            }
+            rows.append({"run": run, **{name: fmean(e * e for e in each) ** 0.5 for name, each in regions.items()}})
+        self.lines += [TRIANGLE, table([figures]), table(rows)]
+
+
+def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trust: bool) -> list[Path]:
     """Write a report on runs that were measured with the same protocol, and return its files.
 
     Args:
@@ -36,122 +136,24 @@ def compare(
         OSError: if a folder does not exist, or the report cannot be written.
         ValueError: if `out` has another suffix, a folder is not a tested run, or the protocols differ.
     """
-    if out.suffix not in FORMATS:
-        raise ValueError(f"out must end with {' or '.join(FORMATS)}: got {out}")
-    runs = read_runs(folders)
-    protocol = [{"setting": name, "value": value} for name, value in shared_protocol(runs).items()]
-    students = [Student(run, device, trust) for run in runs]
-    parts = [_gradients, _cost, _samples, *([_triangle] if triangle else [])]
-    with tqdm(total=len(parts) * len(runs), leave=False, disable=None) as bar:
-        sections = [*_quality(runs), *(part(students, bar) for part in parts)]
-    sections += [Section("Protocol of all runs", table=protocol), _differences(runs)]
-    title = f"Comparison of {', '.join(run.name for run in runs)}"
-    files = FORMATS[out.suffix](title, sections, out)
-    for file, content in files.items():
-        with atomic(file) as partial:
-            partial.write_bytes(content)
-    return list(files)
+    if out.suffix not in (".html", ".md"):
+        raise ValueError(f"out must end with .html or .md: got {out}")
+    report = Report(read_runs(folders, device, trust), out.stem)
+    report.add_quality()
+    report.add_measured(triangle)
+    return report.write(out)
 
 
-def _measured(students: Sequence[Student], function: Callable[[Student], Any], section: Section, bar: tqdm) -> dict:
-    """Return the results by run, and add the reason to the section if there is none."""
-    results = {}
-    for student in students:
-        bar.set_description(f"{student.run.name}: {section.title.lower()}")
-        try:
-            results[student.run.name] = function(student)
-        except NOT_MEASURED as error:
-            section.text.append(f"{student.run.name}: not measured, because {' '.join(str(error).split())}")
-        bar.update()
-    return results
-
-
-def _quality(runs: Sequence[Run]) -> list[Section]:
-    columns = dict.fromkeys(name for run in runs for row in run.rows.values() for name in row if name not in NAMES)
-    metric = next((name for name in columns if name in DISTANCES), next(iter(columns)))
-    first = Section(f"Quality: {runs[0].quality['metric']}")
-    first.text.append(f"{metric} of the best sampler at each number of network evaluations per sample (NFE).")
-    if series := _curves(runs, metric):
-        first.figures["quality", ""] = line_plot(series, "NFE", metric, log_x=True)
-    sections = [first, *(Section(name) for name in columns if name != metric)]
-    for name, section in zip(sorted(columns, key=lambda name: name != metric), sections, strict=True):
-        specs = {spec: row for run in reversed(runs) for spec, row in reversed(run.rows.items())}
-        for spec, row in reversed(specs.items()):
-            values = {run.name: run.rows.get(spec, {}).get(name) for run in runs}
-            section.table.append({"model/sampler/steps": spec, "NFE": row["nfe"], **values})
-    return sections
-
-
-def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[Point]]:
+def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
     """Return the curve of each run, and that of the teacher, or of each teacher if they differ."""
-    curves = {(run.name, model): _curve(run, model, metric) for run in runs for model in ("student", "teacher")}
-    curves = {key: curve for key, curve in curves.items() if curve}
-    teachers = [curve for (_, model), curve in curves.items() if model == "teacher"]
-    is_shared = all(curve == teachers[0] for curve in teachers)
-    names = {"student": "{}", "teacher": "teacher" if is_shared else "teacher of {}"}
-    return {names[model].format(run): curve for (run, model), curve in curves.items()}
-
-
-def _curve(run: Run, model: str, metric: str) -> list[Point]:
-    sign = 1 if metric in DISTANCES else -1
-    best: dict[float, Point] = {}
-    for spec, row in run.rows.items():
-        x, y = row["nfe"] or row["steps"], row.get(metric) or 0
-        # A logarithmic axis has no place for other values.
-        if row["model"] == model and y > 0 and sign * y < sign * best.get(x, (x, sign * inf, ""))[1]:
-            best[x] = (x, y, f"{spec}, {metric} {y:.4g}")
-    return [best[x] for x in sorted(best)]
-
-
-def _gradients(students: Sequence[Student], bar: tqdm) -> Section:
-    section = Section("Gradient norms", ["Norm of the gradient of all losses before clipping."])
-    series = _measured(students, lambda student: measure.gradient_norms(student.run), section, bar)
-    for name, points in series.items():
-        norms = [point[1] for point in points]
-        section.table.append({"run": name, "median": median(norms), "largest": max(norms)})
-    positive = {name: [(x, y, f"step {x:g}, {y:.3g}") for x, y in each if y > 0] for name, each in series.items()}
-    if any(positive.values()):
-        section.figures["gradients", ""] = line_plot(positive, "training step", "gradient norm", log_x=False)
-    return section
-
-
-def _cost(students: Sequence[Student], bar: tqdm) -> Section:
-    section = Section("Cost", ["Forward passes per sample; a backward pass counts 2. Product: passes times steps."])
-    costs = _measured(students, lambda each: (measure.cost_of(each), measure.steps_of(each.run)), section, bar)
-    for name, (passes, steps) in costs.items():
-        section.table.append({"run": name, "passes per step": passes, "steps": steps, "product": passes * steps})
-    return section
-
-
-def _samples(students: Sequence[Student], bar: tqdm) -> Section:
-    section = Section("Samples", [f"Rows: {', '.join(map(str, measure.STEPS))} steps. The noise and conditions are equal."])
-    grids = _measured(students, measure.samples, section, bar)
-    section.figures |= {("samples", name): png for name, png in grids.items()}
-    return section
-
-
-def _triangle(students: Sequence[Student], bar: tqdm) -> Section:
-    section = Section("Error on the triangle")
-    section.text.append(
-        "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. Upper edge: data "
-        "edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t."
-    )
-    errors = _measured(students, measure.triangle_error, section, bar)
-    values = [value for each in errors.values() for value in each.values() if value > 0]
-    for name, each in errors.items():
-        section.figures["triangle", name] = heat_map(each, min(values), max(values))
-        regions = {
-            "data edge": [e for (t, s), e in each.items() if s == 1],
-            "noise edge": [e for (t, s), e in each.items() if t == 0],
-            "diagonal": [e for (t, s), e in each.items() if s == t],
-            "all": list(each.values()),
-        }
-        means = {region: (sum(e * e for e in some) / len(some)) ** 0.5 for region, some in regions.items()}
-        section.table.append({"run": name, **means})
-    return section
-
-
-def _differences(runs: Sequence[Run]) -> Section:
-    names = [run.name for run in runs]
-    rows = [{"setting": name, **dict(zip(names, each, strict=True))} for name, each in differences(runs).items()]
-    return Section("Differences between the runs", table=rows)
+    teachers = {repr(run.model["teacher"]) for run in runs if run.model.get("teacher")}
+    best = min if metric in DISTANCES else max
+    series: dict[str, dict[float, float]] = {}
+    for run in runs:
+        teacher = "teacher" if len(teachers) == 1 else f"teacher of {run.name}"
+        for row in run.rows.values():
+            if row.get(metric) is not None:
+                name = teacher if row["model"] == "teacher" and run.model.get("teacher") else run.name
+                points, nfe = series.setdefault(name, {}), row["nfe"] or row["steps"]
+                points[nfe] = best(row[metric], points.get(nfe, row[metric]))
+    return {name: sorted(points.items()) for name, points in series.items()}

@@ -107,9 +107,9 @@ test-all: test test-slow ## run all tests
 test-lowest: ## run the fast tests with the lowest supported versions, in .venv-lowest (several GB)
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-study: env ## run the ablations of docs/results.md (hours; interrupted runs resume)
-	$(BIN)/python -m benchmarks.ablation --data digits --steps 1500 --seeds '[0,1,2]'
-	$(BIN)/python -m benchmarks.ablation --data fashion --steps 1000 --seeds '[0]'
+study: env ## compare all methods at equal cost (hours; interrupted runs resume)
+	$(BIN)/python -m benchmarks.study configs/compare/digits.yaml
+	$(BIN)/python -m benchmarks.study configs/compare/fashion.yaml
 
 bench: env ## measure time and memory of a training step by derivative engine (15 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.step --network small --batch 4

@@ -48,7 +48,7 @@ def test_latents_are_not_images(tmp_path):
 def test_images_that_are_not_finite_are_refused(value):
     x = torch.zeros(2, 1, 8, 8)
     x[1, 0, 3, 3] = value
-    with pytest.raises(NonFiniteError, match="images are not finite: the weights have diverged"):
+    with pytest.raises(NonFiniteError, match="images"):
         to_uint8(x)
 
 

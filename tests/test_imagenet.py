@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/imagenet256-latents").mkdir(parents=True)
     torch.manual_seed(0)
-    teacher = DiT(16, 32, patch_size=4, width=32, depth=1, heads=2, num_classes=1000)
+    teacher = DiT(16, 32, patch_size=1, width=32, depth=1, heads=2, num_classes=1000)
     torch.save({"ema": teacher.state_dict()}, "data/lightningdit-xl-imagenet256-800ep.pt")
     latents = torch.randn(1100, 32, 16, 16)
     shard = {"latents": latents, "latents_flip": latents.flip(-1), "labels": torch.arange(1100) % 1000}

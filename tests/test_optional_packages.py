@@ -14,6 +14,7 @@ from decm_lightning.image_writer import save_named_grid
 
 OPTIONAL = (
     "em-keyboard",
+    "gradio",
     "matplotlib",
     "peft",
     "pyarrow",

@@ -11,14 +11,22 @@ import pytest
 import decm_lightning
 
 PRESETS = [
+    "alpha_flow",
+    "ayf_emd",
+    "ayf_lmd",
     "consistency_and_flow_matching",
     "consistency_only",
+    "discrete_consistency",
     "end_identity",
     "facm",
     "flow_matching_only",
+    "free_flow",
     "lagrangian",
     "mean_flow",
     "paper",
+    "scm",
+    "shortcut",
+    "split_mean_flow",
 ]
 TYPES = ["Batch", "Captions", "Distiller", "Guidance", "Network", "Objective", "Teacher", "TeacherTraining"]
 NAMES = [*TYPES, *PRESETS, "load", "save", "euler", "consistency", "mix", "__version__"]

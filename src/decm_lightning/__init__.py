@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from decm_lightning.distiller import Distiller as Distiller
     from decm_lightning.guidance import Guidance as Guidance
     from decm_lightning.losses import Objective as Objective
+    from decm_lightning.losses import alpha_flow as alpha_flow
+    from decm_lightning.losses import ayf_emd as ayf_emd
+    from decm_lightning.losses import ayf_lmd as ayf_lmd
     from decm_lightning.losses import consistency_and_flow_matching as consistency_and_flow_matching
     from decm_lightning.losses import consistency_only as consistency_only
+    from decm_lightning.losses import discrete_consistency as discrete_consistency
     from decm_lightning.losses import end_identity as end_identity
     from decm_lightning.losses import facm as facm
     from decm_lightning.losses import flow_matching_only as flow_matching_only
+    from decm_lightning.losses import free_flow as free_flow
     from decm_lightning.losses import lagrangian as lagrangian
     from decm_lightning.losses import mean_flow as mean_flow
     from decm_lightning.losses import paper as paper
+    from decm_lightning.losses import scm as scm
+    from decm_lightning.losses import shortcut as shortcut
+    from decm_lightning.losses import split_mean_flow as split_mean_flow
     from decm_lightning.networks import Network as Network
     from decm_lightning.networks import load as load
     from decm_lightning.networks import save as save
@@ -41,19 +49,27 @@ _MODULES = {
     "Objective": "losses",
     "Teacher": "teachers",
     "TeacherTraining": "teacher_training",
+    "alpha_flow": "losses",
+    "ayf_emd": "losses",
+    "ayf_lmd": "losses",
     "consistency": "samplers",
     "consistency_and_flow_matching": "losses",
     "consistency_only": "losses",
+    "discrete_consistency": "losses",
     "end_identity": "losses",
     "euler": "samplers",
     "facm": "losses",
     "flow_matching_only": "losses",
+    "free_flow": "losses",
     "lagrangian": "losses",
     "load": "networks",
     "mean_flow": "losses",
     "mix": "samplers",
     "paper": "losses",
     "save": "networks",
+    "scm": "losses",
+    "shortcut": "losses",
+    "split_mean_flow": "losses",
 }
 
 

@@ -1,7 +1,7 @@
 """Dual-End Consistency Models (arXiv 2602.10764): distill a many-step teacher into a few-step student."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +30,9 @@ from decm_lightning.losses import Composition, FlowMapLoss, Objective, cost, end
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.samplers import flow_map_of
+from decm_lightning.seeds import on_cpu
 from decm_lightning.teachers import NoTeacher, Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.schedule import WarmupCosine
@@ -157,6 +159,17 @@ class Distiller(FlowTraining):
         own = {"objective": self.objective, "guidance": self.guidance, "derivative": self.derivative}
         return super().settings() | own | {"teacher": self.teacher_identity}
 
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. Without a teacher, all read the velocity x_1 - x_0."""
+        alone = isinstance(self.teacher, NoTeacher)
+        return [name for name, loss in self.objective.losses.items() if alone or loss.edge.reads_data]
+
+    def record(self) -> Record:
+        """Return the origin and the use of the student."""
+        teacher = Reference(self.teacher.name, self.teacher_identity)
+        guidance, objective = asdict(self.guidance), str(self.requested_objective)
+        return replace(super().record(), teacher=teacher, guidance=guidance, objective=objective)
+
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
         teacher = {} if isinstance(self.teacher, NoTeacher) else {"teacher": flow_map_of(self.velocity)}
@@ -180,7 +193,7 @@ class Distiller(FlowTraining):
 
         # Interpolate a point x_t on each row's path. The teacher's velocity there is shared by all losses.
         x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device, dtype=x_1.dtype)
-        cpu_generator = _on_cpu(generator)
+        cpu_generator = on_cpu(generator)
         t = self.objective.draw_times(len(x_1), cpu_generator).to(path.time_dtype(x_1))
         samples = self.path_samples(PathSample(x_0, x_1, condition, t, path.interpolate(x_0, x_1, t)), step)
 
@@ -256,10 +269,7 @@ class Distiller(FlowTraining):
 
     def log_weight(self, name: str, t: Time) -> Tensor | None:
         """Return the learned logarithm of a loss's weight at the times t, None if the loss has none."""
-        if name not in self.log_weights:
-            return None
-        weight: Tensor = self.log_weights[name](t.to(self.device))
-        return weight
+        return self.log_weights[name](t.to(self.device)) if name in self.log_weights else None
 
     def teacher_velocity(self, sample: PathSample) -> Sample:
         """Return the guided teacher's velocity v(x_t, t); without a teacher, the path's own velocity x_1 - x_0."""
@@ -293,8 +303,3 @@ class Distiller(FlowTraining):
         self.teacher.apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
-
-
-def _on_cpu(generator: torch.Generator) -> torch.Generator:
-    """Return the generator if it is on the CPU, otherwise a CPU generator with its seed."""
-    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -28,3 +28,8 @@ def generator_of(seed: int, *numbers: int) -> torch.Generator:
     """
     # As one sequence, seed 2**32 with number 0 would equal seed 0 with number 1.
     return torch.Generator().manual_seed(int(SeedSequence(seed, spawn_key=numbers).generate_state(1)[0]))
+
+
+def on_cpu(generator: torch.Generator) -> torch.Generator:
+    """Return the generator if it is on the CPU, otherwise a CPU generator with its seed."""
+    return generator if generator.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())

@@ -1,5 +1,6 @@
 """Train a class-conditional teacher by flow matching."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from decm_lightning import conditions, path
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.time_laws import TimeLaw, Uniform
 from decm_lightning.training.flow_training import FlowTraining
@@ -58,6 +60,11 @@ class TeacherTraining(FlowTraining):
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the run, except its data."""
         return super().settings() | {"class_dropout": self.class_dropout, "times": self.times}
+
+    def record(self) -> Record:
+        """Return the origin and the use of the network."""
+        objective = f"flow matching (class_dropout={self.class_dropout}, times={self.times})"
+        return replace(super().record(), objective=objective)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged network with guidance."""

@@ -47,6 +47,11 @@ class Edge(ABC):
     starts_at_batch_times: ClassVar[bool] = True
     has_length: ClassVar[bool] = True
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether some jumps start after t = 0, at points x_t that depend on the data x_1."""
+        return True
+
     @abstractmethod
     def draw(self, t: Time, step: int, generator: torch.Generator) -> Times:
         """Sample the start and end times of len(t) jumps at training step `step`, from the batch's times t."""
@@ -120,6 +125,11 @@ class NoiseEdge(Edge):
             raise ValueError(f"start must be in [0, 1): got {self.start}")
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps must be at least 1: got {self.decay_steps}")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether r is above 0 at first."""
+        return self.start > 0
 
     def for_run(self, steps: int | None) -> "NoiseEdge":
         """Return the edge with its decay_steps filled in."""

@@ -93,7 +93,7 @@ def test_weights_in_half_precision_alone_are_read(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path} only has fp16 weights: using those"]
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model"):
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
         load_autoencoder(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_it_stays_frozen_and_in_eval_mode(tmp_path):
 def test_a_size_that_is_not_a_multiple_is_refused(tmp_path):
     autoencoder = load_autoencoder(save_dc(tmp_path))
     assert autoencoder.latent_shape(64) == (4, 16, 16)
-    with pytest.raises(ValueError, match=r"size must be a multiple of 4, .*: got 18"):
+    with pytest.raises(ValueError, match=r"size.*got 18"):
         autoencoder.latent_shape(18)
 
 

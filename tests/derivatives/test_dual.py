@@ -23,22 +23,24 @@ def with_random_weights(network: nn.Module) -> nn.Module:
     return network.double()
 
 
-def make_dit(patch_size: int = 2) -> DiT:
+def make_dit(patch_size: int = 2, **options) -> DiT:
     """Return a small DiT whose output depends on every argument."""
     size = 4 * patch_size
-    return with_random_weights(DiT(size, 2, patch_size, width=16, depth=2, heads=2, num_classes=3, end_time=True))
+    options = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3, "end_time": True} | options
+    return with_random_weights(DiT(size, 2, patch_size, **options))
 
 
 NETWORKS = {
     "mlp": lambda: with_random_weights(MLP(2, 32, 3, num_classes=3)),
     "dit1": lambda: make_dit(1),
     "dit2": make_dit,
+    "dit with pixel skip": lambda: make_dit(pixel_skip=True),
 }
 
 
 @pytest.fixture(params=NETWORKS)
 def network(request):
-    """An MLP, and DiTs of patch size 1 and 2."""
+    """An MLP, and DiTs of patch size 1 and 2, without and with a pixel skip."""
     return NETWORKS[request.param]()
 
 

@@ -127,13 +127,13 @@ def test_the_difference_is_the_last_resort():
 
 def test_no_engine_is_an_error():
     """Central differences do not support bfloat16 either."""
-    with pytest.raises(ValueError, match=r"no engine can be used: .*central: .*float32"):
+    with pytest.raises(ValueError, match=r"central: .*float32"):
         choose(Holder(OwnFunction()).bfloat16(), EXAMPLE)
 
 
 def test_a_requested_engine_that_fails_is_an_error_that_names_one_that_works():
     """Another engine is never used silently."""
-    with pytest.raises(ValueError, match=r"derivative dual cannot be used: .*add_.* layer blocks.1.*functional"):
+    with pytest.raises(ValueError, match=r"add_.*blocks.1.*functional"):
         choose(Holder(InPlace()), EXAMPLE, "dual")
     assert choose(Holder(InPlace()), EXAMPLE, "functional").name == "functional"
     assert choose(Holder(InPlace()), EXAMPLE, "central").name == "central"

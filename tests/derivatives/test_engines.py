@@ -34,9 +34,19 @@ def dit():
     return randomised(DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, end_time=True))
 
 
-@pytest.fixture(params=["mlp", "dit"])
+@pytest.fixture
+def dit_with_skip():
+    """The same with a pixel skip, whose weights keep the output and with it the rounding in moderate sizes."""
+    network = DiT(4, 2, patch_size=2, width=16, depth=2, heads=2, num_classes=3, end_time=True, pixel_skip=True)
+    randomised(network)
+    for convolution in (network.pixel_skip.enter, network.pixel_skip.inner, network.pixel_skip.leave):
+        nn.init.normal_(convolution.weight, std=0.05)
+    return network
+
+
+@pytest.fixture(params=["mlp", "dit", "dit_with_skip"])
 def network(request):
-    """Either of the two."""
+    """Each of them."""
     return request.getfixturevalue(request.param)
 
 

@@ -185,9 +185,9 @@ def test_missing_images_classes_and_models_are_refused(tmp_path):
     data.reference_size = 0
     with pytest.raises(ValueError, match="the validation or test loader is empty"):
         trainer(tmp_path, evaluation()).validate(distiller(), datamodule=data, verbose=False)
-    with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         trainer(tmp_path, evaluation()).validate(distiller(), DataLoader([0]), verbose=False)
-    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+    with pytest.raises(ValueError, match="student, teacher: got 'tutor'"):
         validated(distiller(), tmp_path, specs=["tutor/mix/1"])
 
 
@@ -293,14 +293,17 @@ def test_the_protocol_says_all_that_figures_depend_on(tmp_path, capsys):
     assert written["protocol"] == {
         "checkpoint": "none: weights in memory",
         "weights": "student: exponential moving average (decay 0.9999); teacher: as loaded",
+        "weights sha256": distiller().average.identity(),
         "times (t -> s)": "student/mix/4: 0 -> 0.7, 0.7 -> 0.7, 0.8 -> 0.8, 0.9 -> 1; "
         "student/consistency/3: 0 -> 1, 0.7 -> 1, 0.85 -> 1",
         "precision": "32-true",
         "feature network": "small mixtures",
         "reference": str(tmp_path / "images.npz"),
         "reference sha256": digest,
+        "reference size": "8 x 8, gray",
         "real images": 50,
         "generated images": 44,
+        "generated size": "8 x 8, gray",
         "labels": "uniform over 10 classes, by the seed",
         "pixels": "round(127.5 (x + 1)) clamped to 0..255",
         "guidance": "teacher: scale 2, no limit, t in [0, 1]",
@@ -335,7 +338,7 @@ def test_several_networks_share_the_samples_and_not_their_columns(tmp_path):
     written, _ = results(tmp_path, features=[DigitsFeatures(), Another()])
     assert list(written["rows"][0])[4:] == ["fd", "kid", "fd_another"]
     assert written["metric"] == "Fréchet distance on the digits classifier and another"
-    with pytest.raises(ValueError, match="two feature networks have a column 'kid': measure them in two runs"):
+    with pytest.raises(ValueError, match="'kid'"):
         results(tmp_path, features=[DigitsFeatures(), Small()])
 
 

@@ -22,7 +22,7 @@ MIX = SamplingSpec("student", "mix", 2)
 
 def distiller(guidance: Guidance = Guidance(2.0), channels: int = 1) -> Distiller:  # noqa: B008 - frozen
     L.seed_everything(0, verbose=False)
-    teacher = DiT(8, channels, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
+    teacher = DiT(8, channels, patch_size=4, width=16 * channels, depth=1, heads=2, num_classes=10)
     # Some of its layers start at zero: all specs would be alike, and all labels.
     for parameter in teacher.parameters():
         if parameter.requires_grad:
@@ -214,13 +214,13 @@ def test_a_datamodule_may_give_the_conditions():
     assert generator.grid([MIX], 12).shape == (1, 12, 1, 8, 8)
 
 
-def test_a_grid_has_a_row_a_spec_and_a_column_a_class():
+def test_a_grid_has_a_row_per_spec_and_equally_many_columns_per_class():
     generator = SampleGenerator(distiller(), Digits())
     specs = [MIX, SamplingSpec("teacher", "euler", 2)]
     assert generator.grid(specs, 4).shape == (2, 4, 1, 8, 8)
-    grid = generator.grid(specs, 20)
-    assert grid.shape == (2, 10, 1, 8, 8)
-    assert torch.equal(grid[1], generator.generate(specs[1], range(10)))
+    grid = generator.grid(specs, 25)
+    assert grid.shape == (2, 20, 1, 8, 8)
+    assert torch.equal(grid[1], generator.generate(specs[1], range(20)))
 
 
 def test_latents_are_decoded_some_at_a_time(generator):
@@ -258,11 +258,11 @@ def test_no_rows_take_a_pass_and_give_no_image():
 def test_what_cannot_be_shown_is_refused():
     with pytest.raises(ValueError, match=r"the network generates \(4, 8, 8\)"):
         SampleGenerator(distiller(channels=4), Prompted()).check([])
-    with pytest.raises(ValueError, match="give the trainer a datamodule with num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         SampleGenerator(distiller(), None).check([])
-    with pytest.raises(ValueError, match="spec tutor/mix/1: model must be one of student, teacher: got 'tutor'"):
+    with pytest.raises(ValueError, match="student, teacher: got 'tutor'"):
         SampleGenerator(distiller(), Digits()).check([SamplingSpec("tutor", "mix", 1)])
-    with pytest.raises(ValueError, match=r"a module with models\(\).*: got LightningModule"):
+    with pytest.raises(ValueError, match="got LightningModule"):
         SampleGenerator(L.LightningModule(), Digits())
 
 

@@ -1,7 +1,11 @@
+import io
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from decm_lightning import TeacherTraining
@@ -40,6 +44,10 @@ def test_grids_are_logged_once_every_n_steps(tmp_path, accumulated):
     images = events.Images("samples")
     assert [image.step for image in images] == [2, 4]
     assert (images[0].height, images[0].width) == (2 * 8, 10 * 8)
+    # The latest grid, enlarged.
+    latest = torch.from_numpy(np.array(Image.open(f"{logger.log_dir}/samples.png")))[::8, ::8]
+    logged = torch.from_numpy(np.array(Image.open(io.BytesIO(images[1].encoded_image_string)).convert("L")))
+    assert torch.equal(latest, logged)
 
 
 def test_grids_change_nothing_in_training(tmp_path):

@@ -95,7 +95,7 @@ def test_images_that_are_all_alike_are_far_and_no_error(collapsed, generator):
 def test_features_that_are_not_finite_are_refused(generator):
     real, generated = features(30, 4, generator), features(30, 4, generator)
     for bad in ((real, generated.index_fill(0, torch.tensor(3), float("nan"))), (real / 0, generated)):
-        with pytest.raises(NonFiniteError, match=r"covariance of the (real|generated) features is not finite"):
+        with pytest.raises(NonFiniteError, match=r"covariance.*(real|generated)"):
             measured(*bad).compute()
 
 

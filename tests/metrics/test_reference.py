@@ -94,7 +94,7 @@ def test_the_moments_of_the_file_win_over_its_images(tmp_path, images):
 
 def test_moments_are_no_use_to_another_network(tmp_path, images):
     facm, adm = write(tmp_path, "facm", images), write(tmp_path, "adm", images)
-    with pytest.raises(ValueError, match=r"fd on the digits classifier .*facm.npz has no images, and its moments"):
+    with pytest.raises(ValueError, match=r"fd .*facm.npz"):
         FeatureMetrics(DigitsFeatures(), reference=read(facm))
     quality = FeatureMetrics(DigitsFeatures(), reference=read(adm))
     assert quality.needs_real
@@ -103,7 +103,7 @@ def test_moments_are_no_use_to_another_network(tmp_path, images):
 
 def test_moments_of_another_dimension_are_refused(tmp_path):
     np.savez(tmp_path / "clip.npz", mu=np.zeros(512), sigma=np.eye(512))
-    with pytest.raises(ValueError, match=r"clip.npz: its mean has 512 features: fid needs 6, of the same feature net"):
+    with pytest.raises(ValueError, match=r"clip.npz.* 512 .*fid .* 6"):
         FeatureMetrics(Small(), reference=read(tmp_path / "clip.npz"))
 
 

@@ -1,5 +1,6 @@
 """The DiT matches the published network, a student starts as its teacher, and wrong sizes are reported."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file
 
-from decm_lightning.networks import DiT
+from decm_lightning.networks import DiT, load, save
+from decm_lightning.networks.pretrained import refuse_another
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lightningdit_tiny.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "weights"
 TINY = {"input_size": 8, "in_channels": 4, "patch_size": 1, "width": 48, "depth": 3, "heads": 4, "num_classes": 10}
 
 
@@ -116,7 +119,7 @@ def test_new_network_is_zero(inputs):
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_unpatchify_puts_patches_back(patch_size, generator):
     """It inverts the split into patches, in which channels come last."""
-    network = DiT(8, 3, patch_size=patch_size, width=16, depth=1, heads=2, num_classes=2)
+    network = DiT(8, 3, patch_size=patch_size, width=48, depth=1, heads=2, num_classes=2)
     image = torch.randn(2, 3, 8, 8, generator=generator)
     tokens = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
     assert torch.equal(network.unpatchify(tokens), image)
@@ -174,3 +177,68 @@ def test_impossible_sizes_are_refused(changed, value):
     """The message contains the sizes."""
     with pytest.raises(ValueError, match=value):
         DiT(**TINY | changed)
+
+
+def test_a_new_pixel_skip_adds_nothing(inputs):
+    """Until it is trained, a network with the skip is the network without it."""
+    torch.manual_seed(0)
+    network, plain = DiT(**TINY, pixel_skip=True), DiT(**TINY)
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    plain.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("pixel_skip")})
+    assert network(*inputs).any()
+    assert torch.equal(network(*inputs), plain(*inputs))
+
+
+def test_noise_bypasses_narrow_tokens():
+    """A width below the values of a patch: all directions of the noise reach the output, with the gain of the head."""
+    network = DiT(8, 3, patch_size=8, width=16, depth=1, heads=2, num_classes=2, pixel_skip=True)
+    torch.nn.init.constant_(network.pixel_skip.modulation[1].bias, -1.0)
+    x_t, t, s, labels = network.example()
+    torch.testing.assert_close(network(torch.ones_like(x_t), t, s, labels), -torch.ones_like(x_t))
+
+
+def test_a_description_without_the_pixel_skip_is_loaded(tmp_path, inputs):
+    """Networks that were saved before the argument existed have the same parameters and outputs."""
+    network = randomised(DiT(**TINY))
+    save(network, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("pixel_skip") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load(tmp_path)
+    refuse_another(config, network, "last.ckpt")
+    assert again.pixel_skip is None
+    assert torch.equal(again(*inputs), network(*inputs))
+
+
+@pytest.mark.parametrize("changed", [{}, {"learn_sigma": True}])
+def test_a_pixel_skip_is_saved_loaded_and_given_an_end_time(changed, tmp_path, inputs):
+    """The loaded network is the same, and its student equals it for every s."""
+    network = randomised(DiT(**TINY, pixel_skip=True, **changed))
+    save(network, tmp_path)
+    again = load(tmp_path)
+    x_t, t, s, labels = inputs
+    u = network(*inputs)
+    assert torch.equal(again(*inputs), u)
+    student = again.with_end_time().eval()
+    for end in (s, torch.zeros(5), torch.ones(5)):
+        torch.testing.assert_close(student(x_t, t, end, labels), u, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "numbers"), [({"patch_size": 8, "in_channels": 3}, "192"), ({"in_channels": 49}, "49")]
+)
+def test_a_width_below_the_values_of_a_patch_needs_the_pixel_skip(changed, numbers):
+    """The message has both numbers and the remedies; at the width itself and with the skip nothing is refused."""
+    sizes = TINY | changed
+    with pytest.raises(ValueError, match=rf"width 48 .* {numbers} .*patch_size.*pixel_skip: true") as refused:
+        DiT(**sizes)
+    assert "\n" not in str(refused.value)
+    DiT(**sizes, pixel_skip=True)
+    DiT(**sizes | {"width": -(-int(numbers) // 16) * 16})
+
+
+@pytest.mark.parametrize("folder", ["digits", "fashion", "emoji"])
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_the_stored_networks_are_wide_enough(folder, kind):
+    """All weights of the repository are loaded."""
+    assert next(load(WEIGHTS / folder / kind).parameters()).isfinite().all()

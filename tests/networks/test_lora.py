@@ -148,7 +148,7 @@ def test_description_builds_it_again(network):
 
 
 def test_bad_ranks_and_targets_are_refused(network):
-    with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"lora_rank.*got 0"):
         network.with_end_time(lora_rank=0)
     with pytest.raises(ValueError, match=r"targets .*'third'"):
         network.with_end_time(lora_rank=1, targets=["first", "third"])

@@ -319,6 +319,7 @@ def test_other_conditions_are_refused_with_the_remedy():
         ({"input_size": 5}, "got 5 and 2"),
         ({"width": 20, "heads": 3}, "got 20 / 3"),
         ({"width": 12}, "got 12 / 2"),
+        ({"in_channels": 5}, "width 16 .* 20 .*features: 32"),
         ({"depth": 0}, "depth must be at least 1: got 0"),
         ({"patch_size": 0}, "patch_size must be at least 1: got 0"),
     ],

@@ -15,7 +15,16 @@ from tests.parallel.pair import SIZE
 from tests.parallel.test_training import ROWS, Exact, whole
 
 pytestmark = pytest.mark.slow
-NETWORK = {"input_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 10}
+NETWORK = {
+    "input_size": 8,
+    "in_channels": 1,
+    "patch_size": 4,
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "num_classes": 10,
+    "pixel_skip": True,
+}
 
 
 class WithTable(DiT):

@@ -15,6 +15,7 @@ from decm_lightning import Distiller, losses, samplers
 from decm_lightning.callbacks import GradientNorms
 from decm_lightning.data import Digits
 from decm_lightning.guidance import Guidance
+from decm_lightning.losses.middle import Sigmoid
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
 from decm_lightning.types import Batch
@@ -98,8 +99,22 @@ class Sampling(L.Callback):
                 sampler(pl_module.models()[model], x_0, torch.arange(4), 2)
 
 
+RIVALS = {
+    "scm": lambda: losses.scm(warmup_steps=2),
+    "shortcut": lambda: losses.shortcut(finest=4),
+    "alpha_flow": lambda: losses.alpha_flow(alpha=Sigmoid(steps=2)),
+}
+"""A learned weight; targets of the average; targets of the student, then derivatives."""
+
+
 def fit(
-    strategy: str, accumulated: int = 1, n2n_every: int = 2, measured: bool = True, sampled: bool = False, **options
+    strategy: str,
+    accumulated: int = 1,
+    n2n_every: int = 2,
+    measured: bool = True,
+    sampled: bool = False,
+    rival: str | None = None,
+    **options,
 ) -> Run:
     """Train for three steps, as one of two processes or as a single process that runs the steps of both."""
     L.seed_everything(0, verbose=False)
@@ -108,7 +123,7 @@ def fit(
     distiller = (partial(OfBoth, accumulated=accumulated) if alone else Distiller)(
         Teacher(DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10)),
         student(),
-        objective=losses.paper(n2n_every, batch_fractions=(0.5, 0.25, 0.25)),
+        objective=RIVALS[rival]() if rival else losses.paper(n2n_every, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         **options,
@@ -130,7 +145,8 @@ def fit(
     trainer.fit(distiller.double(), Exact(batch_size=ROWS * SIZE * accumulated if alone else ROWS))
     networks = (distiller.network, distiller.average)
     assert {isinstance(p, DTensor) for network in networks for p in network.parameters()} == {"fsdp2" in strategy}
-    return Run(whole(distiller.network), whole(distiller.average), dict(trainer.callback_metrics))
+    weights = whole(distiller.network) | whole(distiller.log_weights)
+    return Run(weights, whole(distiller.average), dict(trainer.callback_metrics))
 
 
 def fit_compiled(strategy: str) -> Run:
@@ -149,9 +165,9 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 
 
 @cache
-def expected(accumulated: int = 1, n2n_every: int = 2) -> Run:
+def expected(accumulated: int = 1, n2n_every: int = 2, rival: str | None = None) -> Run:
     """One process that runs the steps of both."""
-    return fit("one process", accumulated, n2n_every)
+    return fit("one process", accumulated, n2n_every, rival=rival)
 
 
 def assert_right(runs: list[Run], right: Run) -> None:
@@ -201,6 +217,18 @@ def test_options_change_nothing(strategy, options, pair):
     for run in pair.run(fit_with, strategy, options):
         torch.testing.assert_close(run.weights, expected().weights, rtol=0, atol=tolerance)
         torch.testing.assert_close(run.averages, expected().averages, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rivals_in_two_processes(strategy, rival, pair):
+    """Learned weights are averaged over the processes, and targets come from sharded networks."""
+    right = expected(rival=rival)
+    for run in pair.run(fit_with, strategy, {"rival": rival}):
+        torch.testing.assert_close(run.weights, right.weights, rtol=0, atol=1e-12)
+        torch.testing.assert_close(run.averages, right.averages, rtol=0, atol=1e-12)
+    if rival == "scm":
+        assert right.weights["consistency.linear.bias"].abs().max() > 1e-3
 
 
 @pytest.mark.compiled

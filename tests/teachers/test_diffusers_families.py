@@ -508,7 +508,7 @@ def test_other_targets_and_ranks(case):
     assert len(student.added) >= 6
     with pytest.raises(ValueError, match=r"targets .*'nothing'"):
         DiffusersTeacher(str(case.folder), targets=["to_q", "nothing"]).student()
-    with pytest.raises(ValueError, match="lora_rank must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"lora_rank.*got 0"):
         DiffusersTeacher(str(case.folder), lora_rank=0)
 
 

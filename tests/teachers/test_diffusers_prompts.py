@@ -108,7 +108,7 @@ def test_a_folder_without_encoders_is_refused(case, tmp_path):
     pipeline.transformer.save_pretrained(tmp_path / "alone")
     teacher = DiffusersTeacher(str(tmp_path / "alone"), lora_rank=2)
     captions = DiffusersPrompts(case[2], max_tokens=6)(PROMPTS)
-    with pytest.raises(ValueError, match=r"has no text encoders: .*model_index.json"):
+    with pytest.raises(ValueError, match=r"model_index.json"):
         teacher.null(captions)
 
 
@@ -116,5 +116,5 @@ def test_other_pipelines_and_lengths_are_refused(tmp_path):
     DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), **BLOCKS), DDIMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is a DDPMPipeline: .*StableDiffusion3, Flux, Sana, PixArt"):
         DiffusersPrompts(str(tmp_path))(["a cat"])
-    with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens.*got 0"):
         DiffusersPrompts(str(tmp_path), max_tokens=0)

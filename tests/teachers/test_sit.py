@@ -143,7 +143,7 @@ def test_tensors_that_do_not_fit_are_listed(change, message, path):
 
 
 def test_an_unknown_number_of_heads_must_be_passed(path):
-    with pytest.raises(ValueError, match=r"sit.pt: the number of heads .* 24: pass heads"):
+    with pytest.raises(ValueError, match=r"sit.pt: .* 24: .*heads"):
         PretrainedTeacher(path)
     with pytest.raises(ValueError, match=r"sit.pt: width / heads must be a multiple of 4: got 24 / 0"):
         PretrainedTeacher(path, heads=0)

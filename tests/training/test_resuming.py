@@ -178,7 +178,7 @@ def test_a_stream_is_exact_at_an_epoch_s_end_and_warns_within_one(tmp_path):
 
 
 def test_overfit_batches_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"overfit_batches does not work with Few.*limit_train_batches"):
+    with pytest.raises(ValueError, match=r"overfit_batches.*Few.*limit_train_batches"):
         fit(tmp_path, Few(3), [], max_epochs=2, overfit_batches=1)
 
 
@@ -364,7 +364,7 @@ def test_a_schedule_of_another_class_is_as_the_config_has_it(tmp_path):
 
 
 def test_a_schedule_that_follows_a_metric_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="ReduceLROnPlateau follows a metric"):
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
         run(tmp_path, 2, optimizer=adam(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 

@@ -75,6 +75,9 @@ class GradientNorms(L.Callback):
             return
         for name, term in module.terms.items():
             self.single[f"grad_norm/{name}"] = total_norm(_gradients(term.value, network))
+        if isinstance(network, FSDPModule):
+            # These backward passes also reach parameters outside the network, such as learned weights of losses.
+            pl_module.zero_grad()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

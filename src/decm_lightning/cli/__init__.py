@@ -11,7 +11,7 @@ from decm_lightning.cli.early_checks import Reads, check_inputs
 from decm_lightning.cli.messages import describe, did_you_mean, is_for_the_user
 from decm_lightning.cli.output import Output
 
-TRAINING, INFERENCE, PREPARATION = "Training", "Inference and export", "Data preparation"
+OWN, TRAINING, INFERENCE, PREPARATION = "Your own images", "Training", "Inference and export", "Data preparation"
 MODEL, IMAGES = "checkpoint or folder", "folder or file"
 HEAD = """usage: decm COMMAND [options]
 
@@ -46,14 +46,26 @@ _CHECKPOINT = {"ckpt_path": "checkpoint"}
 _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
+    "new": Command(
+        "new:new", "write the configs of a teacher and its student for your images", OWN,
+        ("folder",), {"folder": IMAGES},
+    ),
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
     "validate": Command("trainer:run", "evaluate a checkpoint with the metrics of training", TRAINING, (), _CHECKPOINT),
-    "test": Command("trainer:run", "evaluate a checkpoint and write the quality table", TRAINING, (), _CHECKPOINT),
+    "test": Command(
+        "test:test", "evaluate a checkpoint, or any student or teacher, and write the quality table",
+        TRAINING, ("model",), _CHECKPOINT | {"model": MODEL},
+    ),
+    "tune-guidance": Command(
+        "tune_guidance:tune_guidance", "measure a teacher on a grid of guidance scale, limit and interval",
+        TRAINING, ("model",), {"model": MODEL},
+    ),
     "predict": Command("trainer:run", "generate images on all devices into a folder", TRAINING, (), _CHECKPOINT),
     "sample": Command("sample:sample", "generate images of chosen classes", INFERENCE, ("model",), _SAMPLED),
     "sample-prompts": Command(
         "sample_prompts:sample_prompts", "generate images from a file of prompts", INFERENCE, ("model",), _PROMPTED
     ),
+    "app": Command("app:app", "open a page that generates images in the browser", INFERENCE, ("model",), _SAMPLED),
     "export": Command(
         "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
@@ -64,6 +76,10 @@ COMMANDS = {
     "consolidate": Command(
         "consolidate:consolidate", "merge a sharded checkpoint into one file, to resume on one device",
         INFERENCE, ("checkpoint",), {"checkpoint": "checkpoint"},
+    ),
+    "score": Command(
+        "score:score", "measure images that were generated elsewhere: FID, KID, precision and recall, ...",
+        INFERENCE, (), {"samples": IMAGES, "reference": IMAGES},
     ),
     "encode": Command("encode:encode", "encode images into a folder of latents", PREPARATION, (), {"images": IMAGES}),
     "encode-pairs": Command(
@@ -124,7 +140,8 @@ def _run(name: str, *argv: str) -> None:
         raise ValueError("; ".join([f"unknown command {name!r}: see decm --help", *did_you_mean(name, COMMANDS)]))
     command = COMMANDS[name]
     if command.group == TRAINING and not argv:
-        raise ValueError(f"{name} needs --config FILE")
+        needed = f"a {MODEL}, or --config FILE" if command.positional else "--config FILE"
+        raise ValueError(f"{name} needs {needed}")
     configs = check_inputs(argv, command.reads, command.positional)
     if configs:
         # Appended, so that a file next to a config cannot shadow an installed package.

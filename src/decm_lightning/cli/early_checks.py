@@ -29,9 +29,9 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
         OSError: if a file is missing or cannot be read.
         ValueError: naming the file and line, if a config is not a YAML mapping.
     """
-    configs, unnamed = [], list(positional)
+    configs, unnamed, named = [], list(positional), {}
     tree: dict[str, Any] = {}
-    for name, value in _arguments(argv):
+    for name, value in arguments(argv):
         if name in ("c", "config"):
             if (content := _read(value)) is not None:
                 configs.append(value)
@@ -39,24 +39,35 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
         elif name:
             _set(tree, name.split("."), value)
         elif unnamed:
-            tree[unnamed.pop(0)] = value
+            named[unnamed.pop(0)] = value
+    # The model on the command line replaces the model of a config, whose files are then not needed.
+    tree |= named
     if any(map(_only_prints, argv)):
         return configs
     for name, what in reads.items():
         if isinstance(path := tree.get(name), str) and _is_missing(path):
             raise FileNotFoundError(f"no {what} at {path}")
+    check_files(tree)
+    return configs
+
+
+def check_files(tree: Mapping[str, Any]) -> None:
+    """Check that the files and folders that a config names exist.
+
+    Raises:
+        OSError: if one is missing or cannot be read.
+    """
     for key, value in _files(tree, (), ""):
         if _is_missing(value):
             what = "folder" if key[-1] == "folder" else "file" if key[-1] == "vae" else "checkpoint or folder"
             raise FileNotFoundError(f"no {what} at {value} ({'.'.join(key)})")
-    return configs
 
 
 def _only_prints(argument: str) -> bool:
     return argument in ("-h", "--help") or argument.startswith("--print_config")
 
 
-def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the name and the value of each option, and "" and the value of each positional argument."""
     rest = iter(argv)
     for argument in rest:

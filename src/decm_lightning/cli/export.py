@@ -1,13 +1,28 @@
 """decm export: write a checkpoint's averaged weights in a format that other programs, or `load`, read."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree
 
-from decm_lightning.export import Format, writer
-from decm_lightning.networks import load
+from decm_lightning.cli.sampling import image_generator, reads_captions
+from decm_lightning.cli.targets import check_device
+from decm_lightning.errors import NonFiniteError
+from decm_lightning.export import Format, hub, writer
+from decm_lightning.export.card import Samples, places, write_card
+from decm_lightning.networks import Network, load
 from decm_lightning.networks.pretrained import check_target
+from decm_lightning.networks.record import Record
+from decm_lightning.types import Condition
+
+STEPS = (1, 2, 4)
+"""The numbers of steps in the samples of a model card."""
+COLUMNS = 10
+PROMPTS = ("a red apple", "a cat", "a sailing boat", "a snowy mountain")
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -15,19 +30,67 @@ def export(
     out: str,
     to: Format = "folder",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    samples: bool = True,
+    push: str | None = None,
+    public: bool = False,
+    device: str = "cpu",
     trust: bool = False,
 ) -> None:
-    """Write a checkpoint's averaged weights in one of several formats.
+    """Write a checkpoint's averaged weights in one of several formats, with a model card.
 
     Args:
         checkpoint: a checkpoint written by decm fit (a .ckpt file, or a folder of shards), or an exported folder.
         out: the folder or file to write. An existing network is replaced once the new one is complete.
-        to: folder (config.json and model.safetensors, which decm_lightning.load, decm sample and teachers read).
+        to: folder (config.json and model.safetensors, which decm_lightning.load, decm sample and teachers read);
+            safetensors (the same in one .safetensors file);
+            lora or lora-comfyui (one LoRA .safetensors file of an SD3, Flux or Sana student, for load_lora_weights of
+            diffusers or for ComfyUI; consistency sampler only).
         dtype: dtype of the stored weights. float16 halves the file and rounds each weight to 1 part in 2,000. Networks
             loaded from the folder always compute in float32.
+        samples: generate images at 1, 2 and 4 steps for the model card.
+        push: user/name on the Hugging Face hub, to upload the written files to. A new repository is private.
+        public: make a new repository on the hub public.
+        device: the device that generates the samples, such as cpu or cuda.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     # Reading the checkpoint may take minutes, so the target is checked first.
     target = check_target(out) if to == "folder" else Path(out)
-    files = writer(to)(load(checkpoint, trust=trust), target, getattr(torch, dtype))
-    print(f"wrote {', '.join(map(str, files))}")
+    name = hub.check_name(push) if push else ""
+    check_device(device)
+    network = load(checkpoint, trust=trust)
+    files = writer(to)(network, target, getattr(torch, dtype))
+    # Loaded again, because writing may round the weights in place to a dtype in which they do not run.
+    images = _samples(load(checkpoint, device, trust)) if samples else None
+    card = write_card(network, target, to, images, name)
+    if not card:
+        log.warning("%s has a model card without decm export's mark, which is left unchanged", target)
+    print(f"wrote {', '.join(map(str, [*files, *card]))}")
+    if name:
+        uploaded = [*files, *(file for file in places(target) if file.exists())]
+        print(f"pushed to {hub.push(target, uploaded, name, public)}")
+
+
+def _samples(network: Network) -> Samples | None:
+    """Return images for the model card, or None with a message if they cannot be generated."""
+    try:
+        generator = image_generator(network, None, None, 0, None, None)
+        steps = STEPS if network.reads_end_time else (generator.steps,)
+        condition, rows, names = _columns(network, generator.device)
+        images = [generator.at(number).images(condition, rows) for number in steps]
+    except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        log.warning("the model card has no samples: %s", error)
+        return None
+    return Samples(torch.stack(images), steps, names)
+
+
+def _columns(network: Network, device: torch.device) -> tuple[Condition, list[int], list[str]]:
+    """Return the condition, the sample number and the name of each column; a sample is as in decm sample."""
+    if reads_captions(network):
+        captions = network.caption_encoder()(list(PROMPTS))
+        moved = _pytree.tree_map_only(Tensor, lambda part: part.to(device), captions)
+        return moved, list(range(len(PROMPTS))), list(PROMPTS)
+    if not network.num_classes:
+        return None, list(range(COLUMNS)), [f"sample {row}" for row in range(COLUMNS)]
+    labels = list(range(0, network.num_classes, -(-network.num_classes // COLUMNS)))
+    named = dict(enumerate((network.record or Record()).class_names))
+    return torch.tensor(labels, device=device), labels, [named.get(label, str(label)) for label in labels]

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -49,3 +49,14 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
     config = parser.instantiate(parser.parse_args(list(argv)))
     config.pop("config")
     function(**config)
+
+
+def keep_whole_numbers(function: Callable[..., Any]) -> None:
+    """Let the parser read 1 as an int where an argument is an int or a float.
+
+    For the trainer's limits 1.0 would mean all batches.
+    """
+    # typing caches Optional[Union[int, float]] in the order in which a library first wrote it.
+    annotations = unwrap(function).__annotations__
+    numbers = int | float | None
+    annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})

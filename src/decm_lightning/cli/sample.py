@@ -29,19 +29,22 @@ def sample(
     """Generate images of classes and save them.
 
     Args:
-        model: a .ckpt file, or a folder with config.json and model.safetensors.
+        model: a .ckpt file, a folder with config.json and model.safetensors, or a name on the Hugging Face hub. Its
+            record has the defaults of the other options.
         out: a .png file for a grid with one row per class, or a folder for one PNG per image. A folder holds images of
             one set of settings. The same command resumes it; other settings are refused.
         sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
-            mix?s1=0.6. The default is mix for a student and euler for a teacher.
-        steps: network evaluations per image, at least 1; by default 50 for euler and 2 for other samplers.
+            mix?s1=0.6. By default the recommended one for the number of steps, which for a teacher is euler.
+        steps: network evaluations per image, at least 1; by default 2, or 50 for a teacher.
         classes: labels to sample, at least one; by default all.
         per_class: images per class, at least 1.
         seed: from 0 to 2**63 - 1. Image k of class c is sample k * num_classes + c of the seed, as in decm test.
         scale: enlargement of the images in a grid, at least 1.
         device: the device, such as cpu or cuda.
-        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
-        latents: the folder of latents that the model was trained on; its latents_stats.pt and cache.json are read.
+        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's. By default
+            the recorded one; another one is refused.
+        latents: the folder of latents that the model was trained on, whose latents_stats.pt and cache.json are read. By
+            default the recorded statistics.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     for name, value in (("per_class", per_class), ("scale", scale)):

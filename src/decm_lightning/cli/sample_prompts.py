@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.prompts import Prompt, read_prompts
 from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model, progress
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import check_plots, save_named_grid, short
-from decm_lightning.text import CaptionEncoder, named_encoder
+from decm_lightning.text import CaptionEncoder
+from decm_lightning.text.prompts import Prompt, read_prompts
 
 METADATA = "metadata.jsonl"
 BATCH = 64
@@ -39,21 +39,23 @@ def sample_prompts(
     """Generate images from prompts and save them.
 
     Args:
-        model: a .ckpt file, or a folder with config.json and model.safetensors.
+        model: a .ckpt file, a folder with config.json and model.safetensors, or a name on the Hugging Face hub. Its
+            record has the defaults of the other options.
         prompts: a file with one prompt per line, or a .jsonl file with one {"prompt": "..."} per line.
         encoder: the text encoder that the model was trained with: minilm, a folder or a name on the Hugging Face hub,
-            or the folder of a diffusers pipeline; by default the encoder that the model names.
+            or the folder of a diffusers pipeline; by default the recorded encoder. Another one is refused.
         out: a .png file for a grid with one row per prompt, or a folder for one PNG per image, in the layout that
             GenEval's scorer reads. A folder holds images of one set of settings. The same command resumes it; other
             settings are refused.
         sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
-            mix?s1=0.6. The default is mix for a student and euler for a teacher.
-        steps: network evaluations per image, at least 1; by default 50 for euler and 2 for other samplers. A grid can
-            show several numbers side by side, such as [1, 4].
+            mix?s1=0.6. By default the recommended one for the number of steps, which for a teacher is euler.
+        steps: network evaluations per image, at least 1; by default 2, or 50 for a teacher. A grid can show several
+            numbers side by side, such as [1, 4].
         per_prompt: images per prompt, at least 1.
         seed: from 0 to 2**63 - 1. Of P prompts, image k of prompt i is sample k * P + i of the seed, as in decm test.
         device: the device, such as cpu or cuda.
-        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
+        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's. By default
+            the recorded one; another one is refused.
         latents: the folder of latents that the model was trained on, if its latents_stats.pt scales them instead of the
             VAE's config.
         trust: allow a network class from outside this package; importing its module runs its code.
@@ -68,10 +70,11 @@ def sample_prompts(
     read = read_prompts(Path(prompts))
     network, target = load_model(model, True, out, seed, device, trust)
     generator = image_generator(network, sampler, all_steps[0], seed, vae, latents)
-    text_encoder = network.caption_encoder() if encoder is None else _encoder(encoder, device)
+    text_encoder = network.caption_encoder(encoder)
     outputs = PromptOutputs(generator, read, text_encoder, per_prompt)
     if is_grid(target):
-        columns = [replace(generator, steps=generator.steps if number is None else number) for number in all_steps]
+        chosen = [network.sampling(sampler, number) for number in all_steps]
+        columns = [replace(generator, sampler=str(name), steps=number) for name, number in chosen]
         outputs.write_grid(target, columns)
         print(f"wrote images of {len(read)} prompts to {target} ({'; '.join(map(str, columns))})")
     else:
@@ -115,7 +118,10 @@ class PromptOutputs:
         with progress(numbers) as bar:
             rows = [torch.cat([self.images(number, generator) for generator in generators]) for number in bar]
         names = [short(prompt.text) for prompt in self.prompts]
-        save_named_grid(torch.stack(rows), names, [in_steps(generator.steps) for generator in generators], file)
+        # One sampler needs no mention in every heading.
+        same = len({generator.sampler for generator in generators}) == 1
+        headings = [in_steps(generator.steps) if same else str(generator) for generator in generators]
+        save_named_grid(torch.stack(rows), names, headings, file)
 
     def write_folder(self, root: Path) -> int:
         """Generate a folder's missing images, and return the number of prompts that were incomplete.
@@ -146,8 +152,9 @@ class PromptOutputs:
         return self.generator.settings(per_prompt=self.count, prompts=digest, encoder=self.encoder.identity)
 
     def _measure(self, numbers: Sequence[int]) -> None:
-        """Log how many prompts are truncated, if any."""
+        """Move the encoder to the network's device, and log how many prompts are truncated, if any."""
         if numbers:
+            self.encoder.to(self.generator.device)
             self.encoder.measured([self.prompts[number].text for number in numbers])
 
     def _has_line(self, root: Path, number: int) -> bool:
@@ -159,12 +166,3 @@ class PromptOutputs:
 
 def _metadata(root: Path, number: int) -> Path:
     return root / f"{number:05d}" / METADATA
-
-
-def _encoder(name: str, device: str) -> CaptionEncoder:
-    if not (Path(name) / "model_index.json").is_file():
-        return named_encoder(name)
-    # Imported here: only pipelines need it.
-    from decm_lightning.teachers import DiffusersPrompts
-
-    return DiffusersPrompts(name, device=device)

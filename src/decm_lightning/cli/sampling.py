@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.cli.targets import check_device, check_out
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
+from decm_lightning.networks.generation import flow_map
+from decm_lightning.networks.recorded import check_recorded, latent_coder
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
-from decm_lightning.types import Captions, Condition, Sample
+from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
 
 TEACHER_STEPS = 50
 DIGITS = 16
@@ -48,17 +52,27 @@ class ImageGenerator:
         """The device of the network."""
         return next(self.network.parameters()).device
 
+    @cached_property
+    def flow_map(self) -> FlowMapNetwork:
+        """The network as a flow map."""
+        return flow_map(self.network)
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the images."""
         height, width = self.network.sample_shape[1:]
         return width * self.decoder.factor, height * self.decoder.factor
 
+    def at(self, steps: int, sampler: str | None = None, seed: int = 0) -> "ImageGenerator":
+        """Return a generator with another number of steps, by default with the sampler recommended for that number."""
+        name, steps = self.network.sampling(sampler, steps)
+        return replace(self, steps=steps, sampler=str(name), seed=seed)
+
     @torch.no_grad()
     def images(self, condition: Condition, rows: Sequence[int]) -> Tensor:
         """Return images `rows` of the seed, uint8 (b, c, h, w) on the CPU; `condition` has one row per image."""
         samples = generate(
-            self.network, sampler(self.sampler), condition, self.steps,
+            self.flow_map, sampler(self.sampler), condition, self.steps,
             shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
         )  # fmt: skip
         return to_uint8(self.decoder.decode(samples)).cpu()
@@ -133,25 +147,20 @@ def image_generator(
     vae: str | None,
     latents: str | None,
 ) -> ImageGenerator:
-    """Return the image generator of a network, with the requested sampler or the network's default.
-
-    The default is mix with 2 steps for a student. A network that does not read the end time, such as a teacher, gets
-    Euler with 50 steps, because its large steps lead to class means.
+    """Return the image generator of a network, with the requested sampler and steps or the recommended ones.
 
     Raises:
         OSError: if the VAE or the statistics of the latents do not exist.
         ValueError: if the sampler or an option does not exist, or the samples are not images or latents of this VAE.
     """
-    student = network.reads_end_time
-    name = name or ("mix" if student else "euler")
+    chosen, steps = network.sampling(name, steps)
+    name = str(chosen)
     sampler(name)
-    if not student and name != "euler":
+    if not network.reads_end_time and name.partition("?")[0] != "euler":
         log.warning(
             "the model ignores the end time of a step, as a teacher does, and %s blurs its samples: use "
             "--sampler euler --steps %d", name, TEACHER_STEPS,
         )  # fmt: skip
-    if steps is None:
-        steps = TEACHER_STEPS if name == "euler" else 2
     return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, seed)
 
 
@@ -200,11 +209,16 @@ class Decoder:
         if len(network.sample_shape) != 3:
             raise ValueError(f"samples must be images (c, h, w): the model generates shape {network.sample_shape}")
         channels, by_config = network.sample_shape[0], reads_captions(network)
+        if not latents and (coder := latent_coder(network, vae)) is not None:
+            return cls(coder.decode, coder.autoencoder.downsampling, coder.identity)
+        recorded = network.record.vae if network.record else None
+        vae = vae or (recorded.name if recorded and latents else None)
         if vae and (latents or by_config):
-            decoder, found = _decoder(vae, latents)
-            if found != channels:
+            coder = _coder(vae, latents)
+            check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
+            if (found := coder.autoencoder.latent_channels) != channels:
                 raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
-            return decoder
+            return cls(coder.decode, coder.autoencoder.downsampling, coder.identity)
         if vae or latents:
             raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
         if channels not in (1, 3):
@@ -213,12 +227,11 @@ class Decoder:
         return cls(lambda samples: samples)
 
 
-def _decoder(vae: str, latents: str | None) -> tuple[Decoder, int]:
-    """Return the decoder and the channels of a VAE's latents, which a folder's statistics or the config scale."""
+def _coder(vae: str, latents: str | None) -> LatentCoder:
+    """Return a VAE with the scaling of its latents by a folder's statistics, or by its own config."""
+    if latents is None:
+        return LatentCoder(load_autoencoder(vae))
     # The data modules import Lightning, which takes seconds.
-    from decm_lightning.autoencoders import load_autoencoder
-    from decm_lightning.data.latents.latent_coder import LatentCoder
+    from decm_lightning.data.latents.latent_coder import read_coder
 
-    coder = LatentCoder.read(vae, latents) if latents else LatentCoder(load_autoencoder(vae))
-    own = coder.autoencoder
-    return Decoder(coder.decode, own.downsampling, coder.identity), own.latent_channels
+    return read_coder(vae, latents)

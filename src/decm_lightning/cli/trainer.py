@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
-from inspect import signature, unwrap
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +20,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - the parser finds their classes by name
-from decm_lightning.cli.parsing import Parser
-from decm_lightning.evaluation import SampleWriter
+from decm_lightning.cli.next_command import print_next
+from decm_lightning.cli.parsing import Parser, keep_whole_numbers
+from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.files import atomic
 from decm_lightning.losses import Objective, end_identity
 from decm_lightning.networks import Network
@@ -34,7 +35,6 @@ from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.resuming import differences, settings_of
 
 log = logging.getLogger(__name__)
-COMPARED = ("trainer", "data")
 WITHOUT_EFFECT = (
     "trainer.logger",
     "trainer.callbacks",
@@ -51,10 +51,8 @@ NOISE = (
     "'set_vital' is deprecated",
     ".*LeafSpec.* is deprecated",
     "The number of training batches .* is smaller than the logging interval",
-    "The '.*_dataloader' does not have many workers",
     ".*does not have many workers which may be a bottleneck",
-    # The loader's sampler yields batches of rows.
-    "Couldn't infer the batch indices",
+    "Couldn't infer the batch indices",  # The loader's sampler yields batches of rows.
     # Without a VAE, latents can be trained on but not evaluated: their validation loader is empty.
     "Total length of `list` across ranks is zero",
 )
@@ -81,7 +79,7 @@ class ConfigSaver(SaveConfigCallback):
         if trainer.state.fn != "fit" or "config" not in checkpoint:
             return
         saved, own = (
-            settings_of({key: config.get(key) for key in COMPARED})
+            settings_of({key: config.get(key) for key in ("trainer", "data")})
             for config in map(yaml.safe_load, (checkpoint["config"], self._dumped()))
         )
         differing = {n: v for n, v in differences(saved, own).items() if not n.startswith(WITHOUT_EFFECT)}
@@ -105,6 +103,8 @@ class TrainerCLI(LightningCLI):
     Raises:
         ValueError: if the settings contradict each other, such as a config and a checkpoint of different networks.
     """
+
+    needs_checkpoint = True  # The weights to evaluate come from --ckpt_path.
 
     def __init__(self, argv: Sequence[str], command: str | None = None) -> None:
         self.command = command
@@ -149,7 +149,7 @@ class TrainerCLI(LightningCLI):
         for limit in ("max_steps", "max_epochs"):
             if self.command == "fit" and self.config.trainer[limit] == 0:
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
-        if self.command in ("validate", "test", "predict") and not self.config.ckpt_path:
+        if self.command in ("validate", "test", "predict") and self.needs_checkpoint and not self.config.ckpt_path:
             raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
         if self.command is not None:
             _spell_out(self.config)
@@ -195,6 +195,9 @@ class TrainerCLI(LightningCLI):
         # Child processes must end with this one: otherwise they may prepare data for hours.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
         options = {name: self.config_init[name] for name in self.options}
+        # Evaluation prints a table, so Lightning's would be a second one.
+        if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
+            options["verbose"] = False
         try:
             getattr(self.trainer, str(self.command))(self.model, datamodule=self.datamodule, **options)
         except Exception as error:
@@ -207,20 +210,25 @@ class TrainerCLI(LightningCLI):
         if self.command in ("validate", "test") and not self.trainer.callback_metrics:
             callback = "a callback that logs, such as decm_lightning.evaluation.Evaluation"
             raise ValueError(f"nothing was measured: {self.command} needs {callback}")
+        if self.command == "fit":
+            print_next(self.trainer, self.model.network)
 
 
 def run(command: str, argv: Sequence[str]) -> None:
     """Run one of the trainer's methods with a config and its overrides."""
-    _prepare(argv, command).run()
+    prepare()
+    TrainerCLI(argv, command).run()
 
 
 def build(*argv: str) -> TrainerCLI:
     """Build the `trainer`, `model` and `datamodule` of a config and its overrides, without running them."""
-    return _prepare(argv)
+    prepare()
+    return TrainerCLI(argv)
 
 
-def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
-    _keep_whole_numbers()
+def prepare() -> None:
+    """Set up the parser, the warnings and the log of this process."""
+    keep_whole_numbers(L.Trainer.__init__)
     # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
     for noise in NOISE:
@@ -229,7 +237,6 @@ def _prepare(argv: Sequence[str], command: str | None = None) -> TrainerCLI:
     if getattr(rank_zero_only, "rank", 0) == 0 and not package.handlers:
         package.setLevel(logging.INFO)
         package.addHandler(logging.StreamHandler())
-    return TrainerCLI(argv, command)
 
 
 def _shards(strategy: Any) -> bool:
@@ -286,11 +293,3 @@ def _spell_out(config: Namespace) -> None:
         defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
         name = f"{end_identity.__module__}.{end_identity.__qualname__}"
         arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))
-
-
-def _keep_whole_numbers() -> None:
-    """Let the parser read 1 as an int: as a float, 1.0 would mean all batches."""
-    # typing caches Optional[Union[int, float]] in the order in which a library first wrote it.
-    annotations = unwrap(L.Trainer.__init__).__annotations__
-    numbers = int | float | None
-    annotations.update({name: numbers for name, kind in annotations.items() if kind == numbers})

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from decm_lightning.networks import Network
+from decm_lightning.networks.record import Record
 from decm_lightning.types import Condition, Sample
 
 
@@ -55,11 +56,26 @@ class HasIdentity(Protocol):
 
 
 @runtime_checkable
+class HasRecord(Protocol):
+    """Data that describe themselves in the records of networks."""
+
+    def record(self) -> Record:
+        """Return a record with the parts that the data determine, such as classes and VAE. Call it after `setup`."""
+
+
+@runtime_checkable
 class NamesRows(Protocol):
     """Data that can tell where a row comes from."""
 
     def place(self, batch_idx: int, row: int) -> str:
         """Return where a row of this epoch's training batch number `batch_idx` comes from."""
+
+
+@runtime_checkable
+class LacksSamples(Protocol):
+    """Data of conditions alone, for losses that start at noise. x_1 is zeros of the network's sample shape."""
+
+    lacks_samples: Literal[True]
 
 
 @runtime_checkable

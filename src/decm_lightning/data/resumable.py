@@ -1,6 +1,7 @@
 """The loaders of all data modules: a training loader that resumes within an epoch, and loaders of reference data."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -8,9 +9,11 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.data.fit import check_fit
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.even_split import EvenBatches
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Sample
 
@@ -30,6 +33,10 @@ class BatchDataset(Dataset[Batch]):
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         raise NotImplementedError
+
+    def identity(self) -> str:
+        """Return a hash of the rows; "" if they are not hashed."""
+        return ""
 
     def place(self, item: int) -> str:
         """Return where an item comes from, for error messages: its file and row, or its number."""
@@ -113,6 +120,10 @@ class ResumableData(L.LightningDataModule):
 
     Attributes:
         variants: number of variants of each row of `train`.
+        class_names: names of the classes by label; empty if unknown.
+        license: license of the data as an SPDX identifier; "" if unknown.
+        vae: where the VAE of the latents is; None for images.
+        coder: the loaded VAE with the normalization of the latents; None for images.
 
     Raises:
         ValueError: if a number is below its minimum.
@@ -121,6 +132,10 @@ class ResumableData(L.LightningDataModule):
     num_classes: int
     train: BatchDataset
     variants = 1
+    class_names: Sequence[str] = ()
+    license = ""
+    vae: str | None = None
+    coder: LatentCoder | None = None
 
     def __init__(self, batch_size: int, reference_size: int | None, num_workers: int) -> None:
         super().__init__()
@@ -134,6 +149,13 @@ class ResumableData(L.LightningDataModule):
         self.reference_size = reference_size
         self.num_workers = num_workers
         self.seed = torch.initial_seed() % 2**31
+
+    @property
+    def device(self) -> torch.device:
+        """The device that encodes captions and images: the trainer's, or else the accelerator of this machine."""
+        if self.trainer:
+            return self.trainer.strategy.root_device
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def train_dataloader(self) -> EpochLoader:
         """Return the shuffled training batches of this process. An incomplete last batch is dropped.
@@ -199,6 +221,20 @@ class ResumableData(L.LightningDataModule):
     def decode(self, x: Sample) -> Sample:
         """Return the network's samples as images in [-1, 1]. Pixels need no decoding."""
         return x
+
+    def data_name(self) -> str:
+        """Return the path or name of the data."""
+        return type(self).__name__
+
+    def record(self) -> Record:
+        """Return the record of a network, as far as the data determine it. Call it after `setup`."""
+        own = Record(
+            class_names=tuple(self.class_names), data=Reference(self.data_name(), self.train.identity(), self.license)
+        )
+        if self.coder is None:
+            return own
+        vae = Reference(self.vae or "", self.coder.autoencoder.identity)
+        return replace(own, vae=vae, latents=self.coder.normalization.as_json())
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffling."""

@@ -67,6 +67,8 @@ class Emoji(CaptionedImages):
         ValueError: if a number is outside its range.
     """
 
+    license = "CC-BY-4.0"
+
     def __init__(
         self,
         batch_size: int = 64,

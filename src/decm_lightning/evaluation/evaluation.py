@@ -1,6 +1,7 @@
 """Measure samples against real images during training, and write the quality table in tests."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,19 @@ from tqdm.auto import tqdm
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.cost import SamplingCost
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
-from decm_lightning.evaluation.protocol import protocol
+from decm_lightning.evaluation.protocol import measurement, networks, protocol
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
 from decm_lightning.image_writer import check_plots
 from decm_lightning.metrics import FeatureMetrics, reference
+from decm_lightning.metrics.feature_metrics import metrics_of
 from decm_lightning.metrics.features import as_feature_network
 from decm_lightning.metrics.metric import Prompts
 from decm_lightning.types import Batch
 
 COLUMNS = 10
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,6 +110,21 @@ class Evaluation(L.Callback):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1: got {batch_size}")
 
+    def restrict(self, models: Collection[str], default: Sequence[str]) -> None:
+        """Leave out the specs of models that cannot be sampled.
+
+        Args:
+            models: names of the models that can be sampled.
+            default: the specs to measure if none remains.
+        """
+        others = [spec for spec in self.test_specs if spec.model not in models]
+        if others:
+            log.info("not measured, because the model is not available: %s", ", ".join(map(str, others)))
+        self.specs, self.test_specs = (
+            [spec for spec in specs if spec.model in models] or [SamplingSpec.parse(text) for text in default]
+            for specs in (self.specs, self.test_specs)
+        )
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the specs can be generated and that the reference fits the feature networks.
 
@@ -124,10 +142,7 @@ class Evaluation(L.Callback):
         self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
         self.generator.check([*self.specs, *self.test_specs])
         self.real = None if self.reference is None else reference.read(self.reference)
-        self.qualities = [FeatureMetrics(network, self.seed, self.real, stage != "test") for network in self.features]
-        columns = [column for quality in self.qualities for column in quality.columns]
-        if twice := [column for column in columns if columns.count(column) > 1]:
-            raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
+        self.qualities = metrics_of(self.features, self.seed, self.real, validation=stage != "test")
         self.has_real = False
         self.has_measured = False
         self.rows_seen = 0
@@ -211,20 +226,18 @@ class Evaluation(L.Callback):
                 pl_module.log(f"test/{name}/{spec}", value, sync_dist=True)
         # The image counts and log_dir are collective, so all processes compute them.
         costs = {spec: measured.cost for spec, measured in results.items()}
-        settings = protocol(
-            trainer, self.generator, self.qualities, self.real, self.test_samples, self.batch_size, costs
-        )
+        size = next(iter(results.values())).first.shape[1:]
+        measured_on = measurement(self.qualities, self.real, size, self.seed, self.batch_size)
+        settings = protocol(trainer, self.generator, costs, measured_on)
         images = torch.stack(
             [trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in results.values()]
         )
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            # Networks with a distance come first in the heading.
-            names = [quality.name for quality in sorted(self.qualities, key=lambda quality: -quality.has_distance)]
             rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in results.items()]
             headings = self.generator.headings(range(images.shape[1]))
-            table = Table(" and ".join(names), settings, rows, headings)
-            files = table.write(folder, images)
+            table = Table(networks(self.qualities), settings, rows, headings)
+            files = [*table.write(folder, images), *table.store(trainer.ckpt_path)]
             print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

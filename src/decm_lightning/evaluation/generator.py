@@ -137,11 +137,12 @@ class SampleGenerator:
         return Batch(self.images(batch.x_1), batch.condition)
 
     def columns(self, columns: int) -> int:
-        """Return the number of columns of a grid: at most one for each class."""
-        return columns if self.data.condition else min(columns, self.data.num_classes)
+        """Return the number of columns of a grid: the same number for each class, if there are at most `columns`."""
+        classes = self.data.num_classes
+        return columns if self.data.condition or classes > columns else columns // classes * classes
 
     def grid(self, specs: Sequence[SamplingSpec], columns: int) -> UInt8[Tensor, "specs n c h w"]:
-        """Return the first samples of each spec, one for each class if there are at most `columns` classes."""
+        """Return the first samples of each spec, equally many of each class if there are at most `columns` classes."""
         return torch.stack([self.generate(spec, range(self.columns(columns))) for spec in specs])
 
     def describe_labels(self) -> str:

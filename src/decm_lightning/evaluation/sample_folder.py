@@ -127,9 +127,9 @@ class SampleFolder:
 
     def _has_settings(self) -> bool:
         """Return whether the folder has settings. Refuse different settings."""
-        saved = _read(self.file)
+        saved = read_settings(self.file)
         if saved is not None:
-            _refuse_others(self.folder, saved, json.loads(json.dumps(self.settings)))
+            refuse_others(self.folder, saved, json.loads(json.dumps(self.settings)))
         return saved is not None
 
 
@@ -138,8 +138,12 @@ def sample_name(number: int, label: int | None = None) -> str:
     return f"{number:06d}.png" if label is None else f"{number:06d}_class{label}.png"
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return the settings in a file, or None if it does not exist."""
+def read_settings(file: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file, or None if it does not exist.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -155,13 +159,18 @@ def _damaged(file: Path, cause: str) -> ValueError:
     return ValueError(f"{file} is damaged ({cause}): remove the folder to start again, or choose another")
 
 
-def _refuse_others(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def refuse_others(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Check that saved settings equal the requested ones.
+
+    Raises:
+        ValueError: naming the place and the settings that differ.
+    """
     differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     if differing:
         short = {key: [shorten(str(part.get(key)), 60) for part in (saved, settings)] for key in differing[:SHOWN]}
         values = "; ".join(f"{key}: {old} in the folder, requested {new}" for key, (old, new) in short.items())
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        raise ValueError(f"{folder} has samples of other settings ({values}{more}): choose another folder")
+        raise ValueError(f"{place} has samples of other settings ({values}{more}): choose another folder")
 
 
 def _images(folder: Path) -> Iterator[Path]:

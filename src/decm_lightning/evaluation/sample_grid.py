@@ -1,5 +1,6 @@
-"""Log samples to TensorBoard during training."""
+"""Log samples to TensorBoard during training, and write them to samples.png."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,12 +9,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
+from decm_lightning.image_writer import save_grid
+
+SCALED_TO = 64
+"""Smaller images are enlarged to about this number of pixels in samples.png."""
 
 
 class SampleGrid(L.Callback):
     """Logs a grid of samples to TensorBoard as `samples`: one row per spec, one column per class or condition.
 
-    The noise is fixed, so the grids show how each sample improves. Without a TensorBoard logger nothing is logged.
+    The latest grid is also in samples.png in the log folder. The noise is fixed, so the grids show how each sample
+    improves. Without a TensorBoard logger nothing is logged.
 
     Args:
         specs: the rows, each "model/sampler/steps", such as "student/mix/2".
@@ -70,3 +76,9 @@ class SampleGrid(L.Callback):
         grid = rearrange(images, "rows columns c h w -> c (rows h) (columns w)")
         for logger in loggers:
             logger.experiment.add_image("samples", grid, step)
+            if trainer.is_global_zero:
+                save_grid(images.flatten(0, 1), images.shape[1], SCALED_TO // images.shape[-1] or 1, _file(logger))
+
+
+def _file(logger: TensorBoardLogger) -> Path:
+    return Path(logger.log_dir) / "samples.png"

@@ -18,7 +18,7 @@ class SampleSource(Protocol):
 
     Attributes:
         average: the averaged network, which is sampled instead of the network in training.
-        ema_decay: the decay of the average.
+        ema_decay: the decay of the average; None for a network as it was loaded.
         teacher: the frozen teacher, None if the module has none.
         guidance: how the teacher, or the network that will become one, is guided.
     """
@@ -28,8 +28,8 @@ class SampleSource(Protocol):
     guidance: Guidance
 
     @property
-    def ema_decay(self) -> float:
-        """The decay of the average."""
+    def ema_decay(self) -> float | None:
+        """The decay of the average, None if there is none."""
 
     @property
     def device(self) -> torch.device:

@@ -1,30 +1,54 @@
 """The quality table as files: quality.md, quality.json and samples.png."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
+from decm_lightning.networks.record_files import quality_file
+
+log = logging.getLogger(__name__)
+
+TEXTS = ("model", "sampler", "samples", "limit", "interval")
+"""Columns that are aligned to the left."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One spec and its measured values.
+    """Samples and their measured values.
 
     Args:
-        spec: model, sampler, steps and options.
+        samples: the spec that generated them, or the file or folder of images that were generated elsewhere.
         nfe: network evaluations per sample (NFE); None if not known.
         values: the measured values, by column; the same columns in every row.
     """
 
-    spec: SamplingSpec
+    samples: SamplingSpec | Path
     nfe: float | None
     values: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row by column, as in quality.json."""
+        if isinstance(self.samples, Path):
+            return {"samples": str(self.samples), **self.values}
+        spec = self.samples
+        options = {"options": dict(spec.options)} if spec.options else {}
+        named = {"model": spec.model, "sampler": spec.sampler, "steps": spec.steps}
+        return {**named, **options, "nfe": self.nfe, **self.values}
+
+    def cells(self) -> dict[str, Any]:
+        """Return the row by column, as in quality.md: the sampler with its options, and rounded values."""
+        row = self.as_dict()
+        if row.pop("options", None) and isinstance(self.samples, SamplingSpec):
+            row["sampler"] += self.samples.query
+        return row
 
 
 @dataclass(frozen=True)
@@ -45,48 +69,63 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
-        columns = list(self.rows[0].values) if self.rows else []
-        lines = [
-            f"# Fréchet distance on {self.features}",
-            "",
-            *(f"- {name}: {value}" for name, value in self.protocol.items()),
-            "",
-            f"| model | sampler | steps | nfe | {' | '.join(columns)} |",
-            f"|---|---|---:|{'---:|' * (1 + len(columns))}",
-        ]
-        for row in self.rows:
-            spec, nfe = row.spec, "-" if row.nfe is None else f"{row.nfe:g}"
-            values = " | ".join(f"{value:.{3 if name == 'kid' else 4}g}" for name, value in row.values.items())
-            lines.append(f"| {spec.model} | {spec.sampler}{spec.query} | {spec.steps} | {nfe} | {values} |")
-        return "\n".join(lines) + "\n"
+        protocol = [f"- {name}: {value}" for name, value in self.protocol.items()]
+        head = [f"# Fréchet distance on {self.features}", "", *protocol, ""]
+        return "\n".join(head) + "\n" + markdown_table([row.cells() for row in self.rows])
 
     def json(self) -> str:
         """Return {"metric", "protocol", "rows"} as JSON, with values in full; a row has "options" if its spec does."""
-        rows = [
-            {
-                "model": row.spec.model,
-                "sampler": row.spec.sampler,
-                "steps": row.spec.steps,
-                **({"options": dict(row.spec.options)} if row.spec.options else {}),
-                "nfe": row.nfe,
-                **row.values,
-            }
-            for row in self.rows
-        ]
+        rows = [row.as_dict() for row in self.rows]
         content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
-    def write(self, folder: Path, images: Tensor) -> list[Path]:
-        """Write the three files and return their paths.
+    def store(self, checkpoint: str | Path | None) -> list[Path]:
+        """Write quality.json next to a checkpoint or into an exported folder, where `load` reads it.
+
+        Returns:
+            the file, or nothing without a checkpoint or if its folder cannot be written.
+        """
+        if checkpoint is None:
+            return []
+        file = quality_file(checkpoint)
+        try:
+            with atomic(file) as content:
+                content.write_text(self.json(), encoding="utf-8")
+        except OSError as error:
+            log.warning("the table is not stored with the checkpoint: %s", error)
+            return []
+        return [file]
+
+    def write(self, folder: Path, images: Tensor | None = None) -> list[Path]:
+        """Write the files and return their paths.
 
         Args:
             folder: created if it is missing.
-            images: uint8 (rows, columns, c, h, w), the first samples of each row.
+            images: uint8 (rows, columns, c, h, w), the first samples of each row; None to write no samples.png.
         """
-        files = [folder / "quality.md", folder / "quality.json", folder / "samples.png"]
+        files = [folder / "quality.md", folder / "quality.json"]
         # Both files or neither, so that they never disagree.
         with atomic(files[0]) as markdown, atomic(files[1]) as content:
             markdown.write_text(self.markdown(), encoding="utf-8")
             content.write_text(self.json(), encoding="utf-8")
-        save_named_grid(images, [str(row.spec) for row in self.rows], self.columns, files[2])
+        if images is not None:
+            files.append(folder / "samples.png")
+            save_named_grid(images, [str(row.samples) for row in self.rows], self.columns, files[-1])
         return files
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with the same columns as a Markdown table. Numbers are rounded to 4 digits, `kid` to 3."""
+    columns = list(rows[0]) if rows else []
+    rule = "|".join("---" if name in TEXTS else "---:" for name in columns)
+    lines = [columns, *([_cell(name, value) for name, value in row.items()] for row in rows)]
+    head, *body = [f"| {' | '.join(line)} |\n" for line in lines]
+    return f"{head}|{rule}|\n{''.join(body)}"
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if column == "nfe" else f"{value:.{3 if column == 'kid' else 4}g}"

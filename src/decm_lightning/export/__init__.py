@@ -9,8 +9,13 @@ from torch import dtype
 
 from decm_lightning.networks import Network
 
-Format = Literal["folder", "safetensors", "diffusers", "lora"]
-FORMATS: dict[Format, str] = {"folder": "folder:write"}
+Format = Literal["folder", "safetensors", "diffusers", "lora", "lora-comfyui"]
+FORMATS: dict[Format, str] = {
+    "folder": "folder:write",
+    "safetensors": "single_file:write",
+    "lora": "lora:write",
+    "lora-comfyui": "lora:write_comfyui",
+}
 """The function of each format, "module:function" in this package: `write(network, out, dtype)` returns the files."""
 
 Write = Callable[[Network, Path, dtype], list[Path]]

@@ -1,4 +1,4 @@
-"""The folder of this package: config.json, model.safetensors and a model card."""
+"""The folder of this package: config.json, model.safetensors, the record and a model card."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ from torch import dtype
 from decm_lightning.networks import Network, save
 from decm_lightning.networks.network import CONFIG
 from decm_lightning.networks.pretrained import WEIGHTS
+from decm_lightning.networks.record import RECORD
 
 
 def write(network: Network, out: Path, dtype: dtype) -> list[Path]:
     """Write a network's folder, see `networks.save`, and return its files."""
     save(network.to(dtype), out)
-    return [out / CONFIG, out / WEIGHTS]
+    return [out / CONFIG, out / WEIGHTS, *([out / RECORD] if network.record else [])]

@@ -37,10 +37,10 @@ class Cost:
         return self.teacher + self.student + self.derivative + self.target + self.backward
 
     def __str__(self) -> str:
+        targets = f"targets {self.target:.2f}, " if self.target else ""
         return (
-            f"{self.total:.2f} forward passes per sample and step: "
-            f"teacher {self.teacher:.2f}, student {self.student:.2f}, derivative {self.derivative:.2f}, "
-            f"targets {self.target:.2f}, backward {self.backward:.2f}"
+            f"{self.total:.2f} forward passes per sample and step: teacher {self.teacher:.2f}, "
+            f"student {self.student:.2f}, derivative {self.derivative:.2f}, {targets}backward {self.backward:.2f}"
         )
 
 

@@ -25,6 +25,9 @@ from decm_lightning.losses.weighting import (
 from decm_lightning.time_laws import TimeLaw, Uniform
 from decm_lightning.types import Sample, Time
 
+PUBLISHED_WARMUP = 10_000
+"""Training steps of the tangent warm-up in sCM (arXiv 2410.11081)."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -35,7 +38,8 @@ class Objective:
         normalization: "plain", "clamp", "tangent_norm", "adaptive_l2", a `weighting.Normalize`, or a function from the
             residual g, (b, *d), to N(g), or from g and the start times t, (b,), to N(g).
         times: the distribution of the batch's start times t.
-        warmup_steps: steps over which the factor of the derivative term rises from 0 to 1; 0 disables the warm-up.
+        warmup_steps: steps over which the factor of the derivative term rises from 0 to 1; 0 disables the warm-up. None
+            for a tenth of the run, but at most sCM's 10,000.
 
     Raises:
         ValueError: if losses is empty, the normalization is unknown, or warmup_steps is negative.
@@ -44,18 +48,22 @@ class Objective:
     losses: Mapping[str, FlowMapLoss]
     normalization: NormalizationName | Normalization = "plain"
     times: TimeLaw = field(default_factory=Uniform)
-    warmup_steps: int = 0
+    warmup_steps: int | None = 0
 
     def __post_init__(self) -> None:
         if not self.losses:
             raise ValueError("an objective needs at least one loss")
         check_choice("normalization", self.normalization, NORMALIZATIONS)
-        if self.warmup_steps < 0:
+        if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
 
     def for_run(self, steps: int | None) -> "Objective":
         """Return the objective for a run of `steps` training steps; None if the number is unknown."""
-        return replace(self, losses={name: loss.for_run(steps) for name, loss in self.losses.items()})
+        losses = {name: loss.for_run(steps) for name, loss in self.losses.items()}
+        warmup = self.warmup_steps
+        if warmup is None and steps is not None:
+            warmup = min(steps // 10, PUBLISHED_WARMUP)
+        return replace(self, losses=losses, warmup_steps=warmup)
 
     def active_losses(self, step: int) -> dict[str, FlowMapLoss]:
         """Return the losses to compute at training step `step`."""
@@ -127,7 +135,8 @@ class Objective:
             log_weight: w(t) of a learned weight, (b,), with a graph; None without one.
         """
         u = result.u.to(torch.promote_types(result.u.dtype, torch.float32))
-        t, s, warmup = jump.t, jump.s, warm_up(step, self.warmup_steps)
+        t, s = jump.t, jump.s
+        warmup = warm_up(step, PUBLISHED_WARMUP if self.warmup_steps is None else self.warmup_steps)
         # With the teacher's first part, v_start belongs to the middle identity.
         start = v_start if loss.start_weight else None
         g = residual(u.detach(), result.jvp, start, v_end, t, s, loss.start_weight, loss.end_weight, warmup)

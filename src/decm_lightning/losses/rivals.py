@@ -28,6 +28,7 @@ from decm_lightning.losses.weighting import Normalization, NormalizationName, No
 from decm_lightning.time_laws import ArctanNormal, Grid, LogitNormal, SmallerOfTwo, TimeLaw
 from decm_lightning.triangle import DataEdge, Diagonal, DyadicSteps, Edge, Lengths, NoiseEdge, Triangle
 
+FACM_TIMES = ArctanNormal(-0.8, 1.6)
 MEAN_FLOW_TIMES = LogitNormal(0.4, 1.0)
 """sigmoid(N(-0.4, 1)) in a clock in which 1 is noise."""
 
@@ -50,17 +51,17 @@ def facm(batch_fractions: tuple[float, float] = (1.0, 1.0)) -> Objective:
         ),
         "flow_matching": FlowMapLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
     }
-    return Objective(losses, times=ArctanNormal(-0.8, 1.6))
+    return Objective(losses, times=FACM_TIMES)
 
 
-def scm(warmup_steps: int = 10_000, learned_weight: bool = True, times: TimeLaw = ArctanNormal(-0.8, 1.6)) -> Objective:  # noqa: B008 - frozen
-    """SCM (arXiv 2410.11081, algorithm 1) on the straight path, as in FACM's comparison. Reported there: 3.34.
+def scm(warmup_steps: int | None = None, learned_weight: bool = True, times: TimeLaw = FACM_TIMES) -> Objective:
+    """Continuous-time consistency, sCM (arXiv 2410.11081, algorithm 1), on the straight path. Reported by FACM: 3.34.
 
     h = cos(pi t / 2) (u - v - w (1 - t) jvp), N = h / (rms(h) + 0.1). The factor w rises from 0 to 1 over
     `warmup_steps`.
 
     Args:
-        warmup_steps: steps of the tangent warm-up, at least 0.
+        warmup_steps: steps of the tangent warm-up; None for a tenth of the run, but at most the published 10,000.
         learned_weight: learn the weight exp(w(t)) of each time.
         times: the law of t. The default is FACM's; `LogitNormal(0.307, 1.4)` has the ratios of noise to data of sCM's
             own law, P_mean = -1 and P_std = 1.4 with sigma_data = 0.5.
@@ -94,7 +95,7 @@ def mean_flow(
     return _on_triangle("mean_flow", FlowMapLoss(Triangle(MEAN_FLOW_TIMES)), diagonal, normalization, batch_fractions)
 
 
-def ayf_emd(warmup_steps: int = 10_000, mean: float = -0.6, std: float = 1.6) -> Objective:
+def ayf_emd(warmup_steps: int | None = None, mean: float = -0.6, std: float = 1.6) -> Objective:
     """AYF-EMD (arXiv 2506.14603, algorithm 1): the start identity on the whole triangle. Reported on ImageNet 512 only.
 
     N = g / (rms(g) + 0.1), with the tangent warm-up of sCM. s - t is sigmoid(N(mean, std^2)), and t is uniform over
@@ -102,7 +103,7 @@ def ayf_emd(warmup_steps: int = 10_000, mean: float = -0.6, std: float = 1.6) ->
     reimplementation's; the paper's own text was not available.
 
     Args:
-        warmup_steps: steps of the tangent warm-up, at least 0.
+        warmup_steps: steps of the tangent warm-up; None for a tenth of the run, but at most the published 10,000.
         mean: mean of the logit of the length.
         std: standard deviation of the logit of the length.
     """
@@ -110,11 +111,11 @@ def ayf_emd(warmup_steps: int = 10_000, mean: float = -0.6, std: float = 1.6) ->
     return Objective({"ayf_emd": loss}, normalization="tangent_norm", warmup_steps=warmup_steps)
 
 
-def ayf_lmd(warmup_steps: int = 10_000, mean: float = -0.6, std: float = 1.6) -> Objective:
+def ayf_lmd(warmup_steps: int | None = None, mean: float = -0.6, std: float = 1.6) -> Objective:
     """AYF-LMD (arXiv 2506.14603, section 3.1): the end identity on the whole triangle, otherwise like `ayf_emd`.
 
     Args:
-        warmup_steps: steps of the tangent warm-up, at least 0.
+        warmup_steps: steps of the tangent warm-up; None for a tenth of the run, but at most the published 10,000.
         mean: mean of the logit of the length.
         std: standard deviation of the logit of the length.
     """

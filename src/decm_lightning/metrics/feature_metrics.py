@@ -1,7 +1,7 @@
 """The metrics of a feature network, computed from one forward pass per image."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -158,6 +158,21 @@ class FeatureMetrics:
             self.unavailable |= dict.fromkeys(metric.columns, reason)
             log.warning("%s is not measured: %s", ", ".join(metric.columns), reason)
         return not reason
+
+
+def metrics_of(
+    features: Sequence[nn.Module], seed: int = 0, reference: Reference | None = None, validation: bool = False
+) -> list[FeatureMetrics]:
+    """Return the metrics of several feature networks, with the arguments of `FeatureMetrics`.
+
+    Raises:
+        ValueError: as `FeatureMetrics` does, or if two networks have a column of the same name.
+    """
+    qualities = [FeatureMetrics(network, seed, reference, validation) for network in features]
+    columns = [column for quality in qualities for column in quality.columns]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ValueError(f"two feature networks have a column {twice[0]!r}: measure them in two runs")
+    return qualities
 
 
 def _views(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:

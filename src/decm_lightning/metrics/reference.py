@@ -34,6 +34,9 @@ EXPECTED = f"expected mu and sigma, images {IMAGES}, or both"
 class Images(Protocol):
     """Real images on disk."""
 
+    shape: tuple[int, int, int]
+    """(c, h, w) of each image."""
+
     def __len__(self) -> int:
         """Return their number, above 0."""
 
@@ -114,15 +117,16 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _named(path), zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as stream:
-            self.shape = self._header(stream)
+            self.count, height, width, channels = self._header(stream)
+        self.shape = (channels, height, width)
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return self.shape[0]
+        return self.count
 
     def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
         """Yield the images of each part."""
-        size = int(np.prod(self.shape[1:]))
+        size = int(np.prod(self.shape))
         with _named(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
             self._header(stream)
             position = 0
@@ -132,7 +136,7 @@ class NpzImages:
                 content = stream.read(len(part) * size)
                 if len(content) < len(part) * size:
                     raise ValueError(f"{self.path}: {IMAGES} ends before image {part.stop - 1}: is the file complete?")
-                pixels = np.frombuffer(content, np.uint8).reshape(len(part), *self.shape[1:])
+                pixels = np.frombuffer(content, np.uint8).reshape(len(part), *self.shape[1:], self.shape[0])
                 yield rearrange(torch.from_numpy(pixels.copy()), "n h w c -> n c h w")
 
     def _header(self, stream: IO[bytes]) -> tuple[int, ...]:
@@ -157,7 +161,7 @@ class FolderImages:
     def __init__(self, folder: Path) -> None:
         self.files, left_out = _images(folder)
         if left_out:
-            rank_zero_only(log.warning)("skipped in the reference %s: %s", folder, counted(left_out))
+            rank_zero_only(log.warning)("skipped in %s: %s", folder, counted(left_out))
         if not self.files:
             found = f"; it has {counted(left_out)}" if left_out else ""
             raise ValueError(f"no images in {folder}: expected .jpg, .png, ...{found}")
@@ -167,6 +171,7 @@ class FolderImages:
             raise ValueError(broken(faults))
         self.mode = "RGB" if "RGB" in modes.values() else "L"
         self.size = read_image(self.files[0]).size
+        self.shape = (len(self.mode), self.size[1], self.size[0])
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -175,7 +180,7 @@ class FolderImages:
     def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
         """Yield the images of each part."""
         for part in parts:
-            pixels = torch.empty(len(part), self.size[1], self.size[0], len(self.mode), dtype=torch.uint8)
+            pixels = torch.empty(len(part), *self.shape[1:], self.shape[0], dtype=torch.uint8)
             for row, number in enumerate(part):
                 pixels[row] = self._read(self.files[number]).reshape(pixels.shape[1:])
             yield rearrange(pixels, "n h w c -> n c h w")

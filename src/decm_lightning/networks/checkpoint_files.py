@@ -1,13 +1,17 @@
 """Read tensors from public checkpoints, wherever the file nests them and however their names are prefixed."""
 
+import json
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,12 +94,49 @@ def read_file(path: str | Path) -> Any:
         raise ValueError(f"{path} cannot be read: {describe_unreadable(path) or _reason(error)}") from error
 
 
+def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
+    """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
+
+    Args:
+        path: a file that `read_file` has read.
+        tensors: its content.
+
+    Returns:
+        {"network", "record", "state_dict"}, or an empty dict if it is another file.
+
+    Raises:
+        ValueError: naming the file, if its metadata are damaged.
+    """
+    if _head(path)[8:9] != b"{":
+        return {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "network" not in metadata:
+        return {}
+    try:
+        read = {key: json.loads(metadata[key]) for key in ("network", "record") if key in metadata}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: its metadata are not JSON ({error})") from error
+    return read | {"state_dict": tensors}
+
+
 def _head(path: Path) -> bytes:
     # Opening a pipe would block until something writes to it.
     if path.is_fifo():
         raise ValueError(f"{path} cannot be read: not a regular file")
     with path.open("rb") as content:
         return content.read(9)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn the errors of unexpected content into a ValueError in one line that begins with `path`."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        # The message of torch lists every weight that does not match.
+        raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
 
 
 def few(names: Sequence[str], count: int = 3) -> str:

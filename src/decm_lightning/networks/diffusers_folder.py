@@ -10,6 +10,7 @@ from typing import Any
 
 from decm_lightning.files import describe_unreadable
 from decm_lightning.networks.checkpoint_files import few
+from decm_lightning.networks.hub import is_hub_name
 
 WEIGHTS = "diffusion_pytorch_model"
 """The prefix of the names of weight files."""
@@ -48,13 +49,16 @@ def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | N
                 return place, _read_config(file, what)
         remedy = f"pass the folder of a {what} or of its pipeline"
         raise FileNotFoundError(f"no config.json in {path} or {path}/{subfolder}: {remedy}")
+    fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub"
+    if not is_hub_name(path):
+        # Without a connection, the hub's client would try for half a minute.
+        raise FileNotFoundError(fault)
     try:
         return None, cls.load_config(path)
     except OSError:
         try:
             return subfolder, cls.load_config(path, subfolder=subfolder)
         except OSError as error:
-            fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub"
             raise FileNotFoundError(fault) from error
 
 

@@ -4,6 +4,7 @@ Submodules and parameters are named as in LightningDiT (arXiv 2501.01423) and Si
 public checkpoints load without conversion. `r_embedder` is FACM's name for the embedder of the end time s.
 """
 
+import copy
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor, nn
 from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network
+from decm_lightning.networks.pixel_skip import PixelSkipHead
+from decm_lightning.networks.record import Record, choose
+from decm_lightning.samplers import Sampler
 from decm_lightning.types import Condition, Sample, Time
+
+FACM_SAMPLING = {1: "consistency", 2: "consistency", 4: "consistency", 8: "consistency", 50: "euler"}
 
 
 class DiT(Network):
@@ -36,12 +42,16 @@ class DiT(Network):
         input_size: height and width of the input, a multiple of patch_size.
         in_channels: channels of the input and of the velocity.
         patch_size: side of the square patch that becomes one token.
-        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
+        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4. Without pixel_skip,
+            at least patch_size^2 * in_channels: a narrower token cannot carry the noise of its own patch.
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
         num_classes: number of classes; label num_classes is the null class.
-        end_time: embed the end time s; otherwise s is ignored.
+        end_time: embed the end time s; False ignores it. "facm" is FACM's clock (arXiv 2507.03738): one embedding of
+            2 - t where s = t, and of t elsewhere, for steps of length 0 and steps to the data only. Its samplers are
+            `euler` and `consistency`.
+        prediction: what the network predicts; None if unknown, because public files do not record it.
         qk_norm: normalize queries and keys. LightningDiT's own checkpoints have no QK norm.
         shift: let the embedding shift each half of a block, in addition to scaling and gating it.
         norm: "rms" with learned weights, or "layer" without weights.
@@ -49,13 +59,13 @@ class DiT(Network):
         rotary: use rotary positions in the attention, in addition to the fixed positions added to the tokens.
         learn_sigma: double the output channels and drop the second half, in which DiT predicts a variance and SiT has
             untrained weights.
+        pixel_skip: add a `PixelSkipHead`, through which the noise bypasses the blocks. For images with large patches,
+            such as 8 x 8 pixels.
 
     Raises:
-        ValueError: if a size is below 1 or not divisible as described, or norm or mlp is unknown.
+        ValueError: if a size is below 1 or not divisible as described, the width is too small, or norm or mlp is
+            unknown.
     """
-
-    prediction: Literal["velocity", "noise"] | None = "velocity"
-    """What the network predicts; None if it was loaded from a public file, which does not record it."""
 
     def __init__(
         self,
@@ -67,17 +77,23 @@ class DiT(Network):
         heads: int = 16,
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
-        end_time: bool = False,
+        end_time: bool | Literal["facm"] = False,
+        prediction: Literal["velocity", "noise"] | None = "velocity",
         qk_norm: bool = True,
         shift: bool = True,
         norm: NormName = "rms",
         mlp: FeedForwardName = "swiglu",
         rotary: bool = True,
         learn_sigma: bool = False,
+        pixel_skip: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
+        if not pixel_skip:
+            check_width(width, patch_size, in_channels, "pixel_skip: true")
         _check_names(norm, mlp)
+        if end_time not in (False, True, "facm"):
+            raise ValueError(f"end_time must be true, false or 'facm': got {end_time!r}")
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,
@@ -88,12 +104,14 @@ class DiT(Network):
             "mlp_ratio": mlp_ratio,
             "num_classes": num_classes,
             "end_time": end_time,
+            "prediction": prediction,
             "qk_norm": qk_norm,
             "shift": shift,
             "norm": norm,
             "mlp": mlp,
             "rotary": rotary,
             "learn_sigma": learn_sigma,
+            "pixel_skip": pixel_skip,
         }
         self.sample_shape = (in_channels, input_size, input_size)
         self.side = input_size // patch_size
@@ -103,12 +121,14 @@ class DiT(Network):
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
-        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time else None
+        self.r_embedder = TimeEmbedding(width, zero_output=True) if end_time is True else None
+        self.is_facm = end_time == "facm"
         self.y_embedder = ClassEmbedding(num_classes, width)
         self.pos_embed = nn.Parameter(sin_cos_positions(width, self.side), requires_grad=False)
         self.feat_rope = Rotary(width // heads, self.side) if rotary else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, shift, norm, mlp) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels * (1 + learn_sigma), norm)
+        self.pixel_skip = PixelSkipHead(in_channels, width) if pixel_skip else None
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
         """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
@@ -118,7 +138,8 @@ class DiT(Network):
         """
         if not isinstance(condition, Tensor):
             raise ValueError("DiT needs class labels: use network.null(labels) for unconditional rows")
-        embedding = self.t_embedder(t) + self.y_embedder(condition)
+        time = torch.where(s == t, 2 - t, t) if self.is_facm else t
+        embedding = self.t_embedder(time) + self.y_embedder(condition)
         if self.r_embedder is not None:
             embedding = embedding + self.r_embedder(s)
         tokens = self.x_embedder(x_t) + self.pos_embed
@@ -128,8 +149,21 @@ class DiT(Network):
         u = self.unpatchify(self.final_layer(tokens, embedding))
         if self.learn_sigma:
             u = u[:, : self.in_channels]
+        if self.pixel_skip is not None:
+            u = self.pixel_skip(u, x_t, embedding)
         # FSDP2 attaches hooks to the output and warns if it is a view.
         return u.contiguous().to(x_t.dtype)
+
+    @property
+    def prediction(self) -> Literal["velocity", "noise"] | None:
+        """What the network predicts; None if unknown."""
+        return self.config["prediction"]  # type: ignore[no-any-return]
+
+    def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
+        """Return a sampler and its number of steps; on FACM's clock the recommended ones never step to s < 1."""
+        if self.is_facm and sampler is None and not (self.record and self.record.sampling):
+            return choose(Record(sampling=FACM_SAMPLING), True, None, steps)
+        return super().sampling(sampler, steps)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""
@@ -142,8 +176,10 @@ class DiT(Network):
         )
 
     def with_end_time(self) -> "DiT":
-        """Return a copy that also embeds s and initially equals this network for every s."""
-        student = DiT(**(self.config | {"end_time": True}))
+        """Return a copy that also reads s and initially equals this network for every s it reads."""
+        if self.is_facm:
+            return copy.deepcopy(self)
+        student = DiT(**(self.config | {"end_time": True, "prediction": "velocity"}))
         own = self.state_dict()
         student.load_state_dict(own if self.r_embedder is not None else student.state_dict() | own)
         return student.to(self.pos_embed)
@@ -163,6 +199,27 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
     if heads < 1 or width < 1 or width % heads or width // heads % 4:
         raise ValueError(f"width / heads must be a multiple of 4: got {width} / {heads}")
+
+
+def check_width(width: int, patch_size: int, in_channels: int, skip: str) -> None:
+    """Check that a token can carry the noise of its own patch, which the velocity E[x_1] - x_0 contains.
+
+    Args:
+        width: width of a token.
+        patch_size: side of a patch.
+        in_channels: channels of a patch.
+        skip: the argument that lets the noise bypass the tokens, named as a remedy.
+
+    Raises:
+        ValueError: if the width is smaller than the number of values of a patch.
+    """
+    values = patch_size * patch_size * in_channels
+    if width < values:
+        raise ValueError(
+            f"tokens of width {width} cannot carry the noise of patches with {values} values "
+            f"({patch_size} x {patch_size} x {in_channels}): use a width of at least {values}, a smaller patch_size, "
+            f"or {skip}"
+        )
 
 
 def _check_names(norm: str, mlp: str) -> None:

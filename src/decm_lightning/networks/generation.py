@@ -1,5 +1,6 @@
 """The implementation of `Network.generate`: images or other samples for labels or captions."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -15,13 +16,14 @@ from decm_lightning.conditions import select
 from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
-from decm_lightning.text import CaptionEncoder, named_encoder
-from decm_lightning.types import Captions, Condition, Sample
+from decm_lightning.text import CaptionEncoder
+from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
 
 Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
 """Labels or captions, or a single one for all samples; None for each class once, or for no condition."""
 BATCH = 256
 """Samples per batch, as in `decm sample`."""
+log = logging.getLogger(__name__)
 
 
 def generate(
@@ -37,31 +39,54 @@ def generate(
 ) -> list[Image.Image] | Tensor:
     """Return images or samples; see `Network.generate`."""
     check_seed(seed)
-    if sampler is None:
-        sampler = "mix" if network.reads_end_time else "euler"
-    if steps is None:
-        steps = 50 if sampler == "euler" else 2
+    sampler, steps = network.sampling(sampler, steps)
+    method = samplers.sampler(sampler, **options)
     is_image = len(network.sample_shape) == 3
+    if is_image and decoder is None and network.recorded_coder is not None:
+        decoder = network.recorded_coder.decode
     if is_image and decoder is None and network.sample_shape[0] not in (1, 3):
         raise ValueError(f"the samples are latents {network.sample_shape}, not images: pass decoder=, such as a VAE's")
-    method = samplers.sampler(sampler, **options)
     with evaluating(network), torch.no_grad():
         conditions, rows = _conditions(network, condition, rows, encoder)
         batches = [slice(first, first + BATCH) for first in range(0, len(rows), BATCH)]
-        parts = [_samples(network, method, select(conditions, part), steps, rows[part], seed) for part in batches]
+        student = flow_map(network)
+        parts = [
+            samplers.generate(
+                student, method, select(conditions, part), steps, rows=rows[part], seed=seed, **_placement(network)
+            )
+            for part in batches
+        ]
         if not is_image:
             return torch.cat(parts)
         decoded = parts if decoder is None else [decoder(part) for part in parts]
         return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
 
 
-def _samples(network: Any, method: Sampler, condition: Condition, steps: int, rows: Sequence[int], seed: int) -> Sample:
+def flow_map(network: Any) -> FlowMapNetwork:
+    """Return a network as a flow map. The noise that a public DiT predicts is converted to a velocity of `path`."""
+    prediction = getattr(network, "prediction", "velocity")
+    if prediction == "velocity":
+        return network  # type: ignore[no-any-return]
+    # Imported here: only public networks need it.
+    from decm_lightning.teachers.noise_prediction import NoisePrediction
+    from decm_lightning.teachers.prediction import prediction_of
+
+    prediction = prediction or prediction_of(network)
+    if prediction is None:
+        log.warning("cannot tell whether the network predicts velocity or noise; assuming velocity")
+    if prediction == "noise":
+        convert = NoisePrediction().velocity
+        return samplers.flow_map_of(
+            lambda x_t, t, condition: convert(lambda z, step: network(z, step, step, condition), x_t, t)
+        )
+    return network  # type: ignore[no-any-return]
+
+
+def _placement(network: Any) -> dict[str, Any]:
+    """Return the shape, device and dtype of a network's samples."""
     # LoRA adapters may have a wider dtype than the frozen weights; such a model casts its input itself.
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in network.parameters()))
-    device = next(network.parameters()).device
-    return samplers.generate(
-        network, method, condition, steps, shape=network.sample_shape, rows=rows, seed=seed, device=device, dtype=dtype
-    )
+    return {"shape": network.sample_shape, "device": next(network.parameters()).device, "dtype": dtype}
 
 
 def _conditions(
@@ -97,9 +122,7 @@ def _captions(network: Any, requested: Requested, encoder: CaptionEncoder | str 
     texts = [requested] if isinstance(requested, str) else requested
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{type(network).__name__} needs a caption or a list of captions: got {requested!r}")
-    used: CaptionEncoder = network.caption_encoder() if encoder is None else encoder  # type: ignore[assignment]
-    if isinstance(encoder, str):
-        used = named_encoder(encoder)
+    used: CaptionEncoder = network.caption_encoder(encoder)
     unique = list(dict.fromkeys(map(str, texts)))
     used.measured(unique)
     captions = used(unique)

@@ -49,7 +49,6 @@ def import_public(tensors: Mapping[str, Tensor], heads: int | None = None) -> Di
     # On the meta device: only names and shapes are needed, because the tensors are assigned afterwards.
     with torch.device("meta"):
         network = DiT(**config)
-    network.prediction = None
     expected = network.state_dict()
     tables = _tables(config["width"] // config["heads"], network.side) if config["rotary"] else {}
     _check_tensors(tensors, expected, [name for name in expected if name not in tables])
@@ -96,6 +95,7 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
         "heads": _heads(tensors, width) if heads is None else heads,
         "mlp_ratio": _mlp_ratio(width, tensors[mlp_out].shape[1], 1.0 if mlp_out == GELU else 2 / 3),
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "prediction": None,
         "end_time": any(name.startswith("r_embedder.") for name in tensors),
         "qk_norm": any(name.endswith(".q_norm.weight") for name in tensors),
         "shift": tensors["blocks.0.adaLN_modulation.1.weight"].shape[0] != 4 * width,

@@ -3,6 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from decm_lightning.files import atomic, tensors_sha256
+from decm_lightning.autoencoders.latent_coder import LatentCoder
+from decm_lightning.files import atomic, tensors_sha256, write_json
 from decm_lightning.networks.generation import Requested, generate
-from decm_lightning.networks.record import Record
+from decm_lightning.networks.record import RECORD, Record, choose
+from decm_lightning.networks.recorded import checked_encoder, latent_coder
 from decm_lightning.samplers import Sampler
 from decm_lightning.text import CaptionEncoder, named_encoder
 from decm_lightning.types import Condition, Sample, Time
@@ -26,7 +29,7 @@ CONFIG = "config.json"
 """The file with the description of a network."""
 
 
-class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning", license="apache-2.0"):
+class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning"):
     """A trainable flow map: u = network(x_t, t, s, condition) is the mean velocity from time t to the end time s.
 
     Attributes:
@@ -81,20 +84,22 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         Args:
             condition: labels from 0 to num_classes (the null class); captions, as text or encoded; or a single one for
                 all rows. None for each class once, or, with `rows`, for class i mod num_classes in row i.
-            steps: number of steps; None for 2, or 50 with euler.
+            steps: number of steps; None for 2, or 50 for euler and for a network that ignores the end time.
             seed: from 0 to 2**63 - 1.
-            sampler: a name or sampler, see `samplers.sampler`; None for mix, or euler if the network ignores the end
-                time.
+            sampler: a name or sampler, see `samplers.sampler`; None for the one that the record recommends for this
+                number of steps, by default mix up to 2 steps, consistency at 4 and 8, and euler at 50.
             rows: sample numbers; None for 0, 1, ...
-            encoder: the text encoder for captions passed as text, or its name; None for `caption_encoder()`.
-            decoder: turns samples into images in [-1, 1], such as `autoencoder.decode` after undoing the normalization
-                of latents.
+            encoder: the text encoder for captions passed as text, or its name; None for the recorded one.
+            decoder: turns samples into images in [-1, 1], such as `LatentCoder.decode`; None for the recorded VAE with
+                the normalization of the latents.
             options: sampler options, such as times or s1.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
-            ValueError: if the condition does not match the network or the rows, the samples are latents and no decoder
-                is passed, or an argument is out of range.
+            OSError: if the recorded VAE or text encoder is not found.
+            ValueError: if the condition does not match the network or the rows, the text encoder or the VAE is another
+                one than the recorded one, the samples are latents and no decoder is known, or an argument is out of
+                range.
         """
         return generate(self, condition, steps, seed, sampler, rows, encoder, decoder, options)
 
@@ -103,20 +108,44 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         """Whether u depends on the end time s, as in a flow map. A plain velocity network ignores s."""
         return bool(self.config.get("end_time", True))
 
-    def caption_encoder(self) -> CaptionEncoder:
-        """Return the text encoder that `text_encoder` in the config names.
+    def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
+        """Return a sampler and its number of steps, the recommended ones instead of None; see `record.choose`."""
+        return choose(self.record, self.reads_end_time, sampler, steps)
+
+    def caption_encoder(self, requested: CaptionEncoder | str | None = None) -> CaptionEncoder:
+        """Return the text encoder of the network.
+
+        Args:
+            requested: the encoder or its name; None for the one that the record or `text_encoder` in the config names.
 
         Raises:
-            ValueError: if the config names none.
+            ValueError: if none is named, or it is another one than the recorded one. The message names both.
         """
-        name = self.config.get("text_encoder")
-        if name is None:
+        encoder = self.named_encoder() if requested is None else requested
+        return checked_encoder(self, named_encoder(encoder) if isinstance(encoder, str) else encoder)
+
+    def named_encoder(self) -> CaptionEncoder:
+        """Return the text encoder that the record or the config names.
+
+        Raises:
+            ValueError: if neither does.
+        """
+        recorded = self.record and self.record.text_encoder
+        name = recorded.name if recorded else self.config.get("text_encoder")
+        if not name:
             raise ValueError("the config names no text_encoder: pass encoder=, the one the network was trained with")
         return named_encoder(name)
+
+    @cached_property
+    def recorded_coder(self) -> LatentCoder | None:
+        """The VAE with the normalization of the latents, None if the record names no VAE; see `latent_coder`."""
+        return latent_coder(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The config.json of the mixin does not name the class, which `load` needs.
         super()._save_pretrained(save_directory)
+        if self.record is not None:
+            write_json(save_directory / RECORD, self.record.as_dict())
         with atomic(save_directory / CONFIG) as config:
             config.write_text(json.dumps(describe(self), sort_keys=True, indent=2), encoding="utf-8")
 

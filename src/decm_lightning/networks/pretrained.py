@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
@@ -14,20 +13,21 @@ from safetensors.torch import save_model
 from torch import nn
 
 from decm_lightning.files import atomic
-from decm_lightning.networks.checkpoint_files import Weights, read_file, tensors_in
+from decm_lightning.networks.checkpoint_files import Weights, naming, read_file, read_single_file, tensors_in
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import CONFIG, Network, describe
+from decm_lightning.networks.record_files import RECORD, quality_file, read_record, record_in, with_table, write_record
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
 
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
-"""The files in a network folder."""
+WEIGHTS = "model.safetensors"
+"""The file with the weights in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 
@@ -41,6 +41,7 @@ def load(
 ) -> Network:
     """Load a network in eval mode, by default with the averaged (EMA) weights of a training checkpoint.
 
+    Its `record` is that of the folder or checkpoint, with the table of a later `decm test` of the same weights.
     Within `weightless.without_weights`, no weights are read and the network is on the meta device.
 
     Example:
@@ -48,9 +49,10 @@ def load(
         (1, 8, 8)
 
     Args:
-        path: a folder written by `save`; a training checkpoint (a .ckpt file or a folder of shards); a public
-            LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on the Hugging Face hub.
-            Local paths take precedence, and only a name with one slash and no suffix is looked up on the hub.
+        path: a folder written by `save`; a .safetensors file of `decm export`; a training checkpoint (a .ckpt file or a
+            folder of shards); a public LightningDiT, SiT or DiT (a .pt or .safetensors file); or user/name, a folder on
+            the Hugging Face hub. Local paths take precedence, and only a name with one slash and no suffix is looked up
+            on the hub.
         device: the device to move the network to.
         trust: import the module of a network class from outside this package, which runs its code. A class that is
             already imported does not need it.
@@ -67,13 +69,15 @@ def load(
         network = _from_shards(place, trust, weights)
     else:
         network = _from_folder(place, trust) if place.is_dir() else _from_file(place, trust, weights, heads)
+    if not is_weightless():
+        network.record = with_table(network, quality_file(place))
     return (network if is_weightless() else network.to(device)).eval()
 
 
 def save(network: Network, folder: str | Path) -> None:
-    """Write config.json and model.safetensors to `folder`, and a model card unless there is one.
+    """Write config.json, model.safetensors and the network's record to `folder`. `decm export` writes a model card.
 
-    The folder is created if necessary. An existing network is replaced once both files are complete, and stays usable
+    The folder is created if necessary. An existing network is replaced once all files are complete, and stays usable
     if writing fails.
 
     Raises:
@@ -89,9 +93,7 @@ def save(network: Network, folder: str | Path) -> None:
             os.fsync(content.fileno())
         with atomic(folder / CONFIG) as config:
             config.write_text(described, encoding="utf-8")
-    if not (folder / CARD).exists():
-        with atomic(folder / CARD) as card:
-            network.generate_model_card().save(card)
+            write_record(network.record, folder)
 
 
 def check_target(folder: str | Path) -> Path:
@@ -228,27 +230,32 @@ def _from_folder(folder: Path, trust: bool) -> Network:
         except FileNotFoundError as error:
             expected = f"a network folder contains {CONFIG} and {WEIGHTS}"
             raise FileNotFoundError(f"{file} is missing: {expected}") from error
-    with _naming(folder):
+    with naming(folder):
         described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
             raise ValueError(f"{CONFIG} must contain _class_name and the arguments: got {described}")
-        network = build(described, trust)
+        network = _build_with_base(described, folder, trust)
+    with naming(folder / RECORD):
+        network.record = read_record(folder)
     if not is_weightless():
         tensors = read_file(weights)
-        with _naming(folder):
+        with naming(folder):
             network.load_state_dict(tensors)
     return network
 
 
 def _from_file(file: Path, trust: bool, weights: Weights | None, heads: int | None) -> Network:
-    content = read_file(file)
+    content, prefix = read_file(file), PREFIXES[weights]
+    if single := read_single_file(file, content):
+        content, prefix = single, ""
     if not isinstance(content, dict) or not isinstance(content.get("network"), dict):
         try:
             return import_public(tensors_in(content, weights), heads)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-    with _naming(file):
-        network, prefix = build(content["network"], trust), PREFIXES[weights]
+    with naming(file):
+        network = _build_with_base(content["network"], file, trust)
+        network.record = record_in(content)
         if not is_weightless():
             state = content["state_dict"].items()
             network.load_state_dict({n.removeprefix(prefix): v for n, v in state if n.startswith(prefix)})
@@ -256,33 +263,35 @@ def _from_file(file: Path, trust: bool, weights: Weights | None, heads: int | No
 
 
 def _from_shards(folder: Path, trust: bool, weights: Weights | None) -> Network:
-    described = _description(read_rest(folder), folder)
-    with _naming(folder):
-        network = build(described, trust)
+    rest = read_rest(folder)
+    described = _description(rest, folder)
+    with naming(folder):
+        network = _build_with_base(described, folder, trust)
+        network.record = record_in(rest)
     if not is_weightless():
         fill({f"{PREFIXES[weights]}{name}": tensor for name, tensor in network.state_dict().items()}, folder)
     return network
 
 
+def _build_with_base(described: dict[str, Any], path: Path, trust: bool) -> Network:
+    try:
+        return build(described, trust)
+    except OSError as error:
+        if described.get("lora_rank") is None:
+            raise
+        base = f"{described.get('model')} with the weights {described.get('base')}"
+        raise FileNotFoundError(shorten(f"{path} is a LoRA student of {base}: {error}", 400)) from error
+
+
 def _on_this_machine(path: str | Path) -> Path:
     if is_hub_name(path):
-        return download(path, "network", [CONFIG, WEIGHTS])
+        return download(path, "network", [CONFIG, WEIGHTS, RECORD])
     try:
         # In some Python versions, Path.exists reports a missing permission as a missing file.
         Path(path).stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no checkpoint or folder at {path}") from error
     return Path(path)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        # The message of torch lists every weight that does not match.
-        raise ValueError(f"{path} cannot be loaded: {shorten(cause, 300, placeholder=' ...')}") from error
 
 
 def _description(checkpoint: Any, path: Path) -> dict[str, Any]:

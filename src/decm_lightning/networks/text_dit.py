@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import nn
 
 from decm_lightning.networks.caption_layers import CaptionBlock, CaptionEmbedding
-from decm_lightning.networks.dit import check_sizes
+from decm_lightning.networks.dit import check_sizes, check_width
 from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import FinalLayer, Rotary
 from decm_lightning.networks.network import Network
@@ -32,7 +32,8 @@ class TextDiT(Network):
         in_channels: channels of the input and of the velocity.
         caption_width: size of a caption token of the text encoder.
         patch_size: side of the square patch that becomes one token.
-        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4.
+        width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4. Without features, at
+            least patch_size^2 * in_channels: a narrower token cannot carry the noise of its own patch.
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP relative to `width`, before the factor 2 / 3 of SwiGLU.
@@ -42,7 +43,7 @@ class TextDiT(Network):
             `generate` uses it by default.
 
     Raises:
-        ValueError: if a size is below 1 or not divisible as described.
+        ValueError: if a size is below 1 or not divisible as described, or the width is too small.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class TextDiT(Network):
     ) -> None:
         super().__init__()
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
+        if not features:
+            check_width(width, patch_size, in_channels, "features: 32")
         self.config = {
             "input_size": input_size,
             "in_channels": in_channels,

@@ -7,6 +7,8 @@ To add a family:
 2. Add an entry to `FAMILIES` under the class name of the transformer; the attributes of `Family` describe its fields.
 3. For captions, set the positions of their parts in the output of the pipeline's `encode_prompt`.
 4. Add a tiny model and one step of the pipeline's sampler to tests/teachers/test_diffusers_families.py.
+5. Add its pipeline to tests/export/test_lora.py, unless it predicts noise: LoRA files change the bias of
+   `timestep_embedder.linear_2` in `embedding`.
 """
 
 from collections.abc import Callable, Sequence

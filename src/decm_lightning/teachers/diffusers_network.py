@@ -11,6 +11,7 @@ from torch.utils import _pytree
 
 from decm_lightning.networks.diffusers_folder import find_config, from_pretrained
 from decm_lightning.networks.lora import LoRANetwork
+from decm_lightning.samplers.options import read_options
 from decm_lightning.teachers.diffusers_families import FAMILIES, TimeInput, Times
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.noise_prediction import NoisePrediction
@@ -122,9 +123,12 @@ class DiffusersNetwork(LoRANetwork):
             if isinstance(module, TimeInput):
                 module.add_end_time()
 
-    def caption_encoder(self) -> CaptionEncoder:
-        """Return the text encoders of the pipeline that contains the model."""
-        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device)
+    def named_encoder(self) -> CaptionEncoder:
+        """Return the text encoders of the pipeline that contains the model, with the options in the record."""
+        recorded = self.record and self.record.text_encoder
+        query = recorded.name.partition("?")[2] if recorded else ""
+        options = read_options(query, query)
+        return DiffusersPrompts(self.config["model"], device=next(self.parameters()).device, **options)
 
     def units(self) -> list[nn.Module]:
         """Return the blocks."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from decm_lightning.networks.hub import download
+from decm_lightning.samplers.options import write_options
 from decm_lightning.teachers.diffusers_families import FAMILIES, Family, PromptOutputs
 from decm_lightning.text.encoder import CaptionEncoder, fingerprint
 from decm_lightning.types import Captions
@@ -42,6 +43,12 @@ class DiffusersPrompts(CaptionEncoder):
         self.dtype = dtype
         self.device = torch.device(device)
 
+    @property
+    def name(self) -> str:
+        """The pipeline, with the options that are not the default."""
+        options = {"max_tokens": self.requested_tokens} if self.requested_tokens else {}
+        return self.model + write_options(options | ({} if self.dtype == "float32" else {"dtype": self.dtype}))
+
     @cached_property
     def max_tokens(self) -> int:  # type: ignore[override]
         """The number of tokens to which prompts are padded or truncated: as requested, or the pipeline's default."""
@@ -52,7 +59,7 @@ class DiffusersPrompts(CaptionEncoder):
     def identity(self) -> str:
         """A hash of the pipeline class, max_tokens, dtype, and the files of encoders and tokenizers."""
         files = [file for part in self._parts for file in (self._folder / part).glob("*") if file.is_file()]
-        return fingerprint(f"{self._class.__name__} {self.max_tokens} {self.dtype}", sorted(files))
+        return fingerprint(f"{self._class.__name__} {self.max_tokens} {self.dtype}", sorted(files), self._folder)
 
     def to(self, device: str | torch.device) -> None:
         """Move the encoders to a device, now or when they are loaded."""

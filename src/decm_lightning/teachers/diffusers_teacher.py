@@ -56,6 +56,7 @@ class DiffusersTeacher(Teacher):
         if lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1: got {lora_rank}")
         super().__init__(DiffusersNetwork(model, None, None, dtype, latent_size, embedded_guidance, noise))
+        self.name = model
         self.lora_rank = lora_rank
         self.targets = targets
         self.prompts = DiffusersPrompts(model, max_tokens, dtype)

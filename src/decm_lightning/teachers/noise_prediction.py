@@ -70,7 +70,7 @@ class NoisePrediction:
         data = (z - expand(b, x_t) * noise) / expand(a, x_t)
         by_data = (data - x_t) / expand((1 - t).clamp(min=0.5), x_t)
         by_noise = (x_t - expand((1 - t) / length / b, x_t) * noise) / expand(t.clamp(min=0.5), x_t)
-        return torch.where(expand(t < 0.5, x_t), by_data, by_noise)
+        return torch.where(expand(t, x_t) < 0.5, by_data, by_noise)
 
     def step(self, log_signal: Time) -> Time:
         """Return the fractional step, from 0 to steps - 1, at which log a^2 is `log_signal`."""

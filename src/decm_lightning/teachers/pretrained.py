@@ -11,7 +11,7 @@ from decm_lightning.networks import Network, load
 from decm_lightning.networks.checkpoint_files import Weights
 from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.embedding import TimeEmbedding
-from decm_lightning.networks.weightless import is_weightless, without_weights
+from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
 from decm_lightning.teachers.noise_prediction import NoisePrediction
 from decm_lightning.teachers.prediction import Prediction, prediction_of
 from decm_lightning.teachers.teacher import Teacher
@@ -43,6 +43,8 @@ class PretrainedTeacher(Teacher):
         time_convention: "standard" if the network returns the velocity at time t. "facm" if it returns it at 2 - t, as
             FACM's students without an end time do; at t those return the mean velocity from t to the data. LightningDiT
             is "standard", and FACM's teachers (stage 1) support both.
+        student_time: the student reads the "end" time, or has FACM's clock ("facm", see `networks.DiT`), whose stage 1
+            is a teacher with the time convention "facm".
         noise: the schedule of a network that predicts noise.
         trust: import the module of a network class from outside this package, which runs its code.
 
@@ -59,6 +61,7 @@ class PretrainedTeacher(Teacher):
         heads: int | None = None,
         prediction: Prediction | None = None,
         time_convention: Literal["standard", "facm"] = "standard",
+        student_time: Literal["end", "facm"] = "end",
         noise: NoisePrediction = NoisePrediction(),  # noqa: B008 - frozen
         trust: bool = False,
     ) -> None:
@@ -73,14 +76,17 @@ class PretrainedTeacher(Teacher):
         if time_convention == "facm":
             # Changing the weights rather than wrapping the network also converts the student and exported networks.
             mirror(_without_end_time(network, path, "time_convention='facm'").t_embedder)
-        self.prediction = prediction or "velocity"
-        if is_silent and not next(network.parameters()).is_meta:
+        self.prediction: Prediction = prediction or "velocity"
+        if isinstance(network, DiT) and not (is_silent and next(network.parameters()).is_meta):
             self.prediction = _checked_prediction(network, prediction, path)
         if self.prediction == "noise":
-            _without_end_time(network, path, "prediction='noise'")
+            _without_end_time(network, path, "prediction='noise'").config["prediction"] = "noise"
             if time_convention == "facm":
                 raise ValueError(f"{path} predicts noise, not velocity: remove time_convention='facm'")
-        self.noise = noise
+        if student_time == "facm" and time_convention != "facm":
+            raise ValueError("student_time='facm' needs a teacher with time_convention='facm'")
+        self.student_time = student_time
+        self.name, self.noise = path, noise
         super().__init__(network.to("meta") if is_weightless() else network)
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
@@ -102,7 +108,18 @@ class PretrainedTeacher(Teacher):
         if self.prediction == "noise":
             remedy = "pass Distiller(student=...), such as networks.DiT"
             raise ValueError(f"a network that predicts noise cannot initialize a student: {remedy}")
-        return super().student()
+        student = super().student()
+        if self.student_time == "end":
+            return student
+        # FACM's clock is that of the file: at 2 - t the velocity, at t the mean velocity to the data.
+        assert isinstance(self.network, DiT)
+        config = self.network.config | {"end_time": "facm"}
+        if is_weightless():
+            return on_meta(DiT, **config).train()
+        own = DiT(**config)
+        own.load_state_dict(self.network.state_dict())
+        mirror(own.t_embedder)
+        return own.to(self.network.pos_embed).train()
 
 
 def _without_end_time(network: Network, path: str, option: str) -> DiT:
@@ -111,8 +128,8 @@ def _without_end_time(network: Network, path: str, option: str) -> DiT:
     return network
 
 
-def _checked_prediction(network: Network, expected: Prediction | None, path: str) -> Prediction:
-    found = prediction_of(network)
+def _checked_prediction(network: DiT, expected: Prediction | None, path: str) -> Prediction:
+    found = network.prediction or prediction_of(network)
     if found is None:
         if expected is None:
             log.warning("%s: cannot tell whether the network predicts velocity or noise; assuming velocity", path)

@@ -19,7 +19,12 @@ class Teacher:
 
     Args:
         network: the network. It is put into eval mode, and its parameters are frozen.
+
+    Attributes:
+        name: the path or name from which the teacher was loaded; "" if it was not.
     """
+
+    name = ""
 
     def __init__(self, network: Network) -> None:
         self.network = network.eval().requires_grad_(False)

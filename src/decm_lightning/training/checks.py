@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from decm_lightning.data.fit import check_fit
-from decm_lightning.data.protocol import HasClasses, NamesRows
+from decm_lightning.data.protocol import HasClasses, LacksSamples, NamesRows
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.gradients import loss_module, total_norm
 from decm_lightning.training.schedule import run_length
@@ -25,12 +25,16 @@ class TrainingChecks(L.Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check that data and network have the same number of classes.
+        """Check that data and network have the same number of classes, and that losses that read data have data.
 
         Raises:
-            ValueError: naming both numbers.
+            ValueError: naming both numbers, or the losses.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
+        readers = pl_module.data_readers() if stage == "fit" and isinstance(data, LacksSamples) else []
+        if readers:
+            remedy = "use an objective on the noise edge from t = 0, such as losses.free_flow, or data with samples"
+            raise ValueError(f"{type(data).__name__} has no samples, which {', '.join(readers)} read: {remedy}")
         check_fit(pl_module.network, data.num_classes if isinstance(data, HasClasses) else None)
 
     def check_schedule(self, trainer: L.Trainer) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
+from decm_lightning.data.protocol import HasRecord
 from decm_lightning.gradients import clip_by_norm
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.pretrained import description, refuse_another
+from decm_lightning.networks.record import Record
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.averaging import EMA, average_of, in_float32
@@ -91,6 +94,10 @@ class FlowTraining(L.LightningModule):
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the flow maps that can be sampled, by name."""
         raise NotImplementedError
+
+    def data_readers(self) -> list[str]:
+        """Return the losses that read the data x_1. If there are any, data of conditions alone are refused."""
+        return ["flow_matching"]
 
     @property
     def ema_decay(self) -> float:
@@ -217,9 +224,16 @@ class FlowTraining(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 
+    def record(self) -> Record:
+        """Return the origin and the use of the network. The config is stored separately, by the command line."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        own = data.record() if isinstance(data, HasRecord) else Record()
+        return replace(own, steps=self.global_step)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the seed, the settings, and the description from which `load` rebuilds the network."""
+        """Add the seed, the settings, the description from which `load` rebuilds the network, and its record."""
         checkpoint["network"] = describe(self.network)
+        checkpoint["record"] = self.record().as_dict()
         checkpoint["seed"] = self.seed
         checkpoint["settings"] = settings_of(self.settings())
         normalize_progress(self.trainer, checkpoint["loops"])

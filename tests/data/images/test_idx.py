@@ -103,7 +103,7 @@ def test_a_folder_a_link_and_a_missing_permission_are_named(tmp_path):
     file = tmp_path / "train-images-idx3-ubyte"
     file.unlink()
     file.symlink_to("gone")
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: a link to gone, which does not exist"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: .*gone"):
         ready(IDXImages(str(tmp_path)))
     file.unlink()
     file.mkdir()

@@ -333,15 +333,13 @@ def test_a_class_folder_named_like_a_tar_is_not_a_tar(tmp_path):
 
 
 def test_sources_without_images_are_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no folder or file .*gone: expected a folder of class folders, or tars"
-    ):
+    with pytest.raises(FileNotFoundError, match="gone"):
         ImageFiles(str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=r"no image in .*: expected images in class folders or tars"):
+    with pytest.raises(FileNotFoundError, match="no image"):
         ImageFiles(str(tmp_path))
     write_folder(tmp_path, 2)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no image in the class folder .*empty"):
+    with pytest.raises(FileNotFoundError, match=r"no image .*empty"):
         ImageFiles(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no image in"):
         ImageFiles(str(write_tar(tmp_path / "x.tar", {})))

@@ -47,7 +47,7 @@ def test_a_bare_multiplier_is_undone_too(folder):
     (folder / "cache.json").unlink()
     latents = data(folder, vae=str(folder / "vae"), latent_norm=False, latent_multiplier=0.2)
     latents.train = None
-    with pytest.warns(UserWarning, match="the VAE of these latents is unknown"):
+    with pytest.warns(UserWarning, match="VAE"):
         latents.setup("fit")
     raw = latents.train.shards.read(range(4))
     torch.testing.assert_close(
@@ -104,7 +104,7 @@ def test_reference_latents_are_spread_over_all_shards(size, expected, folder):
 
 
 def test_a_reference_of_nothing_is_refused(folder):
-    with pytest.raises(ValueError, match="reference_size must be at least 1: got 0"):
+    with pytest.raises(ValueError, match=r"reference_size.*got 0"):
         data(folder, reference_size=0)
 
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents import latent_coder
-from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.autoencoders import LatentCoder, latent_coder, load_autoencoder
 from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
 
 

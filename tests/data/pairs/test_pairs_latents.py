@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from decm_lightning import cli
-from decm_lightning.data.pairs import latents as pairs_latents
+from decm_lightning.data.latents import cached as pairs_latents
 from decm_lightning.data.pairs.text_image_pairs import TextImagePairs
 from decm_lightning.text import TextEncoder
 from tests.autoencoders.tiny import save_dc, save_kl

@@ -91,7 +91,7 @@ def test_files_that_must_be_decompressed_are_named(name, source):
 
 
 def test_an_empty_pattern_or_an_unknown_file_is_refused(source):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*train-\*.tar"):
+    with pytest.raises(FileNotFoundError, match=r"train-\*.tar"):
         find_pairs(source / "train-*.tar")
     (source / "a.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"no pairs in .*a.txt"):

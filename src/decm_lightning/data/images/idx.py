@@ -51,6 +51,10 @@ class IDXImages(InMemoryImages):
         self.train = self._load("train")
         self.reference = self._load("t10k")
 
+    def data_name(self) -> str:
+        """Return the folder."""
+        return str(self.folder)
+
     def _load(self, part: str) -> LabelledImages:
         images = read_idx(self._find(f"{part}-images-idx3-ubyte"))
         labels = read_idx(self._find(f"{part}-labels-idx1-ubyte"))

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -46,18 +47,21 @@ class ImageFiles:
     """All images of a source, sorted by name, or by tar and position in the tar.
 
     In a folder of class folders (ImageNet's layout), classes are numbered by their sorted names, and class folders may
-    have subfolders. In tars, the class of each image is stored next to it, as name.cls, name.json ({"label": 3} or
-    {"cls": 3}) or name.txt. A folder is read as tars if a tar is at its top level or all its files are
-    tars. Images have one of the suffixes in `image_reader.suffixes`. Links are followed, and hidden files are left out.
+    have subfolders. A folder with images but no class folders is one class. In tars, the class of each image is stored
+    next to it, as name.cls, name.json ({"label": 3} or {"cls": 3}) or name.txt. A folder is read as tars if a tar is at
+    its top level or all its files are tars. Images have one of the suffixes in `image_reader.suffixes`. Links are
+    followed, and hidden files are left out.
 
     Args:
-        source: a folder of class folders, a folder of .tar files, one .tar file, or a pattern such as "train-*.tar".
+        source: a folder of class folders or images, a folder of .tar files, one .tar file, or a pattern such as
+            "train-*.tar".
         num_classes: labels must be below it; None for the number of class folders, or for the largest label plus 1.
         on_error: "raise", or "skip" to leave out images in tars without a valid label, and the rest of a tar that is
             cut short. They are counted.
 
     Attributes:
         files: the images.
+        class_names: names of the class folders; the numbers of classes in tars.
         left_out: number of files that were left out, by kind.
 
     Raises:
@@ -79,10 +83,13 @@ class ImageFiles:
         if tars:
             self.files = self._from_tars(tars, num_classes)
             self.num_classes = num_classes or max((file.label for file in self.files), default=-1) + 1
+            self.class_names = tuple(map(str, range(self.num_classes)))
         else:
             assert listing is not None
-            self.files = self._from_folder(path, listing)
-            self.num_classes = len(listing.folders)
+            classes = [""] if _is_flat(listing) else listing.folders
+            self.files = self._from_folder(path, listing, classes)
+            self.num_classes = len(classes)
+            self.class_names = tuple(printable(name or path.resolve().name) for name in classes)
             if num_classes not in (None, self.num_classes):
                 raise ValueError(f"{source} has {self.num_classes} class folders: num_classes is {num_classes}")
         if listing is not None:
@@ -131,17 +138,20 @@ class ImageFiles:
         changed = self._tar_times[file] if image.tar else _size_and_time(file)
         return f"{image.name}\t{image.label}\t{image.place.offset}\t{image.place.length}\t{changed}"
 
-    def _from_folder(self, root: Path, listing: Listing) -> list[ImageFile]:
-        labels = {folder: label for label, folder in enumerate(listing.folders)}
-        inside = [parts for parts in listing.files if len(parts) > 1 and not parts[-1].lower().endswith(TAR)]
-        empty = sorted(labels.keys() - {parts[0] for parts in inside})
+    def _from_folder(self, root: Path, listing: Listing, classes: Sequence[str]) -> list[ImageFile]:
+        labels = {folder: label for label, folder in enumerate(classes)}
+        images = [parts for parts in listing.files if not parts[-1].lower().endswith(TAR)]
+        inside = [parts for parts in images if _class_folder(parts) in labels]
+        empty = sorted(labels.keys() - set(map(_class_folder, inside)))
         if empty:
             more = f" (and in {len(empty) - 1} others)" if len(empty) > 1 else ""
             raise FileNotFoundError(
                 f"no image in the class folder {printable(root / empty[0])}{more}: expected .jpg, .png, ..."
             )
         files = [
-            ImageFile("/".join(map(printable, parts)), labels[parts[0]], Location(os.path.join(root, *parts)))
+            ImageFile(
+                "/".join(map(printable, parts)), labels[_class_folder(parts)], Location(os.path.join(root, *parts))
+            )
             for parts in inside
         ]
         return sorted(files, key=lambda file: file.order)
@@ -173,7 +183,7 @@ class ImageFiles:
                 self.left_out[TAR] += 1
             elif not is_tar and are_tars:
                 self.left_out["images next to tars"] += 1
-            elif not is_tar and len(parts) == 1:
+            elif not is_tar and len(parts) == 1 and not _is_flat(listing):
                 self.left_out["images outside of class folders"] += 1
 
 
@@ -195,6 +205,15 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _is_flat(listing: Listing) -> bool:
+    """Return whether a folder has images, but no class folders with images."""
+    return bool(listing.files) and all(len(parts) == 1 for parts in listing.files)
+
+
+def _class_folder(parts: tuple[str, ...]) -> str:
+    return parts[0] if len(parts) > 1 else ""
 
 
 def _tars_of(source: str, listing: Listing | None) -> dict[str, Path]:

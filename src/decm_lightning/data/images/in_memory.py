@@ -1,12 +1,14 @@
 """Images with class labels in memory, and their loaders."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from decm_lightning.data.resumable import BatchDataset, ResumableData
+from decm_lightning.files import tensors_sha256
 from decm_lightning.types import Batch
 
 
@@ -30,6 +32,14 @@ class LabelledImages(BatchDataset):
         """Return the batch of the given rows."""
         index = torch.as_tensor(rows)
         return Batch(self.images[index], self.labels[index])
+
+    @cached_property
+    def _identity(self) -> str:
+        return tensors_sha256({"images": self.images, "labels": self.labels})[:16]
+
+    def identity(self) -> str:
+        """Return a hash of the images and labels."""
+        return self._identity
 
 
 class InMemoryImages(ResumableData):

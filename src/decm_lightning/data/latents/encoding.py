@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
+from decm_lightning.autoencoders.normalization import Moments
 from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.data.latents.manifest import Manifest, Shard
-from decm_lightning.data.latents.normalization import Moments
 from decm_lightning.data.latents.shards import KEYS
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.image_listing import broken

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from decm_lightning.data.latents.latent_coder import LatentCoder
-from decm_lightning.data.latents.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
+from decm_lightning.autoencoders import LatentCoder
+from decm_lightning.autoencoders.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
+from decm_lightning.data.latents.latent_coder import read_coder
 from decm_lightning.data.latents.provenance import RECORD, Provenance
 from decm_lightning.data.latents.shards import BLOCK, Shards, describe_skipped
 from decm_lightning.data.resumable import BatchDataset, ResumableData
+from decm_lightning.files import tensors_sha256, text_sha256
+from decm_lightning.networks.record import Record, Reference
 from decm_lightning.types import Batch, Sample
 
 SAMPLE = 1000
@@ -66,6 +70,11 @@ class Latents(BatchDataset):
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
         return Batch(self.normalization.normalize_(self.shards.read(items)), labels)
+
+    def identity(self) -> str:
+        """Return a hash of the labels and of the statistics, on which the order and the values of the rows depend."""
+        labels = tensors_sha256({"labels": self.labels})
+        return text_sha256(f"{labels} {self.normalization.identity}")[:16]
 
     def place(self, item: int) -> str:
         """Return the file, row and key of an item, such as "shard000.safetensors: row 5 of latents_flip"."""
@@ -160,7 +169,7 @@ class ImageNetLatents(ResumableData):
         self.train.measure(self.train.sample())
         self.check_network(f"latents of {self.folder} are", self.train.shards.shape)
         if self.vae is not None and self.coder is None:
-            self.coder = LatentCoder.read(self.vae, self.folder, self.train.normalization)
+            self.coder = read_coder(self.vae, self.folder, self.train.normalization)
 
     def decode(self, x: Sample) -> Sample:
         """Decode normalized latents into images in [-1, 1].
@@ -175,6 +184,16 @@ class ImageNetLatents(ResumableData):
     def identity(self) -> dict[str, str]:
         """Return the identity of the VAE, if it is loaded."""
         return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
+
+    def data_name(self) -> str:
+        """Return the folder."""
+        return self.folder
+
+    def record(self) -> Record:
+        """Return the record of a network. Without a VAE, cache.json may tell which one encoded the latents."""
+        own, provenance = super().record(), self.train.provenance
+        unloaded = None if provenance is None else Reference("", provenance.vae)
+        return replace(own, vae=own.vae or unloaded, latents=self.train.normalization.as_json())
 
     def release(self) -> None:
         """Move the VAE off the accelerator, because only evaluation uses it."""

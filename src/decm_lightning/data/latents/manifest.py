@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from decm_lightning.data.latents.normalization import STATISTICS, Moments
+from decm_lightning.autoencoders.normalization import STATISTICS, Moments
 from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
 from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed

@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from decm_lightning.autoencoders import Autoencoder
-from decm_lightning.data.latents.latent_coder import LatentCoder
-from decm_lightning.data.latents.normalization import LatentNormalization, Moments, finite_rows
+from decm_lightning.autoencoders import Autoencoder, LatentCoder
+from decm_lightning.autoencoders.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
 

@@ -1,15 +1,18 @@
 """Base classes of data modules with captioned images, some of which are held out."""
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float16, UInt8
+from jaxtyping import Float16, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.resumable import BatchDataset, ResumableData
-from decm_lightning.text import EncodedCaptions, UnencodedCaptions
+from decm_lightning.files import text_sha256
+from decm_lightning.networks.record import Record, Reference
+from decm_lightning.text import CaptionEncoder, EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
 Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
@@ -59,7 +62,7 @@ class Pairs(BatchDataset):
 class CaptionedImages(ResumableData):
     """Loaders over pairs. Some pairs are held out as the reference, and tests generate samples for their captions.
 
-    A subclass sets `train`, `reference` and `texts` in `setup`.
+    A subclass sets `encoder`, and `train`, `reference` and `texts` in `setup`.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
@@ -69,6 +72,7 @@ class CaptionedImages(ResumableData):
 
     Attributes:
         texts: captions of the reference as text.
+        encoder: the text encoder.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -78,19 +82,13 @@ class CaptionedImages(ResumableData):
     train: Pairs
     reference: Pairs
     texts: list[str]
+    encoder: CaptionEncoder
 
     def __init__(self, batch_size: int, held_out: float, reference_size: int | None, num_workers: int) -> None:
         super().__init__(batch_size, reference_size, num_workers)
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out must be in [0, 1): got {held_out}")
         self.held_out = held_out
-
-    @property
-    def device(self) -> torch.device:
-        """The device that encodes captions and images: the trainer's, or else the accelerator of this machine."""
-        if self.trainer:
-            return self.trainer.strategy.root_device
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def split(
         self,
@@ -110,11 +108,19 @@ class CaptionedImages(ResumableData):
             variants: number of captions per image. The reference uses the first.
         """
         self.variants = variants
+        self.pairs_identity = text_sha256("".join(f"{n}\0{t}\0" for n, t in zip(names, texts, strict=True)))[:16]
         held = is_held_out(names, self.held_out)
         rows = held.nonzero().flatten()[: self.reference_size]
         self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
         self.reference = Pairs(images, captions, rows, variants)
         self.texts = [texts[row] for row in rows.tolist()]
+
+    def record(self) -> Record:
+        """Return the record of a network, with the text encoder. A hash of names and captions identifies the data."""
+        own = super().record()
+        encoder = Reference(self.encoder.name, self.encoder.identity)
+        data = Reference(self.data_name(), self.pairs_identity, self.license)
+        return replace(own, text_encoder=encoder, data=data)
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.
@@ -139,9 +145,3 @@ class CaptionedImages(ResumableData):
             count = len(self.train)
             raise ValueError(f"no pair is held out: increase held_out, which is {self.held_out} of {count} pairs")
         return self.reference
-
-
-def is_held_out(names: Sequence[str], fraction: float) -> Bool[Tensor, " n"]:
-    """Return which names are held out. The choice depends only on a hash of each name."""
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    return torch.tensor([value < fraction for value in hashes], dtype=torch.bool)

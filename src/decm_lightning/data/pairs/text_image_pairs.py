@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.latent_coder import LatentCoder
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
+from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.pairs.cache import PreparedPairs, prepare
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
-from decm_lightning.data.pairs.latents import encode_latents
 from decm_lightning.data.pairs.pair import no_caption_column, summary
 from decm_lightning.image_listing import counted
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
@@ -142,6 +141,10 @@ class TextImagePairs(CaptionedImages):
         """Return the identities of the text encoder and of the VAE, if there is one."""
         vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
         return vae | {"encoder": self.encoder.identity}
+
+    def data_name(self) -> str:
+        """Return the source."""
+        return str(self.source)
 
     def release(self) -> None:
         """Move the VAE off the accelerator, unless training uses it too."""

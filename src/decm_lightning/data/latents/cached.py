@@ -1,48 +1,73 @@
-"""Encode the latents of pairs once and store them next to the pixels."""
+"""Encode the latents of stored pixels once and store them next to the pixels."""
 
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.caches import make_once
-from decm_lightning.data.latents.latent_coder import LatentCoder
-from decm_lightning.data.pairs.cache import PreparedPairs
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.files import PARTIAL, text_sha256
 
 BATCH = 64
 
 
-def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> Float[Tensor, "n c h w"]:
-    """Encode the latents of all pairs in float16 and store them. Later calls return the stored latents.
+class StoredPixels(Protocol):
+    """Images that are stored in a folder.
+
+    Attributes:
+        images: (n, c, h, w).
+        names: name of each image, for messages.
+        folder: the folder.
+    """
+
+    @property
+    def images(self) -> UInt8[Tensor, "n c h w"]:
+        """The pixels."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+
+def encode_latents(
+    stored: StoredPixels, coder: LatentCoder, device: torch.device, mirrored: bool = False
+) -> Float[Tensor, "n c h w"]:
+    """Encode the latents of all images in float16 and store them. Later calls return the stored latents.
 
     The names of the file and of its partial file contain a hash of the VAE's weights and scaling. An interrupted run
     resumes with the next batch, and another VAE starts a new file. A second process that encodes the same latents waits
     for the first.
 
     Args:
-        prepared: the pairs.
+        stored: the images.
         coder: the VAE.
         device: device that encodes.
+        mirrored: encode the mirror images, into another file.
 
     Returns:
         (n, c, h, w), memory-mapped.
 
     Raises:
-        NonFiniteError: if a latent is NaN, infinite or outside the range of float16. The message names the pair.
+        NonFiniteError: if a latent is NaN, infinite or outside the range of float16. The message names the image.
         OSError: if the file cannot be written, for example because the disk is full. The error names the file.
         ValueError: if the file is damaged.
     """
-    file = prepared.folder / f"latents-{text_sha256(coder.identity)[:16]}.bin"
-    shape = torch.Size((len(prepared.images), *coder.autoencoder.latent_shape(prepared.images.shape[-1])))
+    name = "latents-mirrored" if mirrored else "latents"
+    file = stored.folder / f"{name}-{text_sha256(coder.identity)[:16]}.bin"
+    shape = torch.Size((len(stored.images), *coder.autoencoder.latent_shape(stored.images.shape[-1])))
 
     def make() -> None:
-        _write(file, prepared, coder, device)
+        _write(file, stored, coder, device, mirrored)
         # Training needs the memory of the accelerator.
         coder.autoencoder.to("cpu")
 
@@ -53,12 +78,12 @@ def encode_latents(prepared: PreparedPairs, coder: LatentCoder, device: torch.de
     return torch.from_file(str(file), size=shape.numel(), dtype=torch.float16).view(shape)
 
 
-def _write(file: Path, prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> None:
+def _write(file: Path, stored: StoredPixels, coder: LatentCoder, device: torch.device, mirrored: bool) -> None:
     # `atomic` would remove the partial file, from which an interrupted run resumes.
     partial = file.with_suffix(PARTIAL)
     try:
         with partial.open("ab") as latents:
-            _append(latents, prepared, coder, device)
+            _append(latents, stored, coder, device, mirrored)
             latents.flush()
             os.fsync(latents.fileno())
         partial.replace(file)
@@ -68,19 +93,20 @@ def _write(file: Path, prepared: PreparedPairs, coder: LatentCoder, device: torc
         raise
 
 
-def _append(latents: IO[bytes], prepared: PreparedPairs, coder: LatentCoder, device: torch.device) -> None:
+def _append(latents: IO[bytes], stored: StoredPixels, coder: LatentCoder, device: torch.device, mirrored: bool) -> None:
     """Encode the images whose latents are not in the file yet, starting with a whole batch."""
-    images, size = prepared.images, prepared.images.shape[-1]
+    images, size = stored.images, stored.images.shape[-1]
     row_bytes = 2 * torch.Size(coder.autoencoder.latent_shape(size)).numel()
     # An interrupted run may have written part of a batch.
     done = min(latents.tell() // row_bytes // BATCH * BATCH, len(images))
     latents.truncate(done * row_bytes)
     with tqdm(total=len(images), initial=done, desc="encoding images", unit="image") as bar:
         for start in range(done, len(images), BATCH):
-            encoded = coder.encode(images[start : start + BATCH].to(device).float() / 127.5 - 1).half().cpu()
+            pixels = images[start : start + BATCH].to(device).float() / 127.5 - 1
+            encoded = coder.encode(pixels.flip(-1) if mirrored else pixels).half().cpu()
             bad = encoded.isfinite().flatten(1).all(1).logical_not().nonzero()
             if len(bad):
-                name = prepared.names[start + int(bad[0])]
+                name = stored.names[start + int(bad[0])]
                 raise NonFiniteError(f"the latent of {name} is not finite in float16: check the VAE and its scaling")
             latents.write(encoded.contiguous().numpy().tobytes())
             bar.update(len(encoded))

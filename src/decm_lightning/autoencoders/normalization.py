@@ -101,6 +101,21 @@ class LatentNormalization:
             return "set latent_multiplier to 1, because there are statistics"
         return f"check whether they were already normalized when written, or {STATISTICS} is of other latents"
 
+    def as_json(self) -> dict[str, Any]:
+        """Return plain numbers, from which `from_json` restores the normalization exactly."""
+        return {
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "multiplier": self.multiplier,
+            "has_statistics": self.has_statistics,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LatentNormalization":
+        """Restore a normalization from the result of `as_json`."""
+        mean, std = (torch.tensor(content[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("mean", "std"))
+        return cls(mean, std, content["multiplier"], content["has_statistics"])
+
     @classmethod
     def of_config(cls, config: Any) -> "LatentNormalization":
         """Return the normalization of diffusers' pipelines: (z - shift_factor) * scaling_factor, by default 0 and 1."""

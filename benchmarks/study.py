@@ -1,0 +1,178 @@
+"""python -m benchmarks.study configs/compare/digits.yaml: compare methods at equal numbers of network evaluations.
+
+Every method distills the teacher of one config, for the number of steps at which all methods have run the same number
+of forward passes per row of the batch (`losses.cost`). Its learning rate is the one with the smallest sum of log
+distances in shorter runs with another seed, which do not rank. Runs are plain `decm fit` and `decm test` commands in
+their own folders, with their configs. The same command resumes an interrupted study.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import auto_cli
+
+from decm_lightning import losses
+from decm_lightning.guidance import Guidance
+
+STEPS = (1, 2, 4, 8, 50)
+
+
+class Run(NamedTuple):
+    """One student: a method, a learning rate, a seed, and a budget of forward passes per row of the batch."""
+
+    method: str
+    rate: float
+    seed: int
+    passes: float
+
+
+class Study:
+    """A study file: see configs/compare/digits.yaml for its keys."""
+
+    def __init__(self, file: Path, folder: Path) -> None:
+        self.settings: dict[str, Any] = yaml.safe_load(file.read_text())
+        self.config = self.settings["config"]
+        self.base: dict[str, Any] = yaml.safe_load(Path(self.config).read_text())
+        self.folder = folder / file.stem
+
+    def steps(self, run: Run) -> int:
+        """Return the number of training steps that use up the budget."""
+        spec = self.settings["methods"][run.method]
+        objective = getattr(losses, spec["class_path"])(**spec.get("init_args", {}))
+        passes = Guidance(**self.base["model"]["init_args"].get("guidance", {})).passes
+        return max(1, round(run.passes / losses.cost(objective.for_run(10_000), passes).total))
+
+    def place(self, run: Run) -> Path:
+        """Return the folder of a run."""
+        return self.folder / f"{run.method}-{run.rate:g}-seed{run.seed}-{run.passes:g}"
+
+    def quality(self, run: Run) -> dict[str, Any]:
+        """Return the measured table of a run, after training and testing it unless that is done."""
+        place = self.place(run)
+        table, checkpoint = place / "quality.json", place / "checkpoints" / "last.ckpt"
+        if not table.exists():
+            if not (place / "trained").exists():
+                resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
+                self.call("fit", run, resume)
+                (place / "trained").touch()
+            self.call("test", run, ["--ckpt_path", str(checkpoint)])
+        found: dict[str, Any] = json.loads(table.read_text())
+        return found
+
+    def call(self, command: str, run: Run, options: list[str]) -> None:
+        """Run one command; its output is in the run's log.txt."""
+        spec = self.settings["methods"][run.method]
+        objective = {**spec, "class_path": f"decm_lightning.losses.{spec['class_path']}"}
+        place, steps = self.place(run), self.steps(run)
+        place.mkdir(parents=True, exist_ok=True)
+        overlay = {
+            "seed_everything": run.seed,
+            "trainer": {
+                "max_steps": steps, "val_check_interval": None, "limit_val_batches": 0, "enable_progress_bar": False,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": str(self.folder), "name": place.name, "version": ""},
+                },
+                "callbacks": self.callbacks(run),
+            },
+            "model": {
+                "class_path": "decm_lightning.Distiller",
+                "init_args": {
+                    "objective": objective, "compile": self.settings.get("compile", False),
+                    "optimizer": {
+                        "class_path": "torch.optim.AdamW", "init_args": {"lr": run.rate, "weight_decay": 0.0},
+                    },
+                },
+            },
+        }  # fmt: skip
+        file = place / "overlay.yaml"
+        file.write_text(yaml.safe_dump(overlay))
+        print(f"{command} {place.name}: {steps} steps", flush=True)
+        arguments = ["--config", self.config, "--config", str(file), *options]
+        with (place / "log.txt").open("a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "decm_lightning.cli", command, *arguments], check=True, stdout=log, stderr=log
+            )
+
+    def callbacks(self, run: Run) -> list[dict[str, Any]]:
+        """Return the config's callbacks that train, log gradients and test, with the study's specs."""
+        kept = []
+        # The teacher is measured once, with the first method's first seed.
+        first = (next(iter(self.settings["methods"])), self.settings["seeds"][0]) == (run.method, run.seed)
+        specs = [*(self.settings["teacher"] if first else []), *self.settings["specs"]]
+        for callback in self.base["trainer"]["callbacks"]:
+            name = callback["class_path"].rpartition(".")[2]
+            if name == "Evaluation":
+                callback["init_args"]["test_specs"] = specs
+            if name in ("Evaluation", "GradientNorms", "ModelCheckpoint"):
+                kept.append(callback)
+        return kept
+
+    def rate(self, method: str) -> float:
+        """Return the learning rate with the smallest sum of log distances of the shorter runs."""
+        choice, rates = self.settings["choice"], self.settings["rates"]
+        runs = {rate: Run(method, rate, choice["seed"], choice["passes"]) for rate in rates}
+        scores = {}
+        for rate, run in runs.items():
+            best = by_steps(self.quality(run))
+            scores[rate] = sum(math.log(fd) for fd, _ in best.values()) if best else math.inf
+        return min(scores, key=scores.__getitem__)
+
+
+def by_steps(quality: dict[str, Any], model: str = "student") -> dict[int, tuple[float, str]]:
+    """Return the smallest distance and its sampler for each number of steps."""
+    best: dict[int, tuple[float, str]] = {}
+    for row in quality["rows"]:
+        if row["model"] == model and math.isfinite(row["fd"]):
+            best[row["steps"]] = min(best.get(row["steps"], (math.inf, "")), (row["fd"], row["sampler"]))
+    return best
+
+
+def table(study: Study, results: dict[str, tuple[float, int, list[dict[str, Any]]]]) -> str:
+    """Return the Markdown table: a row for each method, the mean and spread over seeds of the best sampler."""
+    lines = [f"| method | rate | steps | {' | '.join(map(str, STEPS))} |", "|---" * (len(STEPS) + 3) + "|"]
+    teacher = by_steps(next(iter(results.values()))[2][0], "teacher")
+    lines.append(f"| teacher, guided | | | {' | '.join(f'{teacher[n][0]:.3f}' for n in STEPS)} |")
+    for method, (rate, steps, runs) in results.items():
+        cells = []
+        for n in STEPS:
+            found = [by_steps(run).get(n, (math.nan, "")) for run in runs]
+            values = [fd for fd, _ in found]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.3f}{spread} ({found[0][1]})")
+        lines.append(f"| {method} | {rate:g} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def run_study(file: str, folder: str = "runs/compare", methods: list[str] | None = None) -> None:
+    """Run a study and print its table.
+
+    Args:
+        file: the study file.
+        folder: where the runs are written.
+        methods: names of the methods to run; by default all.
+    """
+    study = Study(Path(file), Path(folder))
+    chosen = methods or list(study.settings["methods"])
+    rates = {method: study.rate(method) for method in chosen}
+    results: dict[str, tuple[float, int, list[dict[str, Any]]]] = {}
+    # Seed by seed, so that an interrupted study has every method with equally many seeds.
+    for seed in study.settings["seeds"]:
+        for method in chosen:
+            run = Run(method, rates[method], seed, study.settings["passes"])
+            rate, steps, runs = results.get(method, (run.rate, study.steps(run), []))
+            results[method] = (rate, steps, [*runs, study.quality(run)])
+        text = table(study, results)
+        (study.folder / "table.md").write_text(text)
+        print(text, flush=True)
+    print(f"compare the runs: decm compare {study.folder}/*-seed{study.settings['seeds'][0]}-* --out report.html")
+
+
+if __name__ == "__main__":
+    auto_cli(run_study, as_positional=True)

@@ -1,0 +1,43 @@
+"""One .safetensors file with the weights, the config, the record and the license."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+
+from decm_lightning.export.licenses import base_of, license_of
+from decm_lightning.files import atomic
+from decm_lightning.networks import Network, describe
+from decm_lightning.networks.checkpoint_files import read_single_file
+
+SUFFIX = ".safetensors"
+
+
+def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
+    """Write a file that `decm_lightning.load` reads, and return it.
+
+    Its metadata are "network" (the description) and "record" as JSON, "license", "license_link" and "base_model", as
+    far as they are known.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+        ValueError: if `out` does not end in .safetensors, or is the file of another model.
+    """
+    if out.suffix != SUFFIX:
+        raise ValueError(f"out must end in {SUFFIX} for --to safetensors: got {out}")
+    if out.is_file() and not read_single_file(out, {}):
+        raise ValueError(f"{out} contains another model: choose another file")
+    base = base_of(network)
+    license = license_of(base)
+    metadata = {
+        "format": "pt",
+        "network": json.dumps(describe(network), sort_keys=True),
+        "record": None if network.record is None else json.dumps(network.record.as_dict()),
+        "license": license.name or license.id,
+        "license_link": license.link,
+        "base_model": None if base is None else base.name,
+    }
+    with atomic(out) as partial:
+        save_model(network.to(dtype), str(partial), {key: value for key, value in metadata.items() if value})
+    return [out]

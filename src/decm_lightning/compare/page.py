@@ -5,16 +5,11 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from decm_lightning.errors import missing_extra
-
-try:
-    import matplotlib
-    from markdown_it import MarkdownIt
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-except ImportError as error:
-    raise missing_extra("decm compare", "matplotlib and markdown-it-py", "plots") from error
+import matplotlib
+from markdown_it import MarkdownIt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -36,13 +31,13 @@ RULES: Any = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.rig
 RULES |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
-def html(markdown: str, figures: Mapping[str, bytes]) -> str:
+def html(markdown: str, figures: Mapping[str, bytes]) -> bytes:
     """Return a report as a page that contains its figures, which are SVG or PNG files by name."""
     body = MarkdownIt("js-default").render(markdown)
     for name, content in figures.items():
         media = "png" if name.endswith(".png") else "svg+xml"
         body = body.replace(f'src="{name}"', f'src="data:image/{media};base64,{b64encode(content).decode()}"')
-    return PAGE.replace("BODY", body)
+    return PAGE.replace("BODY", body).encode()
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -55,7 +50,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     | b | - |
     """
     texts = [[_text(value).replace("|", "\\|") for value in row.values()] for row in rows]
-    aligned = ["---:" if isinstance(value, float) else "---" for value in rows[0].values()]
+    aligned = ["---:" if isinstance(value, int | float) else "---" for value in rows[0].values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in (list(rows[0]), aligned, *texts))
 
 
@@ -80,15 +75,15 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, 
 
 
 @matplotlib.rc_context(RULES)
-def heat_map(errors: Mapping[tuple[float, float], float], low: float, high: float) -> bytes:
-    """Return errors by (t, s) as cells, with colors on a logarithmic scale from low to high."""
+def heat_map(errors: Mapping[tuple[float, float], float]) -> bytes:
+    """Return errors by (t, s) as cells. The colors are the same in all plots: a logarithmic scale from 0.02 to 1."""
     figure = Figure((3.6, 3), layout="constrained")
     axes: Any = figure.subplots()
     times = sorted({time for pair in errors for time in pair})
     grid = [[errors.get((t, s), float("nan")) for t in times] for s in times]
-    cells = axes.pcolormesh(times, times, grid, norm=LogNorm(low, high))
+    cells = axes.pcolormesh(times, times, grid, norm=LogNorm(0.02, 1))
     axes.set(xlabel="start time t", ylabel="end time s", aspect="equal")
-    figure.colorbar(cells, format="{x:g}", ticks=LogLocator(subs=(1, 2, 5))).ax.minorticks_off()
+    figure.colorbar(cells, extend="both", format="{x:g}", ticks=LogLocator(subs=(1, 2, 5))).ax.minorticks_off()
     return _svg(figure)
 
 

@@ -1,45 +1,39 @@
 """Write one report on several runs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from decm_lightning.compare import measure
-from decm_lightning.compare.page import heat_map, html, line_plot, table
-from decm_lightning.compare.runs import Run, differences, read_runs, shared_protocol
+from decm_lightning.compare.page import html, line_plot, table
+from decm_lightning.compare.runs import Run, compared, read_runs
 from decm_lightning.files import atomic
 
 DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid")
 """Columns in which the smallest value is the best; in others it is the largest."""
 NAMES = ("model", "sampler", "steps", "options", "nfe")
 """Columns of a table that are not measured."""
-TRIANGLE = (
-    "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. Upper edge: data edge, "
-    "s = 1. Left edge: noise edge, t = 0. Diagonal: s = t."
-)
+TEXTS: dict[Callable[[Run], Any], str] = {
+    measure.cost: "Forward passes per sample and step, where a backward pass counts 2, times steps.",
+    measure.samples: f"Rows: {measure.STEPS} steps. The noise and conditions of all runs are the same.",
+    measure.triangle: "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. "
+    "Upper edge: data edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t.",
+}
 
 
 class Report:
-    """A report on runs that were measured with the same protocol.
+    """The paragraphs of a report in Markdown, and its figures, SVG and PNG files by name.
 
     Args:
         runs: at least two.
         stem: the name of the report, with which the names of its figures begin.
-
-    Attributes:
-        lines: paragraphs of Markdown.
-        figures: SVG and PNG files by name.
-
-    Raises:
-        ValueError: if the protocols differ.
     """
 
     def __init__(self, runs: Sequence[Run], stem: str) -> None:
-        self.protocol = [{"setting": name, "value": value} for name, value in shared_protocol(runs).items()]
         self.runs, self.stem = runs, stem
         self.lines = [f"# Comparison of {', '.join(run.name for run in runs)}"]
         self.figures: dict[str, bytes] = {}
@@ -52,74 +46,44 @@ class Report:
             values = {spec: {run.name: run.rows.get(spec, {}).get(metric) for run in self.runs} for spec in specs}
             rows = [{"samples": spec, "NFE": row["nfe"], **values[spec]} for spec, row in specs.items()]
             text = "The curves show the best sampler at each number of evaluations."
-            self.lines += [f"## Quality: {metric}", text, self._figure(f"{metric}.svg", plot), table(rows)]
+            self.lines += [f"## Quality: {metric}", text, self.figure(f"{metric}.svg", plot), table(rows)]
 
-    def add_measured(self, triangle: bool) -> None:
-        """Add what is measured now, or the reason if it cannot be measured; `triangle` is the slowest part."""
-        parts = {"gradient norms": measure.gradient_norms, "cost": measure.cost, "samples": measure.samples}
-        parts |= {"error on the triangle": measure.triangle_error} if triangle else {}
-        with tqdm(total=len(parts) * len(self.runs), leave=False, disable=None) as bar:
-            for title, function in parts.items():
-                self.lines.append(f"## {title.capitalize()}")
-                results: dict[str, Any] = {}
-                for run in self.runs:
-                    bar.set_description(f"{run.name}: {title}")
-                    try:
-                        results[run.name] = function(run)
-                    except measure.NOT_MEASURED as error:
-                        self.lines.append(f"{run.name}: not measured, because {' '.join(str(error).split())}")
-                    bar.update()
-                if results:
-                    getattr(self, f"_{function.__name__}")(results)
+    def add_measured(self, bar: tqdm, function: Callable[[Run], Any]) -> None:
+        """Add what a function of `measure` returns, and the reason for each run that cannot be measured."""
+        title = function.__name__.replace("_", " ")
+        self.lines.append(f"## {title.capitalize()}")
+        results: dict[str, Any] = {}
+        for run in self.runs:
+            bar.set_description(f"{run.name}: {title}")
+            try:
+                results[run.name] = function(run)
+            except measure.NOT_MEASURED as error:
+                self.lines.append(f"{run.name}: not measured, because {' '.join(str(error).split())}")
+            bar.update()
+        if function is measure.gradient_norms and results:
+            self.lines.append(self.figure("norms.svg", line_plot(results, "training step", title, log_x=False)))
+            norms = {run: [norm for _, norm in points] for run, points in results.items()}
+            results = {run: (b"", {"median": median(each), "largest": max(each)}) for run, each in norms.items()}
+        kind = "png" if function is measure.samples else "svg"
+        figures = {run: self.figure(f"{run}-{title}.{kind}", figure) for run, (figure, _) in results.items() if figure}
+        rows = [{"run": run, **values} for run, (_, values) in results.items() if values]
+        self.lines += [TEXTS.get(function, ""), *(table(each) for each in ([figures], rows) if any(each))]
 
-    def write(self, out: Path) -> list[Path]:
-        """Add the settings, write the report as HTML, or as Markdown with its figures next to it; return the files."""
-        self.lines += ["## Protocol of all runs", table(self.protocol), "## Differences"]
-        self.lines += [table(rows)] if (rows := differences(self.runs)) else ["None."]
-        markdown = "\n\n".join(self.lines) + "\n"
-        files = {out.name: html(markdown, self.figures).encode()}
-        if out.suffix == ".md":
-            files = {out.name: markdown.encode(), **self.figures}
-        for name, content in files.items():
-            with atomic(out.with_name(name)) as partial:
-                partial.write_bytes(content)
-        return [out.with_name(name) for name in files]
-
-    def _figure(self, name: str, content: bytes) -> str:
+    def figure(self, name: str, content: bytes) -> str:
+        """Add a figure, and return the Markdown that shows it."""
         file = re.sub(r"[^\w.]+", "-", f"{self.stem}-{name}")
         self.figures[file] = content
         return f"![{name}]({file})"
 
-    def _gradient_norms(self, results: Mapping[str, list[tuple[float, float]]]) -> None:
-        norms = {run: [norm for _, norm in points] for run, points in results.items()}
-        self.lines.append(self._figure("norms.svg", line_plot(results, "training step", "norm", log_x=False)))
-        self.lines.append(
-            table([{"run": n, "median": median(each), "largest": max(each)} for n, each in norms.items()])
-        )
-
-    def _cost(self, results: Mapping[str, dict[str, float]]) -> None:
-        text = "Forward passes per sample and step, where a backward pass counts 2, times steps."
-        self.lines += [text, table([{"run": name, **each} for name, each in results.items()])]
-
-    def _samples(self, results: Mapping[str, bytes]) -> None:
-        grids = {run: self._figure(f"{run}-samples.png", grid) for run, grid in results.items()}
-        text = f"Rows: {', '.join(map(str, measure.STEPS))} steps. The noise and conditions of all runs are the same."
-        self.lines += [text, table([grids])]
-
-    def _triangle_error(self, results: Mapping[str, dict[tuple[float, float], float]]) -> None:
-        values = [error for errors in results.values() for error in errors.values() if error > 0]
-        maps = {run: heat_map(errors, min(values), max(values)) for run, errors in results.items()}
-        figures = {run: self._figure(f"{run}-triangle.svg", content) for run, content in maps.items()}
-        rows = []
-        for run, errors in results.items():
-            regions = {
-                "data edge": [error for (_, s), error in errors.items() if s == 1],
-                "noise edge": [error for (t, _), error in errors.items() if t == 0],
-                "diagonal": [error for (t, s), error in errors.items() if s == t],
-                "all": list(errors.values()),
-            }
-            rows.append({"run": run, **{name: fmean(e * e for e in each) ** 0.5 for name, each in regions.items()}})
-        self.lines += [TRIANGLE, table([figures]), table(rows)]
+    def write(self, out: Path) -> list[Path]:
+        """Write the report as HTML, or as Markdown with its figures next to it, and return the files."""
+        markdown = "\n\n".join(self.lines) + "\n"
+        is_page = out.suffix == ".html"
+        files = {out.name: html(markdown, self.figures)} if is_page else {out.name: markdown.encode(), **self.figures}
+        for name, content in files.items():
+            with atomic(out.with_name(name)) as partial:
+                partial.write_bytes(content)
+        return [out.with_name(name) for name in files]
 
 
 def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trust: bool) -> list[Path]:
@@ -133,22 +97,29 @@ def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trus
         trust: import classes from outside this package that a folder names, which runs their code.
 
     Raises:
-        OSError: if a folder does not exist, or the report cannot be written.
+        OSError: if a folder cannot be read, or the report cannot be written.
         ValueError: if `out` has another suffix, a folder is not a tested run, or the protocols differ.
     """
     if out.suffix not in (".html", ".md"):
         raise ValueError(f"out must end with .html or .md: got {out}")
-    report = Report(read_runs(folders, device, trust), out.stem)
+    runs = read_runs(folders, device, trust)
+    protocol, differences = compared(runs)
+    report = Report(runs, out.stem)
     report.add_quality()
-    report.add_measured(triangle)
+    functions = [measure.gradient_norms, measure.cost, measure.samples, *([measure.triangle] if triangle else [])]
+    with tqdm(total=len(functions) * len(runs), leave=False, disable=None) as bar:
+        for function in functions:
+            report.add_measured(bar, function)
+    report.lines += ["## Protocol of all runs", table(protocol)]
+    report.lines += ["## Differences", table(differences)] if differences else []
     return report.write(out)
 
 
 def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the curve of each run, and that of the teacher, or of each teacher if they differ."""
+    """Return the curve of each run, and then that of the teacher, or of each teacher if they differ."""
     teachers = {repr(run.model["teacher"]) for run in runs if run.model.get("teacher")}
     best = min if metric in DISTANCES else max
-    series: dict[str, dict[float, float]] = {}
+    series: dict[str, dict[float, float]] = {run.name: {} for run in runs}
     for run in runs:
         teacher = "teacher" if len(teachers) == 1 else f"teacher of {run.name}"
         for row in run.rows.values():
@@ -156,4 +127,4 @@ def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, flo
                 name = teacher if row["model"] == "teacher" and run.model.get("teacher") else run.name
                 points, nfe = series.setdefault(name, {}), row["nfe"] or row["steps"]
                 points[nfe] = best(row[metric], points.get(nfe, row[metric]))
-    return {name: sorted(points.items()) for name, points in series.items()}
+    return {name: sorted(points.items()) for name, points in series.items() if points}

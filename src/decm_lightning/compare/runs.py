@@ -2,46 +2,44 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from decm_lightning.networks import Network, load
+from decm_lightning.evaluation.pretrained import PretrainedModel
 from decm_lightning.networks.network import CONFIG
-from decm_lightning.networks.record import Record
+from decm_lightning.networks.record import QUALITY, Record
 from decm_lightning.training.resuming import settings_of
 
-OWN = ("checkpoint", "weights", "weights sha256", "device", "processes", "versions")
+OWN = ("checkpoint", "weights", "device", "processes", "versions")
 """Lines of a protocol that may differ: they name the tested network and the machine, and do not change any value."""
 PARTIAL = ("times of ", "guidance", "data")
-"""Lines that have to agree between the runs that have them. Students do not use guidance."""
-WITHOUT_EFFECT = ("ckpt_path", "verbose", "weights_only", "trainer.logger", "trainer.callbacks", "trainer.enable_")
+"""Lines that have to agree between the runs that have them."""
+NO_EFFECT = ("ckpt_path", "verbose", "weights_only", "trainer.logger", "trainer.callbacks", "trainer.enable_")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class Run:
     """A tested run, or an exported folder with a record.
 
     Attributes:
         name: the parts of its path that distinguish it from the other runs.
         path: the tested checkpoint, or the exported folder.
+        module: the averaged network.
         quality: the table, as in quality.json.
-        config: the resolved config; empty if an exported folder does not record it.
-        steps: training steps that an exported folder records; 0 if the checkpoint stores them.
-        device: the device of its networks.
-        trust: import classes from outside this package, which runs their code.
+        config: the resolved config.
+        trust: import classes from outside this package that the config names, which runs their code.
     """
 
     name: str
     path: Path
+    module: PretrainedModel
     quality: Mapping[str, Any]
     config: Mapping[str, Any]
-    steps: int
-    device: str
     trust: bool
 
     @property
@@ -50,22 +48,33 @@ class Run:
         return dict(self.config.get("model", {}).get("init_args", {}))
 
     @property
+    def steps(self) -> int:
+        """The training steps."""
+        record = self.module.average.record or Record()
+        return record.steps or int(self.config["trainer"]["max_steps"])
+
+    @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
         """The rows of the table by spec, such as "student/mix/2"."""
         rows = self.quality["rows"]
         return {f"{row['model']}/{row['sampler']}/{row['steps']}{row.get('options', '')}": row for row in rows}
 
-    @cached_property
-    def network(self) -> Network:
-        """The averaged network in eval mode."""
-        return load(self.path, self.device, self.trust)
+    def protocol(self) -> dict[str, Any]:
+        """Return the protocol, with one line for the times of each spec and one for the class of the data."""
+        lines = dict(self.quality["protocol"])
+        times = [line.partition(": ") for line in str(lines.pop("times (t -> s)", "")).split("; ")]
+        lines |= {f"times of {spec}": value for spec, _, value in times if value}
+        if all(row["model"] != "teacher" for row in self.rows.values()):
+            # Students do not use guidance.
+            lines.pop("guidance", None)
+        return lines | ({"data": self.config["data"].get("class_path")} if "data" in self.config else {})
 
 
 def read_runs(folders: Sequence[str], device: str = "cpu", trust: bool = False) -> list[Run]:
-    """Read at least two runs; see `Run` for the arguments.
+    """Read at least two runs, and move their networks to a device.
 
     Raises:
-        OSError: if a folder or a file does not exist.
+        OSError: if a file cannot be read.
         ValueError: if there are fewer different folders, or one is not a tested run.
     """
     paths = [Path(os.path.abspath(folder)) for folder in folders]
@@ -77,55 +86,54 @@ def read_runs(folders: Sequence[str], device: str = "cpu", trust: bool = False) 
     return [_read(Path(folder), name, device, trust) for folder, name in zip(folders, names, strict=True)]
 
 
-def shared_protocol(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the protocol of all runs.
+def compared(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the protocol of all runs, and the settings that differ, as rows of two tables.
 
     Raises:
-        ValueError: naming the lines in which the runs differ, except those of `OWN`.
+        ValueError: naming the lines of the protocol in which the runs differ, except those of `OWN`.
     """
-    lines = {run.name: _lines(run) for run in runs}
-    shared, differing = {}, []
-    for name in dict.fromkeys(name for each in lines.values() for name in each):
-        owners = {run: each for run, each in lines.items() if name in each or not name.startswith(PARTIAL)}
-        values = {run: each.get(name, "not given") for run, each in owners.items()}
-        shared[name] = next(iter(values.values()))
-        if any(value != shared[name] for value in values.values()):
-            differing.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
-    if differing:
-        raise ValueError(f"the protocols differ ({'; '.join(differing)}): run decm test with equal settings")
-    return shared
+    shared, differing, refused = [], [], []
+    for name, values in _by_name({run.name: run.protocol() for run in runs}).items():
+        present = {run: value for run, value in values.items() if value is not None}
+        if not _differ(present if name.startswith(PARTIAL) else values):
+            shared.append({"setting": name, "value": next(iter(present.values()))})
+        elif name.startswith(OWN):
+            differing.append({"setting": name, **values})
+        else:
+            refused.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
+    if refused:
+        raise ValueError(f"the protocols differ ({'; '.join(refused)}): run decm test with equal settings")
+    for name, values in _by_name({run.name: settings_of(run.config) for run in runs}).items():
+        if _differ(values) and not name.startswith(NO_EFFECT):
+            differing.append({"setting": re.sub(r"\.(init_args|class_path)\b", "", name), **values})
+    return shared, differing
 
 
-def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the settings that differ, as rows of a table. A run may not have a setting."""
-    settings: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        own = {name: value for name, value in run.quality["protocol"].items() if name in (*OWN, "guidance")}
-        for name, value in {**own, **settings_of(run.config)}.items():
-            name = name.replace(".init_args", "").removesuffix(".class_path")
-            settings.setdefault(name, dict.fromkeys([each.name for each in runs]))[run.name] = value
-    names = [name for name, values in settings.items() if len(set(map(repr, values.values()))) > 1]
-    return [{"setting": name, **settings[name]} for name in names if not name.startswith(WITHOUT_EFFECT)]
+def _by_name(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of runs by name and run, None where a run does not have a setting."""
+    names = dict.fromkeys(name for each in settings.values() for name in each)
+    return {name: {run: each.get(name) for run, each in settings.items()} for name in names}
+
+
+def _differ(values: Mapping[str, Any]) -> bool:
+    return len(set(map(repr, values.values()))) > 1
 
 
 def _read(folder: Path, name: str, device: str, trust: bool) -> Run:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no run at {folder}")
-    settings, table, is_exported = folder / "config.yaml", folder / "quality.json", (folder / CONFIG).is_file()
+    settings, table, is_exported = folder / "config.yaml", folder / QUALITY, (folder / CONFIG).is_file()
     if not is_exported and not settings.is_file():
-        raise ValueError(f"{folder} is not a run or an exported student: it has neither {settings.name} nor {CONFIG}")
-    record = Record.from_dict(_content(folder / "record.json")) if is_exported else Record(config=_content(settings))
-    if not table.is_file() and record.quality is None:
-        tested = folder if is_exported else f"--config {settings} --ckpt_path {folder / 'checkpoints/last.ckpt'}"
-        raise ValueError(f"{folder} has no {table.name}: run decm test {tested}")
-    quality = _content(table) if table.is_file() else record.quality or {}
-    if not isinstance(quality.get("protocol"), dict) or not quality.get("rows"):
-        raise ValueError(f"{table} is not a table of decm test: it lacks a protocol or rows")
+        raise ValueError(f"{folder} is not a run or an exported student: it has no {settings.name} and no {CONFIG}")
+    quality = _content(table) if table.is_file() else {}
     # decm test may write its table to another folder than the training's, which has the checkpoint.
-    tested = Path(str(quality["protocol"].get("checkpoint")))
+    tested = Path(str(quality.get("protocol", {}).get("checkpoint", "last.ckpt")))
     moved = folder / "checkpoints" / tested.name
-    path = folder if is_exported else moved if moved.exists() else tested
-    return Run(name, path, quality, record.config or {}, record.steps, device, trust)
+    path = folder if is_exported else moved if moved.exists() or not quality else tested
+    module = PretrainedModel(str(path), trust=trust).to(device)
+    record = module.average.record or Record()
+    quality = quality or record.quality or {}
+    if not quality.get("protocol") or not quality.get("rows"):
+        raise ValueError(f"{folder} has no {QUALITY} with a protocol and rows: run decm test {path}")
+    return Run(name, path, module, quality, _content(settings) if settings.is_file() else record.config or {}, trust)
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -134,13 +142,3 @@ def _content(file: Path) -> dict[str, Any]:
         return dict(json.loads(text) if file.suffix == ".json" else yaml.safe_load(text))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _lines(run: Run) -> dict[str, Any]:
-    """Return the lines of a protocol that determine the values, with one line for the times of each spec."""
-    lines = {name: value for name, value in run.quality["protocol"].items() if name not in OWN}
-    times = [line.partition(": ") for line in str(lines.pop("times (t -> s)", "")).split("; ")]
-    lines |= {f"times of {spec}": value for spec, _, value in times if value}
-    if not any(row["model"] == "teacher" for row in run.quality["rows"]):
-        lines.pop("guidance", None)
-    return lines | ({"data": run.config["data"].get("class_path")} if "data" in run.config else {})

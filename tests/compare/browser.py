@@ -54,6 +54,16 @@ class Browser:
         """Return the value of a JavaScript expression."""
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
+    def complaints(self) -> list[dict[str, Any]]:
+        """Return errors and all output of the console since the page was opened."""
+        kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Network.loadingFailed")
+        return [event for event in self.events if event["method"] in kinds]
+
+    def requests(self) -> list[str]:
+        """Return the addresses that the page requested since it was opened."""
+        sent = (event for event in self.events if event["method"] == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in sent]
+
     def screenshot(self) -> bytes:
         """Return the whole page as a PNG."""
         return b64decode(self("Page.captureScreenshot", captureBeyondViewport=True)["data"])

@@ -71,7 +71,7 @@ COMMANDS = {
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
     ),
     "compare": Command(
-        "compare:compare", "compare runs in one report: quality, gradients, cost, samples, settings", INFERENCE, ("runs",)
+        "compare:compare", "compare runs in one report: quality, gradients, samples, settings", INFERENCE, ("runs",)
     ),
     "consolidate": Command(
         "consolidate:consolidate", "merge a sharded checkpoint into one file, to resume on one device",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from decm_lightning.cli.targets import check_device
-from decm_lightning.compare import compare as write_report
+from decm_lightning.image_writer import check_plots
 
 
 def compare(
@@ -23,5 +23,9 @@ def compare(
         trust: allow classes from outside this package that a run names; importing their modules runs their code.
     """
     check_device(device)
+    check_plots()
+    # Imports matplotlib, which may be missing.
+    from decm_lightning.compare.report import compare as write_report
+
     files = write_report(runs, Path(out), triangle, device, trust)
     print(f"wrote {', '.join(map(str, files))}")

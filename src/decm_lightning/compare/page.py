@@ -1,112 +1,93 @@
-"""Sections of a report as one HTML page that needs no other file, or as Markdown with images next to it."""
+"""Tables and plots of a report as Markdown and SVG, and the HTML page of a report, which needs no other file."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
-from re import sub
+from io import StringIO
 from typing import Any
-from urllib.parse import quote
 
-from decm_lightning.compare.plots import STYLE
+import matplotlib
+from markdown_it import MarkdownIt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
-PAGE = """\
-<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{title}</title>
-<style>
-{style}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; background: #fff;
-  color: #222; overflow-wrap: anywhere; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #16181c; color: #ddd; }} }}
-.scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .875rem; overflow-wrap: normal; }}
-th, td {{ padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }}
-td:has(data) {{ text-align: right; font-variant-numeric: tabular-nums; }} td {{ max-width: 36rem; }}
-figure {{ margin: 1rem 0; }} figcaption {{ font-weight: 600; }} svg, img {{ width: 100%; height: auto; }}
-img {{ image-rendering: pixelated; }} figure:only-child {{ max-width: 40rem; }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1.5rem; }}
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>decm compare</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; overflow-wrap: anywhere; }
+body { background: #fff; color: #222; } h1 { font-size: 1.6rem; }
+@media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd; } }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .875rem; overflow-wrap: normal; }
+th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8885; }
+th { white-space: nowrap; } td { max-width: 36rem; } img { width: 100%; image-rendering: pixelated; }
+p img { max-width: 40rem; } td img { min-width: 17rem; } td:has(img) { border: 0; }
 </style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
+BODY</body></html>
 """
+INK, STYLE = "#010203", "svg { color: #333 } @media (prefers-color-scheme: dark) { svg { color: #ccc } }"
+"""A color that is replaced by that of the text, and the color of the text."""
+COLORS = ("#3987e5", "#d95926", "#199e70", "#9085e9", "#d55181", "#c98500")
+RULES: Any = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+RULES |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
-@dataclass
-class Section:
-    """A part of the report.
+def html(markdown: str, figures: Mapping[str, bytes]) -> bytes:
+    """Return a report as a page that contains its figures, which are SVG or PNG files by name."""
+    body = MarkdownIt("js-default").render(markdown)
+    for name, content in figures.items():
+        media = "png" if name.endswith(".png") else "svg+xml"
+        body = body.replace(f'src="{name}"', f'src="data:image/{media};base64,{b64encode(content).decode()}"')
+    return PAGE.replace("BODY", body).encode()
 
-    Attributes:
-        title: its heading.
-        text: what it shows, and for each run the reason why something is missing.
-        figures: SVG as text or the bytes of a PNG, by the name of the plot and the name of its run, "" for all runs.
-        table: rows by column, the same columns in every row.
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows by column as Markdown. All rows have the same columns. Numbers are rounded to 4 digits.
+
+    >>> print(table([{"run": "a", "fd": 0.354297}, {"run": "b", "fd": None}]))
+    | run | fd |
+    | --- | ---: |
+    | a | 0.3543 |
+    | b | - |
     """
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    figures: dict[tuple[str, str], str | bytes] = field(default_factory=dict)
-    table: list[dict[str, Any]] = field(default_factory=list)
+    texts = [[_text(value).replace("|", "\\|") for value in row.values()] for row in rows]
+    aligned = ["---:" if isinstance(value, int | float) else "---" for value in rows[0].values()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(rows[0]), aligned, *texts))
 
 
-def as_html(title: str, sections: Sequence[Section], out: Path) -> dict[Path, bytes]:
-    """Return the page by its path."""
-    body = "\n".join(_section(section) for section in sections)
-    return {out: PAGE.format(title=escape(title), style=STYLE, body=body).encode()}
-
-
-def as_markdown(title: str, sections: Sequence[Section], out: Path) -> dict[Path, bytes]:
-    """Return the Markdown and its images by their paths."""
-    files, lines = {}, [f"# {title}"]
-    for section in sections:
-        lines += [f"## {section.title}", *section.text]
-        for (name, run), content in section.figures.items():
-            suffix = "svg" if isinstance(content, str) else "png"
-            file = out.with_name(sub(r"[^\w.]+", "-", f"{out.stem}-{name}-{run}").strip("-") + f".{suffix}")
-            lines += [f"{run}:"] * bool(run) + [f"![{name} {run}]({quote(file.name)})"]
-            is_plot = isinstance(content, str)
-            files[file] = content.replace(">", f"><style>\n{STYLE}</style>", 1).encode() if is_plot else content
-        lines += [_markdown(section.table)] * bool(section.table)
-    return {out: ("\n\n".join(lines) + "\n").encode(), **files}
-
-
-def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text)]
-    figures = [
-        f"<figure>{_image(content, f'{name} {run}')}<figcaption>{escape(run)}</figcaption></figure>"
-        for (name, run), content in section.figures.items()
-    ]
-    parts += [f'<div class="figures">{"".join(figures)}</div>'] * bool(figures)
-    if section.table:
-        head = "".join(f"<th>{escape(name)}</th>" for name in section.table[0])
-        rows = ["".join(f"<td>{_cell(value)}</td>" for value in row.values()) for row in section.table]
-        body = "\n".join(f"<tr>{row}</tr>" for row in (head, *rows))
-        parts.append(f'<div class="scroll" tabindex="0"><table>\n{body}\n</table></div>')
-    return "\n".join(parts)
-
-
-def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    cells = [[text(value).replace("|", "\\|") for value in row.values()] for row in table]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (list(table[0]), ["---"] * len(table[0]), *cells))
-
-
-def _image(content: str | bytes, name: str) -> str:
-    if isinstance(content, str):
-        return content
-    return f'<img alt="{escape(name)}" src="data:image/png;base64,{b64encode(content).decode()}">'
-
-
-def _cell(value: Any) -> str:
-    """Return a value for HTML; numbers are shown with 4 digits and stored in full."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f'<data value="{value}">{text(value)}</data>' if is_number else escape(text(value))
-
-
-def text(value: Any) -> str:
-    """Return a value as text: numbers with 4 digits, and a dash for None.
-
-    >>> text(0.354297), text(1000), text(None)
-    ('0.3543', '1000', '-')
-    """
+def _text(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@matplotlib.rc_context(RULES)
+def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str, log_x: bool) -> bytes:
+    """Return curves by name, with a logarithmic y axis. A curve whose name begins with "teacher" is dashed."""
+    figure = Figure((5, 3.6), layout="constrained")
+    axes: Any = figure.subplots()
+    for number, (name, points) in enumerate(series.items()):
+        color, line = ("#888", "--") if name.startswith("teacher") else (COLORS[number % len(COLORS)], "-")
+        axes.plot(*zip(*points, strict=True), line, c=color, label=name, marker="o" * (len(points) < 20), ms=4)
+    axes.set(xlabel=x_name, ylabel=y_name, yscale="log", xscale="log" if log_x else "linear")
+    for axis in (axes.xaxis, axes.yaxis) if log_x else (axes.yaxis,):
+        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper left")
+    return _svg(figure)
+
+
+@matplotlib.rc_context(RULES)
+def heat_map(errors: Mapping[tuple[float, float], float]) -> bytes:
+    """Return errors by (t, s) as cells. The colors are the same in all plots: a logarithmic scale from 0.02 to 1."""
+    figure = Figure((3.6, 3), layout="constrained")
+    axes: Any = figure.subplots()
+    times = sorted({time for pair in errors for time in pair})
+    grid = [[errors.get((t, s), float("nan")) for t in times] for s in times]
+    cells = axes.pcolormesh(times, times, grid, norm=LogNorm(0.02, 1))
+    axes.set(xlabel="start time t", ylabel="end time s", aspect="equal")
+    figure.colorbar(cells, extend="both", format="{x:g}", ticks=LogLocator(subs=(1, 2, 5))).ax.minorticks_off()
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return text.getvalue().replace(INK, "currentColor").replace("<defs>", f"<style>{STYLE}</style><defs>", 1).encode()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,39 +10,37 @@ from typing import Any
 
 import yaml
 
+from decm_lightning.evaluation.pretrained import PretrainedModel
 from decm_lightning.networks.network import CONFIG
-from decm_lightning.networks.record import Record
+from decm_lightning.networks.record import QUALITY, Record
 from decm_lightning.training.resuming import settings_of
 
-OWN = ("checkpoint", "weights", "weights sha256", "device", "processes", "versions")
+OWN = ("checkpoint", "weights", "device", "processes", "versions")
 """Lines of a protocol that may differ: they name the tested network and the machine, and do not change any value."""
-TIMES = "times (t -> s)"
 PARTIAL = ("times of ", "guidance", "data")
-"""Lines that only have to agree between the runs that have them."""
-NAMES = ("model", "sampler", "steps", "options", "nfe")
-"""Columns of a table that are not measured."""
-WITHOUT_EFFECT = ("ckpt_path", "verbose", "weights_only", "trainer.logger", "trainer.callbacks", "trainer.enable_")
+"""Lines that have to agree between the runs that have them."""
+NO_EFFECT = ("ckpt_path", "verbose", "weights_only", "trainer.logger", "trainer.callbacks", "trainer.enable_")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class Run:
     """A tested run, or an exported folder with a record.
 
     Attributes:
-        name: the part of its path that distinguishes it from the other runs.
-        network: the tested checkpoint, or the exported folder.
-        events: the folder with TensorBoard's files.
+        name: the parts of its path that distinguish it from the other runs.
+        path: the tested checkpoint, or the exported folder.
+        module: the averaged network.
         quality: the table, as in quality.json.
-        config: the resolved config; empty if an exported folder does not record it.
-        steps: training steps that an exported folder records; 0 if the checkpoint stores them.
+        config: the resolved config.
+        trust: import classes from outside this package that the config names, which runs their code.
     """
 
     name: str
-    network: Path
-    events: Path
+    path: Path
+    module: PretrainedModel
     quality: Mapping[str, Any]
     config: Mapping[str, Any]
-    steps: int = 0
+    trust: bool
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -49,116 +48,97 @@ class Run:
         return dict(self.config.get("model", {}).get("init_args", {}))
 
     @property
+    def steps(self) -> int:
+        """The training steps."""
+        record = self.module.average.record or Record()
+        return record.steps or int(self.config["trainer"]["max_steps"])
+
+    @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
         """The rows of the table by spec, such as "student/mix/2"."""
         rows = self.quality["rows"]
-        return {f"{row['model']}/{row['sampler']}{row.get('options') or ''}/{row['steps']}": row for row in rows}
+        return {f"{row['model']}/{row['sampler']}/{row['steps']}{row.get('options', '')}": row for row in rows}
+
+    def protocol(self) -> dict[str, Any]:
+        """Return the protocol, with one line for the times of each spec and one for the class of the data."""
+        lines = dict(self.quality["protocol"])
+        times = [line.partition(": ") for line in str(lines.pop("times (t -> s)", "")).split("; ")]
+        lines |= {f"times of {spec}": value for spec, _, value in times if value}
+        if all(row["model"] != "teacher" for row in self.rows.values()):
+            # Students do not use guidance.
+            lines.pop("guidance", None)
+        return lines | ({"data": self.config["data"].get("class_path")} if "data" in self.config else {})
 
 
-def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Read at least two runs.
+def read_runs(folders: Sequence[str], device: str = "cpu", trust: bool = False) -> list[Run]:
+    """Read at least two runs, and move their networks to a device.
 
     Raises:
-        OSError: if a folder does not exist.
-        ValueError: if there are fewer runs, one is passed twice, or a folder has no config or no table.
+        OSError: if a file cannot be read.
+        ValueError: if there are fewer different folders, or one is not a tested run.
     """
     paths = [Path(os.path.abspath(folder)) for folder in folders]
-    if len(paths) < 2:
-        raise ValueError(f"give at least two runs to compare: got {len(paths)}")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"a run is given twice: {', '.join(folders)}")
-    parts = [path.parts for path in paths]
-    first = len(os.path.commonprefix(parts))
-    last = len(os.path.commonprefix([each[first:][::-1] for each in parts]))
-    names = ["/".join(each[first : len(each) - last]) for each in parts]
-    # One of the folders may contain another one.
-    names = [name or path.name for name, path in zip(names, paths, strict=True)]
-    return [_read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
+    if len(set(paths)) < max(2, len(paths)):
+        raise ValueError(f"give at least two runs, all different: got {', '.join(folders)}")
+    common = set.intersection(*(set(path.parts) for path in paths))
+    names = ["/".join(part for part in path.parts if part not in common) or path.name for path in paths]
+    names = names if len(set(names)) == len(names) else list(folders)
+    return [_read(Path(folder), name, device, trust) for folder, name in zip(folders, names, strict=True)]
 
 
-def shared_protocol(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the protocol of all runs.
+def compared(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the protocol of all runs, and the settings that differ, as rows of two tables.
 
     Raises:
-        ValueError: naming the lines in which the runs differ, except those of `OWN`.
+        ValueError: naming the lines of the protocol in which the runs differ, except those of `OWN`.
     """
-    lines = [_lines(run) for run in runs]
-    shared, differing = {}, []
-    for name in dict.fromkeys(name for each in lines for name in each):
-        values = {run.name: each.get(name, "not given") for run, each in zip(runs, lines, strict=True)}
-        if name.startswith(PARTIAL):
-            values = {run: value for run, value in values.items() if value != "not given"}
-        shared[name] = next(iter(values.values()))
-        if any(value != shared[name] for value in values.values()):
-            differing.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
-    if differing:
-        raise ValueError(f"the runs were measured with different protocols ({'; '.join(differing)}): test them alike")
-    return shared
+    shared, differing, refused = [], [], []
+    for name, values in _by_name({run.name: run.protocol() for run in runs}).items():
+        present = {run: value for run, value in values.items() if value is not None}
+        if not _differ(present if name.startswith(PARTIAL) else values):
+            shared.append({"setting": name, "value": next(iter(present.values()))})
+        elif name.startswith(OWN):
+            differing.append({"setting": name, **values})
+        else:
+            refused.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
+    if refused:
+        raise ValueError(f"the protocols differ ({'; '.join(refused)}): run decm test with equal settings")
+    for name, values in _by_name({run.name: settings_of(run.config) for run in runs}).items():
+        if _differ(values) and not name.startswith(NO_EFFECT):
+            differing.append({"setting": re.sub(r"\.(init_args|class_path)\b", "", name), **values})
+    return shared, differing
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Return the settings that differ, with the value of each run; None if a run does not have the setting."""
-    settings = []
-    for run in runs:
-        config = {name.replace(".init_args", ""): value for name, value in settings_of(run.config).items()}
-        own = {name: value for name, value in run.quality["protocol"].items() if name in (*OWN, "guidance")}
-        settings.append(own | {name.removesuffix(".class_path"): value for name, value in config.items()})
-    values = {name: [each.get(name) for each in settings] for each in settings for name in each}
-    return {
-        name: each
-        for name, each in values.items()
-        if not name.startswith(WITHOUT_EFFECT) and any(value != each[0] for value in each)
-    }
+def _by_name(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of runs by name and run, None where a run does not have a setting."""
+    names = dict.fromkeys(name for each in settings.values() for name in each)
+    return {name: {run: each.get(name) for run, each in settings.items()} for name in names}
 
 
-def _read(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no run at {folder}")
-    exported = (folder / CONFIG).is_file()
-    if not exported and not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run or an exported student: it has neither config.yaml nor {CONFIG}")
-    record = Record()
-    if (folder / "record.json").is_file():
-        record = Record.from_dict(_content(folder / "record.json"))
-    config = record.config or {} if exported else _content(folder / "config.yaml")
-    has_table = (folder / "quality.json").is_file()
-    quality = _content(folder / "quality.json") if has_table else record.quality
-    network = folder if exported else _checkpoint(folder, quality)
-    if quality is None:
-        command = f"decm test --config {folder / 'config.yaml'} --ckpt_path {network}"
-        raise ValueError(f"{folder} has no quality.json: run {command}" if not exported else f"{folder} has no table")
-    if not isinstance(quality.get("protocol"), dict) or not quality.get("rows"):
-        raise ValueError(f"{folder / 'quality.json'} is not a table of decm test: it lacks a protocol or rows")
-    return Run(name, network, folder if exported else network.parent.parent, quality, config, record.steps)
+def _differ(values: Mapping[str, Any]) -> bool:
+    return len(set(map(repr, values.values()))) > 1
 
 
-def _checkpoint(folder: Path, quality: Mapping[str, Any] | None) -> Path:
-    """Return the tested checkpoint. A test may write its table to another folder than the training."""
-    tested = Path(str(quality["protocol"]["checkpoint"]) if quality else "last.ckpt")
-    own = folder / "checkpoints" / tested.name
-    return own if own.exists() or not quality else tested
+def _read(folder: Path, name: str, device: str, trust: bool) -> Run:
+    settings, table, is_exported = folder / "config.yaml", folder / QUALITY, (folder / CONFIG).is_file()
+    if not is_exported and not settings.is_file():
+        raise ValueError(f"{folder} is not a run or an exported student: it has no {settings.name} and no {CONFIG}")
+    quality = _content(table) if table.is_file() else {}
+    # decm test may write its table to another folder than the training's, which has the checkpoint.
+    tested = Path(str(quality.get("protocol", {}).get("checkpoint", "last.ckpt")))
+    moved = folder / "checkpoints" / tested.name
+    path = folder if is_exported else moved if moved.exists() or not quality else tested
+    module = PretrainedModel(str(path), trust=trust).to(device)
+    record = module.average.record or Record()
+    quality = quality or record.quality or {}
+    if not quality.get("protocol") or not quality.get("rows"):
+        raise ValueError(f"{folder} has no {QUALITY} with a protocol and rows: run decm test {path}")
+    return Run(name, path, module, quality, _content(settings) if settings.is_file() else record.config or {}, trust)
 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = json.loads(text) if file.suffix == ".json" else yaml.load(text, loader)
-    except (ValueError, yaml.YAMLError) as error:
+        return dict(json.loads(text) if file.suffix == ".json" else yaml.safe_load(text))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must be a mapping: got {type(content).__name__}")
-    return content
-
-
-def _lines(run: Run) -> dict[str, Any]:
-    """Return the lines of a protocol that determine the values, with one line for the times of each spec."""
-    lines = {name: value for name, value in run.quality["protocol"].items() if name not in OWN}
-    for each in str(lines.pop(TIMES, "")).split("; "):
-        spec, _, times = each.partition(": ")
-        lines |= {f"times of {spec}": times} if times else {}
-    # Students do not use guidance.
-    if not any(row["model"] == "teacher" for row in run.quality["rows"]):
-        lines.pop("guidance", None)
-    data = run.config.get("data", {}).get("class_path")
-    return lines | ({"data": data} if data else {})

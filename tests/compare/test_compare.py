@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from decm_lightning.compare.plots import Axis
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from decm_lightning import cli, losses, samplers
 from decm_lightning.compare import measure
-from decm_lightning.compare.plots import Axis
 from decm_lightning.compare.runs import read_runs
 from decm_lightning.networks import DiT, load, save
 from decm_lightning.networks.record import Record

@@ -46,7 +46,10 @@ _CHECKPOINT = {"ckpt_path": "checkpoint"}
 _SAMPLED = {"model": MODEL, "latents": "folder of latents"}
 _PROMPTED = _SAMPLED | {"prompts": "file of prompts"}
 COMMANDS = {
-    "new": Command("new:new", "write the configs of a teacher and its student for your images", OWN, ("folder",)),
+    "new": Command(
+        "new:new", "write the configs of a teacher and its student for your images", OWN,
+        ("folder",), {"folder": IMAGES},
+    ),
     "fit": Command("trainer:run", "train a teacher or a student; resume with --ckpt_path", TRAINING, (), _CHECKPOINT),
     "validate": Command("trainer:run", "evaluate a checkpoint with the metrics of training", TRAINING, (), _CHECKPOINT),
     "test": Command("trainer:run", "evaluate a checkpoint and write the quality table", TRAINING, (), _CHECKPOINT),

@@ -23,7 +23,7 @@ class PixelSkipHead(nn.Module):
         features: channels between the convolutions.
     """
 
-    def __init__(self, channels: int, width: int, features: int = 32) -> None:
+    def __init__(self, channels: int, width: int, features: int = 16) -> None:
         super().__init__()
         self.enter = nn.Conv2d(2 * channels, features, 3, padding=1)
         self.inner = nn.Conv2d(features, features, 3, padding=1)

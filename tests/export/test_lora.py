@@ -154,6 +154,9 @@ def test_a_file_is_replaced_and_a_missing_base_is_said_in_one_line(case, decm, t
 def test_the_route_of_sd35_ends_in_a_process_without_this_package(fit_sd35, decm, tmp_path):
     """The five lines of the documentation generate the image of `decm sample-prompts`, noise included."""
     exact = ["--model.init_args.teacher.init_args.dtype=float32", "--trainer.precision=32-true"]
+    # The student is sampled with the recorded encoder, which must be that of the stock pipeline.
+    exact.append("--model.init_args.teacher.init_args.max_tokens=256")
+    exact += [f"--data.init_args.encoder.init_args.{value}" for value in ("dtype=float32", "max_tokens=256")]
     fast = ["--model.init_args.optimizer.lr=0.1", "--model.init_args.lr_scheduler.warmup=0"]
     assert fit_sd35("run", 3, *exact, *fast) == 0
     checkpoint = tmp_path / "run/step=3.ckpt"

@@ -48,12 +48,6 @@ class Run:
         return dict(self.config.get("model", {}).get("init_args", {}))
 
     @property
-    def steps(self) -> int:
-        """The training steps."""
-        record = self.module.average.record or Record()
-        return record.steps or int(self.config["trainer"]["max_steps"])
-
-    @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
         """The rows of the table by spec, such as "student/mix/2"."""
         rows = self.quality["rows"]

@@ -302,7 +302,7 @@ def test_an_exported_folder_is_compared_by_its_record(decm):
     assert decm(runs=("runs/facm", "student"))[0] == 0
     text = Path("report.html").read_text()
     tables = Tables(text).tables
-    for name in ("Cost", "Triangle"):
+    for name in ("Cost", "Error on the triangle"):
         assert tables[name][-2][1:] == tables[name][-1][1:]
     assert re.findall("student: not measured, because .*", text)[0].count("grad_norm") == 1
     images = re.findall(r"png;base64,([^\"]+)", text)

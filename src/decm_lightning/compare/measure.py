@@ -71,7 +71,7 @@ def samples(run: Run) -> Result:
     return file.getvalue(), {}
 
 
-def triangle(run: Run) -> Result:
+def error_on_the_triangle(run: Run) -> Result:
     """Return the heat map of `triangle_error`, and the RMS over its edges."""
     errors = triangle_error(run)
     regions = {"data edge": errors[:, -1], "noise edge": errors[0], "diagonal": errors.diagonal(), "all": errors}

@@ -21,8 +21,8 @@ NAMES = ("model", "sampler", "steps", "options", "nfe")
 TEXTS: dict[Callable[[Run], Any], str] = {
     measure.cost: "Forward passes per sample and step, where a backward pass counts 2, times steps.",
     measure.samples: "Rows: 1, 2 and 4 steps. The noise and conditions of all runs are the same.",
-    measure.triangle: "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. "
-    "Upper edge: data edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t.",
+    measure.error_on_the_triangle: "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from "
+    "t to s. Upper edge: data edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t.",
 }
 
 
@@ -96,7 +96,12 @@ def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trus
     protocol, differences = compared(runs)
     report = Report(runs, out.stem)
     report.add_quality()
-    for function in (measure.gradient_norms, measure.cost, measure.samples, *[measure.triangle] * triangle):
+    for function in (
+        measure.gradient_norms,
+        measure.cost,
+        measure.samples,
+        *[measure.error_on_the_triangle] * triangle,
+    ):
         report.add_measured(function)
     report.lines += ["## Protocol of all runs", table(protocol)]
     report.lines += ["## Differences", table(differences)] if differences else []

@@ -94,7 +94,8 @@ def compared(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, 
         elif name.startswith(OWN):
             differing.append({"setting": name, **values})
         else:
-            refused.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
+            texts = {run: "not given" if value is None else value for run, value in values.items()}
+            refused.append(f"{name}: " + ", ".join(f"{text} in {run}" for run, text in texts.items()))
     if refused:
         raise ValueError(f"the protocols differ ({'; '.join(refused)}): run decm test with equal settings")
     for name, values in _by_name({run.name: settings_of(run.config) for run in runs}).items():

@@ -15,10 +15,10 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
-from decm_lightning import losses
 from decm_lightning.guidance import Guidance
+from decm_lightning.losses import Objective, cost
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -43,10 +43,21 @@ class Study:
 
     def steps(self, run: Run) -> int:
         """Return the number of training steps that use up the budget."""
-        spec = self.settings["methods"][run.method]
-        objective = getattr(losses, spec["class_path"])(**spec.get("init_args", {}))
-        passes = Guidance(**self.base["model"]["init_args"].get("guidance", {})).passes
-        return max(1, round(run.passes / losses.cost(objective.for_run(10_000), passes).total))
+        passes = Guidance(**self.guidance(run)).passes
+        return max(1, round(run.passes / cost(built(self.objective(run)).for_run(10_000), passes).total))
+
+    def objective(self, run: Run) -> dict[str, Any]:
+        """Return the objective of a method: a preset of `losses` by its name, or any class path."""
+        method = dict(self.settings["methods"][run.method])
+        method.pop("guidance", None)
+        name = method["class_path"]
+        return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
+
+    def guidance(self, run: Run) -> dict[str, Any]:
+        """Return the guidance of a method; by default that of the config."""
+        default = self.base["model"]["init_args"].get("guidance", {})
+        found: dict[str, Any] = self.settings["methods"][run.method].get("guidance", default)
+        return found
 
     def place(self, run: Run) -> Path:
         """Return the folder of a run."""
@@ -67,8 +78,6 @@ class Study:
 
     def call(self, command: str, run: Run, options: list[str]) -> None:
         """Run one command; its output is in the run's log.txt."""
-        spec = self.settings["methods"][run.method]
-        objective = {**spec, "class_path": f"decm_lightning.losses.{spec['class_path']}"}
         place, steps = self.place(run), self.steps(run)
         place.mkdir(parents=True, exist_ok=True)
         overlay = {
@@ -84,7 +93,8 @@ class Study:
             "model": {
                 "class_path": "decm_lightning.Distiller",
                 "init_args": {
-                    "objective": objective, "compile": self.settings.get("compile", False),
+                    "objective": self.objective(run), "guidance": self.guidance(run),
+                    "compile": self.settings.get("compile", False),
                     "optimizer": {
                         "class_path": "torch.optim.AdamW", "init_args": {"lr": run.rate, "weight_decay": 0.0},
                     },
@@ -116,13 +126,26 @@ class Study:
 
     def rate(self, method: str) -> float:
         """Return the learning rate with the smallest sum of log distances of the shorter runs."""
-        choice, rates = self.settings["choice"], self.settings["rates"]
+        rates = self.settings["rates"]
+        if len(rates) == 1:
+            return float(rates[0])
+        choice = self.settings["choice"]
         runs = {rate: Run(method, rate, choice["seed"], choice["passes"]) for rate in rates}
         scores = {}
         for rate, run in runs.items():
             best = by_steps(self.quality(run))
             scores[rate] = sum(math.log(fd) for fd, _ in best.values()) if best else math.inf
         return min(scores, key=scores.__getitem__)
+
+
+def built(objective: dict[str, Any]) -> Objective:
+    """Return the objective that a config describes."""
+    # A config may name a function that returns an objective.
+    set_parsing_settings(subclasses_enabled=[Objective])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--objective", type=Objective)
+    found: Objective = parser.instantiate(parser.parse_object({"objective": objective})).objective
+    return found
 
 
 def by_steps(quality: dict[str, Any], model: str = "student") -> dict[int, tuple[float, str]]:

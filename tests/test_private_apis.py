@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch._functorch.config
+from diffusers import ModelMixin, StableDiffusion3Pipeline
 from einops import rearrange
 from einops._backends import TorchBackend
 from huggingface_hub import PyTorchModelHubMixin
@@ -163,6 +164,15 @@ def test_a_fused_optimizer_says_that_it_takes_a_scaler():
 def test_a_compiled_module_puts_its_prefix_before_names():
     names = torch.compile(nn.Sequential(nn.Linear(1, 1))).state_dict().keys()
     assert names == {"_orig_mod.0.weight", "_orig_mod.0.bias"}
+
+
+def test_pipelines_and_models_of_diffusers_have_the_attributes_that_are_set():
+    for name in ("_execution_device", "_optional_components", "_callback_tensor_inputs"):
+        assert hasattr(StableDiffusion3Pipeline, name)
+    assert not ModelMixin._supports_gradient_checkpointing
+    assert ModelMixin._no_split_modules is None
+    for name in ("_get_clip_prompt_embeds", "_get_t5_prompt_embeds"):
+        assert callable(getattr(StableDiffusion3Pipeline, name))
 
 
 def test_a_parser_has_its_options_by_name():

@@ -77,7 +77,7 @@ def test_the_images_of_a_caption_are_those_of_decm_sample_prompts(decm, tmp_path
     BertTokenizerFast(vocab="encoder/vocab.txt").save_pretrained("encoder")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained("encoder")
-    save(TextDiT(8, 3, 8, patch_size=4, width=16, depth=1, heads=2, end_time=True, text_encoder="encoder"), "text")
+    save(TextDiT(8, 3, 8, patch_size=2, width=16, depth=1, heads=2, end_time=True, text_encoder="encoder"), "text")
     page = studio("text", tmp_path)
     column = page.column(" a red cow ", "mix", 4, 1)
     Path("prompts.txt").write_text("a red cow\n")
@@ -91,7 +91,7 @@ def test_the_images_of_a_caption_are_those_of_decm_sample_prompts(decm, tmp_path
 
 def test_the_recommended_sampler_depends_on_the_number_of_steps(decm, tmp_path):
     page = studio("student", tmp_path)
-    page.generator.network.record = Record(sampling={4: "consistency"})
+    page.generator.network.record = Record(sampling={4: "consistency", 2: "mix"})
     for steps, sampler in ((4, "consistency"), (2, "mix")):
         found, expected = (page.column(3, name, steps, 0).files[0].read_bytes() for name in (RECOMMENDED, sampler))
         assert found == expected

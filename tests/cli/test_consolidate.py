@@ -116,7 +116,7 @@ def test_training_goes_on_from_the_file(decm):
 def test_shards_are_exported_as_the_checkpoint_that_they_were(decm):
     assert decm("export", "shards", "student")[0] == 0
     assert decm("export", "plain.ckpt", "expected")[0] == 0
-    files = ["README.md", "config.json", "model.safetensors", "samples.png"]
+    files = ["README.md", "config.json", "model.safetensors", "record.json", "samples.png"]
     assert sorted(file.name for file in Path("student").iterdir()) == files
     for name in ("config.json", "model.safetensors"):
         assert Path("student", name).read_bytes() == Path("expected", name).read_bytes()

@@ -81,6 +81,14 @@ def test_what_is_not_recorded_is_unknown(network, tmp_path):
     for name in ("teacher", "guidance", "objective", "training steps", "data", "this model"):
         assert f"- {name}: unknown" in found.text
     assert "Not measured" in found.text
+    assert "| 50 | `euler` |" in found.text
+    assert "not measured with this model" in found.text
+
+
+def test_a_teacher_without_a_name_is_unknown(network, tmp_path):
+    network.record = replace(RECORD, teacher=Reference("", "0123456789abcdef"))
+    found = card(network, tmp_path)
+    assert (found.data.license, found.data.base_model) == ("unknown", None)
 
 
 def test_a_folder_is_not_a_base_model_of_the_hub(network, tmp_path, monkeypatch):

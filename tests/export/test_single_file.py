@@ -22,7 +22,9 @@ def network():
 @pytest.fixture
 def file(network, tmp_path):
     """A written file."""
-    network.record = Record(teacher=Reference("black-forest-labs/FLUX.1-dev", "abc"), sampling={2: "mix?s1=0.6"})
+    network.record = Record(
+        teacher=Reference("black-forest-labs/FLUX.1-dev", "abc"), sampling={2: "mix?s1=0.6"}, config={"data": 1}
+    )
     return write(network, tmp_path / "new" / "student.safetensors", torch.float32)[0]
 
 

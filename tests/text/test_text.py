@@ -231,7 +231,7 @@ def test_of_an_encoder_decoder_the_encoder_is_used(tmp_path, minilm):
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
     T5Model(T5Config(vocab_size=30522, **sizes)).save_pretrained(tmp_path)
-    tokenizer = minilm._loaded[1]
+    tokenizer = minilm.loaded[1]
     tokenizer.save_pretrained(tmp_path)
     encoder = TextEncoder(str(tmp_path))
     tokens, mask, _ = encoder(["red heart"])

@@ -24,7 +24,7 @@ from decm_lightning.networks import Network, load
 from decm_lightning.networks.record import Record
 from decm_lightning.samplers import SAMPLERS
 from decm_lightning.seeds import check_seed
-from decm_lightning.text import CaptionEncoder, named_encoder
+from decm_lightning.text import CaptionEncoder
 from decm_lightning.types import Condition
 
 HOST = "127.0.0.1"
@@ -71,10 +71,12 @@ def app(
         model: a .ckpt file, a folder with config.json and model.safetensors, or a .safetensors file of decm export.
         port: the port on 127.0.0.1, from 1 to 65535.
         share: also make a public link, through a server of Gradio; anyone who has the link can generate images.
-        encoder: the text encoder that the model was trained with; by default the encoder that the model names.
+        encoder: the text encoder that the model was trained with; by default the recorded one. Another one is refused.
         device: the device, such as cpu or cuda.
-        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's.
-        latents: the folder of latents that the model was trained on; its latents_stats.pt and cache.json are read.
+        vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's. By default
+            the recorded one; another one is refused.
+        latents: the folder of latents that the model was trained on, whose latents_stats.pt and cache.json are read. By
+            default the recorded statistics.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     gradio = import_gradio()
@@ -82,9 +84,7 @@ def app(
     check_device(device)
     network = load(model, device, trust)
     generator = image_generator(network, None, None, 0, vae, latents)
-    texts = None
-    if reads_captions(network):
-        texts = network.caption_encoder() if encoder is None else named_encoder(encoder)
+    texts = network.caption_encoder(encoder) if reads_captions(network) else None
     with TemporaryDirectory(prefix="decm-app-") as folder:
         studio = Studio(generator, texts, Path(folder))
         # Errors of the model show now, and the first times of the page are not those of a first call.
@@ -246,7 +246,7 @@ def _condition(gradio: Any, network: Network) -> Any:
 def _subtitle(network: Network) -> str:
     record, count = network.record or Record(), sum(parameter.numel() for parameter in network.parameters())
     made = f"{type(network).__name__}, {count / 1e6:.1f} million parameters"
-    return made + (f", distilled from {record.teacher.name}" if record.teacher else "")
+    return made + (f", distilled from {record.teacher.name}" if record.teacher and record.teacher.name else "")
 
 
 def _serve(demo: Any, studio: Studio, port: int, share: bool) -> None:

@@ -1,6 +1,8 @@
 """decm export: write a checkpoint's averaged weights in a format that other programs, or `load`, read."""
 
 import logging
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +15,14 @@ from decm_lightning.cli.targets import check_device
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.export import Format, hub, writer
 from decm_lightning.export.card import Samples, places, write_card
+from decm_lightning.export.diffusers.target import check_target as check_pipeline_folder
 from decm_lightning.networks import Network, load
-from decm_lightning.networks.pretrained import check_target
+from decm_lightning.networks.pretrained import check_target as check_network_folder
 from decm_lightning.networks.record import Record
 from decm_lightning.types import Condition
 
+CHECKS: dict[Format, Callable[[str], Path]] = {"folder": check_network_folder, "diffusers": check_pipeline_folder}
+"""Functions that check the target of a format."""
 STEPS = (1, 2, 4)
 """The numbers of steps in the samples of a model card."""
 COLUMNS = 10
@@ -30,6 +35,9 @@ def export(
     out: str,
     to: Format = "folder",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    vae: str | None = None,
+    latents: str | None = None,
+    encoder: str | None = None,
     samples: bool = True,
     push: str | None = None,
     public: bool = False,
@@ -43,10 +51,17 @@ def export(
         out: the folder or file to write. An existing network is replaced once the new one is complete.
         to: folder (config.json and model.safetensors, which decm_lightning.load, decm sample and teachers read);
             safetensors (the same in one .safetensors file);
+            diffusers (a folder that DiffusionPipeline.from_pretrained loads with trust_remote_code=True);
             lora or lora-comfyui (one LoRA .safetensors file of an SD3, Flux or Sana student, for load_lora_weights of
             diffusers or for ComfyUI; consistency sampler only).
         dtype: dtype of the stored weights. float16 halves the file and rounds each weight to 1 part in 2,000. Networks
             loaded from the folder always compute in float32.
+        vae: for diffusers, the VAE of the latents, unless the model records it: a folder, a name on the Hugging Face
+            hub, or a file such as VA-VAE's.
+        latents: for diffusers, the folder of latents that the model was trained on, unless the model records their
+            normalization.
+        encoder: for diffusers, the text encoder that the model was trained with, unless the model records it: minilm,
+            a folder or a name on the Hugging Face hub.
         samples: generate images at 1, 2 and 4 steps for the model card.
         push: user/name on the Hugging Face hub, to upload the written files to. A new repository is private.
         public: make a new repository on the hub public.
@@ -54,11 +69,15 @@ def export(
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     # Reading the checkpoint may take minutes, so the target is checked first.
-    target = check_target(out) if to == "folder" else Path(out)
+    target = CHECKS.get(to, Path)(out)
+    write = writer(to)
+    options = {name: value for name, value in (("vae", vae), ("latents", latents), ("encoder", encoder)) if value}
+    if unknown := options.keys() - signature(write).parameters.keys():
+        raise ValueError(f"--to {to} has no option --{min(unknown)}: leave it out")
     name = hub.check_name(push) if push else ""
     check_device(device)
     network = load(checkpoint, trust=trust)
-    files = writer(to)(network, target, getattr(torch, dtype))
+    files = write(network, target, getattr(torch, dtype), **options)
     # Loaded again, because writing may round the weights in place to a dtype in which they do not run.
     images = _samples(load(checkpoint, device, trust)) if samples else None
     card = write_card(network, target, to, images, name)

@@ -5,20 +5,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from torch import dtype
-
-from decm_lightning.networks import Network
-
 Format = Literal["folder", "safetensors", "diffusers", "lora", "lora-comfyui"]
 FORMATS: dict[Format, str] = {
     "folder": "folder:write",
     "safetensors": "single_file:write",
+    "diffusers": "diffusers.writing:write",
     "lora": "lora:write",
     "lora-comfyui": "lora:write_comfyui",
 }
 """The function of each format, "module:function" in this package: `write(network, out, dtype)` returns the files."""
 
-Write = Callable[[Network, Path, dtype], list[Path]]
+Write = Callable[..., list[Path]]
+"""`write(network, out, dtype)`, and options of the format."""
 
 
 def writer(to: Format) -> Write:

@@ -15,7 +15,7 @@ from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_grid
 from decm_lightning.networks import Network
 from decm_lightning.networks.hub import is_hub_name
-from decm_lightning.networks.record import Record, Reference
+from decm_lightning.networks.record import Record, Reference, default_sampling, shortened
 from decm_lightning.samplers.options import write_options
 from decm_lightning.types import Captions
 
@@ -94,7 +94,7 @@ def card_text(network: Network, out: Path, to: str, samples: Samples | None, gri
         _pictured(samples, grid),
         "## Use",
         _usage(network, out, to, name, base),
-        *_recommended(record),
+        _recommended(network, record),
         "## Training",
         _list(_training(network, record, base)),
         "## Quality",
@@ -166,8 +166,8 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
             "pipeline.scheduler = FlowMatchLCMScheduler(shift=1.0)",
             f"image = pipeline({condition}, sigmas=[1.0, 0.3, 0.2, 0.1], guidance_scale=1.0).images[0]",
         ]
-    elif len(network.sample_shape) == 3 and network.sample_shape[0] not in (1, 3):
-        # Latents need the VAE, which the command finds.
+    elif len(network.sample_shape) == 3 and network.sample_shape[0] not in (1, 3) and not _has_vae(network):
+        # The VAE is unknown: the error of the command says which options name it.
         return f"    decm sample{'-prompts' * captions} {where}{' --prompts FILE' * captions} --steps 2"
     else:
         file = f'hf_hub_download("{name}", "{out.name}")' if name and to == "safetensors" else f'"{where}"'
@@ -180,11 +180,11 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
     return "\n".join(["```python", *lines, "```"])
 
 
-def _recommended(record: Record) -> list[str]:
-    if not record.sampling:
-        return []
-    rows = "\n".join(f"| {steps} | `{name}` |" for steps, name in sorted(record.sampling.items()))
-    return [f"Recommended samplers:\n\n| steps | sampler |\n|---:|---|\n{rows}"]
+def _recommended(network: Network, record: Record) -> str:
+    sampling = record.sampling or default_sampling(network.reads_end_time)
+    rows = "\n".join(f"| {steps} | `{name}` |" for steps, name in sorted(sampling.items()))
+    head = "Recommended samplers" if record.sampling else "Default samplers, which were not measured with this model"
+    return f"{head}:\n\n| steps | sampler |\n|---:|---|\n{rows}"
 
 
 def _training(network: Network, record: Record, base: Reference | None) -> dict[str, str]:
@@ -192,7 +192,7 @@ def _training(network: Network, record: Record, base: Reference | None) -> dict[
     lines = {
         "teacher": _reference(base),
         "guidance": guidance or "unknown",
-        "objective": record.objective or "unknown",
+        "objective": f"`{record.objective}`" if record.objective else "unknown",
         "training steps": f"{record.steps:,}" if record.steps else "unknown",
         "data": _reference(record.data),
     }
@@ -232,7 +232,11 @@ def _licenses(record: Record, base: Reference | None, license: License) -> dict[
 def _reference(reference: Reference | None) -> str:
     if reference is None:
         return "unknown"
-    return f"`{reference.name}`" + (f" ({reference.identity})" if reference.identity else "")
+    return " ".join([f"`{reference.name}`" if reference.name else "unknown", *_hash(reference)])
+
+
+def _hash(reference: Reference) -> list[str]:
+    return [f"({shortened(reference.identity)})"] if reference.identity else []
 
 
 def _cell(value: object) -> str:
@@ -241,6 +245,10 @@ def _cell(value: object) -> str:
 
 def _list(lines: Mapping[str, str]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _has_vae(network: Network) -> bool:
+    return network.record is not None and network.record.vae is not None
 
 
 def _reads_captions(network: Network) -> bool:

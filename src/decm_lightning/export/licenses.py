@@ -75,9 +75,9 @@ BASES: tuple[tuple[str, License], ...] = (
 
 
 def base_of(network: Network) -> Reference | None:
-    """Return the model whose weights the network adapts or was distilled from; None if it is not recorded."""
+    """Return the model whose weights the network adapts or was distilled from; None if its name is unknown."""
     record, model = network.record, network.config.get("model")
-    if record is not None and record.teacher is not None:
+    if record is not None and record.teacher is not None and record.teacher.name:
         return record.teacher
     return Reference(model, str(network.config.get("base") or "")) if isinstance(model, str) else None
 

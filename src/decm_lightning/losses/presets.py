@@ -15,7 +15,10 @@ row to one loss. `losses.cost` returns the cost of a step, so that methods can b
 from decm_lightning.losses.loss import FlowMapLoss
 from decm_lightning.losses.objective import Objective
 from decm_lightning.losses.weighting import Normalization, NormalizationName
+from decm_lightning.time_laws import TimeLaw, Uniform
 from decm_lightning.triangle import DataEdge, Diagonal, NoiseEdge
+
+UNIFORM = Uniform()
 
 
 def paper(
@@ -23,6 +26,8 @@ def paper(
     r_start: float = 0.1,
     r_decay_steps: int | None = None,
     batch_fractions: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    end_weight: float = 0.5,
+    times: TimeLaw = UNIFORM,
 ) -> Objective:
     """DE-CM close to the paper (arXiv 2602.10764): unit weights, N2N with weights (1, 0.5) at every third step.
 
@@ -35,6 +40,8 @@ def paper(
         r_decay_steps: steps until the start time of the noise edge is 0 (the paper: 20,000); None for a quarter of the
             run, but at most 20,000.
         batch_fractions: for consistency, flow matching and N2N.
+        end_weight: N2N's lambda (the paper: 0.5; 0 and 1 are worse at 1 step).
+        times: the law of t (the paper: uniform, better than logit-normal and arctan-normal).
     """
     consistency, flow_matching, n2n = batch_fractions
     noise_edge = NoiseEdge(r_start, r_decay_steps)
@@ -43,10 +50,11 @@ def paper(
             "consistency": FlowMapLoss(DataEdge(), batch_fraction=consistency),
             "flow_matching": FlowMapLoss(Diagonal(), cosine_weight=1.0, batch_fraction=flow_matching),
             "noise_to_noisy": FlowMapLoss(
-                noise_edge, start_weight=1.0, end_weight=0.5, every=n2n_every, batch_fraction=n2n
+                noise_edge, start_weight=1.0, end_weight=end_weight, every=n2n_every, batch_fraction=n2n
             ),
         },
         normalization="clamp",
+        times=times,
     )
 
 

@@ -41,15 +41,13 @@ def read_record(folder: Path) -> Record | None:
 
 
 def record_in(checkpoint: dict[str, Any]) -> Record | None:
-    """Return the record in a training checkpoint or a single file, None if it has none."""
-    if checkpoint.get("record") is None:
+    """Return the record in a training checkpoint, None if it has none."""
+    if "record" not in checkpoint:
         return None
-    # A training checkpoint stores its config as text, outside the record.
-    if "config" not in checkpoint:
-        return Record.from_dict(checkpoint["record"])
-    config = checkpoint["config"]
+    record, config = Record.from_dict(checkpoint["record"]), checkpoint.get("config")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return replace(Record.from_dict(checkpoint["record"]), config=config and yaml.load(config, loader))
+    # The record of a single file includes the config.
+    return record if config is None else replace(record, config=yaml.load(config, loader))
 
 
 def with_table(network: Network, file: Path) -> Record | None:

@@ -51,16 +51,20 @@ def consistency(
     Raises:
         ValueError: if steps, times or shift is out of its range, or times and shift are both passed.
     """
-    check_steps(steps)
-    check_shift(shift)
-    if times is None:
-        times = [shifted(0.7 + 0.3 * k / (steps - 1), shift) for k in range(steps - 1)]
-    else:
-        times = check_times(times, steps, shift=shift == 1)
+    times = consistency_times(steps, times, shift=shift)
     x_hat = flow_map_step(student, x_0, NOISE, DATA, condition)
     for time in times:
         x_hat = flow_map_step(student, renoise(x_hat, time, generator), time, DATA, condition)
     return x_hat
+
+
+def consistency_times(steps: int, times: Sequence[float] | None = None, *, shift: float = 1.0) -> list[float]:
+    """Return the steps - 1 start times of `consistency` after the first; it documents the arguments and errors."""
+    check_steps(steps)
+    check_shift(shift)
+    if times is None:
+        return [shifted(0.7 + 0.3 * k / (steps - 1), shift) for k in range(steps - 1)]
+    return check_times(times, steps, shift=shift == 1)
 
 
 def renoise(x_hat: Sample, time: float, generator: Generators | None) -> Sample:

@@ -45,13 +45,16 @@ def euler(
     Raises:
         ValueError: if steps, times or shift is out of its range, or times and shift are both passed.
     """
+    return euler_steps(student, x_0, [NOISE, *euler_times(steps, times, shift=shift), DATA], condition)
+
+
+def euler_times(steps: int, times: Sequence[float] | None = None, *, shift: float = 1.0) -> list[float]:
+    """Return the steps - 1 times between the steps of `euler`, which documents the arguments and errors."""
     check_steps(steps)
     check_shift(shift)
     if times is None:
-        times = [shifted(t, shift) for t in torch.linspace(NOISE, DATA, steps + 1, dtype=torch.float64).tolist()[1:-1]]
-    else:
-        times = check_times(times, steps, shift=shift == 1)
-    return euler_steps(student, x_0, [NOISE, *times, DATA], condition)
+        return [shifted(t, shift) for t in torch.linspace(NOISE, DATA, steps + 1, dtype=torch.float64).tolist()[1:-1]]
+    return check_times(times, steps, shift=shift == 1)
 
 
 def flow_map_of(field: VelocityField) -> FlowMapNetwork:

@@ -56,19 +56,25 @@ def mix(
     Raises:
         ValueError: if steps, times, s1 or shift is out of its range, or times is passed with s1 or shift.
     """
+    times = mix_times(steps, times, s1=s1, shift=shift)
+    if not times:
+        return flow_map_step(student, x_0, NOISE, DATA, condition)
+    x_t = flow_map_step(student, x_0, NOISE, times[0], condition)
+    return flow_map_step(student, euler_steps(student, x_t, times, condition), times[-1], DATA, condition)
+
+
+def mix_times(
+    steps: int, times: Sequence[float] | None = None, *, s1: float | None = None, shift: float = 1.0
+) -> list[float]:
+    """Return the steps - 1 times between the steps of `mix`, which documents the arguments and errors."""
     check_steps(steps)
     check_shift(shift)
     if s1 is not None and not 0 < s1 < 1:
         raise ValueError(f"s1 must be between 0 and 1, both excluded: got {s1}")
     if times is None:
         first = shifted(_default_s1(steps) if s1 is None else s1, 1 / shift)
-        times = [shifted(t, shift) for t in torch.linspace(first, DATA, steps, dtype=torch.float64).tolist()[:-1]]
-    else:
-        times = check_times(times, steps, s1=s1 is None, shift=shift == 1)
-    if not times:
-        return flow_map_step(student, x_0, NOISE, DATA, condition)
-    x_t = flow_map_step(student, x_0, NOISE, times[0], condition)
-    return flow_map_step(student, euler_steps(student, x_t, times, condition), times[-1], DATA, condition)
+        return [shifted(t, shift) for t in torch.linspace(first, DATA, steps, dtype=torch.float64).tolist()[:-1]]
+    return check_times(times, steps, s1=s1 is None, shift=shift == 1)
 
 
 def _default_s1(steps: int) -> float:

@@ -117,7 +117,7 @@ class TextEncoder(CaptionEncoder):
             ImportError: if transformers is not installed.
             FileNotFoundError: if neither a folder nor a model of that name exists.
         """
-        model, tokenizer = self._loaded
+        model, tokenizer = self.loaded
         inputs = tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(model.device)
@@ -126,16 +126,17 @@ class TextEncoder(CaptionEncoder):
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Return the untruncated number of tokens of each caption."""
-        tokenizer = self._loaded[1]
+        tokenizer = self.loaded[1]
         return [len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def to(self, device: str | torch.device) -> None:
         """Move the encoder to a device."""
-        self._loaded[0].to(device)
+        self.loaded[0].to(device)
 
     @cached_property
     @torch.inference_mode(False)
-    def _loaded(self) -> tuple[Any, Any]:
+    def loaded(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, of the transformers library."""
         try:
             from transformers import (
                 MODEL_FOR_TEXT_ENCODING_MAPPING,

@@ -1,0 +1,49 @@
+"""Study files: every method's objective can be built, and has equal counted network evaluations."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.samplers import euler_first
+from benchmarks.study import Run, Study, built, by_steps
+from decm_lightning.evaluation.spec import SamplingSpec
+from decm_lightning.flows import Gaussian
+from decm_lightning.guidance import Guidance
+from decm_lightning.losses import cost
+
+FILES = sorted(Path("configs/compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_methods_have_equal_cost_and_known_specs(file, tmp_path):
+    """Steps times the cost of a step is the budget, to half a step."""
+    study = Study(file, tmp_path)
+    assert len(study.settings["methods"]) >= 13
+    for method in study.settings["methods"]:
+        run = Run(method, 1e-3, 0, study.settings["passes"])
+        passes = cost(built(study.objective(run)).for_run(10_000), Guidance(**study.guidance(run)).passes).total
+        assert abs(study.steps(run) * passes - run.passes) <= passes / 2
+    for spec in (*study.settings["teacher"], *study.settings["specs"]):
+        SamplingSpec.parse(spec)
+
+
+def test_the_best_sampler_of_each_number_of_steps():
+    """Only finite distances of the model count."""
+    rows = [("student", "mix", 2, 0.3), ("student", "euler", 2, 0.2), ("teacher", "euler", 2, 0.1)]
+    rows.append(("student", "euler", 4, float("nan")))
+    quality = {"rows": [dict(zip(("model", "sampler", "steps", "fd"), row, strict=True)) for row in rows]}
+    assert by_steps(quality) == {2: (0.2, "euler")}
+    assert by_steps(quality, "teacher") == {2: (0.1, "euler")}
+
+
+def test_euler_first_ends_with_a_step_to_data():
+    """For the exact flow map one step is exact, and more steps converge with the Euler steps."""
+    flow = Gaussian(mean=1.0, std=0.5)
+    x_0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zero, one = torch.zeros(64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+    exact = flow.flow_map(x_0, zero, one)
+    errors = [(euler_first(flow, x_0, None, steps) - exact).abs().max().item() for steps in (1, 9, 17, 33)]
+    assert errors[0] < 1e-6
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.2)
+    assert errors[2] / errors[3] == pytest.approx(2, rel=0.2)

@@ -4,13 +4,14 @@ import re
 from argparse import ArgumentError
 from functools import cache
 from io import BytesIO
-from statistics import fmean
+from itertools import combinations_with_replacement
 from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning import LightningDataModule
+from torch import Tensor
 from torchdiffeq import odeint
 
 from decm_lightning.compare.page import heat_map
@@ -30,8 +31,6 @@ STEPS, COLUMNS, GRAY, GAP = (1, 2, 4), 10, 128, 16
 """Steps and samples of a grid, the color between its samples, and the width of a sample divided by that of a gap."""
 TIMES, ROWS, STEP = 11, 32, 0.025
 """Times on each side of the triangle, the teacher's trajectories, and the step of their Runge-Kutta solver."""
-POINTS = 200
-"""The largest number of points in a curve."""
 KNOWN = ("decm_lightning.", "lightning.", "torch.")
 """Packages whose classes a config may name without being trusted."""
 NOT_MEASURED = (ArgumentError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -39,7 +38,7 @@ NOT_MEASURED = (ArgumentError, ImportError, LookupError, OSError, RuntimeError, 
 
 
 def gradient_norms(run: Run) -> list[tuple[int, float]]:
-    """Return (step, total gradient norm) from TensorBoard's files; of many steps, the largest of each of 200 parts.
+    """Return (step, total gradient norm) from TensorBoard's files.
 
     Raises:
         ValueError: if they have none.
@@ -50,18 +49,16 @@ def gradient_norms(run: Run) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run.path.parent.parent), size_guidance={"scalars": 0}).Reload()
     if "grad_norm/total" not in events.Tags()["scalars"]:
         raise ValueError(f"{run.path.parent.parent} has no grad_norm/total, which the callback GradientNorms logs")
-    points = sorted((each.step, each.value) for each in events.Scalars("grad_norm/total"))
-    size = -(-len(points) // POINTS)
-    return [max(points[first : first + size], key=lambda p: p[1]) for first in range(0, len(points), size)]
+    return sorted((each.step, each.value) for each in events.Scalars("grad_norm/total"))
 
 
 def cost(run: Run) -> Result:
     """Return the forward passes per sample and step (`losses.cost`), the steps of the run, and their product."""
-    objective: Objective = _built(run, Objective, run.model.get("objective"))
+    record, objective = run.module.average.record, _built(run, Objective, run.model.get("objective"))
+    steps = record.steps if record else run.config["trainer"]["max_steps"]
     # Without a teacher the velocity is x_1 - x_0.
-    teacher_passes = _guidance(run).passes if run.model.get("teacher") else 0.0
-    passes = cost_of(objective.for_run(run.steps), teacher_passes).total
-    return b"", {"passes per step": passes, "steps": run.steps, "product": passes * run.steps}
+    passes = cost_of(objective.for_run(steps), _guidance(run).passes if run.model.get("teacher") else 0.0).total
+    return b"", {"passes per step": passes, "steps": steps, "product": passes * steps}
 
 
 def samples(run: Run) -> Result:
@@ -74,24 +71,19 @@ def samples(run: Run) -> Result:
     return file.getvalue(), {}
 
 
-def triangle(run: Run) -> Result:
+def error_on_the_triangle(run: Run) -> Result:
     """Return the heat map of `triangle_error`, and the RMS over its edges."""
     errors = triangle_error(run)
-    regions = {
-        "data edge": [error for (_, s), error in errors.items() if s == 1],
-        "noise edge": [error for (t, _), error in errors.items() if t == 0],
-        "diagonal": [error for (t, s), error in errors.items() if s == t],
-        "all": list(errors.values()),
-    }
-    return heat_map(errors), {name: fmean(e * e for e in region) ** 0.5 for name, region in regions.items()}
+    regions = {"data edge": errors[:, -1], "noise edge": errors[0], "diagonal": errors.diagonal(), "all": errors}
+    return heat_map(errors), {name: region.square().nanmean().sqrt().item() for name, region in regions.items()}
 
 
 @torch.no_grad()
-def triangle_error(run: Run) -> dict[tuple[float, float], float]:
-    """Return the error of a student by (t, s): the RMS of u(x_t, t, s) - (x_s - x_t) / (s - t).
+def triangle_error(run: Run) -> Tensor:
+    """Return the error of a student by t and s, (TIMES, TIMES): the RMS of u(x_t, t, s) - (x_s - x_t) / (s - t).
 
-    x_t and x_s are on trajectories of the guided teacher's ODE from the noise of seed 0. On the diagonal, s = t, u is
-    compared with the teacher's velocity.
+    It is NaN for s < t and for t = 1. x_t and x_s are on trajectories of the guided teacher's ODE from the noise of
+    seed 0. On the diagonal, s = t, u is compared with the teacher's velocity.
 
     Raises:
         ValueError: if the run has no teacher.
@@ -109,13 +101,12 @@ def triangle_error(run: Run) -> dict[tuple[float, float], float]:
         method="rk4",
         options={"step_size": STEP},
     )
-    errors = {}
-    for i, t in enumerate(times.tolist()[:-1]):
-        for j, s in enumerate(times.tolist()[i:], i):
-            start, end = at(t, x_0), at(s, x_0)
-            truth = (states[j] - states[i]) / (s - t) if j > i else field(states[i], start, condition)
-            error = network(states[i], start, end, condition) - truth
-            errors[round(t, 4), round(s, 4)] = error.square().mean().sqrt().item()
+    errors = torch.full((TIMES, TIMES), torch.nan)
+    for i, j in combinations_with_replacement(range(TIMES), 2):
+        start, end = at(times[i].item(), x_0), at(times[j].item(), x_0)
+        if i < TIMES - 1:
+            truth = (states[j] - states[i]) / (times[j] - times[i]) if i < j else field(states[i], start, condition)
+            errors[i, j] = (network(states[i], start, end, condition) - truth).square().mean().sqrt()
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of a report as Markdown and SVG, and the HTML page of a report, which needs no other file."""
+"""The HTML page of a report, which needs no other file, and its plots as SVG."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,12 @@ from io import StringIO
 from typing import Any
 
 import matplotlib
+import torch
 from markdown_it import MarkdownIt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -40,24 +42,6 @@ def html(markdown: str, figures: Mapping[str, bytes]) -> bytes:
     return PAGE.replace("BODY", body).encode()
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows by column as Markdown. All rows have the same columns. Numbers are rounded to 4 digits.
-
-    >>> print(table([{"run": "a", "fd": 0.354297}, {"run": "b", "fd": None}]))
-    | run | fd |
-    | --- | ---: |
-    | a | 0.3543 |
-    | b | - |
-    """
-    texts = [[_text(value).replace("|", "\\|") for value in row.values()] for row in rows]
-    aligned = ["---:" if isinstance(value, int | float) else "---" for value in rows[0].values()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (list(rows[0]), aligned, *texts))
-
-
-def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 @matplotlib.rc_context(RULES)
 def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str, log_x: bool) -> bytes:
     """Return curves by name, with a logarithmic y axis. A curve whose name begins with "teacher" is dashed."""
@@ -75,13 +59,12 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, 
 
 
 @matplotlib.rc_context(RULES)
-def heat_map(errors: Mapping[tuple[float, float], float]) -> bytes:
-    """Return errors by (t, s) as cells. The colors are the same in all plots: a logarithmic scale from 0.02 to 1."""
+def heat_map(errors: Tensor) -> bytes:
+    """Return errors by t and s, at equal steps from 0 to 1, as cells. Colors cover 0.02 to 1 in all plots."""
     figure = Figure((3.6, 3), layout="constrained")
     axes: Any = figure.subplots()
-    times = sorted({time for pair in errors for time in pair})
-    grid = [[errors.get((t, s), float("nan")) for t in times] for s in times]
-    cells = axes.pcolormesh(times, times, grid, norm=LogNorm(0.02, 1))
+    times = torch.linspace(0, 1, len(errors))
+    cells = axes.pcolormesh(times, times, errors.T, norm=LogNorm(0.02, 1))
     axes.set(xlabel="start time t", ylabel="end time s", aspect="equal")
     figure.colorbar(cells, extend="both", format="{x:g}", ticks=LogLocator(subs=(1, 2, 5))).ax.minorticks_off()
     return _svg(figure)

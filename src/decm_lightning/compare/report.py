@@ -9,8 +9,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from decm_lightning.compare import measure
-from decm_lightning.compare.page import html, line_plot, table
+from decm_lightning.compare.page import html, line_plot
 from decm_lightning.compare.runs import Run, compared, read_runs
+from decm_lightning.evaluation.table import markdown_table as table
 from decm_lightning.files import atomic
 
 DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid")
@@ -19,9 +20,9 @@ NAMES = ("model", "sampler", "steps", "options", "nfe")
 """Columns of a table that are not measured."""
 TEXTS: dict[Callable[[Run], Any], str] = {
     measure.cost: "Forward passes per sample and step, where a backward pass counts 2, times steps.",
-    measure.samples: f"Rows: {measure.STEPS} steps. The noise and conditions of all runs are the same.",
-    measure.triangle: "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from t to s. "
-    "Upper edge: data edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t.",
+    measure.samples: "Rows: 1, 2 and 4 steps. The noise and conditions of all runs are the same.",
+    measure.error_on_the_triangle: "Root mean square of u(x_t, t, s) minus the mean velocity of the teacher's ODE from "
+    "t to s. Upper edge: data edge, s = 1. Left edge: noise edge, t = 0. Diagonal: s = t.",
 }
 
 
@@ -42,24 +43,23 @@ class Report:
         """Add the table and the curves of each metric."""
         specs = {spec: row for run in self.runs for spec, row in run.rows.items()}
         for metric in dict.fromkeys(name for row in specs.values() for name in row if name not in NAMES):
-            plot = line_plot(_curves(self.runs, metric), "network evaluations per sample (NFE)", metric, log_x=True)
             values = {spec: {run.name: run.rows.get(spec, {}).get(metric) for run in self.runs} for spec in specs}
             rows = [{"samples": spec, "NFE": row["nfe"], **values[spec]} for spec, row in specs.items()]
-            text = "The curves show the best sampler at each number of evaluations."
-            self.lines += [f"## Quality: {metric}", text, self.figure(f"{metric}.svg", plot), table(rows)]
+            self.lines += [f"## Quality: {metric}", table(rows)]
+            if curves := _curves(self.runs, metric):
+                plot = line_plot(curves, "network evaluations per sample (NFE), best sampler", metric, log_x=True)
+                self.lines.insert(-1, self.figure(f"{metric}.svg", plot))
 
-    def add_measured(self, bar: tqdm, function: Callable[[Run], Any]) -> None:
+    def add_measured(self, function: Callable[[Run], Any]) -> None:
         """Add what a function of `measure` returns, and the reason for each run that cannot be measured."""
         title = function.__name__.replace("_", " ")
         self.lines.append(f"## {title.capitalize()}")
         results: dict[str, Any] = {}
-        for run in self.runs:
-            bar.set_description(f"{run.name}: {title}")
+        for run in tqdm(self.runs, title, leave=False, disable=None):
             try:
                 results[run.name] = function(run)
             except measure.NOT_MEASURED as error:
                 self.lines.append(f"{run.name}: not measured, because {' '.join(str(error).split())}")
-            bar.update()
         if function is measure.gradient_norms and results:
             self.lines.append(self.figure("norms.svg", line_plot(results, "training step", title, log_x=False)))
             norms = {run: [norm for _, norm in points] for run, points in results.items()}
@@ -74,16 +74,6 @@ class Report:
         file = re.sub(r"[^\w.]+", "-", f"{self.stem}-{name}")
         self.figures[file] = content
         return f"![{name}]({file})"
-
-    def write(self, out: Path) -> list[Path]:
-        """Write the report as HTML, or as Markdown with its figures next to it, and return the files."""
-        markdown = "\n\n".join(self.lines) + "\n"
-        is_page = out.suffix == ".html"
-        files = {out.name: html(markdown, self.figures)} if is_page else {out.name: markdown.encode(), **self.figures}
-        for name, content in files.items():
-            with atomic(out.with_name(name)) as partial:
-                partial.write_bytes(content)
-        return [out.with_name(name) for name in files]
 
 
 def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trust: bool) -> list[Path]:
@@ -106,13 +96,23 @@ def compare(folders: Sequence[str], out: Path, triangle: bool, device: str, trus
     protocol, differences = compared(runs)
     report = Report(runs, out.stem)
     report.add_quality()
-    functions = [measure.gradient_norms, measure.cost, measure.samples, *([measure.triangle] if triangle else [])]
-    with tqdm(total=len(functions) * len(runs), leave=False, disable=None) as bar:
-        for function in functions:
-            report.add_measured(bar, function)
+    for function in (
+        measure.gradient_norms,
+        measure.cost,
+        measure.samples,
+        *[measure.error_on_the_triangle] * triangle,
+    ):
+        report.add_measured(function)
     report.lines += ["## Protocol of all runs", table(protocol)]
     report.lines += ["## Differences", table(differences)] if differences else []
-    return report.write(out)
+    markdown = "\n\n".join(report.lines) + "\n"
+    files = {out.name: markdown.encode(), **report.figures}
+    if out.suffix == ".html":
+        files = {out.name: html(markdown, report.figures)}
+    for name, content in files.items():
+        with atomic(out.with_name(name)) as partial:
+            partial.write_bytes(content)
+    return [out.with_name(name) for name in files]
 
 
 def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -123,7 +123,8 @@ def _curves(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, flo
     for run in runs:
         teacher = "teacher" if len(teachers) == 1 else f"teacher of {run.name}"
         for row in run.rows.values():
-            if row.get(metric) is not None:
+            # A logarithmic axis has no place for other values.
+            if (row.get(metric) or 0) > 0:
                 name = teacher if row["model"] == "teacher" and run.model.get("teacher") else run.name
                 points, nfe = series.setdefault(name, {}), row["nfe"] or row["steps"]
                 points[nfe] = best(row[metric], points.get(nfe, row[metric]))

@@ -48,12 +48,6 @@ class Run:
         return dict(self.config.get("model", {}).get("init_args", {}))
 
     @property
-    def steps(self) -> int:
-        """The training steps."""
-        record = self.module.average.record or Record()
-        return record.steps or int(self.config["trainer"]["max_steps"])
-
-    @property
     def rows(self) -> dict[str, Mapping[str, Any]]:
         """The rows of the table by spec, such as "student/mix/2"."""
         rows = self.quality["rows"]
@@ -100,7 +94,8 @@ def compared(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, 
         elif name.startswith(OWN):
             differing.append({"setting": name, **values})
         else:
-            refused.append(f"{name}: " + ", ".join(f"{value} in {run}" for run, value in values.items()))
+            texts = {run: "not given" if value is None else value for run, value in values.items()}
+            refused.append(f"{name}: " + ", ".join(f"{text} in {run}" for run, text in texts.items()))
     if refused:
         raise ValueError(f"the protocols differ ({'; '.join(refused)}): run decm test with equal settings")
     for name, values in _by_name({run.name: settings_of(run.config) for run in runs}).items():

@@ -16,9 +16,6 @@ from decm_lightning.networks.record_files import quality_file
 
 log = logging.getLogger(__name__)
 
-TEXTS = ("model", "sampler", "samples", "limit", "interval")
-"""Columns that are aligned to the left."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -116,9 +113,9 @@ class Table:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows with the same columns as a Markdown table. Numbers are rounded to 4 digits, `kid` to 3."""
-    columns = list(rows[0]) if rows else []
-    rule = "|".join("---" if name in TEXTS else "---:" for name in columns)
-    lines = [columns, *([_cell(name, value) for name, value in row.items()] for row in rows)]
+    first = rows[0] if rows else {}
+    rule = "|".join("---:" if isinstance(value, int | float) else "---" for value in first.values())
+    lines = [list(first), *([_cell(name, value) for name, value in row.items()] for row in rows)]
     head, *body = [f"| {' | '.join(line)} |\n" for line in lines]
     return f"{head}|{rule}|\n{''.join(body)}"
 
@@ -127,5 +124,5 @@ def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
     if not isinstance(value, float):
-        return str(value)
+        return str(value).replace("|", "\\|")
     return f"{value:g}" if column == "nfe" else f"{value:.{3 if column == 'kid' else 4}g}"

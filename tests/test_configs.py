@@ -17,7 +17,9 @@ from decm_lightning.networks import load
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted((ROOT / "configs/trainer").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(OVERLAYS))
+# configs/compare has lists of runs, see tests/test_study.py.
+STUDIES = set((ROOT / "configs/compare").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(OVERLAYS) - STUDIES)
 EXPERIMENT = ROOT / "configs/digits/decm.yaml"
 # The other configs need prepared files such as latents. Tests that create these files also train on them.
 TRAINED = [config for config in CONFIGS if config.parent.name in ("digits", "fashion")]

@@ -256,7 +256,9 @@ def bad(folder, tmp_path) -> Path:
     write("latents.ckpt", {"data": latents})
     write("foreign.ckpt", {"data": {"class_path": "somewhere.Data"}})
     write("plain.ckpt", None)
-    save(load(CHECKPOINT), tmp_path / "student")
+    student = load(CHECKPOINT)
+    student.record = None
+    save(student, tmp_path / "student")
     (tmp_path / "measured").mkdir()
     (tmp_path / "measured/guidance.json").write_text(json.dumps({"settings": {"samples": 7}, "cells": []}))
     (tmp_path / "damaged").mkdir()

@@ -42,6 +42,7 @@ def test_options_are_those_of_the_parser(monkeypatch, capsys):
 
 def test_options_are_read_without_an_import():
     assert options(cli.COMMANDS["fit"]) == ["config", "ckpt_path"]
+    assert options(cli.COMMANDS["test"]) == ["config", "ckpt_path", "out", "guidance", "trust"]
     assert {"config", "latent_norm", "vae"} <= set(found := options(cli.COMMANDS["validate-data"]))
     assert "folder" not in found
 

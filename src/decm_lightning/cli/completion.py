@@ -1,6 +1,7 @@
 """Shell completion of decm, generated from the command table without importing any command."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -63,14 +64,27 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
 
 def options(command: Command) -> list[str]:
-    """Return the options of a command, read from the source of its function, without dashes."""
-    if command.group == TRAINING:
-        return ["config", *(name for name in command.reads if name not in command.positional)]
+    """Return the options of a command, read from the source of its module, without dashes.
+
+    Of the trainer's commands these are the command's own: a config may hold hundreds.
+    """
     module, _, function = command.function.partition(":")
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+    if command.group == TRAINING:
+        names = [*command.reads, *_added(tree)]
+    else:
+        found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+        names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
     return ["config", *(name for name in names if name not in command.positional)]
+
+
+def _added(tree: ast.Module) -> Iterator[str]:
+    """Yield the options of all calls of add_argument with a literal name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            name = next((word.value for word in node.args[:1] if isinstance(word, ast.Constant)), "")
+            if isinstance(name, str) and name.startswith("--"):
+                yield name.removeprefix("--")
 
 
 def _bash() -> str:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 from decm_lightning.cli.early_checks import Reads, check_inputs
 from decm_lightning.cli.messages import describe, did_you_mean, is_for_the_user
 from decm_lightning.cli.output import Output
+from decm_lightning.cli.shipped_configs import with_shipped_configs
 
 OWN, TRAINING, INFERENCE, PREPARATION = "Your own images", "Training", "Inference and export", "Data preparation"
+SETUP = "Setup"
 MODEL, IMAGES = "checkpoint or folder", "folder or file"
 HEAD = """usage: decm COMMAND [options]
 
@@ -90,6 +92,8 @@ COMMANDS = {
         "validate_data:validate_data", "check a folder of latents and print its statistics and errors",
         PREPARATION, ("folder",), {"folder": "folder"},
     ),
+    "configs": Command("shipped_configs:configs", "list the configs of the package, or copy some", SETUP, ("names",)),
+    "completion": Command("completion:completion", "print completion for bash, zsh or fish", SETUP, ("shell",)),
 }  # fmt: skip
 
 
@@ -118,7 +122,7 @@ def _main(argv: Sequence[str]) -> int:
         print(version("decm-lightning"))
         return 0
     try:
-        _run(*argv)
+        _run(argv[0], argv[1:])
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as error:
@@ -135,13 +139,14 @@ def _main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(name: str, *argv: str) -> None:
+def _run(name: str, argv: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise ValueError("; ".join([f"unknown command {name!r}: see decm --help", *did_you_mean(name, COMMANDS)]))
     command = COMMANDS[name]
     if command.group == TRAINING and not argv:
         needed = f"a {MODEL}, or --config FILE" if command.positional else "--config FILE"
         raise ValueError(f"{name} needs {needed}")
+    argv = with_shipped_configs(argv)
     configs = check_inputs(argv, command.reads, command.positional)
     if configs:
         # Appended, so that a file next to a config cannot shadow an installed package.

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from decm_lightning.cli.shipped_configs import where_weights_are
+
 Reads: TypeAlias = Mapping[str, str]
 """Maps the name of an argument to a description of its file or folder."""
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors")
@@ -60,7 +62,8 @@ def check_files(tree: Mapping[str, Any]) -> None:
     for key, value in _files(tree, (), ""):
         if _is_missing(value):
             what = "folder" if key[-1] == "folder" else "file" if key[-1] == "vae" else "checkpoint or folder"
-            raise FileNotFoundError(f"no {what} at {value} ({'.'.join(key)})")
+            name = ".".join(key)
+            raise FileNotFoundError(f"no {what} at {value} ({name}){where_weights_are(value, name)}")
 
 
 def _only_prints(argument: str) -> bool:
@@ -92,7 +95,7 @@ def _read(file: str) -> dict[str, Any] | None:
     except FileNotFoundError as error:
         if re.search(r"[:{\n]", file):
             return None
-        raise FileNotFoundError(f"no config file at {file}") from error
+        raise FileNotFoundError(f"no config file at {file}; decm configs lists those of the package") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     except yaml.MarkedYAMLError as error:

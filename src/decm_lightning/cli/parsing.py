@@ -2,7 +2,7 @@
 
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
-from inspect import signature, unwrap
+from inspect import Parameter, signature, unwrap
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -44,7 +44,9 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
     options: dict[str, Any] = {"as_group": False, "sub_configs": True}
     parser.add_function_arguments(function, as_positional=True, skip={*named, *several}, **options)
     for name in several:
-        parser.add_argument(name, nargs="+", type=str)
+        default = parameters[name].default
+        number: dict[str, Any] = {"nargs": "+"} if default is Parameter.empty else {"nargs": "*", "default": default}
+        parser.add_argument(name, type=str, **number)
     parser.add_function_arguments(function, skip={*positional}, **options)
     config = parser.instantiate(parser.parse_args(list(argv)))
     config.pop("config")

@@ -55,8 +55,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from decm_lightning import Batch, Distiller, Objective, data, flows, losses, networks, teachers
-from decm_lightning.time_laws import TimeLaw
-from decm_lightning.triangle import DataEdge, Diagonal, Edge, Times
+from decm_lightning.triangle import DataEdge, Diagonal, Edge, TimeLaw, Times
 
 
 @dataclass(frozen=True)

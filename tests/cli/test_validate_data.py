@@ -248,7 +248,8 @@ def test_unnormalised_latents_are_refused_before_training(decm):
 
 
 def test_latents_of_another_size_are_refused_before_training(decm):
-    argv = fit("--model.init_args.network.init_args.in_channels", "4")
+    network = "--model.init_args.network.init_args"
+    argv = fit(f"{network}.in_channels", "4", f"{network}.width", "16")
     refused(decm, argv, "latents of latents are (2, 4, 4) and the network's (4, 4, 4)")
 
 

@@ -319,7 +319,7 @@ def test_the_record_gives_vae_names_and_samplers(tmp_path):
     vae = save_kl(tmp_path / "vae")
     identity = load_autoencoder(vae).identity
     network = dit(in_channels=2, input_size=4)
-    scaling = {"mean": [0.5, -1.0], "std": [2.0, 3.0], "multiplier": 0.5}
+    scaling = {"mean": [0.5, -1.0], "std": [2.0, 3.0], "multiplier": 0.5, "has_statistics": True}
     network.record = Record(
         class_names=("tench, Tinca tinca", "dog", "cat", "owl"), vae=Reference(str(vae), identity), latents=scaling,
         sampling={1: "mix", 2: "mix?s1=0.6", 4: "consistency"},
@@ -337,7 +337,7 @@ def test_the_record_gives_vae_names_and_samplers(tmp_path):
         expected = sampled(network, [1, 2], sampler, steps or 2)
         torch.testing.assert_close(pipeline(["dog", "cat"], steps, **options).images, expected, atol=1e-5, rtol=0)
     config = json.loads((tmp_path / "out/vae/config.json").read_text())
-    assert [config[name] for name in ("latents_mean", "latents_std", "scaling_factor")] == [*scaling.values()]
+    assert [config[name] for name in ("latents_mean", "latents_std", "scaling_factor")] == [*scaling.values()][:3]
     other = save_kl(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=f"other.*{identity}"):
         write(network, tmp_path / "out", torch.float32, vae=str(other))
@@ -349,7 +349,7 @@ def test_a_teacher_is_a_pipeline_of_euler(tmp_path):
     pipeline = loaded(tmp_path / "out")
     found = pipeline([1, 4], latents=noise(network), output_type="latent").images
     torch.testing.assert_close(found, sampled(network, [1, 4], "euler", 50), atol=1e-5, rtol=0)
-    network.prediction = "noise"
+    network = dit(end_time=False, prediction="noise")
     with pytest.raises(ValueError, match="noise"):
         write(network, tmp_path / "other", torch.float32)
 

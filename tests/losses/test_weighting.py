@@ -92,7 +92,7 @@ def test_normalize_by_hand(normalize, size):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"limit": 0.0}, {"power": -1.0}, {"constant": -1.0}, {"factor": "sine"}, {"over": "sum", "outside": True}],
+    [{"limit": 0.0}, {"power": -1.0}, {"constant": -1.0}, {"over": "sum", "outside": True}],
 )
 def test_normalize_refuses_what_is_out_of_range(arguments):
     """The message contains the value."""

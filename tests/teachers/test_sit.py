@@ -155,6 +155,7 @@ def test_published_sizes_are_known_by_their_width(size):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes(width, depth, 2, 4, 256, 1000).items()}
     expected = {"input_size": 32, "in_channels": 4, "patch_size": 2, "width": width, "depth": depth, "heads": heads}
     expected |= {"mlp_ratio": 4.0, "num_classes": 1000, "end_time": False, "shift": True} | SIT
+    expected |= {"prediction": None, "pixel_skip": False}
     assert architecture(tensors) == expected
 
 

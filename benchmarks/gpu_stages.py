@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu_stages STAGE --out DIR: one stage of benchmarks.gpu_proof, which starts and limits it.
 
 A stage rewrites DIR/STAGE.json after every value, so that a stage that is killed keeps what it has measured. With
---small it measures tiny sizes, on a CPU too. Each stage imports what it needs: a missing package stops no other stage.
+--small it measures tiny sizes, on a CPU too. Each stage imports what it needs, so that a broken package fails one stage.
 """
 
 import argparse
@@ -14,14 +14,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copy
 from statistics import median
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 TESTS = [
     "tests/derivatives/test_fused_attention.py",
     "tests/derivatives/test_dual_fused_check.py",
@@ -120,13 +122,13 @@ def arithmetic(values: Values, options: argparse.Namespace) -> None:
     for m, k, n in sizes:
         a, b = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
         repeats = 3 if options.small else 50
-        for _ in range(3):
-            a @ b
-        _wait()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        _wait()
+        # The first round is for the clock and the choice of a kernel.
+        for _ in range(2):
+            _wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                a @ b
+            _wait()
         values[f"matmul {m} x {k} x {n}"] = {"TFLOP/s": 2e-12 * m * k * n * repeats / (time.perf_counter() - start)}
     from benchmarks.step import VARIANTS, distiller, take
 
@@ -184,7 +186,7 @@ def largest(values: Values, options: argparse.Namespace) -> None:
     from benchmarks.largest import main
 
     network, batches, check = ("tiny", (4, 8), (3, 6)) if options.small else ("XL/1", (16, 32), (3, 24))
-    memory = torch.cuda.mem_get_info()[0] / GIB - 1 if DEVICE.type == "cuda" else 1.0
+    memory = torch.cuda.mem_get_info()[0] / 2**30 - 1 if DEVICE.type == "cuda" else 1.0
     values["memory"] = {"GiB": memory}
     for key in ("facm", "decm") if options.small else ("facm", "decm", "jvp", "dual", "fm"):
         with reported(values, key):
@@ -208,7 +210,7 @@ def fashion(values: Values, options: argparse.Namespace) -> None:
         file = options.work / f"{role}.yaml"
         file.write_text(yaml.safe_dump(_config(config, role, compiled, options)))
         cli = build("--config", str(file))
-        pace = _pace()(FRACTIONS[role] * options.seconds, 6 if options.small else None)
+        pace = Pace(2.0, 1, 3) if options.small else Pace(FRACTIONS[role] * options.seconds, 20, 120)
         cli.trainer.callbacks.append(pace)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         values[role] = {"steps": cli.trainer.global_step, "s": pace.seconds, "images/s": pace.images / pace.seconds}
@@ -216,7 +218,7 @@ def fashion(values: Values, options: argparse.Namespace) -> None:
             save(cli.model.average, options.work / "network")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     log = Path(cli.trainer.log_dir)
-    (options.out / "samples.png").write_bytes((log / "samples.png").read_bytes())
+    copy(log / "samples.png", options.out)
     values["quality.md"] = (log / "quality.md").read_text()
     values["quality"] = json.loads((log / "quality.json").read_text())
 
@@ -225,8 +227,7 @@ def _config(name: str, role: str, compiled: bool, options: argparse.Namespace) -
     """Return configs/fashion/NAME.yaml with the batch, length, data and outputs of this stage."""
     config: dict[str, Any] = yaml.safe_load(Path(f"configs/fashion/{name}.yaml").read_text())
     evaluation = next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(".Evaluation"))
-    logger = {"save_dir": str(options.work), "name": role, "version": ""}
-    config["trainer"]["logger"]["init_args"] = logger
+    config["trainer"]["logger"]["init_args"] = {"save_dir": str(options.work), "name": role, "version": ""}
     # The length is set when the pace is known.
     config["trainer"] |= {
         "callbacks": [evaluation] if role == "student" else [],
@@ -247,42 +248,32 @@ def _config(name: str, role: str, compiled: bool, options: argparse.Namespace) -
     return config
 
 
-def _pace() -> type[Any]:
-    """Return the callback; Lightning is imported here because other stages do not need it."""
-    import lightning as L
+class Pace(L.Callback):
+    """Sets the number of steps from the pace between two early steps, so that the schedule ends with the time."""
 
-    class Pace(L.Callback):
-        """Sets the number of steps from the time of the first ones, so that the schedule ends with the time."""
+    def __init__(self, limit: float, first: int, last: int) -> None:
+        self.limit, self.first, self.last = limit, first, last
+        self.images, self.seconds = 0, 0.0
 
-        def __init__(self, limit: float, steps: int | None) -> None:
-            self.limit, self.steps = limit, steps
-            self.images, self.seconds, self.first, self.measured = 0, 0.0, 20, 120
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.start = self.since = time.perf_counter()
 
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            self.start = self.since = time.perf_counter()
-            if self.steps is not None:
-                self._set(trainer, module, self.steps)
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            self.images += len(batch[0])
-            if self.steps is None and trainer.global_step in (self.first, self.measured):
-                _wait()
-                now, self.since = time.perf_counter(), self.since
-                if trainer.global_step == self.first:
-                    self.since = now
-                else:
-                    each = (now - self.since) / (self.measured - self.first)
-                    self._set(trainer, module, self.measured + max(1, int((self.limit - (now - self.start)) / each)))
-
-        def on_train_end(self, trainer: Any, module: Any) -> None:
-            _wait()
-            self.seconds = time.perf_counter() - self.start
-
-        def _set(self, trainer: Any, module: Any, steps: int) -> None:
-            self.steps = trainer.fit_loop.epoch_loop.max_steps = steps
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.images += len(batch[0])
+        if trainer.global_step not in (self.first, self.last):
+            return
+        _wait()
+        now = time.perf_counter()
+        if trainer.global_step == self.last:
+            each = (now - self.since) / (self.last - self.first)
+            steps = self.last + max(1, int((self.limit - (now - self.start)) / each))
+            trainer.fit_loop.epoch_loop.max_steps = steps
             module.set_length(steps)
+        self.since = now
 
-    return Pace
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        _wait()
+        self.seconds = time.perf_counter() - self.start
 
 
 STAGES: dict[str, Callable[[Values, argparse.Namespace], None]] = {
@@ -294,9 +285,8 @@ def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--out", type=Path, required=True, help="folder of STAGE.json")
-    parser.add_argument("--work", type=Path, required=True, help="folder of logs and weights")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
+    for name, content in (("out", "STAGE.json"), ("work", "logs and weights"), ("data", "the four IDX files")):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"folder of {content}")
     parser.add_argument("--seconds", type=float, required=True, help="time of the stage")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu_stages STAGE --out DIR: one stage of benchmarks.gpu_proof, which starts and limits it.
 
 A stage rewrites DIR/STAGE.json after every value, so that a stage that is killed keeps what it has measured. With
---small it measures tiny sizes, on a CPU too. Each stage imports what it needs, so that a broken package fails one stage.
+--small it measures tiny sizes, on a CPU too. Stages import what they need, so that a broken package fails one of them.
 """
 
 import argparse
@@ -256,9 +256,11 @@ class Pace(L.Callback):
         self.images, self.seconds = 0, 0.0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Start the clock."""
         self.start = self.since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        """Set the number of steps when the pace is known."""
         self.images += len(batch[0])
         if trainer.global_step not in (self.first, self.last):
             return
@@ -272,6 +274,7 @@ class Pace(L.Callback):
         self.since = now
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Stop the clock."""
         _wait()
         self.seconds = time.perf_counter() - self.start
 

@@ -44,7 +44,7 @@ def test_a_dry_run_measures_every_stage(monkeypatch, tmp_path):
 
 
 def test_a_stage_that_is_stopped_or_fails_stops_no_other(monkeypatch, tmp_path):
-    monkeypatch.setitem(STAGES, "attention", gpu_proof.Stage(1))
+    monkeypatch.setitem(STAGES, "attention", gpu_proof.Stage(0.25))
     results = dry_run(monkeypatch, tmp_path / "out", "--stages", "attention", "arithmetic")
     assert results["attention"]["status"] == "timed out"
     assert results["arithmetic"]["status"] == "done"

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all test-lowest study bench check lint types contracts clean
+.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all test-lowest study bench gpu-proof check lint types contracts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -113,6 +113,11 @@ study: env ## compare all methods at equal cost (hours; interrupted runs resume)
 
 bench: env ## measure time and memory of a training step by derivative engine (15 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.step --network small --batch 4
+
+GPU_DATA := /usr/share/datasets/fashion-mnist
+
+gpu-proof: ## measure everything on one GPU (12 minutes; needs torch 2.9 or newer with CUDA, uses python3)
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_proof --out runs/gpu-proof --data $(GPU_DATA)
 
 check: lint types contracts test ## run all checks and the fast tests
 

@@ -3,10 +3,11 @@
 The static memory of a training run (the student, its average, AdamW's two moments, the teacher) is computed. The memory
 of a step beyond that, including gradients, is measured at two batch sizes and two depths. It is affine in both, so the
 result can be extrapolated to other devices and to networks that are too deep for this one; a fifth measurement checks
-the fit. On a GPU the largest batch is then run within the given memory, next to the static memory. The last line has
-ratios to FACM's engine as name=value.
+the fit. On a GPU the largest batch is then run within the given memory, next to the static memory, and shrinks by 3 %
+until it fits. The last line has ratios to FACM's engine as name=value.
 """
 
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -19,6 +20,30 @@ from decm_lightning.types import Batch
 GIB, MIB = 2**30, 2**20
 STATIC = {"teacher": 1, "student": 1, "AdamW": 2, "average": 1}
 """Static values per parameter, of 4 bytes each."""
+
+
+@dataclass
+class Largest:
+    """The largest batch of one variant.
+
+    Attributes:
+        each: bytes per sample.
+        constant: bytes that do not depend on the batch, beyond the static memory.
+        checked: measured / predicted memory of the check.
+        predicted: largest batch by prediction.
+        ran: largest batch that ran on this GPU; None without a GPU.
+    """
+
+    each: float
+    constant: float
+    checked: float
+    predicted: int
+    ran: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """The batch that ran, or the prediction."""
+        return self.predicted if self.ran is None else self.ran
 
 
 def step_memory(network: NetworkName, depth: int, rows: int, key: str, precision: str, checkpointed: bool) -> int:
@@ -43,6 +68,7 @@ def runs(
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
+        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
     return True
 
@@ -69,7 +95,7 @@ def main(
     variants: list[str] = ["fm", "jvp", "dual", "facm", "decm"],  # noqa: B006
     checkpointed: bool = False,
     threads: int = 2,
-) -> None:
+) -> dict[str, Largest]:
     """Measure all variants and print a table.
 
     Args:
@@ -82,13 +108,16 @@ def main(
         variants: keys of benchmarks.step.VARIANTS.
         checkpointed: store only the inputs of each block.
         threads: CPU threads.
+
+    Returns:
+        The results by variant.
     """
     torch.set_num_threads(threads)
     depth = NETWORKS[network]["depth"]
     with torch.device("meta"):
         parameters = sum(p.numel() for p in distiller(network, False, False, torch.device("meta")).student.parameters())
     static = 4 * sum(STATIC.values()) * parameters
-    largest: dict[str, int] = {}
+    largest: dict[str, Largest] = {}
     print(f"{network}, {precision}; static memory: {static / GIB:.1f} GiB of {memory:g}")
     print("| step | MiB per sample | constant MiB | measured / predicted | largest batch |\n|---|---:|---:|---:|---:|")
     for key in variants:
@@ -96,18 +125,25 @@ def main(
         constant, each = affine(values, check[0])
         checked = step_memory(network, *check, key, precision, checkpointed) / (constant + check[1] * each)
         constant, each = affine(values, depth)
-        largest[key] = max(int((memory * GIB - static - max(constant, 0)) / each), 0)
-        tried = ""
-        if torch.cuda.is_available() and largest[key]:
+        predicted = max(int((memory * GIB - static - max(constant, 0)) / each), 0)
+        found = largest[key] = Largest(each, constant, checked, predicted)
+        if torch.cuda.is_available():
             # The benchmark's distiller has neither an average nor an optimizer.
-            rest = 4 * (STATIC["AdamW"] + STATIC["average"]) * parameters
-            fits = runs(network, largest[key], key, precision, checkpointed, memory, rest)
-            tried = " (ran)" if fits else " (did not fit)"
-        cells = f"{each / MIB:.2f} | {constant / MIB:.1f} | {checked:.3f} | {largest[key]}{tried}"
+            rest, rows = 4 * (STATIC["AdamW"] + STATIC["average"]) * parameters, predicted
+            while rows and not runs(network, rows, key, precision, checkpointed, memory, rest):
+                rows -= -(-rows * 3 // 100)
+            found.ran = rows
+        tried = "" if found.ran is None else f" ({found.ran} ran)"
+        cells = f"{each / MIB:.2f} | {constant / MIB:.1f} | {checked:.3f} | {predicted}{tried}"
         print(f"| {VARIANTS[key].title} | {cells} |", flush=True)
     pairs = {"largest_vs_jvp": ("dual", "jvp"), "largest_step_vs_facm": ("decm", "facm")}
-    ratios = {name: largest[a] / largest[b] for name, (a, b) in pairs.items() if a in largest and largest.get(b)}
+    ratios = {
+        name: largest[a].batch / largest[b].batch
+        for name, (a, b) in pairs.items()
+        if a in largest and b in largest and largest[b].batch
+    }
     print(" ".join(f"{name}={value:.3g}" for name, value in ratios.items()))
+    return largest
 
 
 if __name__ == "__main__":

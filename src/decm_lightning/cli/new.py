@@ -53,7 +53,7 @@ class Scale(NamedTuple):
     precision: str
 
 
-CPU = Scale(tokens=8, width=128, depth=4, heads=4, batch_size=32, rate=2e-3, largest=64, precision="32-true")
+CPU = Scale(tokens=8, width=128, depth=4, heads=4, batch_size=16, rate=2e-3, largest=64, precision="32-true")
 GPU = Scale(tokens=16, width=384, depth=8, heads=6, batch_size=128, rate=5e-4, largest=128, precision="bf16-mixed")
 
 

@@ -96,6 +96,7 @@ def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dic
         "mlp_ratio": _mlp_ratio(width, tensors[mlp_out].shape[1], 1.0 if mlp_out == GELU else 2 / 3),
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         "prediction": None,
+        "pixel_skip": False,
         "end_time": any(name.startswith("r_embedder.") for name in tensors),
         "qk_norm": any(name.endswith(".q_norm.weight") for name in tensors),
         "shift": tensors["blocks.0.adaLN_modulation.1.weight"].shape[0] != 4 * width,

@@ -166,9 +166,8 @@ class Distiller(FlowTraining):
 
     def record(self) -> Record:
         """Return the origin and the use of the student."""
-        teacher = Reference(self.teacher.name, self.teacher_identity)
-        guidance, objective = asdict(self.guidance), str(self.requested_objective)
-        return replace(super().record(), teacher=teacher, guidance=guidance, objective=objective)
+        teacher, objective = Reference(self.teacher.name, self.teacher_identity), str(self.requested_objective)
+        return replace(super().record(), teacher=teacher, guidance=asdict(self.guidance), objective=objective)
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
@@ -211,7 +210,7 @@ class Distiller(FlowTraining):
         for (name, loss), (jump, v_start), result in zip(losses.items(), starts.values(), results, strict=True):
             v_end = self.end_velocity(loss, jump, result.u.detach())
             composition = self.compose(loss, jump, v_start, step, cpu_generator)
-            log_weight = self.log_weight(name, jump.t)
+            log_weight = self.log_weights[name](jump.t.to(self.device)) if name in self.log_weights else None
             self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step, composition, log_weight)
         return self.total()
 
@@ -266,10 +265,6 @@ class Distiller(FlowTraining):
         first = v_start if loss.middle.first == "teacher" else None
         with self.part("target"):
             return loss.middle.compose(flow_map, jump.x_t, jump.t, jump.s, alpha, first)
-
-    def log_weight(self, name: str, t: Time) -> Tensor | None:
-        """Return the learned logarithm of a loss's weight at the times t, None if the loss has none."""
-        return self.log_weights[name](t.to(self.device)) if name in self.log_weights else None
 
     def teacher_velocity(self, sample: PathSample) -> Sample:
         """Return the guided teacher's velocity v(x_t, t); without a teacher, the path's own velocity x_1 - x_0."""

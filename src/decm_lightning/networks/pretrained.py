@@ -85,14 +85,13 @@ def save(network: Network, folder: str | Path) -> None:
         ValueError: if `folder` contains anything other than a network of this package.
     """
     folder = check_target(folder)
-    described = json.dumps(describe(network), sort_keys=True, indent=2)
     with atomic(folder / WEIGHTS) as weights:
         save_model(network, str(weights))
         with weights.open("rb") as content:
             # Flushing the large weights now keeps the time between the two renames short.
             os.fsync(content.fileno())
         with atomic(folder / CONFIG) as config:
-            config.write_text(described, encoding="utf-8")
+            config.write_text(json.dumps(describe(network), sort_keys=True, indent=2), encoding="utf-8")
             write_record(network.record, folder)
 
 

@@ -74,7 +74,7 @@ def arguments(config):
 def test_the_configs_say_what_is_trained_on(configs):
     teacher, student, _ = configs()
     data, model = arguments(teacher)
-    assert (data["size"], data["channels"], data["batch_size"], data["val_fraction"]) == (16, 3, 24, 0.0)
+    assert (data["size"], data["channels"], data["batch_size"], data["val_fraction"]) == (16, 3, 16, 0.0)
     network = model["network"]["init_args"]
     assert (network["input_size"], network["in_channels"], network["num_classes"]) == (16, 3, 2)
     assert model["guidance"] == arguments(student)[1]["guidance"] == {"scale": 1.5}

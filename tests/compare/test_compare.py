@@ -320,6 +320,7 @@ def test_what_cannot_be_measured_has_a_reason(decm):
     file = Path("runs/facm/config.yaml")
     config = yaml.safe_load(file.read_text())
     config["model"]["init_args"]["teacher"]["init_args"]["path"] = "nowhere"
+    sys.modules.pop("antigravity", None)
     config["model"]["init_args"]["objective"] = {"class_path": "antigravity.fly"}
     file.write_text(yaml.safe_dump(config))
     for events in Path("runs/facm").glob("events*"):

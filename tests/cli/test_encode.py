@@ -350,7 +350,7 @@ def full(tensors, file):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_one_line(signum, decm):
-    write_folder(Path("more"), 2000)
+    write_folder(Path("more"), 6000)
     run = start(*command("latents", "--num_workers", "2", images="more"), stderr=subprocess.PIPE)
     while not list(Path("latents").glob("*.safetensors")) and run.poll() is None:
         time.sleep(0.01)

@@ -59,7 +59,9 @@ def test_a_compiled_pass_equals_an_eager_one_and_is_one_graph(parts, checkpointe
     network.gradient_checkpointing = checkpointed
     compiled(network, parts, "aot_eager")
     for _ in range(2):
-        torch.testing.assert_close(step(network), expected, rtol=1e-12, atol=1e-12)
+        for value, exact in zip(step(network), expected, strict=True):
+            # Sums in another order: the error is relative to the largest element.
+            torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12 * max(1.0, exact.abs().max().item()))
         assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

@@ -3,7 +3,6 @@
 import lightning as L
 import pytest
 import torch
-from torch import nn
 
 from decm_lightning import Distiller, losses
 from decm_lightning.flows import Gaussian, GaussianMixture
@@ -11,8 +10,9 @@ from decm_lightning.guidance import Guidance
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.networks import MLP
 from decm_lightning.samplers import euler
-from decm_lightning.teachers import ExactTeacher, NoTeacher, Teacher
+from decm_lightning.teachers import ExactTeacher, NoTeacher
 from decm_lightning.types import Batch
+from tests.test_distiller import ExactStudent, GaussianTeacher
 
 RIVALS = {
     "facm": losses.facm(),
@@ -30,29 +30,6 @@ APPROXIMATE = {
     "discrete_consistency": losses.discrete_consistency(),
 }
 """Their first part is an Euler step, or their shortest step is taken for the velocity."""
-
-
-class ExactStudent(MLP):
-    """The flow map of a Gaussian, with one useless weight so that there is something to differentiate."""
-
-    def __init__(self, flow: Gaussian) -> None:
-        super().__init__(dimensions=3, width=4, depth=1)
-        self.flow = flow
-        self.bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-
-    def forward(self, x_t, t, s, condition):
-        return self.flow(x_t, t, s) + self.bias
-
-
-class GaussianTeacher(Teacher):
-    """The velocity of the same Gaussian."""
-
-    def __init__(self, flow: Gaussian) -> None:
-        super().__init__(MLP(dimensions=3, width=4, depth=1))
-        self.flow = flow
-
-    def velocity(self, x_t, t, condition):
-        return self.flow.velocity(x_t, t)
 
 
 def step(objective, monkeypatch, spread=0.6):

@@ -22,7 +22,7 @@ def configs(names: list[str] = [], out: str = ".") -> None:  # noqa: B006 - neve
         out: the folder to copy them into. A config keeps its name, including the folder.
 
     Raises:
-        ValueError: if there is no config of a name.
+        ValueError: if no config has a requested name.
         FileExistsError: if a file would be replaced. Nothing is copied then.
     """
     copies = {_found(name): Path(out) / _short(name) for name in names}

@@ -43,7 +43,7 @@ class DiT(Network):
         in_channels: channels of the input and of the velocity.
         patch_size: side of the square patch that becomes one token.
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4. Without pixel_skip,
-            at least patch_size^2 * in_channels: a narrower token cannot carry the noise of its own patch.
+            at least patch_size^2 * in_channels: a narrower token cannot carry the noise of its patch.
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the feed-forward network, before the 2 / 3 of SwiGLU.
@@ -202,7 +202,7 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
 
 
 def check_width(width: int, patch_size: int, in_channels: int, skip: str) -> None:
-    """Check that a token can carry the noise of its own patch, which the velocity E[x_1] - x_0 contains.
+    """Check that a token can carry the noise of its patch, which the velocity E[x_1] - x_0 contains.
 
     Args:
         width: width of a token.

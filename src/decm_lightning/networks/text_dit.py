@@ -33,7 +33,7 @@ class TextDiT(Network):
         caption_width: size of a caption token of the text encoder.
         patch_size: side of the square patch that becomes one token.
         width: width of a token, a multiple of 4 and of heads, with width / heads a multiple of 4. Without features, at
-            least patch_size^2 * in_channels: a narrower token cannot carry the noise of its own patch.
+            least patch_size^2 * in_channels: a narrower token cannot carry the noise of its patch.
         depth: number of blocks, at least 1.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP relative to `width`, before the factor 2 / 3 of SwiGLU.

@@ -65,7 +65,7 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
             save_to_disk, or the name of a data set on the Hugging Face hub.
         out: the folder of the run. The configs, samples and checkpoints are written to it.
         size: height and width of the images in pixels, a multiple of 4; by default that of the smallest images, but at
-            most 32 without a GPU and 128 with one. 64 instead of 32 needs about four times the minutes.
+            most 32 without a GPU and 128 with one. 64 instead of 32 needs several times the minutes.
         minutes: the time for both runs, at least 1.
     """
     target = Path(out)
@@ -99,7 +99,7 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         smallest = min(sorted(sides)[len(sides) // 20], scale.largest)
         size = smallest // 8 * 8 if smallest >= 32 else smallest // 4 * 4
         if min(sides) >= 2 * size:
-            print(f"images are resized to {size} x {size}: --size {2 * size} needs about four times the minutes")
+            print(f"images are resized to {size} x {size}: --size {2 * size} needs several times the minutes")
     if size < 4:
         raise ValueError(f"the images of {folder} are too small: {min(sides)} pixels, expected at least 4")
     channels = 3 if "RGB" in modes else 1

@@ -15,9 +15,10 @@ def student(dtype=torch.float64) -> DiT:
     """Return a small flow map that depends on every argument and weight."""
     torch.manual_seed(0)
     network = DiT(4, 2, patch_size=2, width=16, depth=3, heads=2, num_classes=3, end_time=True, pixel_skip=True)
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
+            # With large convolutions the gradients, and so their rounding errors, would be large.
+            nn.init.normal_(parameter, std=0.05 if name.startswith("pixel_skip.") else 0.3)
     return network.to(dtype)
 
 
@@ -59,9 +60,7 @@ def test_a_compiled_pass_equals_an_eager_one_and_is_one_graph(parts, checkpointe
     network.gradient_checkpointing = checkpointed
     compiled(network, parts, "aot_eager")
     for _ in range(2):
-        for value, exact in zip(step(network), expected, strict=True):
-            # Sums in another order: the error is relative to the largest element.
-            torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12 * max(1.0, exact.abs().max().item()))
+        torch.testing.assert_close(step(network), expected, rtol=1e-12, atol=1e-12)
         assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

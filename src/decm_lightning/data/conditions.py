@@ -53,7 +53,7 @@ class Conditions(ResumableData):
     """Class labels or prompts alone, for objectives that need no data, such as `losses.free_flow`.
 
     Each label or prompt occurs equally often. x_1 is zeros of the network's sample shape: losses whose jumps start at
-    noise do not read it, and others are refused when training starts. There are no validation or test data.
+    noise do not read it, and others are refused when training starts. It has neither validation nor test data.
 
     Args:
         prompts: a text file with one prompt per line, or a .jsonl file with "prompt"; None for the class labels of the
@@ -151,7 +151,7 @@ class Conditions(ResumableData):
             self.coder.autoencoder.to("cpu")
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return no loader, because there are no images."""
+        """Return no loader: only images can be validated."""
         return []
 
     def _rows(self, count: int, captions: EncodedCaptions | UnencodedCaptions | None = None) -> ConditionRows:

@@ -40,6 +40,7 @@ class Study:
         self.config = self.settings["config"]
         self.base: dict[str, Any] = yaml.safe_load(Path(self.config).read_text())
         self.folder = folder / file.stem
+        self.choice: dict[str, Any] = self.settings.get("choice", {})
 
     def steps(self, run: Run) -> int:
         """Return the number of training steps that use up the budget."""
@@ -113,9 +114,12 @@ class Study:
     def callbacks(self, run: Run) -> list[dict[str, Any]]:
         """Return the config's callbacks that train, log gradients and test, with the study's specs."""
         kept = []
-        # The teacher is measured once, with the first method's first seed.
-        first = (next(iter(self.settings["methods"])), self.settings["seeds"][0]) == (run.method, run.seed)
-        specs = [*(self.settings["teacher"] if first else []), *self.settings["specs"]]
+        specs = self.settings["specs"]
+        if run.seed == self.choice.get("seed"):
+            specs = self.choice["specs"]
+        elif (run.method, run.seed) == (next(iter(self.settings["methods"])), self.settings["seeds"][0]):
+            # The teacher is measured once, with the first method's first seed.
+            specs = [*self.settings["teacher"], *specs]
         for callback in self.base["trainer"]["callbacks"]:
             name = callback["class_path"].rpartition(".")[2]
             if name == "Evaluation":
@@ -129,8 +133,7 @@ class Study:
         rates = self.settings["rates"]
         if len(rates) == 1:
             return float(rates[0])
-        choice = self.settings["choice"]
-        runs = {rate: Run(method, rate, choice["seed"], choice["passes"]) for rate in rates}
+        runs = {rate: Run(method, rate, self.choice["seed"], self.choice["passes"]) for rate in rates}
         scores = {}
         for rate, run in runs.items():
             best = by_steps(self.quality(run))

@@ -29,7 +29,7 @@ PRESETS = [
     "split_mean_flow",
 ]
 TYPES = ["Batch", "Captions", "Distiller", "Guidance", "Network", "Objective", "Teacher", "TeacherTraining"]
-NAMES = [*TYPES, *PRESETS, "load", "save", "euler", "consistency", "mix", "__version__"]
+NAMES = [*TYPES, *PRESETS, "load", "save", "euler", "consistency", "flow_map", "mix", "__version__"]
 TYPED = """
 from decm_lightning import Distiller, Network, __version__, load, mix, paper
 

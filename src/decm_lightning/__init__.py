@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from decm_lightning.networks import save as save
     from decm_lightning.samplers import consistency as consistency
     from decm_lightning.samplers import euler as euler
+    from decm_lightning.samplers import flow_map as flow_map
     from decm_lightning.samplers import mix as mix
     from decm_lightning.teacher_training import TeacherTraining as TeacherTraining
     from decm_lightning.teachers import Teacher as Teacher
@@ -59,6 +60,7 @@ _MODULES = {
     "end_identity": "losses",
     "euler": "samplers",
     "facm": "losses",
+    "flow_map": "samplers",
     "flow_matching_only": "losses",
     "free_flow": "losses",
     "lagrangian": "losses",

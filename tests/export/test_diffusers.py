@@ -28,7 +28,15 @@ from tests.export.exports import dit, sd3_student, text_dit
 CAPTIONS = ["a red fox", "two cats"]
 OWN = {"class": FlowMapClassPipeline, "text": FlowMapTextPipeline, "sd3": FlowMapSD3Pipeline}
 CONDITIONS = {"class": [1, 4], "text": CAPTIONS, "sd3": CAPTIONS}
-SPECS = [("mix", 1), ("mix", 2), ("mix?s1=0.6", 4), ("euler", 5), ("consistency", 3), ("mix?times=[0.3,0.9]", 3)]
+SPECS = [
+    ("mix", 1),
+    ("mix", 2),
+    ("mix?s1=0.6", 4),
+    ("euler", 5),
+    ("consistency", 3),
+    ("flow_map", 3),
+    ("mix?times=[0.3,0.9]", 3),
+]
 WITHOUT_PACKAGE = """
 import sys
 

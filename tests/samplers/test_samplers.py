@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from decm_lightning.samplers import consistency, euler, flow_map_of, mix, sampler
+from decm_lightning.samplers import consistency, euler, flow_map, flow_map_of, mix, sampler
 
-SAMPLERS = [euler, consistency, mix]
+SAMPLERS = [euler, consistency, flow_map, mix]
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_mix_is_nearer_than_euler(steps, flow, x_0, x_1):
     assert error(mix(flow, x_0, None, steps), x_1) < error(euler(flow, x_0, None, steps), x_1) / 2
 
 
-@pytest.mark.parametrize(("method", "steps"), [(consistency, 1), (mix, 1), (mix, 2)])
+@pytest.mark.parametrize(
+    ("method", "steps"), [(consistency, 1), (mix, 1), (mix, 2), (flow_map, 1), (flow_map, 3), (flow_map, 8)]
+)
 def test_samplers_that_only_jump_are_exact(method, steps, flow, x_0, x_1):
     """With the exact flow map jumps end at x_1."""
     torch.testing.assert_close(method(flow, x_0, None, steps), x_1, rtol=0, atol=1e-12)
@@ -330,7 +332,7 @@ def test_a_custom_sampler_is_imported_from_the_working_directory(name, own_sampl
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("heun", {}, ValueError, "euler, consistency, mix.*'heun'"),
+        ("heun", {}, ValueError, "euler, consistency, flow_map, mix.*'heun'"),
         ("mix", {"s2": 0.5}, ValueError, "'s2'.*times, s1, shift$"),
         ("euler", {"s1": 0.5}, ValueError, "'s1'.*times, shift$"),
         ("own_samplers.heun", {"ordre": 1}, ValueError, "'ordre'.*order$"),

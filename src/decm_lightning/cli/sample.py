@@ -33,7 +33,7 @@ def sample(
             record has the defaults of the other options.
         out: a .png file for a grid with one row per class, or a folder for one PNG per image. A folder holds images of
             one set of settings. The same command resumes it; other settings are refused.
-        sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
+        sampler: euler, consistency, flow_map, mix, or a path such as my_module.heun. Options follow a question mark:
             mix?s1=0.6. By default the recommended one for the number of steps, which for a teacher is euler.
         steps: network evaluations per image, at least 1; by default 2, or 50 for a teacher.
         classes: labels to sample, at least one; by default all.

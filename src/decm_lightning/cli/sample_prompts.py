@@ -47,7 +47,7 @@ def sample_prompts(
         out: a .png file for a grid with one row per prompt, or a folder for one PNG per image, in the layout that
             GenEval's scorer reads. A folder holds images of one set of settings. The same command resumes it; other
             settings are refused.
-        sampler: euler, consistency, mix, or a path such as my_module.heun. Options follow a question mark:
+        sampler: euler, consistency, flow_map, mix, or a path such as my_module.heun. Options follow a question mark:
             mix?s1=0.6. By default the recommended one for the number of steps, which for a teacher is euler.
         steps: network evaluations per image, at least 1; by default 2, or 50 for a teacher. A grid can show several
             numbers side by side, such as [1, 4].

@@ -7,11 +7,12 @@ from typing import Any
 from decm_lightning.class_path import imported
 from decm_lightning.samplers.consistency import Generators, consistency
 from decm_lightning.samplers.euler import euler, flow_map_of
+from decm_lightning.samplers.flow_map import flow_map
 from decm_lightning.samplers.generation import Sampler, generate
 from decm_lightning.samplers.mix import mix
 from decm_lightning.samplers.options import read_options
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "consistency": consistency, "mix": mix}
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "consistency": consistency, "flow_map": flow_map, "mix": mix}
 ARGUMENTS = 4
 """A sampler's first arguments: student, x_0, condition and steps."""
 
@@ -20,8 +21,8 @@ def sampler(name: str | Sampler, **options: Any) -> Sampler:
     """Return a sampler with its options as a function (student, x_0, condition, steps, generator=None).
 
     Args:
-        name: "euler", "consistency" or "mix"; the path of a function, such as "my_module.heun"; the path of a class
-            whose instances are samplers and whose arguments are the options; or a function. A name may include
+        name: "euler", "consistency", "flow_map" or "mix"; the path of a function, such as "my_module.heun"; the path of
+            a class whose instances are samplers and whose arguments are the options; or a function. A name may include
             options, as in "mix?s1=0.6". The module of a path may be in the working directory.
         options: options of the sampler, such as times, shift or s1.
 

@@ -24,6 +24,7 @@ INDEX = "model_index.json"
 TIMES: dict[str, Callable[..., list[float]]] = {
     "consistency": consistency_times,
     "euler": euler_times,
+    "flow_map": euler_times,
     "mix": mix_times,
 }
 """The samplers, with the function that returns the times between their steps."""
@@ -76,7 +77,7 @@ class FlowMapPipeline(DiffusionPipeline):
             condition: arguments of the transformer, with one row for each label or caption; None is left out.
             shape: the shape of a sample, (c, h, w).
             num_inference_steps: evaluations of the transformer; None for the recommended number.
-            sampler: "mix", "euler" or "consistency", with options such as "mix?s1=0.6"; None for the recommended one.
+            sampler: "mix", "euler", "consistency" or "flow_map", with options such as "mix?s1=0.6"; None for the recommended one.
             num_images_per_prompt: images for each label or caption, next to each other.
             generator: the source of all noise, one or one per image; `generators` returns those of `decm sample`.
             latents: the initial noise, (images, c, h, w).
@@ -192,8 +193,9 @@ def with_options(call: Callable[..., Any]) -> Callable[..., Any]:
 def _end(sampler: str, step: int, steps: int) -> int:
     """Return the number of the timestep at which the network's mean velocity of a step ends.
 
-    Euler steps use the instantaneous velocity, and consistency jumps end at the data. Mix is Euler between two jumps.
+    Euler steps use the instantaneous velocity, consistency jumps end at the data, and flow-map jumps at the next time.
+    Mix is Euler between two jumps.
     """
     if sampler == "consistency":
         return steps
-    return step + 1 if sampler == "mix" and step in (0, steps - 1) else step
+    return step + 1 if sampler == "flow_map" or (sampler == "mix" and step in (0, steps - 1)) else step

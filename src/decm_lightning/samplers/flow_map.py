@@ -27,9 +27,9 @@ def flow_map(
 
         x_s = x_t + (s - t) u(x_t, t, s)
 
-    MeanFlow (arXiv 2505.13447), shortcut models (arXiv 2410.12557) and AYF without added noise (arXiv 2506.14603) sample
-    in this way. A student needs training on pairs (t, s) in the interior of the triangle, which DE-CM leaves out.
-    The exact flow map gives exact samples at any number of steps:
+    MeanFlow (arXiv 2505.13447), shortcut models (arXiv 2410.12557) and AYF without added noise (arXiv 2506.14603)
+    sample in this way. A student needs training on pairs (t, s) in the interior of the triangle, which DE-CM leaves
+    out. The exact flow map gives exact samples at any number of steps:
 
     >>> from decm_lightning.flows import Gaussian
     >>> x_0 = torch.tensor([[-1.0], [0.0], [1.0]])

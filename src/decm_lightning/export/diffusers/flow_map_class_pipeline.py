@@ -75,7 +75,7 @@ class FlowMapClassPipeline(FlowMapPipeline):
         Args:
             class_labels: numbers or names of classes.
             num_inference_steps: evaluations of the transformer; None for the recommended number.
-            sampler: "mix", "euler", "consistency" or "flow_map", with options ("mix?s1=0.6"); None for the recommended one.
+            sampler: "mix", "euler", "consistency" or "flow_map", with options as in "mix?s1=0.6"; None: recommended.
             options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,
                 return_dict, callback_on_step_end.
 

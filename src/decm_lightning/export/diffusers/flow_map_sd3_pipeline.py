@@ -86,7 +86,7 @@ class FlowMapSD3Pipeline(FlowMapPipeline):
         Args:
             prompt: a caption or several.
             num_inference_steps: evaluations of the transformer; None for the recommended number.
-            sampler: "mix", "euler", "consistency" or "flow_map", with options ("mix?s1=0.6"); None for the recommended one.
+            sampler: "mix", "euler", "consistency" or "flow_map", with options as in "mix?s1=0.6"; None: recommended.
             height: height of the images in pixels; None for that of training.
             width: width of the images in pixels; None for that of training.
             max_sequence_length: number of T5 tokens to which captions are padded or truncated.

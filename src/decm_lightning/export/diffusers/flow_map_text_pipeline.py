@@ -75,7 +75,7 @@ class FlowMapTextPipeline(FlowMapPipeline):
         Args:
             prompt: a caption or several.
             num_inference_steps: evaluations of the transformer; None for the recommended number.
-            sampler: "mix", "euler", "consistency" or "flow_map", with options ("mix?s1=0.6"); None for the recommended one.
+            sampler: "mix", "euler", "consistency" or "flow_map", with options as in "mix?s1=0.6"; None: recommended.
             prompt_embeds: tokens from `encode_prompt`, instead of captions.
             prompt_attention_mask: the mask of prompt_embeds.
             options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,

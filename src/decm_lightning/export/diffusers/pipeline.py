@@ -77,7 +77,7 @@ class FlowMapPipeline(DiffusionPipeline):
             condition: arguments of the transformer, with one row for each label or caption; None is left out.
             shape: the shape of a sample, (c, h, w).
             num_inference_steps: evaluations of the transformer; None for the recommended number.
-            sampler: "mix", "euler", "consistency" or "flow_map", with options ("mix?s1=0.6"); None for the recommended one.
+            sampler: "mix", "euler", "consistency" or "flow_map", with options as in "mix?s1=0.6"; None: recommended.
             num_images_per_prompt: images for each label or caption, next to each other.
             generator: the source of all noise, one or one per image; `generators` returns those of `decm sample`.
             latents: the initial noise, (images, c, h, w).

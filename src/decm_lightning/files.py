@@ -113,22 +113,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def describe_unreadable(path: str | Path, text: bool = False) -> str:
-    """Explain why a file of tensors (safetensors or torch.save) cannot be read.
+    """Explain why a file of tensors (safetensors or torch.save), or of text such as JSON, cannot be read.
 
     The explanation comes from the file's type, permissions and first bytes. Loaders call this function after a failure,
     because safetensors and torch report a missing permission as "No such file" and any other format as a broken header.
 
-    Example:
-        >>> describe_unreadable("missing.safetensors")
-        'no such file'
-
-    Args:
-        path: the file.
-        text: whether the file should hold text, such as JSON, instead of tensors.
-
     Returns:
-        A phrase such as "permission denied", "no such file", "a folder instead of a file", "empty (0 bytes)", "a
-        git-lfs pointer instead of the file: run git lfs pull" or "cut short at ..."; "" if the cause is unknown.
+        A phrase such as "permission denied", "no such file", "empty (0 bytes)", "a git-lfs pointer instead of the file:
+        run git lfs pull" or "cut short at ..."; "" if the cause is unknown.
     """
     path = Path(path)
     try:

@@ -59,14 +59,10 @@ class LatentNormalization:
         return f"statistics {statistics} times {self.multiplier:g}"
 
     def check(self, moments: "Moments", folder: str | Path) -> None:
-        """Refuse normalized latents that are far from mean 0 and standard deviation 1.
+        """Refuse normalized latents of a folder that are far from mean 0 and standard deviation 1.
 
         Over all channels, the mean must be within 0.3 of 0 (within 1 without statistics) and the std in (0.5, 2). With
         statistics, the mean of each channel must be within 1 of 0 and its std in [0.2, 5].
-
-        Args:
-            moments: moments of the normalized latents.
-            folder: folder of the latents, for the message.
 
         Raises:
             ValueError: if they are not. The message gives the folder, the values, the channel and the remedy.
@@ -126,18 +122,12 @@ class LatentNormalization:
     def read(
         cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float
     ) -> "LatentNormalization":
-        """Read latents_stats.pt, a dictionary of "mean" and "std", each (1, channels, 1, 1).
-
-        Args:
-            folder: folder of the file. The file is not read if latent_norm is false.
-            channels: number of channels of the latents.
-            latent_norm: whether to subtract the mean and divide by the std.
-            latent_multiplier: factor by which the latents are then multiplied, above 0.
+        """Read latents_stats.pt: "mean" and "std" by name, each (1, channels, 1, 1). Skip it if latent_norm is false.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file cannot be read or has other content (the message names it), or the multiplier is
-                not above 0.
+            ValueError: if the file cannot be read or has other content (the message names it), or the multiplier is not
+                above 0.
         """
         if not 0 < latent_multiplier < math.inf:
             raise ValueError(f"latent_multiplier must be above 0: got {latent_multiplier}")

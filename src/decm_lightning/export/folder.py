@@ -5,9 +5,8 @@ from pathlib import Path
 from torch import dtype
 
 from decm_lightning.networks import Network, save
-from decm_lightning.networks.network import CONFIG
 from decm_lightning.networks.pretrained import WEIGHTS
-from decm_lightning.networks.record import RECORD
+from decm_lightning.networks.record import CONFIG, RECORD
 
 
 def write(network: Network, out: Path, dtype: dtype) -> list[Path]:

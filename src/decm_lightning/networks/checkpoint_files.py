@@ -49,11 +49,9 @@ def tensors_in(content: Any, weights: Weights | None = None) -> dict[str, Tensor
     >>> list(tensors_in({"ema": {"module.weight": torch.zeros(2)}, "step": 5}))
     ['weight']
 
-    Args:
-        content: a dict of tensors, at the top level or nested under `ema`, `state_dict`, `model`, `vae`, `module`, or
-            FACM's `emas`. The components `module.` and `_orig_mod.` are removed from the names.
-        weights: whether to read `ema` or `model`; None for the first entry that exists. A checkpoint with only one set
-            of tensors ignores it.
+    The content is a dict of tensors, at the top level or nested under `ema`, `state_dict`, `model`, `vae`, `module`, or
+    FACM's `emas`. The components `module.` and `_orig_mod.` are removed from the names. Without `weights`, the first
+    entry that exists is read. A checkpoint with only one set of tensors ignores it.
 
     Raises:
         ValueError: if the content has anything but tensors, or lacks the requested weights.
@@ -97,12 +95,7 @@ def read_file(path: str | Path) -> Any:
 def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
     """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
 
-    Args:
-        path: a file that `read_file` has read.
-        tensors: its content.
-
-    Returns:
-        {"network", "record", "state_dict"}, or an empty dict if it is another file.
+    `tensors` is the content of the file. The result is {"network", "record", "state_dict"}, or empty for another file.
 
     Raises:
         ValueError: naming the file, if its metadata are damaged.

@@ -27,16 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | None, dict[str, Any]]:
-    """Find a model, stored alone or as part of a pipeline, and read its config.
+    """Find a model, alone or in a subfolder of a pipeline: return this subfolder, or None, and the model's config.
 
-    Args:
-        cls: any model class of diffusers.
-        path: a folder, or a name on the Hugging Face hub.
-        subfolder: the subfolder of the model in a pipeline.
-        what: what errors call the model.
-
-    Returns:
-        The subfolder that contains the model, None for the folder itself; and the config.
+    `path` is a folder, or a name on the Hugging Face hub. Errors call the model `what`.
 
     Raises:
         OSError: if the folder or hub name does not exist.
@@ -73,13 +66,7 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Load a diffusers model, and check that its files contain exactly its weights.
-
-    Args:
-        cls: its class, such as diffusers.AutoencoderKL.
-        path: a folder, or a name on the Hugging Face hub.
-        subfolder: the subfolder of the model; None for the folder itself.
-        options: passed to the from_pretrained of the class.
+    """Load a model of diffusers from a folder or the hub, and check that its files contain exactly its weights.
 
     Raises:
         OSError: if the folder or hub name does not exist.

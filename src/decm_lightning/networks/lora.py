@@ -42,9 +42,7 @@ class LoRANetwork(Network):
     def adapt(self, lora_rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
         """Add trainable adapters and an end-time embedding, in float32 or wider, and return the network.
 
-        Args:
-            lora_rank: rank of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
-            targets: projections to adapt, as suffixes of their names; None for those of the attention.
+        The outputs of the adapters are not scaled (alpha = rank). Targets are suffixes of the names of projections.
 
         Raises:
             ImportError: if peft is not installed.

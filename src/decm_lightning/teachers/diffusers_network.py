@@ -175,10 +175,6 @@ class DiffusersNetwork(LoRANetwork):
 def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
     """Load a diffusers transformer, stored alone or in a pipeline; return it in eval mode with its class name.
 
-    Args:
-        path: a folder, or a name on the Hugging Face hub.
-        dtype: dtype of its weights.
-
     Raises:
         OSError: if the folder or hub name does not exist.
         ValueError: if its family is unknown, a file cannot be read, or tensors are missing or unexpected.

@@ -12,11 +12,7 @@ from decm_lightning.types import Captions, Condition, Labels, Sample, Time
 
 
 class ExactTeacher(Teacher):
-    """A teacher with the exact velocity of a Gaussian mixture; the components are the classes.
-
-    Args:
-        flow: the mixture.
-    """
+    """A teacher with the exact velocity of a Gaussian mixture; the components are the classes."""
 
     def __init__(self, flow: GaussianMixture) -> None:
         self.flow = flow

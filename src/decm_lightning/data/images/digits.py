@@ -2,11 +2,12 @@
 
 import torch
 
-from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.resumable import ResumableData
 from decm_lightning.errors import missing_extra
 
 
-class Digits(InMemoryImages):
+class Digits(ResumableData):
     """scikit-learn's digits, (1, 8, 8), scaled from 0..16 to [-1, 1]. All are used for training and as the reference.
 
     Args:

@@ -16,18 +16,14 @@ from decm_lightning.data.images.sources import find_images
 from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.image_listing import broken, counted
-from decm_lightning.types import Batch, Sample
+from decm_lightning.types import Batch
 
 
 class StoredImages(BatchDataset):
     """Images in [-1, 1] or latents, with labels, read one batch at a time. Of N images, item N + i is image i mirrored.
 
-    Args:
-        images: (n, c, h, w), pixels in uint8 or latents in float16. Latents are not scaled.
-        labels: (n,).
-        names: name of each image, for messages.
-        rows: indices of the N images that are used.
-        mirrored: the latents of the mirror images, shaped like `images`; None for pixels.
+    `images` (n, c, h, w) are pixels in uint8, or latents in float16, which are not scaled. `mirrored` has the latents
+    of the mirror images. `rows` are the indices of the N images that are used.
     """
 
     def __init__(
@@ -90,14 +86,12 @@ class ImageFolder(ResumableData):
         on_error: "raise" to stop at broken images, or "skip" to count them in the log and train on the others.
         num_workers: number of loading processes; 0 is fastest for small images.
 
-    Attributes:
-        class_names: names of the classes, in the order of their numbers.
-
     Raises:
         ValueError: if a number is outside its range.
     """
 
     train: StoredImages
+    reference: StoredImages
     class_names: tuple[str, ...]
 
     def __init__(
@@ -122,12 +116,11 @@ class ImageFolder(ResumableData):
             raise ValueError(f"size must be at least 1: got {size}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1): got {val_fraction}")
-        self.folder = folder
+        self.folder = self.data_name = folder
         self.size = size
         self.channels = channels
         self.variants = 2 if flip else 1
         self.vae = vae
-        self.coder: LatentCoder | None = None
         self.val_fraction = val_fraction
         self.image_column = image_column
         self.label_column = label_column
@@ -158,26 +151,9 @@ class ImageFolder(ResumableData):
         rows = torch.tensor(order)
         reference = rows[held] if self.val_fraction else rows
         self.train = StoredImages(images, stored.labels, stored.names, rows[~held], mirrored)
-        self.reference = StoredImages(images, stored.labels, stored.names, reference[: self.reference_size])
+        self.reference = StoredImages(images, stored.labels, stored.names, reference)
 
-    def decode(self, x: Sample) -> Sample:
-        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
-        return x if self.coder is None else self.coder.decode(x)
-
-    def data_name(self) -> str:
-        """Return the folder."""
-        return self.folder
-
-    def identity(self) -> dict[str, str]:
-        """Return the identity of the VAE, if there is one."""
-        return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
-
-    def release(self) -> None:
-        """Move the VAE off the accelerator, because only evaluation uses it."""
-        if self.coder is not None:
-            self.coder.autoencoder.to("cpu")
-
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference images, in order.
 
         Raises:
@@ -186,7 +162,7 @@ class ImageFolder(ResumableData):
         if not len(self.reference):
             count = len(self.train)
             raise ValueError(f"no image is held out: increase val_fraction, which is {self.val_fraction} of {count}")
-        return self.evenly(self.reference)
+        return super().val_dataloader()
 
     def _load(self, is_first: bool = False) -> PreparedImages:
         if self.vae is not None:

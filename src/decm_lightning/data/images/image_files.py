@@ -22,14 +22,10 @@ OnError = Literal["raise", "skip"]
 
 
 class ImageFile(NamedTuple):
-    """One image and its class.
+    """One image, its class number and where its bytes are stored, in a tar or ("") in a class folder.
 
-    Args:
-        name: name that is unique in its source, with escapes for unprintable characters. Error messages use it, and the
-            noise of the latent depends on it.
-        label: class number, at least 0.
-        place: where its bytes are stored.
-        tar: name of its tar; "" for an image in a class folder.
+    The name is unique in the source, with escapes for unprintable characters. Error messages use it, and the noise of
+    the latent depends on it.
     """
 
     name: str

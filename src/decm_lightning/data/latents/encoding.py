@@ -27,15 +27,9 @@ Posterior = Literal["sample", "mode"]
 
 
 class ShardBatch(NamedTuple):
-    """Consecutive images of one shard.
+    """Consecutive images of the shard with this number in the plan; the shard ends with the last one.
 
-    Attributes:
-        shard: number of the shard in the plan.
-        is_last: whether the shard ends with this batch.
-        names: names of the b images that could be read.
-        pixels: (b, 3, h, w).
-        labels: (b,).
-        errors: errors of the other images, by name.
+    `names`, `pixels` and `labels` are those of the images that could be read, `errors` has those of the others by name.
     """
 
     shard: int
@@ -54,15 +48,9 @@ class Encoded(NamedTuple):
 
 
 class ShardBatches(Dataset[ShardBatch]):
-    """The images of some shards. Each item is a batch.
+    """The images of some shards, by the shards' numbers, cropped to size x size. Each item is a batch.
 
     Each shard starts a new batch, so its batches are the same whichever process encodes it.
-
-    Args:
-        images: the images of all shards.
-        size: height and width to crop to.
-        shards: the shards to encode, by their numbers.
-        batch_size: images per batch. The last batch of a shard may be smaller.
     """
 
     def __init__(self, images: ImageFiles, size: int, shards: dict[int, Shard], batch_size: int) -> None:
@@ -97,12 +85,7 @@ class ShardBatches(Dataset[ShardBatch]):
 
 @dataclass
 class Plan:
-    """The shards of an encoding.
-
-    Attributes:
-        shards: all shards.
-        pending: numbers of the shards that must be encoded.
-    """
+    """All shards of an encoding, and the numbers of those that must be encoded."""
 
     shards: list[Shard]
     pending: list[int]
@@ -113,14 +96,6 @@ class EncodingData(L.LightningDataModule):
 
     Only the first process compares the images with the folder. It also checks the headers of all images to encode,
     before it changes the folder.
-
-    Args:
-        images: the images to encode.
-        manifest: the output folder.
-        size: images are cropped to size x size pixels.
-        batch_size: images per batch, at least 1. The last batch of a shard may be smaller.
-        num_workers: number of loading processes for each device.
-        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
 
     Raises:
         ValueError: if batch_size is below 1.
@@ -251,11 +226,7 @@ class Encoding(L.LightningModule):
 
 
 class ShardWriter(L.Callback):
-    """Write each shard as soon as its last batch is encoded.
-
-    Args:
-        manifest: the output folder.
-    """
+    """Write each shard as soon as its last batch is encoded."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -112,12 +112,7 @@ class Provenance:
             raise ValueError(f"{file} has changed since {RECORD} was written: its SHA-256 is {found}, not {recorded}")
 
     def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
-        """Refuse a VAE that did not encode the images.
-
-        Args:
-            folder: folder of the latents.
-            vae: name of the VAE for the message.
-            identity: `Autoencoder.identity` of the VAE.
+        """Refuse a VAE, with this name and identity, that did not encode the images of a folder.
 
         Raises:
             ValueError: if the record has another VAE. The message names both.

@@ -33,14 +33,10 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file's bytes with its caption.
+    """An image file's bytes with its caption as written.
 
-    Attributes:
-        place: the file, and the row or member in it, for messages.
-        name: unique name of the pair in its source.
-        image: content of the image file.
-        caption: caption as written.
-        stamp: stamp of the image file, if the source only names the file.
+    `place` is the file, and the row or member in it, for messages; `name` is unique in the source. `stamp` is that of
+    the image file, if the source only names the file.
     """
 
     place: str
@@ -90,15 +86,9 @@ def pair_of(
 ) -> Pair | DataError:
     """Return the pair in a row of a list, table or data set, or the error of the row.
 
-    An image is {"bytes", "path"}, bytes, or the name of a file. Bytes in any column take precedence over names.
-
-    Args:
-        place: the file and the row.
-        values: the values of the row by column.
-        folder: folder to which file names are relative.
-        column: column of the caption; None for the first of caption, text and prompt that is not empty.
-        name: unique name of the pair; by default the name of its file.
-        error: why the row cannot be read; None if it can be read.
+    An image is {"bytes", "path"}, bytes, or the name of a file relative to `folder`. Bytes in any column take
+    precedence over names. The caption is in `column`, or else the first of caption, text and prompt that is not empty.
+    The pair is named after its file by default. With an `error`, the row could not be read.
     """
     image, path = image_of(values)
     if image is None and path:

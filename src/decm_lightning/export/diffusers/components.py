@@ -12,10 +12,9 @@ from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClass
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
 from decm_lightning.networks import DiT, Network, TextDiT
-from decm_lightning.networks.record import Record
-from decm_lightning.networks.recorded import check_recorded, latent_coder
+from decm_lightning.networks.record import Record, check_recorded, latent_coder
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
-from decm_lightning.text import CaptionEncoder, TextEncoder, named_encoder
+from decm_lightning.text import TextEncoder
 
 
 def class_pipeline(network: DiT, dtype: torch.dtype, vae: str | None, latents: str | None) -> FlowMapPipeline:
@@ -153,14 +152,10 @@ def _encoder(network: TextDiT, name: str | None) -> TextEncoder:
         OSError: if it does not exist.
         ValueError: if it is unknown, or not the network's.
     """
-    record = _record(network)
-    name = name or (record.text_encoder.name if record.text_encoder else network.config["text_encoder"])
-    if name is None:
-        raise ValueError("the network names no text encoder: give --encoder, the one it was trained with")
-    encoder: CaptionEncoder = named_encoder(name)
+    encoder = network.caption_encoder(name)
     assert isinstance(encoder, TextEncoder)
-    check_recorded("text encoder", name, encoder.identity, record.text_encoder)
     encoder.to("cpu")
     if (width := encoder(["a"]).tokens.shape[-1]) != network.caption_width:
-        raise ValueError(f"the network reads tokens of size {network.caption_width}, but those of {name} have {width}")
+        found = f"those of {encoder.name} have {width}"
+        raise ValueError(f"the network reads tokens of size {network.caption_width}, but {found}")
     return encoder

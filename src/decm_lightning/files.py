@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -157,6 +158,15 @@ def describe_head(head: bytes) -> str:
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "a web page instead of the file: download it again"
     return ""
+
+
+def describe_load_error(error: Exception) -> str:
+    """Return the cause of a failure of torch.load in one line."""
+    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        remedy = "if you trust the file, load it with weights_only=False and save its tensors alone"
+        return f"it contains {unsafe[1]}, which could run code; {remedy}"
+    # The rest of torch.load's message recommends loading without the safety check.
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _describe_tensors(path: Path, head: bytes, size: int) -> str:

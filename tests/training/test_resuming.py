@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import DataLoader, IterableDataset
 
 from decm_lightning import Distiller, TeacherTraining, losses
-from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.resumable import ResumableData
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decm_lightning.files import describe_unreadable, tensors_sha256
+from decm_lightning.files import describe_load_error, describe_unreadable, tensors_sha256
 
 STATISTICS = "latents_stats.pt"
 
@@ -152,15 +151,8 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises errors of many types for other content.
-        reason = describe_unreadable(file) or f"not a file of tensors: {_first_line(error)}"
+        reason = describe_unreadable(file) or f"not a file of tensors: {describe_load_error(error)}"
         raise ValueError(f"{file}: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-        return f"it contains {unsafe[1]}, which could run code"
-    # The rest of torch.load's message advises to load the file without a check, which is unsafe.
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _statistic(file: Path, name: str, value: object, channels: int) -> Float[Tensor, "1 c 1 1"]:

@@ -232,6 +232,6 @@ def _coder(vae: str, latents: str | None) -> LatentCoder:
     if latents is None:
         return LatentCoder(load_autoencoder(vae))
     # The data modules import Lightning, which takes seconds.
-    from decm_lightning.data.latents.latent_coder import read_coder
+    from decm_lightning.data.latents.provenance import read_coder
 
     return read_coder(vae, latents)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.data.fit import check_fit
 from decm_lightning.data.protocol import HasNetwork
+from decm_lightning.errors import check_at_least
 from decm_lightning.even_split import EvenBatches
 from decm_lightning.networks.record import Record, Reference
 from decm_lightning.seeds import generator_of
@@ -105,7 +106,8 @@ class ResumableData(L.LightningDataModule):
     Args:
         batch_size: images per training batch on each device, at least 1.
         reference_size: maximum number of reference images, at least 1; None for all.
-        num_workers: number of loading processes, at least 0. They live as long as the run.
+        num_workers: number of loading processes, at least 0; 0 is fastest for data in memory. They live as long as the
+            run.
 
     Attributes:
         train: the training data.
@@ -133,14 +135,10 @@ class ResumableData(L.LightningDataModule):
     coder: LatentCoder | None = None
     encoder: CaptionEncoder | None = None
 
-    def __init__(self, batch_size: int, reference_size: int | None = None, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
-        if reference_size is not None and reference_size < 1:
-            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0: got {num_workers}")
+        check_at_least(1, batch_size=batch_size, reference_size=reference_size)
+        check_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.reference_size = reference_size
         self.num_workers = num_workers

@@ -222,11 +222,8 @@ def _licenses(record: Record, base: Reference | None, license: License) -> dict[
 def _reference(reference: Reference | None) -> str:
     if reference is None:
         return "unknown"
-    return " ".join([f"`{reference.name}`" if reference.name else "unknown", *_hash(reference)])
-
-
-def _hash(reference: Reference) -> list[str]:
-    return [f"({shortened(reference.identity)})"] if reference.identity else []
+    hash = f" ({shortened(reference.identity)})" if reference.identity else ""
+    return (f"`{reference.name}`" if reference.name else "unknown") + hash
 
 
 def _cell(value: object) -> str:

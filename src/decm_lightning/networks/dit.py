@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
 from decm_lightning.networks.network import Network, arguments
@@ -174,10 +175,7 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
     Raises:
         ValueError: if a size is below 1 or not divisible as described in `DiT`.
     """
-    sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "depth": depth}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1: got {size}")
+    check_at_least(1, input_size=input_size, in_channels=in_channels, patch_size=patch_size, depth=depth)
     if input_size % patch_size:
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
     if heads < 1 or width < 1 or width % heads or width // heads % 4:

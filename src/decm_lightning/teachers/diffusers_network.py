@@ -182,7 +182,7 @@ def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
     # Imported here: it takes seconds, and other teachers do not need diffusers.
     import diffusers
 
-    subfolder, config = find_config(diffusers.SD3Transformer2DModel, path, "transformer", "transformer")
+    subfolder, config = find_config(path, "transformer", "transformer")
     kind = config.get("_class_name")
     if kind not in FAMILIES:
         raise ValueError(f"{path} contains a transformer of class {kind}: supported are {', '.join(FAMILIES)}")

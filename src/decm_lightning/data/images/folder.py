@@ -1,6 +1,5 @@
 """Data module of a folder of images, as it is: pixels, or latents of a VAE."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,46 +10,15 @@ from torch.utils.data import DataLoader
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.held_out import is_held_out
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.images.pixels import PreparedImages, prepare_images
 from decm_lightning.data.images.sources import find_images
 from decm_lightning.data.latents.cached import encode_latents
-from decm_lightning.data.resumable import BatchDataset, ResumableData
+from decm_lightning.data.resumable import ResumableData
+from decm_lightning.errors import check_at_least
+from decm_lightning.files import text_sha256
 from decm_lightning.image_listing import broken, counted
 from decm_lightning.types import Batch
-
-
-class StoredImages(BatchDataset):
-    """Images in [-1, 1] or latents, with labels, read one batch at a time. Of N images, item N + i is image i mirrored.
-
-    `images` (n, c, h, w) are pixels in uint8, or latents in float16, which are not scaled. `mirrored` has the latents
-    of the mirror images. `rows` are the indices of the N images that are used.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor, mirrored: Tensor | None = None
-    ) -> None:
-        self.images = images
-        self.labels = labels
-        self.names = names
-        self.rows = rows
-        self.mirrored = mirrored
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.rows)
-
-    def __getitems__(self, items: Sequence[int]) -> Batch:
-        """Return the batch of the given items."""
-        index = torch.as_tensor(items)
-        rows, flipped = self.rows[index % len(self)], index >= len(self)
-        stored = self.images[rows]
-        stored[flipped] = stored[flipped].flip(-1) if self.mirrored is None else self.mirrored[rows[flipped]]
-        x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
-        return Batch(x_1, self.labels[rows])
-
-    def place(self, item: int) -> str:
-        """Return the name of an item's image."""
-        return self.names[int(self.rows[item % len(self)])]
 
 
 class ImageFolder(ResumableData):
@@ -90,8 +58,8 @@ class ImageFolder(ResumableData):
         ValueError: if a number is outside its range.
     """
 
-    train: StoredImages
-    reference: StoredImages
+    train: LabelledImages
+    reference: LabelledImages
     class_names: tuple[str, ...]
 
     def __init__(
@@ -112,8 +80,7 @@ class ImageFolder(ResumableData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
-        if size < 1:
-            raise ValueError(f"size must be at least 1: got {size}")
+        check_at_least(1, size=size)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1): got {val_fraction}")
         self.folder = self.data_name = folder
@@ -150,8 +117,10 @@ class ImageFolder(ResumableData):
         held = is_held_out([stored.hashes[row] for row in order], self.val_fraction)
         rows = torch.tensor(order)
         reference = rows[held] if self.val_fraction else rows
-        self.train = StoredImages(images, stored.labels, stored.names, rows[~held], mirrored)
-        self.reference = StoredImages(images, stored.labels, stored.names, reference)
+        labels = stored.labels.tolist()
+        hash = text_sha256(" ".join(f"{stored.hashes[row]} {labels[row]}" for row in order))[:16]
+        self.train = LabelledImages(images, stored.labels, stored.names, rows[~held], mirrored, hash)
+        self.reference = LabelledImages(images, stored.labels, stored.names, reference)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference images, in order.

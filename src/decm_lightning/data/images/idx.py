@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.resumable import ResumableData
 from decm_lightning.files import describe_unreadable
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.data.images.class_tars import class_images
+from decm_lightning.errors import check_at_least
 from decm_lightning.image_listing import Listing, counted, is_hidden, list_files, printable
 from decm_lightning.image_reader import Location, read_image, suffixes
 
@@ -67,8 +68,7 @@ class ImageFiles:
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1: got {num_classes}")
+        check_at_least(1, num_classes=num_classes)
         self.source = source
         self.on_error = on_error
         self.left_out: Counter[str] = Counter()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decm_lightning.autoencoders.normalization import STATISTICS, Moments
 from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
+from decm_lightning.errors import check_at_least
 from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed
 
@@ -45,8 +46,7 @@ class EncodingSettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size must be at least 1: got {self.shard_size}")
+        check_at_least(1, shard_size=self.shard_size)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ class DataError:
         place: the file, and the row or member in it.
         what: the error: the same words for all errors of a kind, followed by details in parentheses.
         count: number of pairs that are lost; None if it is unknown.
-        columns: existing columns, if the error is a missing column.
         stamp: stamp of the image file, if the source only names the file.
 
     Example:
@@ -68,7 +67,6 @@ class DataError:
     place: str
     what: str
     count: int | None = 1
-    columns: tuple[str, ...] = ()
     stamp: FileStamp | None = None
 
     def __str__(self) -> str:
@@ -149,10 +147,8 @@ def caption_of(place: str, values: Any, column: str | None) -> str | DataError:
 
 def missing_column(place: str, columns: Any, column: str | None, count: int | None = 1) -> DataError:
     """Return the error of rows without the requested caption column, or without any of the default columns."""
-    columns = tuple(str(name) for name in columns)
-    return DataError(
-        place, f"has no caption column (expected {_expected(column)}, found {listed(columns)})", count, columns
-    )
+    expected = " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
+    return DataError(place, f"has no caption column (expected {expected}, found {listed(columns)})", count)
 
 
 def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
@@ -169,14 +165,6 @@ def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
     return f"{bad} of {good + bad} pairs of {source} are bad{more}: {named} ({', '.join(kinds)})"
 
 
-def no_caption_column(source: str | Path, errors: Sequence[DataError], column: str | None) -> str | None:
-    """Return one line if no file of a source has the caption column; None if there are other errors only."""
-    found = dict.fromkeys(name for error in errors for name in error.columns)
-    if not any(error.columns for error in errors):
-        return None
-    return f"{source} has no caption column {_expected(column)}: its columns are {listed(found)}"
-
-
 def listed(columns: Any) -> str:
     """Return column names as text for a message."""
     text = ", ".join(map(str, columns)) or "none"
@@ -186,10 +174,6 @@ def listed(columns: Any) -> str:
 def caption_columns(column: str | None) -> tuple[str, ...]:
     """Return the columns that may hold the caption."""
     return CAPTION_COLUMNS if column is None else (column,)
-
-
-def _expected(column: str | None) -> str:
-    return " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
 
 
 def first_line(error: Exception) -> str:

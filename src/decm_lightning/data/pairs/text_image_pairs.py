@@ -11,7 +11,8 @@ from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.pairs.cache import PreparedPairs, prepare
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
-from decm_lightning.data.pairs.pair import no_caption_column, summary
+from decm_lightning.data.pairs.pair import summary
+from decm_lightning.errors import check_at_least
 from decm_lightning.image_listing import counted
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode, encoded
 from decm_lightning.types import Batch, Condition
@@ -77,8 +78,7 @@ class TextImagePairs(CaptionedImages):
         split: str | None = None,
     ) -> None:
         super().__init__(batch_size, held_out, reference_size, num_workers)
-        if size < 1 or max_characters < 1:
-            raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
+        check_at_least(1, size=size, max_characters=max_characters)
         self.source = Path(source)
         self.data_name = str(source)
         self.source_split = split
@@ -164,8 +164,7 @@ class TextImagePairs(CaptionedImages):
         count, errors = len(prepared.captions), prepared.errors
         message = summary(self.source, count, errors)
         if not count:
-            missing = no_caption_column(self.source, errors, self.caption_column)
-            raise ValueError(missing or f"no good pair in {self.source}" + (f": {message}" if errors else ""))
+            raise ValueError(f"no good pair in {self.source}" + (f": {message}" if errors else ""))
         if errors and self.on_error == "raise":
             raise ValueError(f"{message}; set on_error: skip to train on the others")
         if errors and stage == "prepare":

@@ -7,7 +7,7 @@ from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
-from decm_lightning.data.latents.latent_coder import read_coder
+from decm_lightning.data.latents.provenance import read_coder
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
@@ -115,12 +115,7 @@ def _sampling(network: Network) -> tuple[int, dict[str, str]]:
 
 
 def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
-    """Return the VAE of a network's latents, with their normalization in its config; None if samples are images.
-
-    Raises:
-        OSError: if the VAE or the statistics do not exist.
-        ValueError: if they are missing, or do not belong to the network.
-    """
+    """Return the VAE of a network's latents, with their normalization in its config; None if samples are images."""
     record, channels = _record(network), network.sample_shape[0]
     name = vae or (record.vae.name if record.vae else None)
     if name is None and channels in (1, 3) and not latents:
@@ -146,12 +141,7 @@ def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
 
 
 def _encoder(network: TextDiT, name: str | None) -> TextEncoder:
-    """Return the text encoder of a network.
-
-    Raises:
-        OSError: if it does not exist.
-        ValueError: if it is unknown, or not the network's.
-    """
+    """Return the text encoder of a network."""
     encoder = network.caption_encoder(name)
     assert isinstance(encoder, TextEncoder)
     encoder.to("cpu")

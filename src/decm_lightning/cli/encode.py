@@ -72,8 +72,7 @@ def encode(
         print(f"left out of {printable(images)}: {counted(files.left_out)}")
     try:
         with _quietly():
-            module = Encoding(autoencoder, manifest, posterior, seed, on_error)
-            trainer.predict(module, data, return_predictions=False)
+            trainer.predict(Encoding(autoencoder, data, posterior, seed), data, return_predictions=False)
         _wait_for_all(trainer)
         if trainer.is_global_zero:
             provenance, skipped = manifest.finish(shape, data.plan.shards)

@@ -47,11 +47,6 @@ class EncodedCaptions:
         """Return the number of captions."""
         return len(self.which)
 
-    @property
-    def width(self) -> int:
-        """The size of a token."""
-        return self.tokens.shape[1]
-
     def read(self, rows: Sequence[int] | Tensor) -> Captions:
         """Return captions in float32, padded to a fixed length, so that every batch has the same shape."""
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])

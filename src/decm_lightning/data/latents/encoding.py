@@ -168,30 +168,23 @@ class Encoding(L.LightningModule):
 
     Args:
         autoencoder: the VAE that encodes the images.
-        manifest: the output folder.
+        data: the images, the output folder, and whether to stop at a broken image.
         posterior: "sample" for mean + std * noise, as in LightningDiT, or "mode" for the mean.
         seed: seed of the noise. The noise depends only on the seed and the name of the image, so the latents do not
             depend on the number of devices, on interruptions or on the other images. Noise is sampled on the CPU,
             because generators differ between devices.
-        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
     """
 
     def __init__(
-        self,
-        autoencoder: Autoencoder,
-        manifest: Manifest,
-        posterior: Posterior = "sample",
-        seed: int = 0,
-        on_error: OnError = "raise",
+        self, autoencoder: Autoencoder, data: EncodingData, posterior: Posterior = "sample", seed: int = 0
     ) -> None:
         super().__init__()
         # A process without a shard has an empty loader.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.autoencoder = autoencoder
-        self.manifest = manifest
+        self.data = data
         self.posterior = posterior
         self.seed = seed
-        self.on_error = on_error
         self.parts: list[tuple[Tensor, ...]] = []
         self.skipped: dict[str, str] = {}
 
@@ -206,7 +199,7 @@ class Encoding(L.LightningModule):
             ValueError: if an image is broken and on_error is "raise".
             NonFiniteError: if a latent is NaN or infinite.
         """
-        if batch.errors and self.on_error == "raise":
+        if batch.errors and self.data.on_error == "raise":
             remedy = "replace it, or leave it out with --on_error skip, and run again: finished shards are reused"
             raise ValueError(f"{broken(batch.errors)}; {remedy}")
         encoded = self._encoded(batch)
@@ -237,7 +230,7 @@ class Encoding(L.LightningModule):
         for key in KEYS[:2]:
             if len(tensors[key]):
                 moments.add(tensors[key].double())
-        self.manifest.write(self.trainer.datamodule.plan.shards[number], tensors, moments, self.skipped)
+        self.data.manifest.write(self.data.plan.shards[number], tensors, moments, self.skipped)
         self.parts, self.skipped = [], {}
 
     def _noise(self, names: Sequence[str], size: int) -> Float[Tensor, "b2 c h w"] | None:

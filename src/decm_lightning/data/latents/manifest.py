@@ -87,10 +87,6 @@ class ShardRecord:
             return None
         return record if all(isinstance(text, str) for text in texts) and isinstance(record.num_images, int) else None
 
-    def write(self, file: Path) -> None:
-        """Write the record."""
-        write_json(file, asdict(self))
-
 
 class Manifest:
     """The shards of a folder. Each holds consecutive images and is written atomically.
@@ -175,11 +171,11 @@ class Manifest:
         content = ShardRecord("", shard.images_sha256, rows, moments.as_json(), dict(skipped or {}))
         if not rows:
             file.unlink(missing_ok=True)
-            content.write(record)
+            write_json(record, asdict(content))
             return
         with atomic(file) as part:
             save_file(tensors, part)
-            replace(content, checksum=file_sha256(part)).write(record)
+            write_json(record, asdict(replace(content, checksum=file_sha256(part))))
 
     def finish(self, shape: Sequence[int], shards: Sequence[Shard]) -> tuple[Provenance, dict[str, str]]:
         """Write latents_stats.pt and cache.json from the records of all shards, and remove obsolete files.

@@ -13,8 +13,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from decm_lightning.cli.trainer import build
-from decm_lightning.networks.record import RECORD, Record, Reference, default_sampling, measured_sampling
-from decm_lightning.networks.record_files import write_record
+from decm_lightning.networks.record import RECORD, Record, Reference, default_sampling, measured_sampling, write_record
 
 SOURCE = {"source": "docs/results.md", "labels": "balanced", "pixels": "rounded to uint8"}
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

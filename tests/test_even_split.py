@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.resumable import as_it_is
 from decm_lightning.even_split import EvenBatches, count_own, split_evenly
 

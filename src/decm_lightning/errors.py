@@ -15,3 +15,14 @@ def missing_extra(user: str, package: str, extra: str) -> ImportError:
     """
     remedy = f"install the extra {extra!r} of this package (in a checkout: pip install -e '.[{extra}]')"
     return ImportError(f"{user} needs {package}: {remedy}")
+
+
+def check_at_least(minimum: int, **values: float | None) -> None:
+    """Check that no value is below a minimum. None is not checked.
+
+    Raises:
+        ValueError: naming the first such value.
+    """
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}: got {value}")

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -113,22 +114,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def describe_unreadable(path: str | Path, text: bool = False) -> str:
-    """Explain why a file of tensors (safetensors or torch.save) cannot be read.
+    """Explain why a file of tensors (safetensors or torch.save), or of text such as JSON, cannot be read.
 
     The explanation comes from the file's type, permissions and first bytes. Loaders call this function after a failure,
     because safetensors and torch report a missing permission as "No such file" and any other format as a broken header.
 
-    Example:
-        >>> describe_unreadable("missing.safetensors")
-        'no such file'
-
-    Args:
-        path: the file.
-        text: whether the file should hold text, such as JSON, instead of tensors.
-
     Returns:
-        A phrase such as "permission denied", "no such file", "a folder instead of a file", "empty (0 bytes)", "a
-        git-lfs pointer instead of the file: run git lfs pull" or "cut short at ..."; "" if the cause is unknown.
+        A phrase such as "permission denied", "no such file", "empty (0 bytes)", "a git-lfs pointer instead of the file:
+        run git lfs pull" or "cut short at ..."; "" if the cause is unknown.
     """
     path = Path(path)
     try:
@@ -165,6 +158,15 @@ def describe_head(head: bytes) -> str:
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "a web page instead of the file: download it again"
     return ""
+
+
+def describe_load_error(error: Exception) -> str:
+    """Return the cause of a failure of torch.load in one line."""
+    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        remedy = "if you trust the file, load it with weights_only=False and save its tensors alone"
+        return f"it contains {unsafe[1]}, which could run code; {remedy}"
+    # The rest of torch.load's message recommends loading without the safety check.
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _describe_tensors(path: Path, head: bytes, size: int) -> str:

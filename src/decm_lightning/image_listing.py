@@ -16,12 +16,10 @@ Parts = tuple[str, ...]
 
 @dataclass
 class Listing:
-    """The files in a folder and its subfolders.
+    """The files in a folder and its subfolders that have one of the suffixes, and the number of the others by kind.
 
-    Attributes:
-        files: files with one of the suffixes, as the parts of their paths relative to the folder, sorted.
-        folders: names of the first-level subfolders, sorted.
-        left_out: number of files and folders that were left out, by kind.
+    Files are the parts of their paths relative to the folder; folders are the names of the first-level subfolders. Both
+    are sorted.
     """
 
     files: list[Parts] = field(default_factory=list)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
+from PIL.ContainerIO import ContainerIO
 from torch import Tensor
 
 from decm_lightning.files import describe_head
@@ -32,22 +33,16 @@ Result = TypeVar("Result")
 
 
 class Location(NamedTuple):
-    """Where the bytes of an image are stored.
-
-    Args:
-        file: the file that holds them.
-        offset: position of the first byte in that file.
-        length: the number of bytes; -1 for the rest of the file.
-    """
+    """Where the bytes of an image are stored: a range of a file; a length of -1 stands for its rest."""
 
     file: str
     offset: int = 0
     length: int = -1
 
-    def open(self) -> io.BufferedReader:
+    def open(self) -> IO[bytes]:
         """Return a stream of these bytes only."""
         whole = Path(self.file).open("rb")  # noqa: SIM115 - the caller closes it
-        return whole if self.length < 0 else io.BufferedReader(_Window(whole, self.offset, self.length))
+        return whole if self.length < 0 else ContainerIO(whole, self.offset, self.length)
 
     def read(self, count: int = -1) -> bytes:
         """Return all bytes, or the first `count` bytes."""
@@ -55,44 +50,11 @@ class Location(NamedTuple):
             return content.read(count)
 
 
-class _Window(io.RawIOBase):
-    """A byte range of a file as a separate stream, because Pillow starts at the first byte of a stream."""
-
-    def __init__(self, whole: io.BufferedReader, offset: int, length: int) -> None:
-        self.whole = whole
-        self.offset = offset
-        self.length = length
-        self.position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self.position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self.length - self.position))
-        self.whole.seek(self.offset + self.position)
-        content = self.whole.read(count)
-        buffer[: len(content)] = content
-        self.position += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self.whole.close()
-        super().close()
-
-
 class _Stored(NamedTuple):
-    """How a file stores its pixels.
+    """How a file stores its pixels: Pillow's raw mode, such as "RGB;16B", and whether 0 is white.
 
-    Attributes:
-        packing: Pillow's raw mode, such as "RGB;16B"; "" if it is unknown.
-        inverted: whether 0 is white (PhotometricInterpretation 0 in TIFF), which Pillow handles for 8 bits only.
+    The raw mode is "" if it is unknown. Pillow handles white zeros (PhotometricInterpretation 0 in TIFF) for 8 bits
+    only.
     """
 
     packing: str

@@ -50,11 +50,8 @@ def save_named_grid(
 ) -> None:
     """Write a PNG with a row of images per name, the name to its left, and headings above the first row.
 
-    Args:
-        images: 1 or 3 channels.
-        rows: the names of the rows.
-        columns: headings, spread evenly over the columns; empty for none.
-        file: the file to write; its folder is created.
+    The images have 1 or 3 channels. The headings are spread evenly over the columns; there may be none. The folder of
+    the file is created.
 
     Raises:
         ImportError: if matplotlib is not installed.

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from decm_lightning.export.single_file import write
+from decm_lightning.export.own_formats import write
 from decm_lightning.networks import DiT, describe, load
 from decm_lightning.networks.record import Record, Reference
 from decm_lightning.networks.weightless import without_weights

@@ -19,9 +19,9 @@ from decm_lightning.networks.record import (
     Reference,
     choose,
     measured_sampling,
+    quality_file,
     recommended,
 )
-from decm_lightning.networks.record_files import quality_file
 from decm_lightning.samplers import consistency, euler, generate, mix
 from decm_lightning.teachers import PretrainedTeacher
 from decm_lightning.text import MiniLM

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from decm_lightning import Distiller
 from decm_lightning.data import Digits
-from decm_lightning.data.images.in_memory import LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.resumable import as_it_is
 from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.even_split import split_evenly

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import DataLoader, IterableDataset
 
 from decm_lightning import Distiller, TeacherTraining, losses
-from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
+from decm_lightning.data.resumable import ResumableData
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import Teacher
@@ -30,7 +31,7 @@ HOOKS = (
 )
 
 
-class Few(InMemoryImages):
+class Few(ResumableData):
     """Thirteen images in batches of three: an epoch of four steps."""
 
     num_classes = 3

@@ -15,9 +15,6 @@ class Autoencoder(nn.Module):
 
     Latents are the raw output of the encoder: scaling_factor and shift_factor of the model are not applied. The only
     normalization is the one stored with the latents (latents_stats.pt).
-
-    Args:
-        model: the model, with its config.
     """
 
     def __init__(self, model: nn.Module) -> None:

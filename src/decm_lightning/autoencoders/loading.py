@@ -67,7 +67,7 @@ def _from_diffusers(path: str) -> nn.Module:
     # Imported here: it takes seconds.
     import diffusers
 
-    subfolder, config = find_config(diffusers.AutoencoderKL, path, "vae", "VAE")
+    subfolder, config = find_config(path, "vae", "VAE")
     kind = config.get("_class_name")
     if kind not in KINDS:
         found = "names no class (_class_name)" if kind is None else f"is a {kind}"

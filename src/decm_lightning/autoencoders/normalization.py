@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from decm_lightning.files import describe_unreadable, tensors_sha256
+from decm_lightning.files import describe_load_error, describe_unreadable, tensors_sha256
 
 STATISTICS = "latents_stats.pt"
 
@@ -59,14 +58,10 @@ class LatentNormalization:
         return f"statistics {statistics} times {self.multiplier:g}"
 
     def check(self, moments: "Moments", folder: str | Path) -> None:
-        """Refuse normalized latents that are far from mean 0 and standard deviation 1.
+        """Refuse normalized latents of a folder that are far from mean 0 and standard deviation 1.
 
         Over all channels, the mean must be within 0.3 of 0 (within 1 without statistics) and the std in (0.5, 2). With
         statistics, the mean of each channel must be within 1 of 0 and its std in [0.2, 5].
-
-        Args:
-            moments: moments of the normalized latents.
-            folder: folder of the latents, for the message.
 
         Raises:
             ValueError: if they are not. The message gives the folder, the values, the channel and the remedy.
@@ -126,18 +121,12 @@ class LatentNormalization:
     def read(
         cls, folder: str | Path, channels: int, latent_norm: bool, latent_multiplier: float
     ) -> "LatentNormalization":
-        """Read latents_stats.pt, a dictionary of "mean" and "std", each (1, channels, 1, 1).
-
-        Args:
-            folder: folder of the file. The file is not read if latent_norm is false.
-            channels: number of channels of the latents.
-            latent_norm: whether to subtract the mean and divide by the std.
-            latent_multiplier: factor by which the latents are then multiplied, above 0.
+        """Read latents_stats.pt: "mean" and "std" by name, each (1, channels, 1, 1). Skip it if latent_norm is false.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file cannot be read or has other content (the message names it), or the multiplier is
-                not above 0.
+            ValueError: if the file cannot be read or has other content (the message names it), or the multiplier is not
+                above 0.
         """
         if not 0 < latent_multiplier < math.inf:
             raise ValueError(f"latent_multiplier must be above 0: got {latent_multiplier}")
@@ -162,15 +151,8 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises errors of many types for other content.
-        reason = describe_unreadable(file) or f"not a file of tensors: {_first_line(error)}"
+        reason = describe_unreadable(file) or f"not a file of tensors: {describe_load_error(error)}"
         raise ValueError(f"{file}: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-        return f"it contains {unsafe[1]}, which could run code"
-    # The rest of torch.load's message advises to load the file without a check, which is unsafe.
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _statistic(file: Path, name: str, value: object, channels: int) -> Float[Tensor, "1 c 1 1"]:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.data.images.image_files import ImageFiles, OnError
-from decm_lightning.data.latents.encoding import Encoding, EncodingData, Plan, Posterior, ShardWriter
+from decm_lightning.data.latents.encoding import Encoding, EncodingData, Plan, Posterior
 from decm_lightning.data.latents.manifest import EncodingSettings, Manifest
 from decm_lightning.image_listing import broken, counted, printable
 
@@ -67,12 +67,12 @@ def encode(
     settings = EncodingSettings(autoencoder.identity, size, posterior, seed, files.num_classes, shard_size)
     manifest = Manifest(out, settings)
     data = EncodingData(files, manifest, size, batch_size, num_workers, on_error)
-    trainer = _trainer(accelerator, devices, num_nodes, ShardWriter(manifest))
+    trainer = _trainer(accelerator, devices, num_nodes)
     if trainer.is_global_zero and files.left_out:
         print(f"left out of {printable(images)}: {counted(files.left_out)}")
     try:
         with _quietly():
-            trainer.predict(Encoding(autoencoder, posterior, seed, on_error), data, return_predictions=False)
+            trainer.predict(Encoding(autoencoder, data, posterior, seed), data, return_predictions=False)
         _wait_for_all(trainer)
         if trainer.is_global_zero:
             provenance, skipped = manifest.finish(shape, data.plan.shards)
@@ -115,7 +115,7 @@ def _quietly() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, writer: L.Callback) -> L.Trainer:
+def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> L.Trainer:
     automatic = torch.cuda.device_count() if accelerator != "cpu" else 1
     several = num_nodes * (automatic if devices == "auto" else devices) > 1
     return L.Trainer(
@@ -125,7 +125,7 @@ def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int, w
         # A process may finish long before the others.
         strategy=DDPStrategy(timeout=timedelta(days=7)) if several else "auto",
         use_distributed_sampler=False,
-        callbacks=[writer, TQDMProgressBar()],
+        callbacks=[TQDMProgressBar()],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -18,7 +18,7 @@ from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.generation import flow_map
-from decm_lightning.networks.recorded import check_recorded, latent_coder
+from decm_lightning.networks.record import check_recorded, latent_coder
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
@@ -232,6 +232,6 @@ def _coder(vae: str, latents: str | None) -> LatentCoder:
     if latents is None:
         return LatentCoder(load_autoencoder(vae))
     # The data modules import Lightning, which takes seconds.
-    from decm_lightning.data.latents.latent_coder import read_coder
+    from decm_lightning.data.latents.provenance import read_coder
 
     return read_coder(vae, latents)

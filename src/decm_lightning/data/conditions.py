@@ -7,27 +7,23 @@ from typing import Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
-from decm_lightning.data.latents.latent_coder import read_coder
+from decm_lightning.data.latents.provenance import read_coder
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.data.resumable import BatchDataset, ResumableData
-from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
+from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode, encoded
 from decm_lightning.text.prompts import read_prompts
-from decm_lightning.types import Batch, Condition, Sample
+from decm_lightning.types import Batch, Condition
 
 BATCHES = 100
 """The smallest number of batches in an epoch: few conditions are repeated."""
 
 
 class ConditionRows(BatchDataset):
-    """Numbered conditions without samples. Row i has condition i mod their number.
+    """Numbered conditions without samples, each `repeats` times: row i has condition i mod `count`.
 
-    Args:
-        count: number of conditions.
-        repeats: how often each condition occurs.
-        captions: the captions; None for class labels, which are the numbers.
+    Without `captions`, the conditions are class labels, which are the numbers.
     """
 
     def __init__(self, count: int, repeats: int, captions: EncodedCaptions | UnencodedCaptions | None = None) -> None:
@@ -87,14 +83,13 @@ class Conditions(ResumableData):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, None, num_workers)
+        super().__init__(batch_size, num_workers=num_workers)
         self.prompts = prompts
-        self.encoder = encoder or MiniLM()
+        self.encoder = None if prompts is None else encoder or MiniLM()
         self.cache = cache
         self.captions = captions
         self.vae = vae
         self.latents = latents
-        self.coder: LatentCoder | None = None
         self.num_classes = 0
 
     def prepare_data(self) -> None:
@@ -130,29 +125,11 @@ class Conditions(ResumableData):
         module = self.trainer.lightning_module
         shape = module.network.sample_shape if isinstance(module, HasNetwork) else ()
         x_1 = batch.x_1.new_zeros(len(batch.x_1), *shape)
-        return Batch(x_1, self._encoded(batch.condition, x_1.device))
+        return Batch(x_1, encoded(self.train.captions, batch.condition, self.encoder, x_1.device))
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the conditions of the samples with the numbers `rows`: sample i has the label or prompt i mod n."""
-        return self._encoded(self.train.condition(rows), self.device)
-
-    def decode(self, x: Sample) -> Sample:
-        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
-        return x if self.coder is None else self.coder.decode(x)
-
-    def identity(self) -> dict[str, str]:
-        """Return the identities of the VAE and of the text encoder, if they are used."""
-        vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
-        return vae | ({} if self.prompts is None else {"encoder": self.encoder.identity})
-
-    def release(self) -> None:
-        """Move the VAE off the accelerator, because only evaluation uses it."""
-        if self.coder is not None:
-            self.coder.autoencoder.to("cpu")
-
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return no loader: only images can be validated."""
-        return []
+        return encoded(self.train.captions, self.train.condition(rows), self.encoder, self.device)
 
     def _rows(self, count: int, captions: EncodedCaptions | UnencodedCaptions | None = None) -> ConditionRows:
         world = self.trainer.world_size if self.trainer else 1
@@ -160,12 +137,6 @@ class Conditions(ResumableData):
 
     def _encode(self, texts: Sequence[str]) -> EncodedCaptions | UnencodedCaptions:
         if self.captions == "cached":
+            assert self.encoder is not None
             return encode(texts, self.encoder, self.cache, self.device)
         return UnencodedCaptions(texts)
-
-    def _encoded(self, condition: Condition, device: torch.device) -> Condition:
-        unencoded = self.train.captions
-        if not (isinstance(unencoded, UnencodedCaptions) and isinstance(condition, Tensor)):
-            return condition
-        self.encoder.to(device)
-        return unencoded.encode(condition, self.encoder)

@@ -9,17 +9,11 @@ def check_fit(
     shape: tuple[int, ...] | None = None,
     what: str = "the data's samples are",
 ) -> None:
-    """Check that a network accepts the data.
-
-    Args:
-        network: the network.
-        num_classes: number of classes of the data; None to skip this check.
-        shape: shape of a sample; None to skip this check.
-        what: subject of the error message for the shape.
+    """Check that a network accepts data with this number of classes and samples of this shape; None skips a check.
 
     Raises:
         ValueError: if the data have more classes than the network, whose null class would be the first extra label, or
-            samples of another shape. The message gives the values of both.
+            samples of another shape. The message gives the values of both; `what` is its subject.
     """
     if num_classes and 0 < network.num_classes < num_classes:
         both = f"the data have {num_classes} classes and the network {network.num_classes}"

@@ -1,20 +1,21 @@
 """The loaders of all data modules: a training loader that resumes within an epoch, and loaders of reference data."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.data.fit import check_fit
 from decm_lightning.data.protocol import HasNetwork
+from decm_lightning.errors import check_at_least
 from decm_lightning.even_split import EvenBatches
 from decm_lightning.networks.record import Record, Reference
 from decm_lightning.seeds import generator_of
+from decm_lightning.text import CaptionEncoder
 from decm_lightning.types import Batch, Sample
 
 EVALUATED_AT_ONCE = 256
@@ -52,11 +53,6 @@ class EpochSampler(DistributedSampler[int]):
 
     Order and variants depend only on the seed and the epoch, not on the number of processes or workers. The order of a
     RandomSampler depends on all earlier random numbers, so a resumed run could not repeat it.
-
-    Args:
-        rows: the data set.
-        variants: number of variants of each row, at least 1.
-        options: options of DistributedSampler.
     """
 
     def __init__(self, rows: Dataset[Batch], variants: int = 1, **options: Any) -> None:
@@ -77,14 +73,9 @@ class EpochSampler(DistributedSampler[int]):
 class EpochLoader(DataLoader[Batch]):
     """A DataLoader that starts at the next untrained batch of the epoch.
 
-    The position is read when the first batch is requested. A resumed run therefore continues with the right batch, with
-    any number of workers and without saved state.
-
-    Args:
-        rows: the data set.
-        sampler: the order of the rows.
-        position: returns the number of batches of this epoch that have been trained on.
-        options: options of DataLoader.
+    `position`, the number of batches of this epoch that have been trained on, is read when the first batch is
+    requested. A resumed run therefore continues with the right batch, with any number of workers and without saved
+    state.
     """
 
     def __init__(self, rows: BatchDataset, sampler: EpochSampler, position: Callable[[], int], **options: Any) -> None:
@@ -110,20 +101,24 @@ class ResumableData(L.LightningDataModule):
     """Base class of data modules whose training loader resumes within an epoch.
 
     A run that is interrupted in the middle of an epoch resumes with the next batch, with any number of workers. A
-    subclass sets `train` in `setup`, and defines `val_dataloader`, which returns the reference data for validation and
-    test.
+    subclass sets `train`, and `reference` for validation and test, in `setup`.
 
     Args:
         batch_size: images per training batch on each device, at least 1.
         reference_size: maximum number of reference images, at least 1; None for all.
-        num_workers: number of loading processes, at least 0. They live as long as the run.
+        num_workers: number of loading processes, at least 0; 0 is fastest for data in memory. They live as long as the
+            run.
 
     Attributes:
+        train: the training data.
+        reference: the data for validation and test; None for no loaders.
         variants: number of variants of each row of `train`.
         class_names: names of the classes by label; empty if unknown.
+        data_name: path or name of the data; "" for the name of the class.
         license: license of the data as an SPDX identifier; "" if unknown.
         vae: where the VAE of the latents is; None for images.
         coder: the loaded VAE with the normalization of the latents; None for images.
+        encoder: the text encoder; None without captions.
 
     Raises:
         ValueError: if a number is below its minimum.
@@ -131,20 +126,19 @@ class ResumableData(L.LightningDataModule):
 
     num_classes: int
     train: BatchDataset
+    reference: BatchDataset | None = None
     variants = 1
     class_names: Sequence[str] = ()
+    data_name = ""
     license = ""
     vae: str | None = None
     coder: LatentCoder | None = None
+    encoder: CaptionEncoder | None = None
 
-    def __init__(self, batch_size: int, reference_size: int | None, num_workers: int) -> None:
+    def __init__(self, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
-        if reference_size is not None and reference_size < 1:
-            raise ValueError(f"reference_size must be at least 1: got {reference_size}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0: got {num_workers}")
+        check_at_least(1, batch_size=batch_size, reference_size=reference_size)
+        check_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.reference_size = reference_size
         self.num_workers = num_workers
@@ -204,8 +198,14 @@ class ResumableData(L.LightningDataModule):
         if isinstance(module, HasNetwork):
             check_fit(module.network, shape=shape, what=what)
 
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the reference data, in order."""
+        if self.reference is None:
+            return []
+        return self.evenly(Subset(self.reference, range(len(self.reference))[: self.reference_size]))
+
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the loader of the reference data."""
+        """Return the reference data, in order."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> list[int]:
@@ -219,22 +219,29 @@ class ResumableData(L.LightningDataModule):
         return DataLoader(rows, batch_size=None, sampler=batches, **self.options())
 
     def decode(self, x: Sample) -> Sample:
-        """Return the network's samples as images in [-1, 1]. Pixels need no decoding."""
-        return x
+        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
+        return x if self.coder is None else self.coder.decode(x)
 
-    def data_name(self) -> str:
-        """Return the path or name of the data."""
-        return type(self).__name__
+    def release(self) -> None:
+        """Move the VAE off the accelerator, because only evaluation uses it."""
+        if self.coder is not None:
+            self.coder.autoencoder.to("cpu")
+
+    def identity(self) -> dict[str, str]:
+        """Return the identities of the VAE and of the text encoder, if they are used."""
+        vae = {"VAE": self.coder.autoencoder.identity} if self.coder else {}
+        return vae | ({"encoder": self.encoder.identity} if self.encoder else {})
 
     def record(self) -> Record:
         """Return the record of a network, as far as the data determine it. Call it after `setup`."""
-        own = Record(
-            class_names=tuple(self.class_names), data=Reference(self.data_name(), self.train.identity(), self.license)
+        coder, encoder = self.coder, self.encoder
+        return Record(
+            class_names=tuple(self.class_names),
+            data=Reference(self.data_name or type(self).__name__, self.train.identity(), self.license),
+            text_encoder=Reference(encoder.name, encoder.identity) if encoder else None,
+            vae=Reference(self.vae or "", coder.autoencoder.identity) if coder else None,
+            latents=coder.normalization.as_json() if coder else None,
         )
-        if self.coder is None:
-            return own
-        vae = Reference(self.vae or "", self.coder.autoencoder.identity)
-        return replace(own, vae=vae, latents=self.coder.normalization.as_json())
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffling."""

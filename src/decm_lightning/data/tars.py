@@ -21,14 +21,9 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 @dataclass(frozen=True)
 class TarMember:
-    """A member of a tar.
+    """A member of a tar: its path, the offset and length of its bytes in the uncompressed tar, and those if requested.
 
-    Attributes:
-        name: path in the tar.
-        is_file: whether it is a regular file, not a link, device or sparse file.
-        offset: position of its first byte in the uncompressed tar.
-        length: size in bytes.
-        content: its bytes, if they were requested.
+    Links, devices and sparse files are not files.
 
     Example:
         >>> member = TarMember("train/0001.seg.PNG", is_file=True, offset=512, length=0)
@@ -58,11 +53,8 @@ def read_members(file: Path, is_requested: Callable[[str], bool]) -> Iterator[Ta
     """Yield the members of a plain or compressed tar, except folders, and a message for each damaged place.
 
     A damaged header loses only its own member: reading resumes at the next one. Concatenated tars are read to the end.
-    For a tar that is cut short, the last item is a message that says so.
-
-    Args:
-        file: the tar.
-        is_requested: returns whether to read the content of members with a suffix.
+    For a tar that is cut short, the last item is a message that says so. Contents are read of members whose suffix
+    `is_requested`.
     """
     end, last = 0, ""
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
-from decm_lightning.networks.record_files import quality_file
+from decm_lightning.networks.record import quality_file
 
 log = logging.getLogger(__name__)
 

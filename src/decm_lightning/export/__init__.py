@@ -7,8 +7,8 @@ from typing import Literal
 
 Format = Literal["folder", "safetensors", "diffusers", "lora", "lora-comfyui"]
 FORMATS: dict[Format, str] = {
-    "folder": "folder:write",
-    "safetensors": "single_file:write",
+    "folder": "own_formats:write_folder",
+    "safetensors": "own_formats:write",
     "diffusers": "diffusers.writing:write",
     "lora": "lora:write",
     "lora-comfyui": "lora:write_comfyui",

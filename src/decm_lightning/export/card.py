@@ -32,13 +32,7 @@ SMALL = 64
 
 @dataclass(frozen=True)
 class Samples:
-    """The images in a card.
-
-    Args:
-        images: one row for each number of steps.
-        steps: the numbers of steps.
-        columns: the class or caption of each column.
-    """
+    """The images in a card: a row for each number of steps, and a column for each class or caption."""
 
     images: UInt8[Tensor, "rows columns c h w"]
     steps: Sequence[int]
@@ -48,12 +42,8 @@ class Samples:
 def write_card(network: Network, out: Path, to: str, samples: Samples | None, name: str = "") -> list[Path]:
     """Write the card of an export and its samples, and return the files; none if the user has removed the card's mark.
 
-    Args:
-        network: the exported network; all statements come from it and its record.
-        out: the exported folder or file.
-        to: the format, a key of `export.FORMATS`.
-        samples: the images to show; None for none.
-        name: the name on the Hugging Face hub; "" for a local export.
+    All statements come from the network and its record. `to` is the format, a key of `export.FORMATS`, and `name` the
+    name on the Hugging Face hub, "" for a local export.
 
     Raises:
         OSError: naming the file, if it cannot be written.
@@ -232,11 +222,8 @@ def _licenses(record: Record, base: Reference | None, license: License) -> dict[
 def _reference(reference: Reference | None) -> str:
     if reference is None:
         return "unknown"
-    return " ".join([f"`{reference.name}`" if reference.name else "unknown", *_hash(reference)])
-
-
-def _hash(reference: Reference) -> list[str]:
-    return [f"({shortened(reference.identity)})"] if reference.identity else []
+    hash = f" ({shortened(reference.identity)})" if reference.identity else ""
+    return (f"`{reference.name}`" if reference.name else "unknown") + hash
 
 
 def _cell(value: object) -> str:

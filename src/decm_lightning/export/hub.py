@@ -24,12 +24,6 @@ def push(out: Path, files: Sequence[Path], name: str, public: bool = False) -> s
     A repository that does not exist is created, private unless `public`. An existing one keeps its visibility. The card
     becomes README.md. Nothing else in the folder is uploaded.
 
-    Args:
-        out: the exported folder or file.
-        files: the written files.
-        name: user/name.
-        public: whether everyone may see a new repository.
-
     Raises:
         OSError: in one line, if the hub cannot be reached or refuses the upload. The local files stay.
     """

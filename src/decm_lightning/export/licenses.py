@@ -24,10 +24,8 @@ HUB = "https://huggingface.co"
 class License:
     """A license in the terms of the Hugging Face hub.
 
-    Args:
-        id: the hub's identifier, "other" for a license that the hub does not list, or "unknown".
-        name: the name of another license, in lower case with hyphens.
-        link: the address of its text.
+    `id` is the hub's identifier, "unknown", or "other" for a license that the hub does not list. This has a name, in
+    lower case with hyphens, and the address of its text.
     """
 
     id: str
@@ -40,7 +38,7 @@ class License:
         slug = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")
         if not slug or slug == "unknown":
             return UNKNOWN
-        known = (license for _, license in BASES if license.name == slug)
+        known = (license for license in BASES.values() if license.name == slug)
         return cls(slug) if slug in IDS else next(known, cls("other", slug))
 
     def __str__(self) -> str:
@@ -49,28 +47,19 @@ class License:
 
 
 UNKNOWN = License("unknown")
+
+
+def _other(name: str, model: str, file: str) -> License:
+    return License("other", name, f"{HUB}/{model}/blob/main/{file}")
+
+
 # From the models' own cards. Sana's card names its license in the text only.
-BASES: tuple[tuple[str, License], ...] = (
-    (
-        "stable-diffusion-3.5",
-        License(
-            "other", "stabilityai-ai-community", f"{HUB}/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
-        ),
-    ),
-    (
-        "flux.1-dev",
-        License(
-            "other", "flux-1-dev-non-commercial-license", f"{HUB}/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
-        ),
-    ),
-    ("flux.1-schnell", License("apache-2.0")),
-    (
-        "sana_",
-        License(
-            "other", "nscl-v2-custom", f"{HUB}/Efficient-Large-Model/Sana_1600M_1024px_diffusers/blob/main/LICENSE.txt"
-        ),
-    ),
-)
+BASES = {
+    "stable-diffusion-3.5": _other("stabilityai-ai-community", "stabilityai/stable-diffusion-3.5-medium", "LICENSE.md"),
+    "flux.1-dev": _other("flux-1-dev-non-commercial-license", "black-forest-labs/FLUX.1-dev", "LICENSE.md"),
+    "flux.1-schnell": License("apache-2.0"),
+    "sana_": _other("nscl-v2-custom", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "LICENSE.txt"),
+}
 """The licenses of known base models, by how their names begin in lower case."""
 
 
@@ -92,7 +81,7 @@ def license_of(base: Reference | None) -> License:
         return UNKNOWN
     if base.license:
         return License.named(base.license)
-    for name, license in BASES:
+    for name, license in BASES.items():
         # A folder of the hub's cache is called models--user--name.
         if re.search(rf"(^|/|--){re.escape(name)}", base.name.lower()):
             return license

@@ -108,10 +108,8 @@ def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
 def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
     """Return a frozen model of transformers and its processors.
 
-    Args:
-        model: a folder written by save_pretrained of each class, or a name on the Hugging Face hub.
-        classes: the class names, that of the model first.
-        extra: the extra of this package that installs transformers.
+    `model` is a folder written by save_pretrained of each class, or a name on the Hugging Face hub. The first class is
+    that of the model. `extra` is the extra of this package that installs transformers.
 
     Raises:
         ImportError: if transformers is not installed.

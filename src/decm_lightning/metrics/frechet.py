@@ -39,17 +39,12 @@ class Moments:
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """|mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)) (arXiv 1706.08500), in float64.
+    """|mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2)) (arXiv 1706.08500) of d = num_features features, in float64.
 
     torchmetrics accumulates the moments over all processes. It computes the root from the eigenvalues of S_r S_g, which
     become complex if a covariance is singular. Here, with S_r = L L^T, the trace of (S_r S_g)^(1/2) is the sum of the
     square roots of the eigenvalues of the symmetric matrix L^T S_g L. L is reused for the next generated images.
-
-    Args:
-        num_features: d.
-
-    Attributes:
-        given: precomputed moments of the real images, used instead of their features.
+    Precomputed moments of the real images can be `given`; they are used instead of their features.
     """
 
     def __init__(self, num_features: int) -> None:

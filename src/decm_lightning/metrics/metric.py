@@ -32,12 +32,7 @@ class Counts:
 
 
 class Prompts(NamedTuple):
-    """The conditions of a batch of images.
-
-    Attributes:
-        condition: the network's input, b rows.
-        texts: the b captions as text; None if they are unknown.
-    """
+    """The conditions of b images: the network's input, and the captions as text if they are known."""
 
     condition: Condition = None
     texts: list[str] | None = None
@@ -88,12 +83,8 @@ class FeatureMetric(ABC):
 class Frechet(FeatureMetric):
     """The Fréchet distance of one output: the FID for the pooled features of Inception.
 
-    Args:
-        column: name of the value.
-        view: the output it reads.
-        num_features: number of features d.
-        moments: the name of this output's moments in a reference; "" if a reference never has them.
-        in_validation: whether its matrix root is fast enough for every validation.
+    `moments` is the name of this output's moments in a reference; "" if a reference never has them. With many features,
+    the matrix root is too slow for every validation.
     """
 
     def __init__(

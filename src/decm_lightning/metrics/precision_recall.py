@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from decm_lightning.errors import check_at_least
+
 
 class ImprovedPrecisionRecall(Metric):
     """Improved precision and recall (arXiv 1904.06991): two values in [0, 1].
@@ -33,9 +35,7 @@ class ImprovedPrecisionRecall(Metric):
 
     def __init__(self, neighbors: int = 3, rows: int = 1000) -> None:
         super().__init__()
-        for name, value in (("neighbors", neighbors), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        check_at_least(1, neighbors=neighbors, rows=rows)
         self.neighbors = neighbors
         self.rows = rows
         self.add_state("real_features", [], dist_reduce_fx=None)

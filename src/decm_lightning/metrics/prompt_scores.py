@@ -21,11 +21,7 @@ AT_ONCE = 64
 
 
 class PromptScorer(FeatureNetwork):
-    """A transformers model that compares images with prompts. As a feature network, it returns the images unchanged.
-
-    Args:
-        model: a folder written by save_pretrained of the model and of its processor, or a name on the Hugging Face hub.
-    """
+    """A transformers model that compares images with prompts. As a feature network, it returns the images unchanged."""
 
     classes: tuple[str, str]
     column: str

@@ -14,13 +14,7 @@ from decm_lightning.types import Captions
 
 
 class Context(NamedTuple):
-    """Embedded captions, the input of the blocks.
-
-    Attributes:
-        tokens: (b, 1 + n, width); the first token is learned.
-        mask: true for the tokens to attend to, (b, 1, 1, 1 + n).
-        mean: one summary vector per caption, (b, width).
-    """
+    """Embedded captions, the input of the blocks: tokens, the first of which is learned, their mask, and a summary."""
 
     tokens: Tokens
     mask: Bool[Tensor, "b 1 1 n"]

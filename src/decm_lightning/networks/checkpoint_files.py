@@ -1,7 +1,6 @@
 """Read tensors from public checkpoints, wherever the file nests them and however their names are prefixed."""
 
 import json
-import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from decm_lightning.files import describe_unreadable
+from decm_lightning.files import describe_load_error, describe_unreadable
 
 Weights: TypeAlias = Literal["ema", "model"]
 """The two sets of weights in a training checkpoint: the moving average (EMA) and the trained weights."""
@@ -28,17 +27,16 @@ SECOND = "ema_models.1.ema_model."
 """The prefix of the average that FACM samples with. FACM's own checkpoints contain two averages."""
 
 
-def read_tensors(path: Path, weights: Weights | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their plain names; `tensors_in` describes the supported layouts.
 
     Raises:
         OSError: naming the file, if it is missing, is a folder, or may not be read.
-        ValueError: naming the file, if it cannot be parsed, contains anything but tensors, or lacks the requested
-            weights.
+        ValueError: naming the file, if it cannot be parsed or contains anything but tensors.
     """
     content = read_file(path)
     try:
-        return tensors_in(content, weights)
+        return tensors_in(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -49,11 +47,9 @@ def tensors_in(content: Any, weights: Weights | None = None) -> dict[str, Tensor
     >>> list(tensors_in({"ema": {"module.weight": torch.zeros(2)}, "step": 5}))
     ['weight']
 
-    Args:
-        content: a dict of tensors, at the top level or nested under `ema`, `state_dict`, `model`, `vae`, `module`, or
-            FACM's `emas`. The components `module.` and `_orig_mod.` are removed from the names.
-        weights: whether to read `ema` or `model`; None for the first entry that exists. A checkpoint with only one set
-            of tensors ignores it.
+    The content is a dict of tensors, at the top level or nested under `ema`, `state_dict`, `model`, `vae`, `module`, or
+    FACM's `emas`. The components `module.` and `_orig_mod.` are removed from the names. Without `weights`, the first
+    entry that exists is read. A checkpoint with only one set of tensors ignores it.
 
     Raises:
         ValueError: if the content has anything but tensors, or lacks the requested weights.
@@ -91,18 +87,13 @@ def read_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # Arbitrary bytes can raise any exception.
-        raise ValueError(f"{path} cannot be read: {describe_unreadable(path) or _reason(error)}") from error
+        raise ValueError(f"{path} cannot be read: {describe_unreadable(path) or describe_load_error(error)}") from error
 
 
 def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
     """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
 
-    Args:
-        path: a file that `read_file` has read.
-        tensors: its content.
-
-    Returns:
-        {"network", "record", "state_dict"}, or an empty dict if it is another file.
+    `tensors` is the content of the file. The result is {"network", "record", "state_dict"}, or empty for another file.
 
     Raises:
         ValueError: naming the file, if its metadata are damaged.
@@ -146,16 +137,6 @@ def few(names: Sequence[str], count: int = 3) -> str:
     'a, b, c and 2 more'
     """
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _reason(error: Exception) -> str:
-    """Return the cause in one line."""
-    if unsafe := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-        remedy = "if you trust the file, load it with weights_only=False and save its tensors alone"
-        return f"it contains {unsafe[1]}, which could run code; {remedy}"
-    # The rest of torch.load's message recommends loading without the safety check.
-    first = str(error).partition("\n")[0].partition(". ")[0]
-    return first or type(error).__name__
 
 
 def _parts(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:

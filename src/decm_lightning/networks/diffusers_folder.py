@@ -10,7 +10,7 @@ from typing import Any
 
 from decm_lightning.files import describe_unreadable
 from decm_lightning.networks.checkpoint_files import few
-from decm_lightning.networks.hub import is_hub_name
+from decm_lightning.networks.hub import download, is_hub_name
 
 WEIGHTS = "diffusion_pytorch_model"
 """The prefix of the names of weight files."""
@@ -26,40 +26,25 @@ FAULTS = {
 log = logging.getLogger(__name__)
 
 
-def find_config(cls: Any, path: str, subfolder: str, what: str) -> tuple[str | None, dict[str, Any]]:
-    """Find a model, stored alone or as part of a pipeline, and read its config.
+def find_config(path: str, subfolder: str, what: str) -> tuple[str | None, dict[str, Any]]:
+    """Find a model, alone or in a subfolder of a pipeline: return this subfolder, or None, and the model's config.
 
-    Args:
-        cls: any model class of diffusers.
-        path: a folder, or a name on the Hugging Face hub.
-        subfolder: the subfolder of the model in a pipeline.
-        what: what errors call the model.
-
-    Returns:
-        The subfolder that contains the model, None for the folder itself; and the config.
+    `path` is a folder, or a name on the Hugging Face hub. Errors call the model `what`.
 
     Raises:
         OSError: if the folder or hub name does not exist.
         ValueError: naming the file, if the config is not JSON.
     """
-    if Path(path).is_dir():
-        for place in (None, subfolder):
-            file = Path(path, place or "", "config.json")
-            if file.is_file():
-                return place, _read_config(file, what)
-        remedy = f"pass the folder of a {what} or of its pipeline"
-        raise FileNotFoundError(f"no config.json in {path} or {path}/{subfolder}: {remedy}")
-    fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub"
-    if not is_hub_name(path):
+    if not Path(path).is_dir() and not is_hub_name(path):
         # Without a connection, the hub's client would try for half a minute.
-        raise FileNotFoundError(fault)
-    try:
-        return None, cls.load_config(path)
-    except OSError:
-        try:
-            return subfolder, cls.load_config(path, subfolder=subfolder)
-        except OSError as error:
-            raise FileNotFoundError(fault) from error
+        raise FileNotFoundError(f"{what} {path} not found, neither as a folder nor on the Hugging Face hub")
+    folder = download(path, what, ["config.json", f"{subfolder}/config.json"])
+    for place in (None, subfolder):
+        file = folder / (place or "") / "config.json"
+        if file.is_file():
+            return place, _read_config(file, what)
+    remedy = f"pass the folder of a {what} or of its pipeline"
+    raise FileNotFoundError(f"no config.json in {path} or {path}/{subfolder}: {remedy}")
 
 
 def _read_config(file: Path, what: str) -> dict[str, Any]:
@@ -73,13 +58,7 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Load a diffusers model, and check that its files contain exactly its weights.
-
-    Args:
-        cls: its class, such as diffusers.AutoencoderKL.
-        path: a folder, or a name on the Hugging Face hub.
-        subfolder: the subfolder of the model; None for the folder itself.
-        options: passed to the from_pretrained of the class.
+    """Load a model of diffusers from a folder or the hub, and check that its files contain exactly its weights.
 
     Raises:
         OSError: if the folder or hub name does not exist.

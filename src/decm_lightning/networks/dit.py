@@ -11,9 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.networks.embedding import ClassEmbedding, PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import Block, FeedForwardName, FinalLayer, NormName, Rotary
-from decm_lightning.networks.network import Network
+from decm_lightning.networks.network import Network, arguments
 from decm_lightning.networks.pixel_skip import PixelSkipHead
 from decm_lightning.networks.record import Record, choose
 from decm_lightning.samplers import Sampler
@@ -87,32 +88,15 @@ class DiT(Network):
         learn_sigma: bool = False,
         pixel_skip: bool = False,
     ) -> None:
+        config = arguments(locals())
         super().__init__()
+        self.config = config
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
         if not pixel_skip:
             check_width(width, patch_size, in_channels, "pixel_skip: true")
         _check_names(norm, mlp)
         if end_time not in (False, True, "facm"):
             raise ValueError(f"end_time must be true, false or 'facm': got {end_time!r}")
-        self.config = {
-            "input_size": input_size,
-            "in_channels": in_channels,
-            "patch_size": patch_size,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp_ratio": mlp_ratio,
-            "num_classes": num_classes,
-            "end_time": end_time,
-            "prediction": prediction,
-            "qk_norm": qk_norm,
-            "shift": shift,
-            "norm": norm,
-            "mlp": mlp,
-            "rotary": rotary,
-            "learn_sigma": learn_sigma,
-            "pixel_skip": pixel_skip,
-        }
         self.sample_shape = (in_channels, input_size, input_size)
         self.side = input_size // patch_size
         self.patch_size = patch_size
@@ -191,10 +175,7 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
     Raises:
         ValueError: if a size is below 1 or not divisible as described in `DiT`.
     """
-    sizes = {"input_size": input_size, "in_channels": in_channels, "patch_size": patch_size, "depth": depth}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1: got {size}")
+    check_at_least(1, input_size=input_size, in_channels=in_channels, patch_size=patch_size, depth=depth)
     if input_size % patch_size:
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")
     if heads < 1 or width < 1 or width % heads or width // heads % 4:
@@ -204,14 +185,9 @@ def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, 
 def check_width(width: int, patch_size: int, in_channels: int, skip: str) -> None:
     """Check that a token can carry the noise of its patch, which the velocity E[x_1] - x_0 contains.
 
-    Args:
-        width: width of a token.
-        patch_size: side of a patch.
-        in_channels: channels of a patch.
-        skip: the argument that lets the noise bypass the tokens, named as a remedy.
-
     Raises:
-        ValueError: if the width is smaller than the number of values of a patch.
+        ValueError: if the width is smaller than the number of values of a patch. The argument `skip`, which lets the
+            noise bypass the tokens, is named as a remedy.
     """
     values = patch_size * patch_size * in_channels
     if width < values:

@@ -1,65 +1,25 @@
-"""The implementation of `Network.generate`: images or other samples for labels or captions."""
+"""The parts of `Network.generate`: the flow map, the conditions and their placement."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from decm_lightning import samplers
 from decm_lightning.conditions import select
-from decm_lightning.image_writer import to_pil, to_uint8
-from decm_lightning.samplers import Sampler
-from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder
-from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
+from decm_lightning.types import Captions, Condition, FlowMapNetwork
 
 Requested = int | str | Sequence[int] | Sequence[str] | Tensor | Captions | None
 """Labels or captions, or a single one for all samples; None for each class once, or for no condition."""
 BATCH = 256
 """Samples per batch, as in `decm sample`."""
 log = logging.getLogger(__name__)
-
-
-def generate(
-    network: Any,
-    condition: Requested,
-    steps: int | None,
-    seed: int,
-    sampler: str | Sampler | None,
-    rows: Sequence[int] | None,
-    encoder: CaptionEncoder | str | None,
-    decoder: Callable[[Sample], Sample] | None,
-    options: Mapping[str, Any],
-) -> list[Image.Image] | Tensor:
-    """Return images or samples; see `Network.generate`."""
-    check_seed(seed)
-    sampler, steps = network.sampling(sampler, steps)
-    method = samplers.sampler(sampler, **options)
-    is_image = len(network.sample_shape) == 3
-    if is_image and decoder is None and network.recorded_coder is not None:
-        decoder = network.recorded_coder.decode
-    if is_image and decoder is None and network.sample_shape[0] not in (1, 3):
-        raise ValueError(f"the samples are latents {network.sample_shape}, not images: pass decoder=, such as a VAE's")
-    with evaluating(network), torch.no_grad():
-        conditions, rows = _conditions(network, condition, rows, encoder)
-        batches = [slice(first, first + BATCH) for first in range(0, len(rows), BATCH)]
-        student = flow_map(network)
-        parts = [
-            samplers.generate(
-                student, method, select(conditions, part), steps, rows=rows[part], seed=seed, **_placement(network)
-            )
-            for part in batches
-        ]
-        if not is_image:
-            return torch.cat(parts)
-        decoded = parts if decoder is None else [decoder(part) for part in parts]
-        return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
 
 
 def flow_map(network: Any) -> FlowMapNetwork:
@@ -82,14 +42,14 @@ def flow_map(network: Any) -> FlowMapNetwork:
     return network  # type: ignore[no-any-return]
 
 
-def _placement(network: Any) -> dict[str, Any]:
+def placement(network: Any) -> dict[str, Any]:
     """Return the shape, device and dtype of a network's samples."""
     # LoRA adapters may have a wider dtype than the frozen weights; such a model casts its input itself.
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in network.parameters()))
     return {"shape": network.sample_shape, "device": next(network.parameters()).device, "dtype": dtype}
 
 
-def _conditions(
+def conditions_of(
     network: Any, requested: Requested, rows: Sequence[int] | None, encoder: CaptionEncoder | str | None
 ) -> tuple[Condition, Sequence[int]]:
     """Return the condition of each sample, on the network's device, and the sample numbers."""

@@ -20,14 +20,10 @@ def is_hub_name(path: str | Path) -> bool:
 def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
     """Return the folder at `path`, or download the folder of that name from the hub once.
 
-    Args:
-        path: a folder, or a name on the hub. An existing folder takes precedence.
-        what: what errors call the content.
-        patterns: patterns of the files to download.
-        ignore: patterns of the files to skip.
+    An existing folder takes precedence. Only files that match the patterns, and none of `ignore`, are downloaded.
 
     Raises:
-        FileNotFoundError: in one line, if neither exists or the hub cannot be reached.
+        FileNotFoundError: in one line that names `what`, if neither exists or the hub cannot be reached.
     """
     if Path(path).is_dir():
         return Path(path)

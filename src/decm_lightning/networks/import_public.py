@@ -37,10 +37,6 @@ def import_public(tensors: Mapping[str, Tensor], heads: int | None = None) -> Di
     SiT follow the path of this package (t = 0 noise, t = 1 data) and predict data minus noise; DiT predicts noise.
     Rotary tables are optional: a network with SwiGLU always has rotary positions, one with GELU only with the tables.
 
-    Args:
-        tensors: the tensors by their plain names.
-        heads: attention heads; None to infer them from QK norm, the rotary table or the published sizes.
-
     Raises:
         ValueError: if the tensors are not of such a network, the number of heads cannot be inferred, or a tensor is
             missing, unexpected, of the wrong shape, or a table of different rotary positions.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import check_at_least, missing_extra
 from decm_lightning.files import tensors_sha256
 from decm_lightning.networks.network import Network
 
@@ -42,9 +42,7 @@ class LoRANetwork(Network):
     def adapt(self, lora_rank: int, targets: Sequence[str] | None = None) -> "LoRANetwork":
         """Add trainable adapters and an end-time embedding, in float32 or wider, and return the network.
 
-        Args:
-            lora_rank: rank of the adapters, at least 1. Their outputs are not scaled (alpha = rank).
-            targets: projections to adapt, as suffixes of their names; None for those of the attention.
+        The outputs of the adapters are not scaled (alpha = rank). Targets are suffixes of the names of projections.
 
         Raises:
             ImportError: if peft is not installed.
@@ -55,8 +53,7 @@ class LoRANetwork(Network):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise missing_extra("LoRA", "peft", "lora") from error
-        if lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1: got {lora_rank}")
+        check_at_least(1, lora_rank=lora_rank)
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         targets = self.targets if targets is None else tuple(targets)
         for target in targets:

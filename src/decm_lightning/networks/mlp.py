@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from decm_lightning.networks.embedding import ClassEmbedding
-from decm_lightning.networks.network import Network
+from decm_lightning.networks.network import Network, arguments
 from decm_lightning.types import Condition, Sample, Time
 
 
@@ -29,8 +29,9 @@ class MLP(Network):
     """
 
     def __init__(self, dimensions: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
+        config = arguments(locals())
         super().__init__()
-        self.config = {"dimensions": dimensions, "width": width, "depth": depth, "num_classes": num_classes}
+        self.config = config
         self.sample_shape = (dimensions,)
         self.num_classes = num_classes
         self.y_embedder = ClassEmbedding(num_classes, width) if num_classes else None

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,25 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from decm_lightning import samplers
 from decm_lightning.autoencoders.latent_coder import LatentCoder
+from decm_lightning.conditions import select
 from decm_lightning.files import atomic, tensors_sha256, write_json
-from decm_lightning.networks.generation import Requested, generate
-from decm_lightning.networks.record import RECORD, Record, choose
-from decm_lightning.networks.recorded import checked_encoder, latent_coder
+from decm_lightning.image_writer import to_pil, to_uint8
+from decm_lightning.networks.generation import BATCH, Requested, conditions_of, evaluating, flow_map, placement
+from decm_lightning.networks.record import CONFIG, RECORD, Record, check_recorded, choose, latent_coder
 from decm_lightning.samplers import Sampler
+from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
 from decm_lightning.types import Condition, Sample, Time
 
 COMPILER = "2.13"
 """The oldest torch version that compiles all networks without graph breaks."""
 
-CONFIG = "config.json"
-"""The file with the description of a network."""
+
+def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor, whose first statement passes its `locals()`."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning"):
@@ -101,7 +106,25 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
                 one than the recorded one, the samples are latents and no decoder is known, or an argument is out of
                 range.
         """
-        return generate(self, condition, steps, seed, sampler, rows, encoder, decoder, options)
+        check_seed(seed)
+        sampler, steps = self.sampling(sampler, steps)
+        method = samplers.sampler(sampler, **options)
+        is_image = len(self.sample_shape) == 3
+        if is_image and decoder is None and self.recorded_coder is not None:
+            decoder = self.recorded_coder.decode
+        if is_image and decoder is None and self.sample_shape[0] not in (1, 3):
+            raise ValueError(f"the samples are latents {self.sample_shape}, not images: pass decoder=, such as a VAE's")
+        with evaluating(self), torch.no_grad():
+            conditions, rows = conditions_of(self, condition, rows, encoder)
+            student, where = flow_map(self), placement(self)
+            parts = [
+                samplers.generate(student, method, select(conditions, part), steps, rows=rows[part], seed=seed, **where)
+                for part in (slice(first, first + BATCH) for first in range(0, len(rows), BATCH))
+            ]
+            if not is_image:
+                return torch.cat(parts)
+            decoded = parts if decoder is None else [decoder(part) for part in parts]
+            return [to_pil(image) for part in decoded for image in to_uint8(part).cpu()]
 
     @property
     def reads_end_time(self) -> bool:
@@ -122,7 +145,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
             ValueError: if none is named, or it is another one than the recorded one. The message names both.
         """
         encoder = self.named_encoder() if requested is None else requested
-        return checked_encoder(self, named_encoder(encoder) if isinstance(encoder, str) else encoder)
+        encoder = named_encoder(encoder) if isinstance(encoder, str) else encoder
+        if recorded := self.record and self.record.text_encoder:
+            check_recorded("text encoder", encoder.name or type(encoder).__name__, encoder.identity, recorded)
+        return encoder
 
     def named_encoder(self) -> CaptionEncoder:
         """Return the text encoder that the record or the config names.
@@ -133,7 +159,8 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         recorded = self.record and self.record.text_encoder
         name = recorded.name if recorded else self.config.get("text_encoder")
         if not name:
-            raise ValueError("the config names no text_encoder: pass encoder=, the one the network was trained with")
+            remedy = "pass encoder= (--encoder), the one the network was trained with"
+            raise ValueError(f"the config names no text_encoder: {remedy}")
         return named_encoder(name)
 
     @cached_property

@@ -12,15 +12,10 @@ from decm_lightning.types import Sample
 class PixelSkipHead(nn.Module):
     """Return u + gain x_t + conv(u, x_t) for the output u of the blocks, with three 3 x 3 convolutions.
 
-    The embedding determines the gain and modulates the features. A velocity E[x_1] - x_0 contains all of the noise,
-    which tokens with hardly more values than a patch cannot carry, and independent patches leave seams (see U-ViT,
-    arXiv 2209.12152, section 3.1). This head lets the noise bypass the blocks and connects neighboring pixels. It
-    initially adds zero.
-
-    Args:
-        channels: channels of x_t and of the velocity.
-        width: size of the embedding.
-        features: channels between the convolutions.
+    The embedding (b, width) determines the gain and modulates the features. A velocity E[x_1] - x_0 contains all of the
+    noise, which tokens with hardly more values than a patch cannot carry, and independent patches leave seams (see
+    U-ViT, arXiv 2209.12152, section 3.1). This head lets the noise bypass the blocks and connects neighboring pixels.
+    It initially adds zero.
     """
 
     def __init__(self, channels: int, width: int, features: int = 16) -> None:

@@ -18,8 +18,16 @@ from decm_lightning.networks.dit import DiT
 from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
-from decm_lightning.networks.network import CONFIG, Network, describe
-from decm_lightning.networks.record_files import RECORD, quality_file, read_record, record_in, with_table, write_record
+from decm_lightning.networks.network import Network, describe
+from decm_lightning.networks.record import (
+    CONFIG,
+    RECORD,
+    quality_file,
+    read_record,
+    record_in,
+    with_table,
+    write_record,
+)
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
@@ -180,11 +188,7 @@ def refuse_partial(checkpoint: Path, module: nn.Module, resume: bool) -> None:
 
 
 def build(description: dict[str, Any], trust: bool = False) -> Network:
-    """Create a network from the result of `describe`.
-
-    Args:
-        description: the class name and the arguments.
-        trust: import the module of a class from outside this package; see `load`.
+    """Create a network from the result of `describe`; for `trust` see `load`.
 
     Raises:
         ValueError: if the class is unknown, or in a module that may not be imported.

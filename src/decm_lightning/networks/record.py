@@ -1,17 +1,24 @@
 """What a trained network needs in order to be sampled, evaluated and published without its config."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from decm_lightning.autoencoders.latent_coder import LatentCoder
+from decm_lightning.autoencoders.normalization import LatentNormalization
+from decm_lightning.files import write_json
 from decm_lightning.samplers import SAMPLERS, Sampler
 from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.samplers.steps import check_steps
 
-RECORD, QUALITY = "record.json", "quality.json"
-"""The files in a network folder that store its record, and the table of a later `decm test`."""
+CONFIG, RECORD, QUALITY = "config.json", "record.json", "quality.json"
+"""The files in a network folder with its description, its record, and the table of a later `decm test`."""
 WEIGHTS_HASH = "weights sha256"
 """The line of a table's protocol with the hash of the tested network, `Network.identity`."""
 FLOW_MAP_SAMPLING = {1: "mix", 2: "mix", 4: "consistency", 8: "consistency", 50: "euler"}
@@ -20,6 +27,7 @@ VELOCITY_SAMPLING = {50: "euler"}
 """The same for networks that ignore the end time. Large steps of any sampler lead to class means."""
 DISTANCES = ("fid", "fd")
 """The columns of a table by which samplers are compared: the smallest value is the best."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,3 +182,96 @@ def nearest(sampling: Mapping[int, str], steps: int) -> int:
 def shortened(identity: str) -> str:
     """Return an identity with hashes cut to 16 digits, for messages."""
     return " ".join(part[:16] if len(part) == 64 else part for part in identity.split())
+
+
+def quality_file(path: str | Path) -> Path:
+    """Return the file in which `decm test` stores the table of a network: quality.json in its folder.
+
+    The table of a training checkpoint is next to it, such as last.quality.json for last.ckpt.
+    """
+    path = Path(path)
+    return path / QUALITY if (path / CONFIG).is_file() else path.with_suffix(f".{QUALITY}")
+
+
+def write_record(record: Record | None, folder: Path) -> None:
+    """Write record.json, or remove that of a previous network."""
+    if record is None:
+        (folder / RECORD).unlink(missing_ok=True)
+    else:
+        write_json(folder / RECORD, record.as_dict())
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record of a network folder, None if it has none."""
+    try:
+        return Record.from_dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def record_in(checkpoint: dict[str, Any]) -> Record | None:
+    """Return the record in a training checkpoint, None if it has none."""
+    if "record" not in checkpoint:
+        return None
+    record, config = Record.from_dict(checkpoint["record"]), checkpoint.get("config")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # The record of a single file includes the config.
+    return record if config is None else replace(record, config=yaml.load(config, loader))
+
+
+def with_table(network: Any, file: Path) -> Record | None:
+    """Return the record of a network with the table in `file`, if there is one and it is of the same weights."""
+    if not file.is_file():
+        return network.record  # type: ignore[no-any-return]
+    try:
+        quality = json.loads(file.read_text(encoding="utf-8"))
+        if quality["protocol"][WEIGHTS_HASH] == network.identity():
+            sampling = default_sampling(network.reads_end_time) | measured_sampling(quality)
+            return replace(network.record or Record(), quality=quality, sampling=sampling)
+        cause = "it was measured with other weights"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # The network is complete without the table.
+        cause = f"not a table of decm test: {error!r}"
+    log.warning("%s is not used: %s", file, cause)
+    return network.record  # type: ignore[no-any-return]
+
+
+def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
+    """Return the VAE, at `vae` or as recorded, with the normalization of a network's latents; None without a record.
+
+    Raises:
+        OSError: naming the VAE, if it does not exist.
+        ValueError: if it is another VAE than the recorded one (the message names both), its latents have another number
+            of channels than the network, or its path is unknown.
+    """
+    # Imported here: it imports the networks.
+    from decm_lightning.autoencoders.loading import load_autoencoder
+
+    record = network.record
+    path = vae or (record and record.vae and record.vae.name)
+    if record is None or not (record.vae or (vae and record.latents)):
+        return None
+    if not path:
+        raise ValueError(f"the path of the VAE {record.vae} is not recorded: pass it as vae (--vae PATH)")
+    try:
+        autoencoder = load_autoencoder(path)
+    except OSError as error:
+        fault = f"the VAE of the model's latents, {record.vae or path}, was not found"
+        raise FileNotFoundError(f"{fault}: pass its path as vae (--vae PATH): {error}") from error
+    check_recorded("VAE", path, autoencoder.identity, record.vae)
+    if (found := autoencoder.latent_channels) != network.sample_shape[0]:
+        raise ValueError(f"the model generates {network.sample_shape[0]} channels, but latents of {path} have {found}")
+    return LatentCoder(autoencoder, record.latents and LatentNormalization.from_json(record.latents))
+
+
+def check_recorded(what: str, name: str, identity: str, recorded: Reference | None) -> None:
+    """Refuse another VAE or text encoder than the recorded one.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if recorded is not None and identity != recorded.identity:
+        raise ValueError(
+            f"the model was trained with the {what} {recorded}, but {name} is another one ({shortened(identity)}): "
+            f"use the {what} that it was trained with"
+        )

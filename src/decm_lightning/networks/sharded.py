@@ -60,9 +60,7 @@ def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def read_whole(folder: Path, scratch: Path) -> dict[str, Any]:
     """Return a sharded checkpoint in the layout of a checkpoint in one file, including the optimizers.
 
-    Args:
-        folder: the checkpoint.
-        scratch: a folder with space for a temporary copy of all tensors.
+    The folder `scratch` needs space for a temporary copy of all tensors.
 
     Raises:
         OSError: naming `scratch`, if it cannot be written to, for example because the disk is full.

@@ -8,7 +8,7 @@ from decm_lightning.networks.caption_layers import CaptionBlock, CaptionEmbeddin
 from decm_lightning.networks.dit import check_sizes, check_width
 from decm_lightning.networks.embedding import PatchEmbedding, TimeEmbedding, sin_cos_positions
 from decm_lightning.networks.layers import FinalLayer, Rotary
-from decm_lightning.networks.network import Network
+from decm_lightning.networks.network import Network, arguments
 from decm_lightning.networks.pixel_skip import PixelSkipHead
 from decm_lightning.types import Captions, Condition, Sample, Time
 
@@ -60,23 +60,12 @@ class TextDiT(Network):
         end_time: bool = False,
         text_encoder: str | None = None,
     ) -> None:
+        config = arguments(locals())
         super().__init__()
+        self.config = config
         check_sizes(input_size, in_channels, patch_size, width, depth, heads)
         if not features:
             check_width(width, patch_size, in_channels, "features: 32")
-        self.config = {
-            "input_size": input_size,
-            "in_channels": in_channels,
-            "caption_width": caption_width,
-            "patch_size": patch_size,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp_ratio": mlp_ratio,
-            "features": features,
-            "end_time": end_time,
-            "text_encoder": text_encoder,
-        }
         self.sample_shape = (in_channels, input_size, input_size)
         self.num_classes = 0
         self.caption_width = caption_width

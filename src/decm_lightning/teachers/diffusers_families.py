@@ -34,12 +34,8 @@ PIXELS = 8
 class TimeInput(nn.Module):
     """A diffusers time embedding that accepts the pair (time, s), and adds an embedding of s after `add_end_time`.
 
-    s is embedded in [0, 1]. Multiplying it by 1000, as diffusers does with t, would make the derivative large.
-
-    Args:
-        embedding: the time embedding of the model; its output is (b, width).
-        width: size of the embedding.
-        guidance: the guidance scale, for families that embed it.
+    s is embedded in [0, 1]. Multiplying it by 1000, as diffusers does with t, would make the derivative large. The
+    output of the embedding is (b, width). Some families embed a guidance scale, too.
     """
 
     def __init__(self, embedding: nn.Module, width: int, guidance: float | None = None) -> None:

@@ -175,10 +175,6 @@ class DiffusersNetwork(LoRANetwork):
 def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
     """Load a diffusers transformer, stored alone or in a pipeline; return it in eval mode with its class name.
 
-    Args:
-        path: a folder, or a name on the Hugging Face hub.
-        dtype: dtype of its weights.
-
     Raises:
         OSError: if the folder or hub name does not exist.
         ValueError: if its family is unknown, a file cannot be read, or tensors are missing or unexpected.
@@ -186,7 +182,7 @@ def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
     # Imported here: it takes seconds, and other teachers do not need diffusers.
     import diffusers
 
-    subfolder, config = find_config(diffusers.SD3Transformer2DModel, path, "transformer", "transformer")
+    subfolder, config = find_config(path, "transformer", "transformer")
     kind = config.get("_class_name")
     if kind not in FAMILIES:
         raise ValueError(f"{path} contains a transformer of class {kind}: supported are {', '.join(FAMILIES)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.networks.hub import download
 from decm_lightning.samplers.options import write_options
 from decm_lightning.teachers.diffusers_families import FAMILIES, Family, PromptOutputs
@@ -36,8 +37,7 @@ class DiffusersPrompts(CaptionEncoder):
     def __init__(
         self, model: str, max_tokens: int | None = None, dtype: str = "float32", device: str | torch.device = "cpu"
     ) -> None:
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
+        check_at_least(1, max_tokens=max_tokens)
         self.model = model
         self.requested_tokens = max_tokens
         self.dtype = dtype

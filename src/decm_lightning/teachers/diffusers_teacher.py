@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.networks import Network
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork, Dtype
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
@@ -53,8 +54,7 @@ class DiffusersTeacher(Teacher):
         embedded_guidance: float = 3.5,
         noise: NoisePrediction = NoisePrediction(),  # noqa: B008 - frozen
     ) -> None:
-        if lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1: got {lora_rank}")
+        check_at_least(1, lora_rank=lora_rank)
         super().__init__(DiffusersNetwork(model, None, None, dtype, latent_size, embedded_guidance, noise))
         self.name = model
         self.lora_rank = lora_rank

@@ -1,24 +1,17 @@
 """Training without a teacher, on the velocity of each row's own path."""
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from torch import Tensor
-
-from decm_lightning.networks import Network
-from decm_lightning.teachers.teacher import Teacher
+from decm_lightning.teachers.teacher import FormulaTeacher
 from decm_lightning.types import Condition, Sample, Time
 
 
-class NoTeacher(Teacher):
+class NoTeacher(FormulaTeacher):
     """Takes the place of a teacher: the velocity of a row at (x_t, t) is x_1 - x_0, as MeanFlow is published.
 
     Its mean over all rows with the same x_t is the marginal velocity, so losses that are linear in the velocity are
     unbiased. There is no velocity at other points, so the end identity and guidance are not available.
     """
-
-    def __init__(self) -> None:
-        pass
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> NoReturn:
         """Refuse.
@@ -31,18 +24,3 @@ class NoTeacher(Teacher):
     def null(self, condition: Condition) -> Condition:
         """Return the condition, because nothing is guided."""
         return condition
-
-    def networks(self) -> list[Network]:
-        """Return no networks."""
-        return []
-
-    def student(self) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: always, because there is no network to start from.
-        """
-        raise ValueError("without a teacher there is no network to start from: pass Distiller(student=...)")
-
-    def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Do nothing."""

@@ -2,6 +2,15 @@
 
 from decm_lightning.text.cache import EncodedCaptions, encode
 from decm_lightning.text.encoder import CaptionEncoder, MiniLM, TextEncoder, named_encoder
-from decm_lightning.text.unencoded import UnencodedCaptions
+from decm_lightning.text.unencoded import UnencodedCaptions, encoded
 
-__all__ = ["CaptionEncoder", "EncodedCaptions", "MiniLM", "TextEncoder", "UnencodedCaptions", "encode", "named_encoder"]
+__all__ = [
+    "CaptionEncoder",
+    "EncodedCaptions",
+    "MiniLM",
+    "TextEncoder",
+    "UnencodedCaptions",
+    "encode",
+    "encoded",
+    "named_encoder",
+]

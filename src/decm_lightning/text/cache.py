@@ -47,11 +47,6 @@ class EncodedCaptions:
         """Return the number of captions."""
         return len(self.which)
 
-    @property
-    def width(self) -> int:
-        """The size of a token."""
-        return self.tokens.shape[1]
-
     def read(self, rows: Sequence[int] | Tensor) -> Captions:
         """Return captions in float32, padded to a fixed length, so that every batch has the same shape."""
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
@@ -67,17 +62,11 @@ class EncodedCaptions:
 def encode(
     captions: Sequence[str], encoder: CaptionEncoder, folder: str | Path, device: str | torch.device = "cpu"
 ) -> EncodedCaptions:
-    """Return encoded captions in order, read from a file in `folder`, or encoded now and written to it.
+    """Return encoded captions in order, read from a file in `folder`, or encoded now on `device` and written to it.
 
     The file name contains a hash of the encoder and the captions. Repeated captions are encoded once. Captions with
     more than the encoder's max_tokens are truncated, and a warning counts them. If several processes encode the same
-    captions, one does the work and the others wait.
-
-    Args:
-        captions: the captions to encode, at least one.
-        encoder: a frozen text encoder.
-        folder: the cache folder, created if necessary.
-        device: device to encode on. The encoder is moved back to the CPU afterwards.
+    captions, one does the work and the others wait. The encoder is moved back to the CPU afterwards.
 
     Raises:
         ImportError: if the encoder is needed and not installed.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import check_at_least, missing_extra
 from decm_lightning.files import file_sha256
 from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.types import Captions
@@ -81,8 +81,7 @@ class TextEncoder(CaptionEncoder):
     """
 
     def __init__(self, path: str, max_tokens: int = MAX_TOKENS) -> None:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1: got {max_tokens}")
+        check_at_least(1, max_tokens=max_tokens)
         self.path = path
         self.max_tokens = max_tokens
 

@@ -14,11 +14,9 @@ class Prompt:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Return the prompts of a file.
+    """Return the prompts of a text file with one prompt per line, or of a .jsonl file.
 
-    Args:
-        file: a text file with one prompt per line; or a .jsonl file with one JSON object per line and the prompt under
-            "prompt", such as GenEval's evaluation_metadata.jsonl.
+    The latter has one JSON object per line with the prompt under "prompt", such as GenEval's evaluation_metadata.jsonl.
 
     Raises:
         OSError: if the file does not exist or cannot be read.

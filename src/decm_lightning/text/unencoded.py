@@ -9,19 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decm_lightning import conditions
+from decm_lightning.text.cache import EncodedCaptions
 from decm_lightning.text.encoder import CaptionEncoder
-from decm_lightning.types import Captions
+from decm_lightning.types import Captions, Condition
 
 CHUNK = 32
 
 
 @dataclass(frozen=True)
 class UnencodedCaptions:
-    """n captions as text. A data loader only reads their numbers, which `encode` turns into tokens.
-
-    Attributes:
-        texts: the captions.
-    """
+    """n captions as text. A data loader only reads their numbers, which `encode` turns into tokens."""
 
     texts: Sequence[str]
 
@@ -40,6 +37,20 @@ class UnencodedCaptions:
         joined = conditions.join([_padded(part, longest) for part in parts])
         assert isinstance(joined, Captions)
         return joined
+
+
+def encoded(
+    captions: EncodedCaptions | UnencodedCaptions | None,
+    condition: Condition,
+    encoder: CaptionEncoder | None,
+    device: torch.device,
+) -> Condition:
+    """Return a condition with encoded captions: the numbers of `UnencodedCaptions` are replaced by their tokens."""
+    if not (isinstance(captions, UnencodedCaptions) and isinstance(condition, Tensor)):
+        return condition
+    assert encoder is not None
+    encoder.to(device)
+    return captions.encode(condition, encoder)
 
 
 def _padded(captions: Captions, longest: int) -> Captions:

@@ -44,7 +44,7 @@ DAMAGE = {
 def test_damaged_pairs_are_named_with_the_remedy(kind, source):
     folder = read(source).folder
     DAMAGE[kind](folder)
-    with pytest.raises(ValueError, match=rf"the prepared pairs in {folder} are damaged \(.*delete the folder"):
+    with pytest.raises(ValueError, match=rf"the stored images in {folder} are damaged \(.*delete the folder"):
         read(source)
 
 

@@ -194,7 +194,7 @@ BAD = {
     "no VAE": (["--vae", "not/there/at/all"], "VAE not/there/at/all not found, "),
     "encoder": (["--encoder", "Nothing"], "encoder"),
     "device": (["--device", "nothing"], "device 'nothing' is not available"),
-    "no size": (["--size", "0"], "size and max_characters must be at least 1: got 0 and 2000"),
+    "no size": (["--size", "0"], "size must be at least 1: got 0"),
 }
 
 

@@ -2,23 +2,15 @@
 
 import torch
 
-from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
+from decm_lightning.data.resumable import ResumableData
 from decm_lightning.errors import missing_extra
 
 
-class Digits(InMemoryImages):
-    """scikit-learn's digits, (1, 8, 8), scaled from 0..16 to [-1, 1]. All are used for training and as the reference.
-
-    Args:
-        batch_size: images per training batch on each device, at least 1.
-        reference_size: maximum number of reference images; None for all 1,797.
-        num_workers: number of loading processes; 0 is fastest here.
-    """
+class Digits(ResumableData):
+    """scikit-learn's digits, (1, 8, 8), scaled from 0..16 to [-1, 1], for training and as the reference."""
 
     num_classes = 10
-
-    def __init__(self, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0) -> None:
-        super().__init__(batch_size, reference_size, num_workers)
 
     def setup(self, stage: str) -> None:
         """Load the digits.

@@ -1,6 +1,5 @@
 """Data module of a folder of images, as it is: pixels, or latents of a VAE."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,50 +10,15 @@ from torch.utils.data import DataLoader
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.held_out import is_held_out
+from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.images.pixels import PreparedImages, prepare_images
 from decm_lightning.data.images.sources import find_images
 from decm_lightning.data.latents.cached import encode_latents
-from decm_lightning.data.resumable import BatchDataset, ResumableData
+from decm_lightning.data.resumable import ResumableData
+from decm_lightning.errors import check_at_least
+from decm_lightning.files import text_sha256
 from decm_lightning.image_listing import broken, counted
-from decm_lightning.types import Batch, Sample
-
-
-class StoredImages(BatchDataset):
-    """Images in [-1, 1] or latents, with labels, read one batch at a time. Of N images, item N + i is image i mirrored.
-
-    Args:
-        images: (n, c, h, w), pixels in uint8 or latents in float16. Latents are not scaled.
-        labels: (n,).
-        names: name of each image, for messages.
-        rows: indices of the N images that are used.
-        mirrored: the latents of the mirror images, shaped like `images`; None for pixels.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor, mirrored: Tensor | None = None
-    ) -> None:
-        self.images = images
-        self.labels = labels
-        self.names = names
-        self.rows = rows
-        self.mirrored = mirrored
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.rows)
-
-    def __getitems__(self, items: Sequence[int]) -> Batch:
-        """Return the batch of the given items."""
-        index = torch.as_tensor(items)
-        rows, flipped = self.rows[index % len(self)], index >= len(self)
-        stored = self.images[rows]
-        stored[flipped] = stored[flipped].flip(-1) if self.mirrored is None else self.mirrored[rows[flipped]]
-        x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
-        return Batch(x_1, self.labels[rows])
-
-    def place(self, item: int) -> str:
-        """Return the name of an item's image."""
-        return self.names[int(self.rows[item % len(self)])]
+from decm_lightning.types import Batch
 
 
 class ImageFolder(ResumableData):
@@ -90,14 +54,12 @@ class ImageFolder(ResumableData):
         on_error: "raise" to stop at broken images, or "skip" to count them in the log and train on the others.
         num_workers: number of loading processes; 0 is fastest for small images.
 
-    Attributes:
-        class_names: names of the classes, in the order of their numbers.
-
     Raises:
         ValueError: if a number is outside its range.
     """
 
-    train: StoredImages
+    train: LabelledImages
+    reference: LabelledImages
     class_names: tuple[str, ...]
 
     def __init__(
@@ -118,16 +80,14 @@ class ImageFolder(ResumableData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
-        if size < 1:
-            raise ValueError(f"size must be at least 1: got {size}")
+        check_at_least(1, size=size)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1): got {val_fraction}")
-        self.folder = folder
+        self.folder = self.data_name = folder
         self.size = size
         self.channels = channels
         self.variants = 2 if flip else 1
         self.vae = vae
-        self.coder: LatentCoder | None = None
         self.val_fraction = val_fraction
         self.image_column = image_column
         self.label_column = label_column
@@ -157,27 +117,12 @@ class ImageFolder(ResumableData):
         held = is_held_out([stored.hashes[row] for row in order], self.val_fraction)
         rows = torch.tensor(order)
         reference = rows[held] if self.val_fraction else rows
-        self.train = StoredImages(images, stored.labels, stored.names, rows[~held], mirrored)
-        self.reference = StoredImages(images, stored.labels, stored.names, reference[: self.reference_size])
+        labels = stored.labels.tolist()
+        hash = text_sha256(" ".join(f"{stored.hashes[row]} {labels[row]}" for row in order))[:16]
+        self.train = LabelledImages(images, stored.labels, stored.names, rows[~held], mirrored, hash)
+        self.reference = LabelledImages(images, stored.labels, stored.names, reference)
 
-    def decode(self, x: Sample) -> Sample:
-        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
-        return x if self.coder is None else self.coder.decode(x)
-
-    def data_name(self) -> str:
-        """Return the folder."""
-        return self.folder
-
-    def identity(self) -> dict[str, str]:
-        """Return the identity of the VAE, if there is one."""
-        return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
-
-    def release(self) -> None:
-        """Move the VAE off the accelerator, because only evaluation uses it."""
-        if self.coder is not None:
-            self.coder.autoencoder.to("cpu")
-
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the reference images, in order.
 
         Raises:
@@ -186,7 +131,7 @@ class ImageFolder(ResumableData):
         if not len(self.reference):
             count = len(self.train)
             raise ValueError(f"no image is held out: increase val_fraction, which is {self.val_fraction} of {count}")
-        return self.evenly(self.reference)
+        return super().val_dataloader()
 
     def _load(self, is_first: bool = False) -> PreparedImages:
         if self.vae is not None:

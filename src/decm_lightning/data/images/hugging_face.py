@@ -14,13 +14,8 @@ def read_data_set(
 ) -> ImageSource:
     """Return the images of a data set. Classes are the names of a ClassLabel, numbers, or sorted texts.
 
-    Args:
-        name: the folder, or the name on the hub.
-        is_saved: whether `save_to_disk` wrote the folder.
-        tables: the parquet files of the folder, if there are any.
-        image_column: column of the images: encoded bytes, {"bytes", "path"}, or file names.
-        label_column: column of the classes; None for a single class.
-        split: the split.
+    `tables` are the parquet files of the folder, if there are any. Images are encoded bytes, {"bytes", "path"}, or file
+    names. Without a label column, there is a single class.
 
     Raises:
         FileNotFoundError: if the data set does not exist, or the hub cannot be reached.

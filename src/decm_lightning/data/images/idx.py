@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decm_lightning.data.images.in_memory import InMemoryImages, LabelledImages
+from decm_lightning.data.images.labelled_images import LabelledImages
+from decm_lightning.data.resumable import ResumableData
 from decm_lightning.files import describe_unreadable
 
 UNSIGNED_BYTE = 0x08
 GZIP = b"\x1f\x8b"
 
 
-class IDXImages(InMemoryImages):
+class IDXImages(ResumableData):
     """Gray images with labels from `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files.
 
     Images are (1, h, w), scaled from 0..255 to [-1, 1]. The `train` files are used for training only, the `t10k` files
@@ -38,6 +39,7 @@ class IDXImages(InMemoryImages):
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
         self.folder = Path(folder)
+        self.data_name = folder
 
     def setup(self, stage: str) -> None:
         """Load the training and reference images.
@@ -50,10 +52,6 @@ class IDXImages(InMemoryImages):
             raise FileNotFoundError(f"no folder {self.folder}: set --data.folder to the folder of the four IDX files")
         self.train = self._load("train")
         self.reference = self._load("t10k")
-
-    def data_name(self) -> str:
-        """Return the folder."""
-        return str(self.folder)
 
     def _load(self, part: str) -> LabelledImages:
         images = read_idx(self._find(f"{part}-images-idx3-ubyte"))

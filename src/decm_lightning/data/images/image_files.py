@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.data.images.class_tars import class_images
+from decm_lightning.errors import check_at_least
 from decm_lightning.image_listing import Listing, counted, is_hidden, list_files, printable
 from decm_lightning.image_reader import Location, read_image, suffixes
 
@@ -22,14 +23,10 @@ OnError = Literal["raise", "skip"]
 
 
 class ImageFile(NamedTuple):
-    """One image and its class.
+    """One image, its class number and where its bytes are stored, in a tar or ("") in a class folder.
 
-    Args:
-        name: name that is unique in its source, with escapes for unprintable characters. Error messages use it, and the
-            noise of the latent depends on it.
-        label: class number, at least 0.
-        place: where its bytes are stored.
-        tar: name of its tar; "" for an image in a class folder.
+    The name is unique in the source, with escapes for unprintable characters. Error messages use it, and the noise of
+    the latent depends on it.
     """
 
     name: str
@@ -71,8 +68,7 @@ class ImageFiles:
     """
 
     def __init__(self, source: str, num_classes: int | None = None, on_error: OnError = "raise") -> None:
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1: got {num_classes}")
+        check_at_least(1, num_classes=num_classes)
         self.source = source
         self.on_error = on_error
         self.left_out: Counter[str] = Counter()

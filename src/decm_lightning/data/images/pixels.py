@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,33 +16,22 @@ from tqdm.auto import tqdm
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.images.image_files import center_crop
 from decm_lightning.data.images.sources import ImageSource
-from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
+from decm_lightning.data.stored_pixels import StoredPixels, content_of, map_pixels, written
+from decm_lightning.files import text_sha256
 from decm_lightning.image_reader import in_threads, read_image
 
 VERSION = 1
 """Increase this when the same images would give other pixels or errors."""
-PIXELS, INDEX = "pixels.bin", "index.json"
+INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class PreparedImages:
-    """All good images of a source in its order, and the errors of the others.
+class PreparedImages(StoredPixels):
+    """All good images of a source with label and SHA-256 of each file, and the errors of the others by name."""
 
-    Attributes:
-        images: (n, c, size, size), memory-mapped. The pixels of small sets therefore stay in memory.
-        labels: (n,).
-        hashes: SHA-256 of the content of each file.
-        names: name of each image.
-        errors: errors by name.
-        folder: folder of the stored files.
-    """
-
-    images: UInt8[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     hashes: list[str]
-    names: list[str]
     errors: dict[str, str]
-    folder: Path
 
 
 class _Read(NamedTuple):
@@ -58,11 +44,8 @@ class _Read(NamedTuple):
 def prepare_images(source: ImageSource, cache: Path, size: int, channels: int | None) -> PreparedImages:
     """Read and crop the images of a source, and store them in `cache`. Later calls return the stored images.
 
-    Args:
-        source: the images.
-        cache: folder of all stored images, created if it is missing.
-        size: the shorter side is resized to this number of pixels, and the center is cropped.
-        channels: 1 for gray, 3 for RGB; None for the channels of the images, which must then be equal.
+    The shorter side is resized to `size`, and the center is cropped. Without `channels`, all images must be gray, or
+    all in color.
 
     Raises:
         ValueError: if channels is None and some images are gray and others are not, or the stored files are damaged.
@@ -79,35 +62,22 @@ def prepare_images(source: ImageSource, cache: Path, size: int, channels: int | 
 
 
 def _write(folder: Path, source: ImageSource, size: int, channels: int | None) -> None:
-    # A process that is killed must not leave a folder that looks complete.
-    partial_folder = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
     good: list[tuple[str, int, str]] = []
     errors: dict[str, str] = {}
     shape: tuple[int, ...] = ()
-    try:
-        with atomic(partial_folder / PIXELS) as file, file.open("wb") as content:
-            for number, image in enumerate(_images(source, size, channels)):
-                if isinstance(image, str):
-                    errors[source.names[number]] = image
-                    continue
-                shape = shape or image.pixels.shape
-                if image.pixels.shape != shape:
-                    raise _mixed(good[0][0], source.names[number], shape[0] == 1)
-                content.write(image.pixels.tobytes())
-                good.append((source.names[number], source.labels[number], image.hash))
-        names, labels, hashes = map(list, zip(*good, strict=True)) if good else ([], [], [])
-        index = {"names": names, "labels": labels, "hashes": hashes, "errors": errors, "shape": list(shape)}
-        write_json(partial_folder / INDEX, index)
-        partial_folder.rename(folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
-def _images(source: ImageSource, size: int, channels: int | None) -> Iterator[_Read | str]:
     read = in_threads(partial(_read, source, size, channels), range(len(source.names)))
-    return tqdm(read, "reading images", len(source.names), unit="image")
+    with written(folder) as (pixels, files):
+        for number, image in enumerate(tqdm(read, "reading images", len(source.names), unit="image")):
+            if isinstance(image, str):
+                errors[source.names[number]] = image
+                continue
+            shape = shape or image.pixels.shape
+            if image.pixels.shape != shape:
+                raise _mixed(good[0][0], source.names[number], shape[0] == 1)
+            pixels.write(image.pixels.tobytes())
+            good.append((source.names[number], source.labels[number], image.hash))
+        names, labels, hashes = map(list, zip(*good, strict=True)) if good else ([], [], [])
+        files[INDEX] = {"names": names, "labels": labels, "hashes": hashes, "errors": errors, "shape": list(shape)}
 
 
 def _read(source: ImageSource, size: int, channels: int | None, number: int) -> _Read | str:
@@ -134,19 +104,7 @@ def _mixed(first: str, other: str, first_is_gray: bool) -> ValueError:
 
 
 def _load(folder: Path) -> PreparedImages:
-    remedy = "delete the folder, and run again"
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    with content_of(folder / INDEX) as index:
         names, labels, hashes, errors, shape = (index[k] for k in ("names", "labels", "hashes", "errors", "shape"))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"the stored images in {folder} are damaged ({INDEX}: {error!r}): {remedy}") from error
-    file, count = folder / PIXELS, len(names) * math.prod(shape)
-    if (found := file.stat().st_size if file.is_file() else 0) != count:
-        raise ValueError(
-            f"the stored images in {folder} are damaged ({PIXELS} has {found} bytes, expected {count}): {remedy}"
-        )
-    # An empty file cannot be mapped.
-    mapped = torch.from_file(str(file), size=count, dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)
-    return PreparedImages(
-        mapped.view(len(names), *shape), torch.tensor(labels, dtype=torch.long), hashes, names, errors, folder
-    )
+    images = map_pixels(folder, len(names), *shape)
+    return PreparedImages(images, names, folder, torch.tensor(labels, dtype=torch.long), hashes, errors)

@@ -45,13 +45,8 @@ def find_images(
 ) -> ImageSource:
     """Find the images of a source.
 
-    Args:
-        folder: a folder or tars, see `ImageFiles`; a folder written by `save_to_disk`; a parquet file or a folder of
-            them; or the name of a data set on the Hugging Face hub.
-        on_error: "raise", or "skip" to leave out damaged members of tars.
-        image_column: column of the images in a data set.
-        label_column: column of the classes in a data set; None for a single class.
-        split: split of a data set.
+    The source is a folder or tars, see `ImageFiles`; a folder written by `save_to_disk`; a parquet file or a folder of
+    them; or the name of a data set on the Hugging Face hub. For the other arguments see `ImageFolder`.
 
     Raises:
         FileNotFoundError: if the source does not exist or has no image.

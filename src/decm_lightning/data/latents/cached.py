@@ -2,60 +2,30 @@
 
 import os
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.caches import make_once
+from decm_lightning.data.stored_pixels import StoredPixels
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.files import PARTIAL, text_sha256
 
 BATCH = 64
 
 
-class StoredPixels(Protocol):
-    """Images that are stored in a folder.
-
-    Attributes:
-        images: (n, c, h, w).
-        names: name of each image, for messages.
-        folder: the folder.
-    """
-
-    @property
-    def images(self) -> UInt8[Tensor, "n c h w"]:
-        """The pixels."""
-
-    @property
-    def names(self) -> list[str]:
-        """The names."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder."""
-
-
 def encode_latents(
     stored: StoredPixels, coder: LatentCoder, device: torch.device, mirrored: bool = False
 ) -> Float[Tensor, "n c h w"]:
-    """Encode the latents of all images in float16 and store them. Later calls return the stored latents.
+    """Encode the latents of all images, or of their mirror images, once. Later calls return the stored latents.
 
-    The names of the file and of its partial file contain a hash of the VAE's weights and scaling. An interrupted run
-    resumes with the next batch, and another VAE starts a new file. A second process that encodes the same latents waits
-    for the first.
-
-    Args:
-        stored: the images.
-        coder: the VAE.
-        device: device that encodes.
-        mirrored: encode the mirror images, into another file.
-
-    Returns:
-        (n, c, h, w), memory-mapped.
+    The latents are in float16 and memory-mapped. The names of the file and of its partial file contain a hash of the
+    VAE's weights and scaling. An interrupted run resumes with the next batch, and another VAE starts a new file. A
+    second process that encodes the same latents waits for the first.
 
     Raises:
         NonFiniteError: if a latent is NaN, infinite or outside the range of float16. The message names the image.

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from decm_lightning.autoencoders.normalization import Moments
 from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.data.latents.manifest import Manifest, Shard
 from decm_lightning.data.latents.shards import KEYS
-from decm_lightning.errors import NonFiniteError
+from decm_lightning.errors import NonFiniteError, check_at_least
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_modes
 from decm_lightning.seeds import generator_of
@@ -27,15 +27,9 @@ Posterior = Literal["sample", "mode"]
 
 
 class ShardBatch(NamedTuple):
-    """Consecutive images of one shard.
+    """Consecutive images of the shard with this number in the plan; the shard ends with the last one.
 
-    Attributes:
-        shard: number of the shard in the plan.
-        is_last: whether the shard ends with this batch.
-        names: names of the b images that could be read.
-        pixels: (b, 3, h, w).
-        labels: (b,).
-        errors: errors of the other images, by name.
+    `names`, `pixels` and `labels` are those of the images that could be read, `errors` has those of the others by name.
     """
 
     shard: int
@@ -46,23 +40,10 @@ class ShardBatch(NamedTuple):
     errors: dict[str, str]
 
 
-class Encoded(NamedTuple):
-    """The latents of images and of their mirror images, (b, c, h, w) each."""
-
-    latents: Float[Tensor, "b c h w"]
-    mirrored: Float[Tensor, "b c h w"]
-
-
 class ShardBatches(Dataset[ShardBatch]):
-    """The images of some shards. Each item is a batch.
+    """The images of some shards, by the shards' numbers, cropped to size x size. Each item is a batch.
 
     Each shard starts a new batch, so its batches are the same whichever process encodes it.
-
-    Args:
-        images: the images of all shards.
-        size: height and width to crop to.
-        shards: the shards to encode, by their numbers.
-        batch_size: images per batch. The last batch of a shard may be smaller.
     """
 
     def __init__(self, images: ImageFiles, size: int, shards: dict[int, Shard], batch_size: int) -> None:
@@ -97,12 +78,7 @@ class ShardBatches(Dataset[ShardBatch]):
 
 @dataclass
 class Plan:
-    """The shards of an encoding.
-
-    Attributes:
-        shards: all shards.
-        pending: numbers of the shards that must be encoded.
-    """
+    """All shards of an encoding, and the numbers of those that must be encoded."""
 
     shards: list[Shard]
     pending: list[int]
@@ -114,14 +90,6 @@ class EncodingData(L.LightningDataModule):
     Only the first process compares the images with the folder. It also checks the headers of all images to encode,
     before it changes the folder.
 
-    Args:
-        images: the images to encode.
-        manifest: the output folder.
-        size: images are cropped to size x size pixels.
-        batch_size: images per batch, at least 1. The last batch of a shard may be smaller.
-        num_workers: number of loading processes for each device.
-        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
-
     Raises:
         ValueError: if batch_size is below 1.
     """
@@ -130,8 +98,7 @@ class EncodingData(L.LightningDataModule):
         self, images: ImageFiles, manifest: Manifest, size: int, batch_size: int, num_workers: int, on_error: OnError
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         self.images = images
         self.manifest = manifest
         self.size = size
@@ -197,42 +164,57 @@ class EncodingData(L.LightningDataModule):
 
 
 class Encoding(L.LightningModule):
-    """The LightningModule for Trainer.predict. It encodes images and their mirror images.
+    """The LightningModule for Trainer.predict. It encodes images and their mirror images, and writes whole shards.
 
     Args:
         autoencoder: the VAE that encodes the images.
+        data: the images, the output folder, and whether to stop at a broken image.
         posterior: "sample" for mean + std * noise, as in LightningDiT, or "mode" for the mean.
         seed: seed of the noise. The noise depends only on the seed and the name of the image, so the latents do not
             depend on the number of devices, on interruptions or on the other images. Noise is sampled on the CPU,
             because generators differ between devices.
-        on_error: "raise" to stop at a broken image, or "skip" to leave it out.
     """
 
     def __init__(
-        self, autoencoder: Autoencoder, posterior: Posterior = "sample", seed: int = 0, on_error: OnError = "raise"
+        self, autoencoder: Autoencoder, data: EncodingData, posterior: Posterior = "sample", seed: int = 0
     ) -> None:
         super().__init__()
         # A process without a shard has an empty loader.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.autoencoder = autoencoder
+        self.data = data
         self.posterior = posterior
         self.seed = seed
-        self.on_error = on_error
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.skipped: dict[str, str] = {}
 
-    def predict_step(self, batch: ShardBatch, batch_idx: int) -> Encoded:
-        """Return the latents of a batch and of its mirror images.
+    def setup(self, stage: str) -> None:
+        """Stop the encoding on SIGTERM. The same command resumes it."""
+        end_at_sigterm(self.trainer)
+
+    def predict_step(self, batch: ShardBatch, batch_idx: int) -> Float[Tensor, "b2 c h w"]:
+        """Return the latents of a batch and of its mirror images. The last batch of a shard writes the shard.
 
         Raises:
             ValueError: if an image is broken and on_error is "raise".
             NonFiniteError: if a latent is NaN or infinite.
         """
-        if batch.errors and self.on_error == "raise":
+        if batch.errors and self.data.on_error == "raise":
             remedy = "replace it, or leave it out with --on_error skip, and run again: finished shards are reused"
             raise ValueError(f"{broken(batch.errors)}; {remedy}")
+        encoded = self._encoded(batch)
+        # Convolutions may return tensors in channels-last order.
+        latents, mirrored = encoded.cpu().contiguous().chunk(2) if len(encoded) else (encoded, encoded)
+        self.parts.append((latents, mirrored, batch.labels.cpu()))
+        self.skipped |= batch.errors
+        if batch.is_last:
+            self._write(batch.shard)
+        return encoded
+
+    def _encoded(self, batch: ShardBatch) -> Float[Tensor, "b2 c h w"]:
         size = batch.pixels.shape[-1]
         if not batch.names:
-            empty = torch.empty(0, *self.autoencoder.latent_shape(size))
-            return Encoded(empty, empty)
+            return torch.empty(0, *self.autoencoder.latent_shape(size))
         images = batch.pixels.float() / 127.5 - 1
         both = torch.cat([images, images.flip(-1)])
         encoded = self.autoencoder.encode(both, self._noise(batch.names, size))
@@ -240,7 +222,16 @@ class Encoding(L.LightningModule):
         if bad.any():
             name = batch.names[int(bad.nonzero()[0]) % len(images)]
             raise NonFiniteError(f"the latent of {name} is NaN or infinite: check the VAE and its precision")
-        return Encoded(*encoded.chunk(2))
+        return encoded
+
+    def _write(self, number: int) -> None:
+        tensors = {key: torch.cat(parts) for key, parts in zip(KEYS, zip(*self.parts, strict=True), strict=True)}
+        moments = Moments(self.autoencoder.latent_channels)
+        for key in KEYS[:2]:
+            if len(tensors[key]):
+                moments.add(tensors[key].double())
+        self.data.manifest.write(self.data.plan.shards[number], tensors, moments, self.skipped)
+        self.parts, self.skipped = [], {}
 
     def _noise(self, names: Sequence[str], size: int) -> Float[Tensor, "b2 c h w"] | None:
         if self.posterior == "mode":
@@ -248,48 +239,6 @@ class Encoding(L.LightningModule):
         shape = self.autoencoder.latent_shape(size)
         noise = [torch.randn(2, *shape, generator=_generator(self.seed, name)) for name in names]
         return torch.cat(list(torch.stack(noise, 1))).to(self.device)
-
-
-class ShardWriter(L.Callback):
-    """Write each shard as soon as its last batch is encoded.
-
-    Args:
-        manifest: the output folder.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self.parts: list[tuple[Tensor, ...]] = []
-        self.skipped: dict[str, str] = {}
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop the encoding on SIGTERM. The same command resumes it."""
-        end_at_sigterm(trainer)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Any,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: ShardBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Store the batch, and write the shard if it is complete."""
-        self.parts.append((outputs.latents.cpu(), outputs.mirrored.cpu(), batch.labels.cpu()))
-        self.skipped |= batch.errors
-        if not batch.is_last:
-            return
-        columns = zip(KEYS, zip(*self.parts, strict=True), strict=True)
-        # Convolutions may return tensors in channels-last order.
-        tensors = {key: torch.cat(parts).contiguous() for key, parts in columns}
-        moments = Moments(outputs.latents.shape[1])
-        if len(tensors[KEYS[0]]):
-            for key in KEYS[:2]:
-                moments.add(tensors[key].double())
-        shard = trainer.datamodule.plan.shards[batch.shard]
-        self.manifest.write(shard, tensors, moments, self.skipped)
-        self.parts, self.skipped = [], {}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

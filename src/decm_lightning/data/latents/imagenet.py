@@ -10,10 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.autoencoders.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
-from decm_lightning.data.latents.latent_coder import read_coder
-from decm_lightning.data.latents.provenance import RECORD, Provenance
+from decm_lightning.data.latents.provenance import RECORD, Provenance, read_coder
 from decm_lightning.data.latents.shards import BLOCK, Shards, describe_skipped
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.files import tensors_sha256, text_sha256
@@ -149,12 +147,11 @@ class ImageNetLatents(ResumableData):
         reference_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
-        self.folder = folder
+        self.folder = self.data_name = folder
         self.num_classes = num_classes
         self.latent_norm = latent_norm
         self.latent_multiplier = latent_multiplier
         self.vae = vae
-        self.coder: LatentCoder | None = None
         self.variants = 2 if flip else 1
 
     def setup(self, stage: str) -> None:
@@ -179,26 +176,13 @@ class ImageNetLatents(ResumableData):
         """
         if self.coder is None:
             raise ValueError("latents need a decoder: set --data.init_args.vae to the VAE that encoded them")
-        return self.coder.decode(x)
-
-    def identity(self) -> dict[str, str]:
-        """Return the identity of the VAE, if it is loaded."""
-        return {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
-
-    def data_name(self) -> str:
-        """Return the folder."""
-        return self.folder
+        return super().decode(x)
 
     def record(self) -> Record:
         """Return the record of a network. Without a VAE, cache.json may tell which one encoded the latents."""
         own, provenance = super().record(), self.train.provenance
         unloaded = None if provenance is None else Reference("", provenance.vae)
         return replace(own, vae=own.vae or unloaded, latents=self.train.normalization.as_json())
-
-    def release(self) -> None:
-        """Move the VAE off the accelerator, because only evaluation uses it."""
-        if self.coder is not None:
-            self.coder.autoencoder.to("cpu")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return a loader of reference latents in order, normalized as in training. Without a VAE the list is empty."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decm_lightning.autoencoders.normalization import STATISTICS, Moments
 from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
+from decm_lightning.errors import check_at_least
 from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed
 
@@ -32,16 +33,8 @@ Order = tuple[str, ...]
 class EncodingSettings:
     """All settings that determine the latents of an image. A folder can only be resumed with the same settings.
 
-    Args:
-        vae: identity of the VAE.
-        size: height and width of the images in pixels.
-        posterior: "sample" or "mode".
-        seed: seed of the posterior's noise, in [0, 2^63).
-        num_classes: labels are below it.
-        shard_size: images per shard, at least 1. The last shard may be smaller.
-
     Raises:
-        ValueError: if seed or shard_size is out of range.
+        ValueError: if seed is outside [0, 2^63), or shard_size below 1.
     """
 
     vae: str
@@ -53,19 +46,12 @@ class EncodingSettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size must be at least 1: got {self.shard_size}")
+        check_at_least(1, shard_size=self.shard_size)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The images of one file.
-
-    Attributes:
-        name: name of the file.
-        images: range of the images in their order, not empty.
-        images_sha256: SHA-256 of the names, labels, sizes and times of the images.
-    """
+    """The images of one file: a range of the images in their order, not empty, and the SHA-256 of their identities."""
 
     name: str
     images: range
@@ -101,10 +87,6 @@ class ShardRecord:
             return None
         return record if all(isinstance(text, str) for text in texts) and isinstance(record.num_images, int) else None
 
-    def write(self, file: Path) -> None:
-        """Write the record."""
-        write_json(file, asdict(self))
-
 
 class Manifest:
     """The shards of a folder. Each holds consecutive images and is written atomically.
@@ -113,10 +95,6 @@ class Manifest:
     which is written before the shard. A shard is up to date if the names, labels, sizes and times of its images and the
     checksum of its file match the record. Other shards, such as damaged ones, are encoded again. Because the first
     images are stored, adding or removing an image changes only one shard.
-
-    Args:
-        folder: output folder, created if it is missing.
-        settings: the settings that determine the latents.
     """
 
     def __init__(self, folder: str | Path, settings: EncodingSettings) -> None:
@@ -145,11 +123,7 @@ class Manifest:
         self._lock.release()
 
     def plan(self, order: Sequence[Order], identities: Sequence[str]) -> list[Shard]:
-        """Assign all images to shards.
-
-        Args:
-            order: sort key of each image, ascending.
-            identities: identity of each image, which changes when the image is replaced.
+        """Assign all images to shards, given their ascending sort keys and identities, which change with the images.
 
         Raises:
             ValueError: if the folder was started with other settings, or holds shards from another source.
@@ -180,12 +154,7 @@ class Manifest:
         (self.folder / RECORD).unlink(missing_ok=True)
 
     def is_up_to_date(self, shard: Shard, allow_skipped: bool = False) -> bool:
-        """Return whether a shard is complete and matches its images.
-
-        Args:
-            shard: a shard of the plan.
-            allow_skipped: whether the shard may lack images that could not be read.
-        """
+        """Return whether a shard is complete and matches its images; it may lack broken images if they are allowed."""
         record, file = ShardRecord.read(self._record(shard.name)), self.folder / shard.name
         if record is None or record.images_sha256 != shard.images_sha256 or (record.skipped and not allow_skipped):
             return False
@@ -202,11 +171,11 @@ class Manifest:
         content = ShardRecord("", shard.images_sha256, rows, moments.as_json(), dict(skipped or {}))
         if not rows:
             file.unlink(missing_ok=True)
-            content.write(record)
+            write_json(record, asdict(content))
             return
         with atomic(file) as part:
             save_file(tensors, part)
-            replace(content, checksum=file_sha256(part)).write(record)
+            write_json(record, asdict(replace(content, checksum=file_sha256(part))))
 
     def finish(self, shape: Sequence[int], shards: Sequence[Shard]) -> tuple[Provenance, dict[str, str]]:
         """Write latents_stats.pt and cache.json from the records of all shards, and remove obsolete files.

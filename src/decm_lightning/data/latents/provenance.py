@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from decm_lightning.autoencoders import LatentCoder, LatentNormalization, load_autoencoder
 from decm_lightning.data.latents.shards import Shards
 from decm_lightning.files import describe_unreadable, file_sha256, write_json
 
@@ -112,12 +113,7 @@ class Provenance:
             raise ValueError(f"{file} has changed since {RECORD} was written: its SHA-256 is {found}, not {recorded}")
 
     def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
-        """Refuse a VAE that did not encode the images.
-
-        Args:
-            folder: folder of the latents.
-            vae: name of the VAE for the message.
-            identity: `Autoencoder.identity` of the VAE.
+        """Refuse a VAE, with this name and identity, that did not encode the images of a folder.
 
         Raises:
             ValueError: if the record has another VAE. The message names both.
@@ -127,6 +123,29 @@ class Provenance:
                 f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use "
                 "the VAE that encoded them"
             )
+
+
+def read_coder(vae: str, folder: str | Path, normalization: LatentNormalization | None = None) -> LatentCoder:
+    """Load the coder for a folder of latents.
+
+    Args:
+        vae: the VAE; see `load_autoencoder`.
+        folder: folder of the latents, with cache.json and latents_stats.pt.
+        normalization: normalization used in training; None for the one in cache.json, or else (z - mean) / std.
+
+    Raises:
+        FileNotFoundError: if the VAE or latents_stats.pt does not exist.
+        ValueError: if cache.json names another VAE, or the latents have another number of channels.
+    """
+    autoencoder, provenance = load_autoencoder(vae), Provenance.read(folder)
+    if provenance is not None:
+        provenance.check_vae(folder, vae, autoencoder.identity)
+    if normalization is None:
+        options = provenance.scaling if provenance else {"latent_norm": True, "latent_multiplier": 1.0}
+        normalization = LatentNormalization.read(
+            folder, autoencoder.latent_channels, bool(options["latent_norm"]), options["latent_multiplier"]
+        )
+    return LatentCoder(autoencoder, normalization)
 
 
 def _is_count(value: object) -> bool:

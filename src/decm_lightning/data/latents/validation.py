@@ -19,11 +19,7 @@ NAMED = 10
 
 
 class ErrorReport:
-    """The errors of a folder, each reported immediately in one line and counted by kind.
-
-    Args:
-        report: receives each line.
-    """
+    """The errors of a folder, each reported immediately in one line and counted by kind."""
 
     def __init__(self, report: Callable[[str], object]) -> None:
         self.report = report
@@ -59,13 +55,6 @@ class FolderCheck:
     `shards` contains the usable files. `provenance` and `normalization` are None if they are missing or unusable.
     `read` computes the statistics of the finite rows, normalized if possible: `moments`, and `minimum` and `maximum` of
     each channel (c,). `example` is the first finite row (1, c, h, w).
-
-    Args:
-        folder: the folder.
-        num_classes: labels must be below it; None for the value in cache.json.
-        latent_norm: see `Latents`.
-        latent_multiplier: see `Latents`.
-        errors: receives all errors.
 
     Raises:
         FileNotFoundError: if the folder does not exist or has no shard.

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -11,15 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair, stamp_of
 from decm_lightning.data.pairs.sources import find_pairs
-from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
+from decm_lightning.data.stored_pixels import StoredPixels, content_of, map_pixels, written
+from decm_lightning.files import text_sha256
 from decm_lightning.image_reader import pixels_of
 
 # Unicode categories of invisible characters: control and zero-width characters, and spaces.
@@ -27,30 +25,17 @@ BLANK = {"Cc", "Cf", "Zs"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 VERSION = 2
 """Increase this when the same files would give other pixels, captions or errors."""
-STAMPS = "stamps.json"
-"""File with the names, sizes and times of the image files that the source names."""
-Pixels = UInt8[Tensor, "n c h w"]
+INDEX, STAMPS = "pairs.json", "stamps.json"
+"""The captions, names and errors; and the names, sizes and times of the image files that the source names."""
 
 
 @dataclass(frozen=True)
-class PreparedPairs:
-    """All good pairs of a source in its order, and the errors of the others.
+class PreparedPairs(StoredPixels):
+    """All good pairs of a source in its order, the errors of the others, and the number of unread files by kind."""
 
-    Attributes:
-        images: (n, 3, size, size), memory-mapped.
-        captions: one caption for each image.
-        names: unique name of each image.
-        errors: errors of the pairs that were left out.
-        unread: number of files of the source that are not read, by kind.
-        folder: folder of the stored files.
-    """
-
-    images: Pixels
     captions: list[str]
-    names: list[str]
     errors: list[DataError]
     unread: Counter[str]
-    folder: Path
 
 
 def prepare(
@@ -60,15 +45,8 @@ def prepare(
 
     Pairs are read again if the name, size or time of a file of the source changes, or of an image file that it names.
     Links are followed. A pixel takes three bytes, so 100,000 images of 256 x 256 take 20 GB. A second process that
-    prepares the same pairs waits for the first. Partial folders of killed processes are removed.
-
-    Args:
-        source: a file, a folder, a pattern or a name; see `find_pairs`.
-        cache: folder of the stored pairs, created if it is missing.
-        size: images are center-cropped to a square and resized to this number of pixels.
-        column: name of the caption in JSON files and tables; None for caption, text or prompt.
-        max_characters: longer captions are errors.
-        split: split of a data set; see `find_pairs`.
+    prepares the same pairs waits for the first. Partial folders of killed processes are removed. For source, column and
+    split see `find_pairs` and `pair_of`.
 
     Raises:
         FileNotFoundError: if the source does not exist.
@@ -87,37 +65,26 @@ def prepare(
 
 
 def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_characters: int) -> None:
-    # A process that is killed must not leave a folder that looks complete.
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     captions: list[str] = []
     names: list[str] = []
     errors: list[dict[str, Any]] = []
     stamps: list[tuple[str, int, int]] = []
-    try:
-        with atomic(partial / "pixels.bin") as file, file.open("wb") as pixels:
-            for pair in tqdm(pairs, "reading pairs", unit="pair"):
-                if pair.stamp:
-                    stamps.append(astuple(pair.stamp))
-                if isinstance(pair, DataError):
-                    errors.append(asdict(pair))
-                    continue
-                try:
-                    image, caption = _checked(pair, size, max_characters)
-                except ValueError as error:
-                    errors.append(asdict(DataError(pair.place, str(error))))
-                    continue
-                pixels.write(image.contiguous().numpy().tobytes())
-                captions.append(caption)
-                names.append(pair.name)
-        write_json(partial / "pairs.json", {"captions": captions, "names": names, "errors": errors})
-        write_json(partial / STAMPS, stamps)
-        # A former folder exists if an image has changed.
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written(folder) as (pixels, files):
+        for pair in tqdm(pairs, "reading pairs", unit="pair"):
+            if pair.stamp:
+                stamps.append(astuple(pair.stamp))
+            if isinstance(pair, DataError):
+                errors.append(asdict(pair))
+                continue
+            try:
+                image, caption = _checked(pair, size, max_characters)
+            except ValueError as error:
+                errors.append(asdict(DataError(pair.place, str(error))))
+                continue
+            pixels.write(image.contiguous().numpy().tobytes())
+            captions.append(caption)
+            names.append(pair.name)
+        files |= {INDEX: {"captions": captions, "names": names, "errors": errors}, STAMPS: stamps}
 
 
 def _checked(pair: Pair, size: int, max_characters: int) -> tuple[Tensor, str]:
@@ -139,38 +106,16 @@ def _checked(pair: Pair, size: int, max_characters: int) -> tuple[Tensor, str]:
 
 def _is_current(folder: Path) -> bool:
     """Return whether all image files that the source names are unchanged."""
-    try:
-        stamps = [FileStamp(*stamp) for stamp in _read(folder / STAMPS)]
-    except TypeError as error:
-        raise _damaged(folder, f"{STAMPS}: {error}") from error
+    with content_of(folder / STAMPS) as content:
+        stamps = [FileStamp(*stamp) for stamp in content]
     return all(stamp == stamp_of(stamp.name) for stamp in stamps)
 
 
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise _damaged(file.parent, f"{file.name}: {error}") from error
-
-
-def _damaged(folder: Path, reason: object) -> ValueError:
-    return ValueError(f"the prepared pairs in {folder} are damaged ({reason}): delete the folder, and run again")
-
-
 def _load(folder: Path, size: int, unread: Counter[str]) -> PreparedPairs:
-    record = _read(folder / "pairs.json")
-    try:
-        captions, names = record["captions"], record["names"]
-        errors = [DataError(**error | {"stamp": None}) for error in record["errors"]]
+    with content_of(folder / INDEX) as index:
+        captions, names = index["captions"], index["names"]
+        errors = [DataError(**error | {"stamp": None}) for error in index["errors"]]
         assert len(captions) == len(names)
         assert all(isinstance(text, str) for text in chain(captions, names))
-    except (AssertionError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"pairs.json: {error!r}") from error
-    file, count = folder / "pixels.bin", 3 * len(captions) * size**2
-    found = file.stat().st_size if file.is_file() else 0
-    if found != count:
-        raise _damaged(folder, f"pixels.bin has {found} bytes, expected {count}")
-    # An empty file cannot be mapped.
-    mapped = torch.from_file(str(file), size=count, dtype=torch.uint8) if count else torch.empty(0)
-    images = mapped.view(len(captions), 3, size, size).to(torch.uint8)
-    return PreparedPairs(images, captions, names, errors, unread, folder)
+    images = map_pixels(folder, len(captions), 3, size, size)
+    return PreparedPairs(images, names, folder, captions, errors, unread)

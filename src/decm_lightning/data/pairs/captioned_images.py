@@ -1,7 +1,6 @@
 """Base classes of data modules with captioned images, some of which are held out."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float16, UInt8
@@ -11,7 +10,6 @@ from torch.utils.data import DataLoader
 from decm_lightning.data.held_out import is_held_out
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.files import text_sha256
-from decm_lightning.networks.record import Record, Reference
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, UnencodedCaptions
 from decm_lightning.types import Batch, Condition
 
@@ -21,23 +19,25 @@ Stored = UInt8[Tensor, "n c h w"] | Float16[Tensor, "n c h w"]
 class Pairs(BatchDataset):
     """Images in [-1, 1] or latents, with captions, read one batch at a time.
 
-    Of N images, item N k + i is image i with its caption k.
-
-    Args:
-        images: (n, c, h, w), pixels in uint8 or latents in float16. Latents are not scaled.
-        captions: n * variants captions, grouped by image. A batch holds the numbers of captions that are not encoded.
-        rows: indices of the N images that are used.
-        variants: number of captions per image.
+    Of N images, item N k + i is image i with its caption k. `images` (n, c, h, w) are pixels in uint8, or latents in
+    float16, which are not scaled. `rows` are the indices of the N images that are used. The n * variants captions are
+    grouped by image. A batch holds the numbers of captions that are not encoded.
     """
 
     def __init__(
-        self, images: Stored, captions: EncodedCaptions | UnencodedCaptions, rows: Tensor, variants: int = 1
+        self,
+        images: Stored,
+        captions: EncodedCaptions | UnencodedCaptions,
+        rows: Tensor,
+        variants: int = 1,
+        hash: str = "",
     ) -> None:
         assert len(captions) == len(images) * variants, (len(captions), len(images), variants)
         self.images = images
         self.captions = captions
         self.rows = rows
         self.variants = variants
+        self.hash = hash
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -51,6 +51,10 @@ class Pairs(BatchDataset):
         x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
         return Batch(x_1, self.captions.read(self._captions(index)))
 
+    def identity(self) -> str:
+        """Return the hash."""
+        return self.hash
+
     def condition(self, items: Sequence[int]) -> Condition:
         """Return the captions of the given items, or their numbers."""
         return self.captions.read(self._captions(torch.as_tensor(items)))
@@ -62,7 +66,7 @@ class Pairs(BatchDataset):
 class CaptionedImages(ResumableData):
     """Loaders over pairs. Some pairs are held out as the reference, and tests generate samples for their captions.
 
-    A subclass sets `encoder`, and `train`, `reference` and `texts` in `setup`.
+    A subclass sets `encoder`, and calls `split` in `setup`.
 
     Args:
         batch_size: pairs per training batch on each device, at least 1.
@@ -72,7 +76,6 @@ class CaptionedImages(ResumableData):
 
     Attributes:
         texts: captions of the reference as text.
-        encoder: the text encoder.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -100,27 +103,16 @@ class CaptionedImages(ResumableData):
     ) -> None:
         """Set `train`, `reference` and `texts`. Images of the same name go into the same part.
 
-        Args:
-            images: (n, c, h, w), uint8 or latents.
-            captions: n * variants captions, grouped by image.
-            texts: the first caption of each image as text.
-            names: name of each image.
-            variants: number of captions per image. The reference uses the first.
+        There are n * variants captions, grouped by image, and for each image its first caption as text. The reference
+        uses the first.
         """
         self.variants = variants
-        self.pairs_identity = text_sha256("".join(f"{n}\0{t}\0" for n, t in zip(names, texts, strict=True)))[:16]
+        hash = text_sha256("".join(f"{n}\0{t}\0" for n, t in zip(names, texts, strict=True)))[:16]
         held = is_held_out(names, self.held_out)
         rows = held.nonzero().flatten()[: self.reference_size]
-        self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants)
+        self.train = Pairs(images, captions, held.logical_not().nonzero().flatten(), variants, hash)
         self.reference = Pairs(images, captions, rows, variants)
         self.texts = [texts[row] for row in rows.tolist()]
-
-    def record(self) -> Record:
-        """Return the record of a network, with the text encoder. A hash of names and captions identifies the data."""
-        own = super().record()
-        encoder = Reference(self.encoder.name, self.encoder.identity)
-        data = Reference(self.data_name(), self.pairs_identity, self.license)
-        return replace(own, text_encoder=encoder, data=data)
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.

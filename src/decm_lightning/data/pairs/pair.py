@@ -33,14 +33,10 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file's bytes with its caption.
+    """An image file's bytes with its caption as written.
 
-    Attributes:
-        place: the file, and the row or member in it, for messages.
-        name: unique name of the pair in its source.
-        image: content of the image file.
-        caption: caption as written.
-        stamp: stamp of the image file, if the source only names the file.
+    `place` is the file, and the row or member in it, for messages; `name` is unique in the source. `stamp` is that of
+    the image file, if the source only names the file.
     """
 
     place: str
@@ -58,7 +54,6 @@ class DataError:
         place: the file, and the row or member in it.
         what: the error: the same words for all errors of a kind, followed by details in parentheses.
         count: number of pairs that are lost; None if it is unknown.
-        columns: existing columns, if the error is a missing column.
         stamp: stamp of the image file, if the source only names the file.
 
     Example:
@@ -72,7 +67,6 @@ class DataError:
     place: str
     what: str
     count: int | None = 1
-    columns: tuple[str, ...] = ()
     stamp: FileStamp | None = None
 
     def __str__(self) -> str:
@@ -90,15 +84,9 @@ def pair_of(
 ) -> Pair | DataError:
     """Return the pair in a row of a list, table or data set, or the error of the row.
 
-    An image is {"bytes", "path"}, bytes, or the name of a file. Bytes in any column take precedence over names.
-
-    Args:
-        place: the file and the row.
-        values: the values of the row by column.
-        folder: folder to which file names are relative.
-        column: column of the caption; None for the first of caption, text and prompt that is not empty.
-        name: unique name of the pair; by default the name of its file.
-        error: why the row cannot be read; None if it can be read.
+    An image is {"bytes", "path"}, bytes, or the name of a file relative to `folder`. Bytes in any column take
+    precedence over names. The caption is in `column`, or else the first of caption, text and prompt that is not empty.
+    The pair is named after its file by default. With an `error`, the row could not be read.
     """
     image, path = image_of(values)
     if image is None and path:
@@ -159,10 +147,8 @@ def caption_of(place: str, values: Any, column: str | None) -> str | DataError:
 
 def missing_column(place: str, columns: Any, column: str | None, count: int | None = 1) -> DataError:
     """Return the error of rows without the requested caption column, or without any of the default columns."""
-    columns = tuple(str(name) for name in columns)
-    return DataError(
-        place, f"has no caption column (expected {_expected(column)}, found {listed(columns)})", count, columns
-    )
+    expected = " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
+    return DataError(place, f"has no caption column (expected {expected}, found {listed(columns)})", count)
 
 
 def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
@@ -179,14 +165,6 @@ def summary(source: str | Path, good: int, errors: Sequence[DataError]) -> str:
     return f"{bad} of {good + bad} pairs of {source} are bad{more}: {named} ({', '.join(kinds)})"
 
 
-def no_caption_column(source: str | Path, errors: Sequence[DataError], column: str | None) -> str | None:
-    """Return one line if no file of a source has the caption column; None if there are other errors only."""
-    found = dict.fromkeys(name for error in errors for name in error.columns)
-    if not any(error.columns for error in errors):
-        return None
-    return f"{source} has no caption column {_expected(column)}: its columns are {listed(found)}"
-
-
 def listed(columns: Any) -> str:
     """Return column names as text for a message."""
     text = ", ".join(map(str, columns)) or "none"
@@ -196,10 +174,6 @@ def listed(columns: Any) -> str:
 def caption_columns(column: str | None) -> tuple[str, ...]:
     """Return the columns that may hold the caption."""
     return CAPTION_COLUMNS if column is None else (column,)
-
-
-def _expected(column: str | None) -> str:
-    return " or ".join(CAPTION_COLUMNS) if column is None else repr(column)
 
 
 def first_line(error: Exception) -> str:

@@ -54,10 +54,8 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[[Path, str | None], PairRows]]]
 class PairSource:
     """The pairs of a source.
 
-    Attributes:
-        identity: values for JSON that change when the source changes.
-        rows: yields the pairs and errors in order. Its argument is the caption column, or None.
-        unread: number of files that are not read, by kind.
+    `identity` has values for JSON that change when the source changes. `rows(column)` yields the pairs and errors in
+    order. `unread` is the number of files that are not read, by kind.
     """
 
     identity: list[Any]

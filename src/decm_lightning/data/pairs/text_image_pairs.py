@@ -6,16 +6,16 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.pairs.cache import PreparedPairs, prepare
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
-from decm_lightning.data.pairs.pair import no_caption_column, summary
+from decm_lightning.data.pairs.pair import summary
+from decm_lightning.errors import check_at_least
 from decm_lightning.image_listing import counted
-from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode
-from decm_lightning.types import Batch, Condition, Sample
+from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode, encoded
+from decm_lightning.types import Batch, Condition
 
 
 class TextImagePairs(CaptionedImages):
@@ -78,16 +78,15 @@ class TextImagePairs(CaptionedImages):
         split: str | None = None,
     ) -> None:
         super().__init__(batch_size, held_out, reference_size, num_workers)
-        if size < 1 or max_characters < 1:
-            raise ValueError(f"size and max_characters must be at least 1: got {size} and {max_characters}")
+        check_at_least(1, size=size, max_characters=max_characters)
         self.source = Path(source)
+        self.data_name = str(source)
         self.source_split = split
         self.size = size
         self.encoder = encoder or MiniLM()
         self.captions = captions
         self.vae = vae
         self.latents = latents
-        self.coder: LatentCoder | None = None
         self.cache = Path(cache)
         self.caption_column = caption_column
         self.max_characters = max_characters
@@ -123,7 +122,7 @@ class TextImagePairs(CaptionedImages):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Return the network's input: latents if there is a VAE, and encoded captions."""
         x_1 = self.coder.encode(batch.x_1) if self.coder and self.latents == "on_the_fly" else batch.x_1
-        return Batch(x_1, self._encoded(batch.condition, x_1.device))
+        return Batch(x_1, encoded(self.train.captions, batch.condition, self.encoder, x_1.device))
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
         """Return the captions of the samples with the numbers `rows`. Sample i uses held-out pair i mod their number.
@@ -131,32 +130,12 @@ class TextImagePairs(CaptionedImages):
         Raises:
             ValueError: if no pair is held out.
         """
-        return self._encoded(super().condition(rows, seed), self.device)
-
-    def decode(self, x: Sample) -> Sample:
-        """Return the network's samples as images in [-1, 1]. Latents are decoded if there is a VAE."""
-        return x if self.coder is None else self.coder.decode(x)
-
-    def identity(self) -> dict[str, str]:
-        """Return the identities of the text encoder and of the VAE, if there is one."""
-        vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
-        return vae | {"encoder": self.encoder.identity}
-
-    def data_name(self) -> str:
-        """Return the source."""
-        return str(self.source)
+        return encoded(self.train.captions, super().condition(rows, seed), self.encoder, self.device)
 
     def release(self) -> None:
         """Move the VAE off the accelerator, unless training uses it too."""
-        if self.coder is not None and self.latents == "cached":
-            self.coder.autoencoder.to("cpu")
-
-    def _encoded(self, condition: Condition, device: torch.device) -> Condition:
-        unencoded = self.train.captions
-        if not (isinstance(unencoded, UnencodedCaptions) and isinstance(condition, Tensor)):
-            return condition
-        self.encoder.to(device)
-        return unencoded.encode(condition, self.encoder)
+        if self.latents == "cached":
+            super().release()
 
     def _load(self, stage: str, device: torch.device) -> PreparedPairs:
         if self.vae is None:
@@ -185,8 +164,7 @@ class TextImagePairs(CaptionedImages):
         count, errors = len(prepared.captions), prepared.errors
         message = summary(self.source, count, errors)
         if not count:
-            missing = no_caption_column(self.source, errors, self.caption_column)
-            raise ValueError(missing or f"no good pair in {self.source}" + (f": {message}" if errors else ""))
+            raise ValueError(f"no good pair in {self.source}" + (f": {message}" if errors else ""))
         if errors and self.on_error == "raise":
             raise ValueError(f"{message}; set on_error: skip to train on the others")
         if errors and stage == "prepare":

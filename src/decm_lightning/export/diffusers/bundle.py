@@ -29,9 +29,6 @@ HEADER = '''# SPDX-License-Identifier: Apache-2.0
 def source(file: str) -> str:
     """Return a module of this package as self-contained source code.
 
-    Args:
-        file: the path of the module.
-
     Raises:
         ValueError: if two modules define the same name, or a module cannot be copied in parts.
     """

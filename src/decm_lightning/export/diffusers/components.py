@@ -7,15 +7,14 @@ from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
-from decm_lightning.data.latents.latent_coder import read_coder
+from decm_lightning.data.latents.provenance import read_coder
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
 from decm_lightning.networks import DiT, Network, TextDiT
-from decm_lightning.networks.record import Record
-from decm_lightning.networks.recorded import check_recorded, latent_coder
+from decm_lightning.networks.record import Record, check_recorded, latent_coder
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
-from decm_lightning.text import CaptionEncoder, TextEncoder, named_encoder
+from decm_lightning.text import TextEncoder
 
 
 def class_pipeline(network: DiT, dtype: torch.dtype, vae: str | None, latents: str | None) -> FlowMapPipeline:
@@ -116,12 +115,7 @@ def _sampling(network: Network) -> tuple[int, dict[str, str]]:
 
 
 def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
-    """Return the VAE of a network's latents, with their normalization in its config; None if samples are images.
-
-    Raises:
-        OSError: if the VAE or the statistics do not exist.
-        ValueError: if they are missing, or do not belong to the network.
-    """
+    """Return the VAE of a network's latents, with their normalization in its config; None if samples are images."""
     record, channels = _record(network), network.sample_shape[0]
     name = vae or (record.vae.name if record.vae else None)
     if name is None and channels in (1, 3) and not latents:
@@ -147,20 +141,11 @@ def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
 
 
 def _encoder(network: TextDiT, name: str | None) -> TextEncoder:
-    """Return the text encoder of a network.
-
-    Raises:
-        OSError: if it does not exist.
-        ValueError: if it is unknown, or not the network's.
-    """
-    record = _record(network)
-    name = name or (record.text_encoder.name if record.text_encoder else network.config["text_encoder"])
-    if name is None:
-        raise ValueError("the network names no text encoder: give --encoder, the one it was trained with")
-    encoder: CaptionEncoder = named_encoder(name)
+    """Return the text encoder of a network."""
+    encoder = network.caption_encoder(name)
     assert isinstance(encoder, TextEncoder)
-    check_recorded("text encoder", name, encoder.identity, record.text_encoder)
     encoder.to("cpu")
     if (width := encoder(["a"]).tokens.shape[-1]) != network.caption_width:
-        raise ValueError(f"the network reads tokens of size {network.caption_width}, but those of {name} have {width}")
+        found = f"those of {encoder.name} have {width}"
+        raise ValueError(f"the network reads tokens of size {network.caption_width}, but {found}")
     return encoder

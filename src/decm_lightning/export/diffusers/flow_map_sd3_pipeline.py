@@ -20,13 +20,8 @@ class FlowMapSD3Pipeline(FlowMapPipeline):
     Args:
         transformer: a `FlowMapSD3`.
         scheduler: FlowMapEulerDiscreteScheduler with shift 1.
-        vae: the VAE of Stable Diffusion 3.
-        text_encoder: its first CLIP encoder.
-        tokenizer: the tokenizer of text_encoder.
-        text_encoder_2: its second CLIP encoder.
-        tokenizer_2: the tokenizer of text_encoder_2.
-        text_encoder_3: its T5 encoder.
-        tokenizer_3: the tokenizer of text_encoder_3.
+        vae, text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3: as in
+            StableDiffusion3Pipeline.
         steps: the default number of steps.
         sampling: the recommended sampler for each number of steps, such as {"2": "mix?s1=0.6"}; the sampler of the
             default number serves all others.

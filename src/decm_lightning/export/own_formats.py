@@ -1,4 +1,4 @@
-"""One .safetensors file with the weights, the config, the record and the license."""
+"""The formats of this package: a folder, or one .safetensors file with weights, config, record and license."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,18 @@ from safetensors.torch import save_model
 
 from decm_lightning.export.licenses import base_of, license_of
 from decm_lightning.files import atomic
-from decm_lightning.networks import Network, describe
+from decm_lightning.networks import Network, describe, save
 from decm_lightning.networks.checkpoint_files import read_single_file
+from decm_lightning.networks.pretrained import WEIGHTS
+from decm_lightning.networks.record import CONFIG, RECORD
 
 SUFFIX = ".safetensors"
+
+
+def write_folder(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
+    """Write a network's folder, see `networks.save`, and return its files."""
+    save(network.to(dtype), out)
+    return [out / CONFIG, out / WEIGHTS, *([out / RECORD] if network.record else [])]
 
 
 def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:

@@ -66,7 +66,8 @@ class Study:
     def quality(self, run: Run) -> dict[str, Any]:
         """Return the measured table of a run, after training and testing it unless that is done."""
         place = self.place(run)
-        table, checkpoint = place / "quality.json", place / "checkpoints" / "last.ckpt"
+        checkpoint = place / "checkpoints" / "last.ckpt"
+        table = checkpoint.with_suffix(".quality.json")
         if not table.exists():
             if not (place / "trained").exists():
                 resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []

@@ -115,19 +115,17 @@ def _differ(values: Mapping[str, Any]) -> bool:
 
 
 def _read(folder: Path, name: str, device: str, trust: bool) -> Run:
-    settings, table, is_exported = folder / "config.yaml", folder / QUALITY, (folder / CONFIG).is_file()
+    settings, is_exported = folder / "config.yaml", (folder / CONFIG).is_file()
     if not is_exported and not settings.is_file():
         raise ValueError(f"{folder} is not a run or an exported student: it has no {settings.name} and no {CONFIG}")
-    quality = _content(table) if table.is_file() else {}
-    # decm test may write its table to another folder than the training's, which has the checkpoint.
-    tested = Path(str(quality.get("protocol", {}).get("checkpoint", "last.ckpt")))
-    moved = folder / "checkpoints" / tested.name
-    path = folder if is_exported else moved if moved.exists() or not quality else tested
+    tables = sorted(folder.glob(f"checkpoints/*.{QUALITY}"), key=lambda file: file.stat().st_mtime)
+    tested = tables[-1].name.removesuffix(f".{QUALITY}") if tables else "last"
+    path = folder if is_exported else folder / "checkpoints" / f"{tested}.ckpt"
     module = PretrainedModel(str(path), trust=trust).to(device)
     record = module.average.record or Record()
-    quality = quality or record.quality or {}
+    quality = record.quality or {}
     if not quality.get("protocol") or not quality.get("rows"):
-        raise ValueError(f"{folder} has no {QUALITY} with a protocol and rows: run decm test {path}")
+        raise ValueError(f"{path} has no {QUALITY} with a protocol and rows: run decm test {path}")
     return Run(name, path, module, quality, _content(settings) if settings.is_file() else record.config or {}, trust)
 
 

@@ -9,19 +9,21 @@ from typing import Any
 import yaml
 
 from decm_lightning.files import write_json
-from decm_lightning.networks.network import CONFIG, Network
+from decm_lightning.networks.network import Network
 from decm_lightning.networks.record import QUALITY, RECORD, WEIGHTS_HASH, Record, default_sampling, measured_sampling
+from decm_lightning.networks.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 
 
 def quality_file(path: str | Path) -> Path:
-    """Return the file in which `decm test` stores the table of a network: quality.json in its folder.
+    """Return the file to which `decm test` writes the table of a model: quality.json in its folder.
 
-    The table of a training checkpoint is next to it, such as last.quality.json for last.ckpt.
+    The table of a file or a sharded checkpoint is next to it, such as last.quality.json for last.ckpt.
     """
     path = Path(path)
-    return path / QUALITY if (path / CONFIG).is_file() else path.with_suffix(f".{QUALITY}")
+    is_folder = path.is_dir() and not is_sharded(path)
+    return path / QUALITY if is_folder else path.with_suffix(f".{QUALITY}")
 
 
 def write_record(record: Record | None, folder: Path) -> None:

@@ -99,10 +99,11 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     code, out, _ = run("test", "--ckpt_path", last)
     assert code == 0
     assert "| student | mix | 1 | 1 |" in out
-    written = next(Path("runs/trial").glob("version_*/quality.json"))
-    rows = json.loads(written.read_text())["rows"]
+    rows = json.loads(Path(last).with_name("last.quality.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"]) for row in rows] == [("mix", 1), ("euler", 2)]
-    assert Image.open(written.with_name("samples.png")).width > 100
+    assert Image.open(Path(last).with_name("last.samples.png")).width > 100
+    # Testing writes nothing else.
+    assert {path.name for path in Path("runs/trial").iterdir()} == {"version_0", "version_1"}
 
     assert decm("sample", last, "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "grid.png")[0] == 0
     assert Image.open("grid.png").size == (5 * 8 * 4, 2 * 8 * 4)

@@ -48,9 +48,8 @@ class Evaluation(L.Callback):
     """Measures the quality of every spec "model/sampler/steps" with one or several feature networks.
 
     Validation logs `<column>/<spec>`, such as `fd/student/mix/2`, for the cheap columns: Fréchet distance and kernel
-    distance. Testing logs `test/<column>/<spec>` for all columns, and writes the table and the samples next to the checkpoint:
-    last.quality.md, last.quality.json and last.samples.png for last.ckpt. Without a checkpoint they are in the log
-    folder. The sanity check before training measures nothing.
+    distance. Testing logs `test/<column>/<spec>` for all columns, and writes last.quality.md, last.quality.json and
+    last.samples.png next to last.ckpt, or without a checkpoint to the log folder. The sanity check measures nothing.
 
     The feature networks define the columns: fd and kid, or fid, sfid, inception_score, precision, recall and kid with
     metrics.InceptionFeatures. Other networks compare samples with their captions: demo.CaptionProbe, metrics.CLIPScore
@@ -252,7 +251,7 @@ class Evaluation(L.Callback):
             table = Table(networks(self.qualities), settings, rows, headings)
             # Printed first, because the disk may be full.
             print(f"{table.heading}\n\n{table.values()}")
-            names = ", ".join(written.name for written in table.write(file, images))
+            names = ", ".join(each.name for each in table.write(file, images))
             print(f"wrote {names} to {os.path.relpath(file.parent)}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -108,7 +108,7 @@ class Study:
         arguments = ["--config", self.config, "--config", str(file), *options]
         with (place / "log.txt").open("a") as log:
             subprocess.run(
-                [sys.executable, "-m", "decm_lightning.cli", command, *arguments], check=True, stdout=log, stderr=log
+                [sys.executable, "-m", "decm_lightning", command, *arguments], check=True, stdout=log, stderr=log
             )
 
     def callbacks(self, run: Run) -> list[dict[str, Any]]:

@@ -285,7 +285,7 @@ def to_second(process: subprocess.Popen, signum: int) -> None:
 )
 def test_the_command_exits_as_shells_expect(signum, devices, send, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.format(devices=devices))
-    command = [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "decm_lightning", "fit", "--config", "config.yaml"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SECONDS = 4
@@ -55,7 +56,11 @@ def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Seque
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        options = {"allow_patterns": list(patterns), "ignore_patterns": list(ignore), "etag_timeout": SECONDS}
+        options: dict[str, Any] = {
+            "allow_patterns": list(patterns),
+            "ignore_patterns": list(ignore),
+            "etag_timeout": SECONDS,
+        }
         return Path(snapshot_download(str(path), **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]

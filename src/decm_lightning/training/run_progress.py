@@ -21,10 +21,14 @@ class RunProgress(ProgressBar):
 
     The first process writes all of it to standard error. Without a terminal the bar is a line every 30 seconds. The
     losses are only read when they are shown, so that the device is not waited for at each step.
+
+    Args:
+        predicting: the name of the bar over the batches of a prediction.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, predicting: str = "predicting") -> None:
         super().__init__()
+        self.predicting = predicting
         self.is_enabled = True
         self.bar: Progress | None = None
         self.reading: Progress | None = None
@@ -77,7 +81,7 @@ class RunProgress(ProgressBar):
         if self.reading is None:
             stage = "predict" if trainer.predicting else "test" if trainer.testing else "val"
             total = getattr(trainer, f"num_{stage}_batches")[dataloader_idx]
-            head = "predicting" if trainer.predicting else "reading real images"
+            head = self.predicting if trainer.predicting else "reading real images"
             self.reading = Progress(desc=head, total=total, unit="batch", delay=1)
         self.reading.update()
         # Samples are generated after the last batch, with their own bar.

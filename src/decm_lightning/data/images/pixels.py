@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.images.image_files import center_crop
 from decm_lightning.data.images.sources import ImageSource
 from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
 from decm_lightning.image_reader import in_threads, read_image
+from decm_lightning.progress import Progress
 
 VERSION = 1
 """Increase this when the same images would give other pixels or errors."""
@@ -107,7 +107,7 @@ def _write(folder: Path, source: ImageSource, size: int, channels: int | None) -
 
 def _images(source: ImageSource, size: int, channels: int | None) -> Iterator[_Read | str]:
     read = in_threads(partial(_read, source, size, channels), range(len(source.names)))
-    return tqdm(read, "reading images", len(source.names), unit="image")
+    return Progress(read, desc="reading images", total=len(source.names), unit="image")
 
 
 def _read(source: ImageSource, size: int, channels: int | None, number: int) -> _Read | str:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair, stamp_of
 from decm_lightning.data.pairs.sources import find_pairs
 from decm_lightning.files import PARTIAL, atomic, text_sha256, write_json
 from decm_lightning.image_reader import pixels_of
+from decm_lightning.progress import Progress
 
 # Unicode categories of invisible characters: control and zero-width characters, and spaces.
 BLANK = {"Cc", "Cf", "Zs"}
@@ -97,7 +97,7 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
     stamps: list[tuple[str, int, int]] = []
     try:
         with atomic(partial / "pixels.bin") as file, file.open("wb") as pixels:
-            for pair in tqdm(pairs, "reading pairs", unit="pair"):
+            for pair in Progress(pairs, desc="reading pairs", unit="pair"):
                 if pair.stamp:
                     stamps.append(astuple(pair.stamp))
                 if isinstance(pair, DataError):

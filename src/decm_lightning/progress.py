@@ -26,6 +26,8 @@ class Progress(tqdm):
         if not _in_terminal():
             shown = {"mininterval": SECONDS, "bar_format": "{head}{line}", "delay": SECONDS, "file": _Lines(sys.stderr)}
         own = {"miniters": 1, "maxinterval": float("inf"), "unit": "step", "leave": False}
+        # A process without a console has no streams.
+        options["disable"] = options.get("disable") or sys.stderr is None
         super().__init__(iterable, **{**own, **shown, **options})
 
     @property
@@ -67,7 +69,7 @@ def _in_terminal() -> bool:
     try:
         # Some terminals of containers have no size, and tqdm shows nothing there.
         return os.isatty(sys.stderr.fileno()) and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return False
 
 
@@ -86,4 +88,5 @@ def duration(seconds: float) -> str:
 
 def say(text: str) -> None:
     """Write a line to standard error, above the bars."""
-    Progress.write(text, file=sys.stderr)
+    if sys.stderr is not None:
+        Progress.write(text, file=sys.stderr)

@@ -1,5 +1,6 @@
 """The screen of a run: a summary, one progress bar over all steps, and the expected time."""
 
+import sys
 import time
 from typing import Any
 
@@ -29,7 +30,8 @@ class RunProgress(ProgressBar):
     def __init__(self, predicting: str = "predicting") -> None:
         super().__init__()
         self.predicting = predicting
-        self.is_enabled = True
+        # A process without a console has no streams.
+        self.is_enabled = sys.stderr is not None
         self.bar: Progress | None = None
         self.reading: Progress | None = None
         self.flops: int | None = None

@@ -35,7 +35,7 @@ demo: env ## distill the digits teacher, test the student, write grids and table
 	$(BIN)/decm sample $(DEMO)/checkpoints/last.ckpt --steps 2 --out $(DEMO)/student-2-steps.png
 	@echo
 	@echo "samples of teacher and student:   $(DEMO)/samples.png"
-	@echo "quality by sampler and steps:     $(DEMO)/quality.md and $(DEMO)/quality.json"
+	@echo "quality by sampler and steps:     $(DEMO)/checkpoints/last.quality.md and last.quality.json"
 	@echo "2-step samples:                   $(DEMO)/student-2-steps.png"
 	@echo "checkpoint of the student:        $(DEMO)/checkpoints/last.ckpt"
 	@echo "training curves:                  $(BIN)/tensorboard --logdir $(DEMO)"
@@ -72,7 +72,7 @@ demo-text-from-scratch: env ## train and test the emoji teacher and student, the
 	$(BIN)/decm export $(TEXT_RUN)/checkpoints/last.ckpt $(TEXT_RUN)/student
 	$(MAKE) demo-text TEXT_STUDENT=$(TEXT_RUN)/student
 	@echo "samples of teacher and student:   $(TEXT_RUN)/samples.png"
-	@echo "quality by sampler and steps:     $(TEXT_RUN)/quality.md"
+	@echo "quality by sampler and steps:     $(TEXT_RUN)/checkpoints/last.quality.md"
 
 # All steps of configs/imagenet.yaml at a small scale, with the same commands.
 REHEARSAL := runs/rehearsal
@@ -91,7 +91,7 @@ imagenet-rehearsal: env ## run all ImageNet commands on digits: encode, train, d
 	@echo
 	@echo "latents:                          $(REHEARSAL)/latents"
 	@echo "samples of teacher and student:   $(REHEARSAL)/student/samples.png"
-	@echo "quality by sampler and steps:     $(REHEARSAL)/student/quality.md"
+	@echo "quality by sampler and steps:     $(REHEARSAL)/student/checkpoints/last.quality.md"
 
 # Each worker runs one test file at a time; every test uses one thread.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

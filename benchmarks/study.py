@@ -67,7 +67,8 @@ class Study:
     def quality(self, run: Run) -> dict[str, Any]:
         """Return the measured table of a run, after training and testing it unless that is done."""
         place = self.place(run)
-        table, checkpoint = place / "quality.json", place / "checkpoints" / "last.ckpt"
+        checkpoint = place / "checkpoints" / "last.ckpt"
+        table = checkpoint.with_suffix(".quality.json")
         if not table.exists():
             if not (place / "trained").exists():
                 resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
@@ -108,7 +109,7 @@ class Study:
         arguments = ["--config", self.config, "--config", str(file), *options]
         with (place / "log.txt").open("a") as log:
             subprocess.run(
-                [sys.executable, "-m", "decm_lightning.cli", command, *arguments], check=True, stdout=log, stderr=log
+                [sys.executable, "-m", "decm_lightning", command, *arguments], check=True, stdout=log, stderr=log
             )
 
     def callbacks(self, run: Run) -> list[dict[str, Any]]:

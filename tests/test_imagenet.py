@@ -97,7 +97,7 @@ def test_decm_test_scores_what_an_imagenet_config_trained(files, monkeypatch):
     assert decm(monkeypatch, "fit", *argv, "--trainer.limit_val_batches", "0") == 0
     checkpoint = "runs/imagenet/version_0/checkpoints/last.ckpt"
     assert decm(monkeypatch, "test", *argv, "--ckpt_path", checkpoint) == 0
-    table = Path("runs/imagenet/version_1/quality.md").read_text()
+    table = Path(checkpoint).with_name("last.quality.md").read_text()
     assert "| fid | sfid | inception_score | precision | recall | kid |" in table
     assert "- labels: uniform over 1000 classes" in table
     assert "- real images: 6" in table
@@ -135,7 +135,7 @@ def test_the_rehearsal_runs_every_command_of_the_real_thing(tmp_path, monkeypatc
     assert [command.split()[0] for command in commands] == ["encode", "validate-data", "fit", "fit", "test", "sample"]
     for command in commands:
         assert decm(monkeypatch, *shlex.split(command)) == 0, command
-    table = Path("runs/rehearsal/student/quality.md").read_text()
+    table = Path("runs/rehearsal/student/checkpoints/last.quality.md").read_text()
     assert table.count("student") >= 3
     assert Path("runs/rehearsal/student/samples.png").is_file()
     assert Path("runs/rehearsal/student-2-steps.png").is_file()

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
@@ -26,7 +25,7 @@ from decm_lightning.derivatives import (
     functional,
 )
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import Composition, FlowMapLoss, Objective, cost, end_identity, tangent
+from decm_lightning.losses import Composition, Cost, FlowMapLoss, Objective, cost, end_identity, tangent
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
@@ -51,7 +50,7 @@ class Distiller(FlowTraining):
         guidance: how the teacher is guided. The student learns the guided velocity and needs only one pass.
         derivative: the engine for jvp: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
             "central" (central difference), a function (`derivatives.Engine`), or "auto": the first of the three that
-            can differentiate the student. The log gives the reason.
+            can differentiate the student. A run begins with the reason.
         optimizer: creates the optimizer from the student's parameters.
         lr_scheduler: creates a per-step schedule from the optimizer. The default adapts to the length of the run; with
             warmup 0 and floor 1 the rate is constant.
@@ -78,8 +77,7 @@ class Distiller(FlowTraining):
         compile: bool = False,
     ) -> None:
         if not callable(derivative) and derivative not in ("auto", *ENGINES):
-            names = ", ".join(("auto", *ENGINES))
-            raise ValueError(f"derivative must be a function or one of {names}: got {derivative!r}")
+            raise ValueError(f"derivative must be a function or one of auto, {', '.join(ENGINES)}: got {derivative!r}")
         objective = end_identity() if objective is None else objective
         teacher = NoTeacher() if teacher is None else teacher
         if isinstance(teacher, NoTeacher):
@@ -95,10 +93,8 @@ class Distiller(FlowTraining):
         learned = [name for name, loss in objective.losses.items() if loss.learned_weight]
         self.log_weights = nn.ModuleDict({name: LogWeight() for name in learned})
         self.requested_derivative = derivative
-        self.derivative: Engine = (
-            derivative if callable(derivative) else dual if derivative == "auto" else ENGINES[derivative]
-        )
-        self.teacher_identity = ""
+        self.derivative: Engine = derivative if callable(derivative) else ENGINES.get(derivative, dual)  # type: ignore[arg-type]
+        self.teacher_identity, self.derivative_reason = "", "a function"
         self.jumps: list[Jump] = []
 
     @property
@@ -107,7 +103,7 @@ class Distiller(FlowTraining):
         return self.network
 
     def setup(self, stage: str) -> None:
-        """Select the engine for jvp, and log the cost of a step.
+        """Select the engine for jvp.
 
         Raises:
             ValueError: if the requested engine cannot differentiate the student.
@@ -119,12 +115,10 @@ class Distiller(FlowTraining):
         identity = self.teacher.identity() if self.trainer.is_global_zero else ""
         self.teacher_identity = self.trainer.strategy.broadcast(identity)
         self.example = self.student.example()
-        if not callable(self.requested_derivative):
-            requested = None if self.requested_derivative == "auto" else self.requested_derivative
-            choice = choose(self.student, self.example, requested)
+        if not callable(requested := self.requested_derivative):
+            choice = choose(self.student, self.example, None if requested == "auto" else requested)
             self.derivative = choice.engine
-            rank_zero_info(choice.reason)
-        rank_zero_info(str(cost(self.objective, self.guidance.passes)))
+            self.derivative_reason = choice.reason.removeprefix("derivative ")
 
     def on_fit_start(self) -> None:
         """Check the fused kernel of the dual engine on the run's device and in its precision."""
@@ -168,6 +162,16 @@ class Distiller(FlowTraining):
         """Return the origin and the use of the student."""
         teacher, objective = Reference(self.teacher.name, self.teacher_identity), str(self.requested_objective)
         return replace(super().record(), teacher=teacher, guidance=asdict(self.guidance), objective=objective)
+
+    def cost(self) -> Cost:
+        """Return the cost of a step in forward passes per sample."""
+        return cost(self.objective, self.guidance.passes)
+
+    def summary(self) -> dict[str, str]:
+        """Return what the run trains, one line for each heading."""
+        teacher = f"{self.teacher.name or type(self.teacher).__name__}, guidance scale {self.guidance.scale:g}"
+        own = {"teacher": teacher, "losses": ", ".join(self.objective.losses), "derivative": self.derivative_reason}
+        return super().summary() | own
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
@@ -276,9 +280,8 @@ class Distiller(FlowTraining):
     def total(self) -> Tensor:
         """Log this step's losses and return their sum."""
         total = torch.stack([term.value for term in self.terms.values()]).sum()
-        self.log_dict({f"loss/{name}": term.value for name, term in self.terms.items()})
-        self.log_dict({f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
-        self.log("loss/total", total, prog_bar=True)
+        values = {f"loss/{name}": term.value for name, term in self.terms.items()} | {"loss/total": total}
+        self.log_dict(values | {f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
         return total
 
     def origin(self) -> str:

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise OSError(cause, os.strerror(cause), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which may not exist yet. Nothing is created.
+
+    Raises:
+        OSError: naming the first existing folder of the path, if it is not writable.
+    """
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        # Permissions do not show that a disk is full or read-only.
+        TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

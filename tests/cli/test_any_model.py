@@ -76,8 +76,8 @@ def folder(run_folder, monkeypatch) -> Path:
 CHECKPOINT = "lightning_logs/version_0/checkpoints/last.ckpt"
 
 
-def rows(place: str) -> dict[str, dict]:
-    content = json.loads((Path(place) / "quality.json").read_text())
+def rows(place: str, name: str = "quality.json") -> dict[str, dict]:
+    content = json.loads((Path(place) / name).read_text())
     return {f"{row['model']}/{row['sampler']}/{row['steps']}": row for row in content["rows"]}
 
 
@@ -88,8 +88,7 @@ def protocol(place: str) -> dict:
 @pytest.fixture
 def expected(folder, tmp_path) -> dict[str, dict]:
     """The table of the checkpoint with the config and path on the command line."""
-    options = ("--trainer.logger", "false", "--trainer.default_root_dir", tmp_path / "long")
-    assert run("test", "--config", "config.yaml", "--ckpt_path", CHECKPOINT, *options) == 0
+    assert run("test", "--config", "config.yaml", "--ckpt_path", CHECKPOINT, "--out", tmp_path / "long") == 0
     return rows(tmp_path / "long")
 
 
@@ -99,9 +98,10 @@ def test_a_checkpoint_alone_has_the_table_of_its_config_next_to_it(folder, expec
     assert run("test", CHECKPOINT) == 0
     out = capsys.readouterr().out
     place = Path(CHECKPOINT).parent
-    assert rows(place) == expected
+    assert rows(place, "last.quality.json") == expected
     assert set(expected) == set(SPECS)
-    assert {file.name for file in set(Path().rglob("*")) - before} == {"quality.md", "quality.json", "samples.png"}
+    written = {"last.quality.md", "last.quality.json", "last.samples.png"}
+    assert {file.name for file in set(Path().rglob("*")) - before} == written
     assert (out.count("| fd "), "Test metric" in out) == (1, False)
 
 

@@ -169,7 +169,7 @@ def server(decm, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "decm_lightning.cli", "app", "student", "--port", str(port)]
+    command = [sys.executable, "-m", "decm_lightning", "app", "student", "--port", str(port)]
     process = subprocess.Popen(
         command,
         env=os.environ

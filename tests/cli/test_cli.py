@@ -99,10 +99,11 @@ def test_fit_resume_test_sample_and_export_follow_each_other(decm, tmp_path):
     code, out, _ = run("test", "--ckpt_path", last)
     assert code == 0
     assert "| student | mix | 1 | 1 |" in out
-    written = next(Path("runs/trial").glob("version_*/quality.json"))
-    rows = json.loads(written.read_text())["rows"]
+    rows = json.loads(Path(last).with_name("last.quality.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"]) for row in rows] == [("mix", 1), ("euler", 2)]
-    assert Image.open(written.with_name("samples.png")).width > 100
+    assert Image.open(Path(last).with_name("last.samples.png")).width > 100
+    # Testing writes nothing else.
+    assert {path.name for path in Path("runs/trial").iterdir()} == {"version_0", "version_1"}
 
     assert decm("sample", last, "--steps", "2", "--classes", "[3, 7]", "--per_class", "5", "--out", "grid.png")[0] == 0
     assert Image.open("grid.png").size == (5 * 8 * 4, 2 * 8 * 4)
@@ -333,6 +334,8 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             digits("fit", "--trainer.max_epochs", "0"),
             "trainer.max_epochs must be at least 1, or -1 for no limit: got 0",
         ),
+        # Before the model is loaded, which is not a LoRA student.
+        (["export", "teacher", "out", "--to", "lora"], "must end in .safetensors: got out"),
         (digits("fit", "--data.init_args.reference_size", "-5"), "reference_size must be at least 1: got -5"),
         (
             digits("test", "--ckpt_path", "teacher", "--trainer.callbacks.test_specs", "[]"),
@@ -440,7 +443,7 @@ def test_the_traceback_is_there_for_the_asking(monkeypatch):
 @pytest.mark.slow
 def test_the_installed_command_reports_by_its_exit_code(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "decm_lightning.cli", "sample", "nowhere"],
+        [sys.executable, "-m", "decm_lightning", "sample", "nowhere"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -649,7 +652,7 @@ def test_a_teacher_that_is_not_sharded_keeps_its_weights_in_every_process(traine
 def test_two_processes_train(strategy, objective, trained):
     argv = ["--trainer.devices", "2", f"--trainer.strategy{strategy[0]}", strategy[1], *objective]
     result = subprocess.run(
-        [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml", *argv],
+        [sys.executable, "-m", "decm_lightning", "fit", "--config", "config.yaml", *argv],
         capture_output=True,
         text=True,
         check=False,

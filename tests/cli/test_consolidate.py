@@ -205,7 +205,7 @@ def test_a_fit_that_meets_a_shard_cut_short_gives_one_line(decm):
         "--trainer.devices",
         "1",
     ]
-    argv = [sys.executable, "-m", "decm_lightning.cli", "fit", *FIT, *sharded, "--ckpt_path", "shards"]
+    argv = [sys.executable, "-m", "decm_lightning", "fit", *FIT, *sharded, "--ckpt_path", "shards"]
     result = subprocess.run(argv, capture_output=True, text=True)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

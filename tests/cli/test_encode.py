@@ -63,7 +63,7 @@ def start(*argv, stderr=subprocess.DEVNULL):
     """Start a command as a separate program."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     return subprocess.Popen(
-        [sys.executable, "-m", "decm_lightning.cli", *argv], env=environment, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "decm_lightning", *argv], env=environment, stdout=subprocess.DEVNULL,
         stderr=stderr,
     )  # fmt: skip
 

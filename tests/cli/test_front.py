@@ -250,7 +250,7 @@ def test_output_outlives_its_reader():
 def test_a_command_ends_well_when_its_reader_has_gone(place):
     read, write = os.pipe()
     os.close(read)
-    argv = [sys.executable, "-m", "decm_lightning.cli", "--help"]
+    argv = [sys.executable, "-m", "decm_lightning", "--help"]
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")

@@ -4,7 +4,9 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -32,9 +34,12 @@ def decm(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_four_commands_lead_from_a_folder_to_few_step_samples(decm):
+def test_four_commands_lead_from_a_folder_to_few_step_samples(decm, monkeypatch):
+    # Of a process that never gets the CPU.
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=time.perf_counter, process_time=lambda: 0.0))
     code, out, err = decm("new", "photos", "--minutes", "1")
     assert code == 0, err
+    assert "this machine is busy: a run gets 0% of a CPU" in out
     assert "24 images in 2 classes, 16 x 16 pixels, color" in out
     commands = [shlex.split(line, comments=True)[1:] for line in out.splitlines() if line.startswith("  decm ")]
     assert [words[0] for words in commands] == ["fit", "fit", "sample"]

@@ -26,6 +26,7 @@ from tests.compare.browser import CHROMIUM, Browser
 CONFIG = Path(__file__).parents[2] / "configs/digits/decm.yaml"
 SPECS = ["teacher/euler/1", "teacher/euler/2", "student/mix/1", "student/mix/2", "student/consistency/2"]
 NAMES = ("model", "sampler", "steps", "options", "nfe")
+TABLE = "checkpoints/last.quality.json"
 QUICK = ("--triangle", "false")
 
 
@@ -119,7 +120,7 @@ class Tables(HTMLParser):
 
 
 def change(run: str, name: str, value: object) -> None:
-    file = Path("runs", run, "quality.json")
+    file = Path("runs", run, TABLE)
     quality = json.loads(file.read_text())
     if value is None:
         del quality["protocol"][name]
@@ -133,7 +134,7 @@ def pixels(image: bytes) -> np.ndarray:
 
 
 def rows_of(run: Path) -> dict[str, dict]:
-    rows = json.loads((run / "quality.json").read_text())["rows"]
+    rows = json.loads((run / TABLE).read_text())["rows"]
     return {f"{row['model']}/{row['sampler']}/{row['steps']}": row for row in rows}
 
 
@@ -248,7 +249,7 @@ def test_what_does_not_change_the_values_may_differ(decm):
 
 def test_runs_with_other_specs_are_compared(decm):
     """A line of the protocol about a spec or the teacher only concerns runs that measured it."""
-    file = Path("runs/facm/quality.json")
+    file = Path("runs/facm", TABLE)
     quality = json.loads(file.read_text())
     quality["rows"] = [row for row in quality["rows"] if row["sampler"] == "mix"]
     quality["protocol"] |= {"guidance": "none", "times (t -> s)": "student/mix/1: 0 -> 1; student/mix/9: 0 -> 1"}
@@ -266,7 +267,7 @@ def test_runs_with_other_specs_are_compared(decm):
         (("runs/paper", "runs/none"), ["runs/none"]),
         (("runs/paper", "runs"), ["runs", "config.yaml", "config.json"]),
         (("runs/paper", "untested"), ["untested", "quality.json", "decm test untested/checkpoints/last.ckpt"]),
-        (("runs/paper", "damaged"), ["damaged/quality.json"]),
+        (("runs/paper", "damaged"), ["damaged/checkpoints/last.quality.json"]),
         (("runs/paper", "empty"), ["empty", "quality.json", "rows"]),
         (("runs/paper", "bare"), ["bare/checkpoints/last.ckpt"]),
         (("runs/paper", "student"), ["student", "quality.json", "decm test student"]),
@@ -275,12 +276,10 @@ def test_runs_with_other_specs_are_compared(decm):
 def test_other_folders_are_refused_in_one_line(runs, named, decm):
     for name in ("untested", "damaged", "empty", "bare"):
         shutil.copytree("runs/facm", name)
-    Path("untested/quality.json").unlink()
-    Path("untested/checkpoints/last.quality.json").unlink()
+    Path("untested", TABLE).unlink()
     shutil.rmtree("bare/checkpoints")
-    change("../bare", "checkpoint", "bare/checkpoints/last.ckpt")
-    Path("damaged/quality.json").write_text('{"protocol": ')
-    Path("empty/quality.json").write_text('{"protocol": {}, "rows": []}')
+    Path("damaged", TABLE).write_text('{"protocol": ')
+    Path("empty", TABLE).write_text('{"protocol": {}, "rows": []}')
     network = load("runs/facm/checkpoints/last.ckpt")
     network.record = None
     save(network, "student")
@@ -309,9 +308,10 @@ def test_an_exported_folder_is_compared_by_its_record(decm):
     assert images[0] == images[1]
 
 
-def test_a_run_without_a_table_uses_that_of_its_checkpoint(decm):
-    """`decm test` may write its files to another folder than the training's."""
-    Path("runs/facm/quality.json").unlink()
+def test_the_last_tested_checkpoint_of_a_run_is_compared(decm):
+    place = Path("runs/facm/checkpoints")
+    for name in ("ckpt", "quality.json"):
+        (place / f"last.{name}").rename(place / f"step=12.{name}")
     assert decm(*QUICK)[0] == 0
     assert Tables(Path("report.html").read_text()).tables["Quality: fd"][0][3] == "facm"
 
@@ -378,7 +378,7 @@ def test_the_error_on_the_triangle_is_zero_where_the_student_is_exact(place, tra
     """Without guidance, the teacher as a student is exact on the diagonal. Elsewhere Euler steps give its error."""
     config = yaml.safe_load(Path("runs/paper/config.yaml").read_text())
     config["model"]["init_args"]["guidance"]["scale"] = 1.0
-    quality = json.loads(Path("runs/paper/quality.json").read_text())
+    quality = json.loads(Path("runs/paper", TABLE).read_text())
     network = load(trained / "teacher")
     network.record = Record(steps=1, quality=quality, config=config)
     save(network, "copy")

@@ -17,7 +17,7 @@ def table(value: float) -> Table:
 
 
 def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    files = table(1.0).write(tmp_path, IMAGES)
+    files = table(1.0).write(tmp_path / "quality.json", IMAGES)
     before = {file: file.read_bytes() for file in files}
     plain = Path.write_text
 
@@ -28,9 +28,9 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/quality.json'"):
-        table(2.0).write(tmp_path, IMAGES)
+        table(2.0).write(tmp_path / "quality.json", IMAGES)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     monkeypatch.undo()
-    table(2.0).write(tmp_path, IMAGES)
+    table(2.0).write(tmp_path / "quality.json", IMAGES)
     assert json.loads((tmp_path / "quality.json").read_text())["rows"][0]["fid"] == 2.0
     assert "| student | mix | 1 | 1 | 2 |" in (tmp_path / "quality.md").read_text()

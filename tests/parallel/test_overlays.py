@@ -53,11 +53,11 @@ def finish(*processes: subprocess.Popen) -> str:
 
 
 def decm(*argv: str) -> str:
-    return finish(start(sys.executable, "-m", "decm_lightning.cli", *argv))
+    return finish(start(sys.executable, "-m", "decm_lightning", *argv))
 
 
 def torchrun(processes: int, *argv: str, nodes: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
-    workers = ["--nproc-per-node", str(processes), "-m", "decm_lightning.cli"]
+    workers = ["--nproc-per-node", str(processes), "-m", "decm_lightning"]
     return start(sys.executable, "-m", "torch.distributed.run", *nodes, *workers, *argv)
 
 

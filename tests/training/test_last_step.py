@@ -90,6 +90,15 @@ def test_each_callback_that_saves_the_last_has_it(tmp_path):
     assert [step_of(tmp_path / name / "last.ckpt") for name in "ab"] == [5, 5]
 
 
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_checkpoint_named_last_is_replaced_by_its_own_run(steps, tmp_path, caplog):
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, filename="last")
+    trainer(tmp_path, saving, max_steps=steps).fit(module(), Digits(batch_size=100))
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+    assert step_of(tmp_path / "last.ckpt") == steps
+    assert "last-v1.ckpt" not in caplog.text
+
+
 def test_a_second_run_in_a_folder_says_where_its_last_step_is(tmp_path, caplog):
     for steps in (5, 3):
         saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
@@ -276,7 +285,7 @@ def to_second(process: subprocess.Popen, signum: int) -> None:
 )
 def test_the_command_exits_as_shells_expect(signum, devices, send, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG.format(devices=devices))
-    command = [sys.executable, "-m", "decm_lightning.cli", "fit", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "decm_lightning", "fit", "--config", "config.yaml"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"

@@ -9,7 +9,6 @@ from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 from decm_lightning.autoencoders import load_autoencoder
@@ -17,6 +16,7 @@ from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.data.latents.encoding import Encoding, EncodingData, Plan, Posterior
 from decm_lightning.data.latents.manifest import EncodingSettings, Manifest
 from decm_lightning.image_listing import broken, counted, printable
+from decm_lightning.training import RunProgress
 
 
 def encode(
@@ -125,7 +125,7 @@ def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -
         # A process may finish long before the others.
         strategy=DDPStrategy(timeout=timedelta(days=7)) if several else "auto",
         use_distributed_sampler=False,
-        callbacks=[TQDMProgressBar()],
+        callbacks=[RunProgress("encoding")],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -16,12 +16,19 @@ from decm_lightning.errors import NonFiniteError
 from decm_lightning.export import Format, hub, writer
 from decm_lightning.export.card import Samples, places, write_card
 from decm_lightning.export.diffusers.target import check_target as check_pipeline_folder
+from decm_lightning.export.own_formats import check_target as check_file
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.pretrained import check_target as check_network_folder
 from decm_lightning.networks.record import Record
 from decm_lightning.types import Condition
 
-CHECKS: dict[Format, Callable[[str], Path]] = {"folder": check_network_folder, "diffusers": check_pipeline_folder}
+CHECKS: dict[Format, Callable[[str], Path]] = {
+    "folder": check_network_folder,
+    "diffusers": check_pipeline_folder,
+    "safetensors": check_file,
+    "lora": check_file,
+    "lora-comfyui": check_file,
+}
 """Functions that check the target of a format."""
 STEPS = (1, 2, 4)
 """The numbers of steps in the samples of a model card."""
@@ -69,7 +76,7 @@ def export(
         trust: allow a network class from outside this package; importing its module runs its code.
     """
     # Reading the checkpoint may take minutes, so the target is checked first.
-    target = CHECKS.get(to, Path)(out)
+    target = CHECKS[to](out)
     write = writer(to)
     options = {name: value for name, value in (("vae", vae), ("latents", latents), ("encoder", encoder)) if value}
     if unknown := options.keys() - signature(write).parameters.keys():

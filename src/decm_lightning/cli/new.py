@@ -34,6 +34,8 @@ TEACHER_SHARE = 0.6
 """The teacher's part of the time."""
 EVALUATION_SHARE, GRID_SHARE = 0.06, 0.03
 """The parts of a run's time for the Fréchet distance and for samples.png."""
+BUSY = 0.7
+"""With less CPU time per second of the timed steps, other processes use the CPU."""
 GRIDS, COLUMNS = 20, 10
 """The largest number of renewals of samples.png, and its columns."""
 HELD_OUT_FROM = 5000
@@ -210,7 +212,7 @@ def _time_steps(plan: Plan) -> tuple[float, float]:
     with TemporaryDirectory() as temporary, _quiet():
         place = Path(temporary)
         length = Length(STEPS, 0, 100, 1)
-        seconds = []
+        seconds, shares = [], []
         for name, text in (("teacher", teacher_config(plan, length)), ("student", student_config(plan, length))):
             (place / f"{name}.yaml").write_text(text, encoding="utf-8")
             teacher = ["--model.init_args.teacher.init_args.path", str(place / "network")] if name == "student" else []
@@ -221,6 +223,9 @@ def _time_steps(plan: Plan) -> tuple[float, float]:
             run.trainer.callbacks.append(watch)
             run.trainer.fit(run.model, datamodule=run.datamodule)
             seconds.append(watch.median())
+            shares.append(watch.share())
+    if not torch.cuda.is_available() and min(shares) < BUSY:
+        print(f"this machine is busy: a run gets {min(shares):.0%} of a CPU, and the minutes are for a busy machine")
     return seconds[0], seconds[1]
 
 
@@ -250,13 +255,20 @@ class _StopWatch(L.Callback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
         trainer.should_stop = len(self.times) > WARMUP + 1 and self.times[-1] - self.times[WARMUP - 1] > TIMED
 
     def median(self) -> float:
         times = self.times[WARMUP - 1 :]
         return median(end - start for start, end in pairwise(times))
+
+    def share(self) -> float:
+        """Return the CPU time per second."""
+        first, last = WARMUP - 1, len(self.times) - 1
+        return (self.cpu_times[last] - self.cpu_times[first]) / (self.times[last] - self.times[first])

@@ -1,7 +1,8 @@
-"""What to do after a training run."""
+"""What to do after a training run or a test."""
 
 import os
 import shlex
+from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,15 +11,25 @@ from decm_lightning.networks import Network
 from decm_lightning.types import Captions
 
 
-def print_next(trainer: L.Trainer, network: Network) -> None:
-    """Print the last checkpoint of a run, and the command that generates images from it."""
+def print_end(trainer: L.Trainer, network: Network) -> None:
+    """Print the folder of a run's log, its last checkpoint, and the command that generates images from it."""
+    # A collective operation.
+    folder = trainer.log_dir
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.last_model_path]
-    if not callbacks or not trainer.is_global_zero:
+    if not trainer.is_global_zero:
         return
-    path = os.path.relpath(callbacks[0].last_model_path)
-    print(f"wrote {path}")
+    if trainer.loggers and folder:
+        print(f"logged to {os.path.relpath(folder)}")
+    if callbacks:
+        path = os.path.relpath(callbacks[0].last_model_path)
+        print(f"wrote {path}")
+        print_next(path, network)
+
+
+def print_next(path: str | Path, network: Network) -> None:
+    """Print the command that generates images from a checkpoint."""
     if len(network.sample_shape) == 3:
         captions = isinstance(network.example(1)[3], Captions)
         command, prompts = ("sample-prompts", " --prompts FILE") if captions else ("sample", "")
         steps = " --steps 4" if network.reads_end_time else ""
-        print(f"next: decm {command} {shlex.quote(path)}{prompts}{steps}")
+        print(f"next: decm {command} {shlex.quote(str(path))}{prompts}{steps}")

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from decm_lightning.cli.sampling import image_generator, load_model, progress
+from decm_lightning.cli.sampling import image_generator, load_model
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.image_writer import save_grid
 from decm_lightning.networks import Network
+from decm_lightning.progress import Progress
 
 BATCH = 256
 
@@ -61,7 +62,7 @@ def sample(
         return generator.images(torch.tensor(labels[batches[batch]], device=generator.device), rows[batches[batch]])
 
     if is_grid(target):
-        with progress(range(len(batches))) as bar:
+        with Progress(range(len(batches)), desc="sampling", unit="batch") as bar:
             save_grid(torch.cat([images(batch) for batch in bar]), per_class, scale, target)
         print(f"wrote {len(labels)} images to {target} ({generator})")
         return

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model, progress
+from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import check_plots, save_named_grid, short
+from decm_lightning.progress import Progress
 from decm_lightning.text import CaptionEncoder
 from decm_lightning.text.prompts import Prompt, read_prompts
 
@@ -115,7 +116,7 @@ class PromptOutputs:
         check_plots()
         numbers = range(len(self.prompts))
         self._measure(numbers)
-        with progress(numbers) as bar:
+        with Progress(numbers, desc="sampling", unit="prompt") as bar:
             rows = [torch.cat([self.images(number, generator) for generator in generators]) for number in bar]
         names = [short(prompt.text) for prompt in self.prompts]
         # One sampler needs no mention in every heading.

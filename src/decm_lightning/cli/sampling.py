@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.cli.targets import check_device, check_out
@@ -19,6 +18,7 @@ from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.generation import flow_map
 from decm_lightning.networks.record import check_recorded, latent_coder
+from decm_lightning.progress import Progress
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
@@ -106,7 +106,7 @@ class ImageGenerator:
         """
         missing = {name for names in groups for name in folder.missing(names, self.size)}
         todo = [group for group, names in enumerate(groups) if group in unfinished or missing.intersection(names)]
-        with progress(todo) as bar:
+        with Progress(todo, desc="sampling", unit="batch") as bar:
             for group in bar:
                 generated = images(group)
                 if group == todo[0]:
@@ -162,11 +162,6 @@ def image_generator(
             "--sampler euler --steps %d", name, TEACHER_STEPS,
         )  # fmt: skip
     return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, seed)
-
-
-def progress(groups: Sequence[int]) -> tqdm:
-    """Return a progress bar for terminals. Use it as a context, so that an error starts on a new line."""
-    return tqdm(groups, "sampling", leave=False, disable=None)
 
 
 def in_steps(steps: int) -> str:

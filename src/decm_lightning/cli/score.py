@@ -5,6 +5,7 @@ from pathlib import Path
 from decm_lightning.cli.targets import check_device
 from decm_lightning.evaluation.scoring import score as table_of
 from decm_lightning.metrics import FeatureNetwork
+from decm_lightning.networks.record import QUALITY
 
 
 def score(
@@ -32,5 +33,6 @@ def score(
     networks = [features] if isinstance(features, FeatureNetwork) else features
     table = table_of(samples, reference, networks, seed, batch_size, device)
     path = Path(samples).absolute()
-    files = table.write(Path(out) if out else path.with_name(f"{path.name.removesuffix('.npz')}-quality"))
-    print(f"{table.markdown()}\nwrote {', '.join(map(str, files))}")
+    folder = Path(out) if out else path.with_name(f"{path.name.removesuffix('.npz')}-quality")
+    files = table.write(folder / QUALITY)
+    print(f"{table.heading}\n\n{table.values()}\nwrote {', '.join(map(str, files))}")

@@ -1,10 +1,11 @@
 """Check the device and the output path of a command before anything is loaded."""
 
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
+
+from decm_lightning.files import check_writable
 
 KINDS = "out must be a folder or a .png file"
 
@@ -40,8 +41,7 @@ def check_out(out: str) -> Path:
             raise ValueError(f"{KINDS}: {place} is a link to {place.readlink()}, which does not exist")
         place = place.parent
     try:
-        # Permissions do not show that a disk is full or read-only.
-        TemporaryFile(dir=place).close()
+        check_writable(place)
     except OSError as error:
         raise ValueError(f"{KINDS} that can be written: got {out} ({place}: {error.strerror})") from error
     return path

@@ -19,6 +19,7 @@ from decm_lightning.files import describe_unreadable
 from decm_lightning.guidance import Guidance
 from decm_lightning.networks.checkpoint_files import read_file
 from decm_lightning.networks.hub import is_hub_name
+from decm_lightning.networks.record import QUALITY, quality_file
 from decm_lightning.networks.sharded import is_sharded, read_rest
 
 RECORD = "record.json"
@@ -45,8 +46,10 @@ class ModelCLI(TrainerCLI):
 
     def __init__(self, argv: Sequence[str], command: str, program: str) -> None:
         self.program = program
-        named = [value for name, value in arguments(argv) if not name]
-        self.path = named[0] if named else ""
+        options = dict(reversed(list(arguments(argv))))
+        checkpoint = options.get("ckpt_path", "")
+        # The same as MODEL. Lightning resolves other names, such as "last".
+        self.path = options.get("", checkpoint if Path(checkpoint).exists() else "")
         self.content = _training_checkpoint(Path(self.path)) if self.path else None
         self.needs_checkpoint = not self.path or (self.builds_module and self.content is not None)
         super().__init__(argv, command)
@@ -61,7 +64,7 @@ class ModelCLI(TrainerCLI):
             "diffusers, as a folder or hub name",
         )  # fmt: skip
         parser.add_argument(
-            "--out", type=str | None, default=None, help="the folder to write to; by default that of the model"
+            "--out", type=str | None, default=None, help="the folder to write to; by default next to the model"
         )
         parser.add_argument(
             "--guidance", type=Guidance | None, default=None,
@@ -116,7 +119,7 @@ class ModelCLI(TrainerCLI):
         """Build everything, with the trained model in place of the config's.
 
         Raises:
-            ValueError: if the config has no Evaluation, or guidance is passed for a student.
+            ValueError: if guidance is passed for a student.
         """
         super().instantiate_classes()
         if not self.path:
@@ -128,7 +131,9 @@ class ModelCLI(TrainerCLI):
             if self.model.is_student and not self.is_carried:
                 # The guidance of another module.
                 self.model.guidance = Guidance()
-        if self.command == "test":
+        if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
+            is_elsewhere = self.config.out is not None or is_hub_name(self.path)
+            self.evaluation.table_file = self.out / QUALITY if is_elsewhere else quality_file(self.path)
             self.evaluation.restrict(models := self.model.models(), DEFAULT[next(iter(models))])
 
     @property

@@ -3,7 +3,6 @@
 import logging
 import signal
 import traceback
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -14,13 +13,14 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning import distiller, teacher_training  # noqa: F401 - the parser finds their classes by name
-from decm_lightning.cli.next_command import print_next
+from decm_lightning.cli.next_command import print_end, print_next
+from decm_lightning.cli.noise import hide_noise
 from decm_lightning.cli.parsing import Parser, keep_whole_numbers
 from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.files import atomic
@@ -33,6 +33,7 @@ from decm_lightning.signals import end_at_sigterm
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.resuming import differences, settings_of
+from decm_lightning.training.run_progress import RunProgress
 
 log = logging.getLogger(__name__)
 WITHOUT_EFFECT = (
@@ -45,17 +46,6 @@ WITHOUT_EFFECT = (
     "trainer.profiler",
 )
 """Settings that do not change the weights of a run."""
-# Warnings between libraries, which would hide the warnings that concern the user.
-NOISE = (
-    "LightningCLI's args parameter",
-    "'set_vital' is deprecated",
-    ".*LeafSpec.* is deprecated",
-    "The number of training batches .* is smaller than the logging interval",
-    ".*does not have many workers which may be a bottleneck",
-    "Couldn't infer the batch indices",  # The loader's sampler yields batches of rows.
-    # Without a VAE, latents can be trained on but not evaluated: their validation loader is empty.
-    "Total length of `list` across ranks is zero",
-)
 
 
 class TrainerParser(Parser, LightningArgumentParser):
@@ -154,6 +144,15 @@ class TrainerCLI(LightningCLI):
         if self.command is not None:
             _spell_out(self.config)
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer, with this package's progress bar and summary unless the config has others."""
+        config = self.config_init["trainer"]
+        callbacks = config["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs |= {"callbacks": [*callbacks, RunProgress()], "enable_model_summary": False}
+        return super().instantiate_trainer(**kwargs)
+
     def instantiate_classes(self) -> None:
         """Build all classes, and refuse a checkpoint that does not fit before any process reads it."""
         # The first process sends its shard to each of the other processes.
@@ -211,7 +210,9 @@ class TrainerCLI(LightningCLI):
             callback = "a callback that logs, such as decm_lightning.evaluation.Evaluation"
             raise ValueError(f"nothing was measured: {self.command} needs {callback}")
         if self.command == "fit":
-            print_next(self.trainer, self.model.network)
+            print_end(self.trainer, self.model.network)
+        elif self.command == "test" and self.trainer.is_global_zero and self.config.ckpt_path:
+            print_next(self.config.ckpt_path, self.model.network)
 
 
 def run(command: str, argv: Sequence[str]) -> None:
@@ -231,12 +232,8 @@ def prepare() -> None:
     keep_whole_numbers(L.Trainer.__init__)
     # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", noise)
-    package = logging.getLogger("decm_lightning")
-    if getattr(rank_zero_only, "rank", 0) == 0 and not package.handlers:
-        package.setLevel(logging.INFO)
-        package.addHandler(logging.StreamHandler())
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        hide_noise()
 
 
 def _shards(strategy: Any) -> bool:

@@ -6,13 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from decm_lightning.compare import measure
 from decm_lightning.compare.page import html, line_plot
 from decm_lightning.compare.runs import Run, compared, read_runs
 from decm_lightning.evaluation.table import markdown_table as table
 from decm_lightning.files import atomic
+from decm_lightning.progress import Progress
 
 DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid")
 """Columns in which the smallest value is the best; in others it is the largest."""
@@ -55,7 +54,7 @@ class Report:
         title = function.__name__.replace("_", " ")
         self.lines.append(f"## {title.capitalize()}")
         results: dict[str, Any] = {}
-        for run in tqdm(self.runs, title, leave=False, disable=None):
+        for run in Progress(self.runs, desc=title, unit="run"):
             try:
                 results[run.name] = function(run)
             except measure.NOT_MEASURED as error:

@@ -115,20 +115,25 @@ def _differ(values: Mapping[str, Any]) -> bool:
 
 
 def _read(folder: Path, name: str, device: str, trust: bool) -> Run:
-    settings, table, is_exported = folder / "config.yaml", folder / QUALITY, (folder / CONFIG).is_file()
+    settings, is_exported = folder / "config.yaml", (folder / CONFIG).is_file()
     if not is_exported and not settings.is_file():
         raise ValueError(f"{folder} is not a run or an exported student: it has no {settings.name} and no {CONFIG}")
-    quality = _content(table) if table.is_file() else {}
-    # decm test may write its table to another folder than the training's, which has the checkpoint.
-    tested = Path(str(quality.get("protocol", {}).get("checkpoint", "last.ckpt")))
-    moved = folder / "checkpoints" / tested.name
-    path = folder if is_exported else moved if moved.exists() or not quality else tested
+    # A run may have tables of several checkpoints.
+    tables = sorted(folder.glob(f"checkpoints/*.{QUALITY}"), key=lambda file: file.stat().st_mtime)
+    table = folder / QUALITY if is_exported else (tables or [folder / "checkpoints" / f"last.{QUALITY}"])[-1]
+    path = folder if is_exported else table.with_name(table.name.removesuffix(QUALITY) + "ckpt")
+    has_table = table.is_file()
+    quality = _checked(_content(table), table, path) if has_table else {}
     module = PretrainedModel(str(path), trust=trust).to(device)
     record = module.average.record or Record()
-    quality = quality or record.quality or {}
-    if not quality.get("protocol") or not quality.get("rows"):
-        raise ValueError(f"{folder} has no {QUALITY} with a protocol and rows: run decm test {path}")
+    quality = quality if has_table else _checked(record.quality or {}, folder, path)
     return Run(name, path, module, quality, _content(settings) if settings.is_file() else record.config or {}, trust)
+
+
+def _checked(quality: dict[str, Any], place: Path, path: Path) -> dict[str, Any]:
+    if not quality.get("protocol") or not quality.get("rows"):
+        raise ValueError(f"{place} has no {QUALITY} with a protocol and rows: run decm test {path}")
+    return quality
 
 
 def _content(file: Path) -> dict[str, Any]:

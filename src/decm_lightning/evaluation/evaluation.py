@@ -1,6 +1,7 @@
 """Measure samples against real images during training, and write the quality table in tests."""
 
 import logging
+import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,20 +14,21 @@ from jaxtyping import UInt8
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from decm_lightning.conditions import select
 from decm_lightning.evaluation.cost import SamplingCost
-from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
-from decm_lightning.evaluation.protocol import measurement, networks, protocol
+from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
+from decm_lightning.evaluation.protocol import measurement, networks, protocol, table_file
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
+from decm_lightning.files import check_writable
 from decm_lightning.image_writer import check_plots
 from decm_lightning.metrics import FeatureMetrics, reference
 from decm_lightning.metrics.feature_metrics import metrics_of
 from decm_lightning.metrics.features import as_feature_network
 from decm_lightning.metrics.metric import Prompts
+from decm_lightning.progress import Progress
 from decm_lightning.types import Batch
 
 COLUMNS = 10
@@ -46,8 +48,8 @@ class Evaluation(L.Callback):
     """Measures the quality of every spec "model/sampler/steps" with one or several feature networks.
 
     Validation logs `<column>/<spec>`, such as `fd/student/mix/2`, for the cheap columns: Fréchet distance and kernel
-    distance. Testing logs `test/<column>/<spec>` for all columns, and writes quality.md, quality.json and samples.png
-    with the protocol into the log folder. The sanity check before training measures nothing.
+    distance. Testing logs `test/<column>/<spec>` for all columns, and writes last.quality.md, last.quality.json and
+    last.samples.png next to last.ckpt, or without a checkpoint to the log folder. The sanity check measures nothing.
 
     The feature networks define the columns: fd and kid, or fid, sfid, inception_score, precision, recall and kid with
     metrics.InceptionFeatures. Other networks compare samples with their captions: demo.CaptionProbe, metrics.CLIPScore
@@ -70,6 +72,9 @@ class Evaluation(L.Callback):
         reference: an .npz file or a folder of real images (metrics.reference.read); None for the loader's images.
         labels: "balanced": sample i has the label i mod num_classes; "uniform": random labels, from the seed. Data with
             a method `condition(rows, seed)` choose their conditions.
+
+    Attributes:
+        table_file: the JSON table that testing writes; None for the default.
 
     Raises:
         ValueError: if the specs are empty, a spec is invalid, or a number is too small.
@@ -98,6 +103,7 @@ class Evaluation(L.Callback):
         self.seed = seed
         self.reference = reference
         self.labels = labels
+        self.table_file: Path | None = None
         self.qualities: list[FeatureMetrics] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
@@ -157,7 +163,13 @@ class Evaluation(L.Callback):
             raise ValueError("nothing was measured: the validation or test loader is empty (latents need a VAE)")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the metrics to the module's device, and read the reference once."""
+        """Move the metrics to the module's device, and read the reference once.
+
+        Raises:
+            OSError: if the table of a test could not be written.
+        """
+        if trainer.testing:
+            check_writable(table_file(trainer, self.table_file).parent)
         for quality in self.qualities:
             quality.to(self.generator.source.device)
         if trainer.sanity_checking:
@@ -172,7 +184,7 @@ class Evaluation(L.Callback):
             return
         parts = split_evenly(len(images), self.batch_size, trainer.global_rank, trainer.world_size)
         with progress(trainer, sum(map(len, parts))) as bar:
-            bar.set_description("reference")
+            bar.set_description("reference", refresh=False)
             for batch in images.batches(parts):
                 self._add_real(batch, Prompts())
                 bar.update(len(batch))
@@ -215,7 +227,7 @@ class Evaluation(L.Callback):
                 pl_module.log(f"{name}/{spec}", value, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log all columns of every spec, write the table and the samples, and print the table.
+        """Log all columns of every spec, print the values, and write the table and the samples.
 
         Raises:
             NonFiniteError: if a sample is NaN or infinite.
@@ -232,13 +244,15 @@ class Evaluation(L.Callback):
         images = torch.stack(
             [trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in results.values()]
         )
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        file = table_file(trainer, self.table_file)
         if trainer.is_global_zero:
             rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in results.items()]
             headings = self.generator.headings(range(images.shape[1]))
             table = Table(networks(self.qualities), settings, rows, headings)
-            files = [*table.write(folder, images), *table.store(trainer.ckpt_path)]
-            print(f"\n{table.markdown()}\nwrote {', '.join(map(str, files))}")
+            # Printed first, because the disk may be full.
+            print(f"{table.heading}\n\n{table.values()}")
+            names = ", ".join(each.name for each in table.write(file, images))
+            print(f"wrote {names} to {os.path.relpath(file.parent)}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move feature networks, statistics and the decoder off the accelerator."""
@@ -264,11 +278,11 @@ class Evaluation(L.Callback):
         measured = {}
         with progress(trainer, len(specs) * sum(map(len, parts))) as bar:
             for spec in specs:
-                bar.set_description(str(spec))
+                bar.set_description(str(spec), refresh=False)
                 measured[spec] = self._measure_one(spec, parts, columns, bar)
         return measured
 
-    def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: tqdm) -> Measured:
+    def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: Progress) -> Measured:
         needs_prompts = any(quality.needs_prompts for quality in self.qualities)
         cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)
         for quality in self.qualities:
@@ -287,9 +301,3 @@ class Evaluation(L.Callback):
                 quality.update(images, real=False, prompts=prompts)
             bar.update(len(rows))
         return Measured({k: v for quality in self.qualities for k, v in quality.compute().items()}, cost, first)
-
-
-def progress(trainer: L.Trainer, total: int) -> tqdm:
-    """Return a progress bar over images, shown by the first process if the trainer shows one."""
-    hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
-    return tqdm(total=total, unit="image", leave=False, disable=hidden)

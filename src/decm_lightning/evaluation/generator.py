@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
+import lightning as L
 import torch
 from jaxtyping import UInt8
 from lightning.fabric.utilities import move_data_to_device
@@ -17,6 +18,7 @@ from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import short, to_uint8
 from decm_lightning.metrics.metric import Prompts
 from decm_lightning.networks.generation import evaluating
+from decm_lightning.progress import Progress
 from decm_lightning.seeds import generator_of
 from decm_lightning.types import Batch, Condition, Sample
 
@@ -158,3 +160,9 @@ class SampleGenerator:
         if self.labels == "balanced":
             return row % classes
         return int(torch.randint(classes, (), generator=generator_of(self.seed, row, LABEL)))
+
+
+def progress(trainer: L.Trainer, total: int) -> Progress:
+    """Return a progress bar over images, shown by the first process if the trainer shows one."""
+    hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+    return Progress(desc="sampling", total=total, unit="image", disable=hidden)

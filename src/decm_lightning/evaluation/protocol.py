@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -14,7 +15,7 @@ from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.guidance import Guidance
 from decm_lightning.metrics import FeatureMetrics, Reference
-from decm_lightning.networks.record import WEIGHTS_HASH
+from decm_lightning.networks.record import QUALITY, WEIGHTS_HASH, quality_file
 
 PACKAGES = ("decm-lightning", "torch", "lightning", "torchmetrics")
 
@@ -76,6 +77,15 @@ def measurement(
         lines |= quality.describe()
         lines |= {column: f"not measured: {reason}" for column, reason in quality.unavailable.items()}
     return lines
+
+
+def table_file(trainer: L.Trainer, requested: Path | None) -> Path:
+    """Return the JSON table of a test: by default next to its checkpoint, or without one in the log folder.
+
+    All processes must call this, because log_dir is collective.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    return requested or (quality_file(trainer.ckpt_path) if trainer.ckpt_path else folder / QUALITY)
 
 
 def networks(qualities: Sequence[FeatureMetrics]) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from decm_lightning.evaluation.evaluation import progress
-from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator
+from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.protocol import origin
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.evaluation.spec import SamplingSpec

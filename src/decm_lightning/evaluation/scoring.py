@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from decm_lightning.evaluation.protocol import machine, measurement, networks
 from decm_lightning.evaluation.table import Row, Table
@@ -13,6 +12,7 @@ from decm_lightning.even_split import split_evenly
 from decm_lightning.metrics import InceptionFeatures
 from decm_lightning.metrics.feature_metrics import FeatureMetrics, metrics_of
 from decm_lightning.metrics.reference import Images, read
+from decm_lightning.progress import Progress
 
 
 def score(
@@ -67,7 +67,7 @@ def score(
 def _add(qualities: Sequence[FeatureMetrics], images: Images, real: bool, batch_size: int) -> None:
     name = "reference" if real else "samples"
     parts = split_evenly(len(images), batch_size, rank=0, world=1)
-    with tqdm(total=len(images), desc=name, unit="image", leave=False, disable=None) as bar:
+    with Progress(total=len(images), desc=name, unit="image") as bar:
         for batch in images.batches(parts):
             for quality in qualities:
                 quality.update(batch, real)

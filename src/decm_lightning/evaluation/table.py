@@ -1,7 +1,6 @@
 """The quality table as files: quality.md, quality.json and samples.png."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ from torch import Tensor
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
-from decm_lightning.networks.record import quality_file
-
-log = logging.getLogger(__name__)
+from decm_lightning.networks.record import QUALITY
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,16 @@ class Table:
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
         protocol = [f"- {name}: {value}" for name, value in self.protocol.items()]
-        head = [f"# Fréchet distance on {self.features}", "", *protocol, ""]
-        return "\n".join(head) + "\n" + markdown_table([row.cells() for row in self.rows])
+        return "\n".join([self.heading, "", *protocol, "", self.values()])
+
+    def values(self) -> str:
+        """Return the values as a Markdown table."""
+        return markdown_table([row.cells() for row in self.rows])
+
+    @property
+    def heading(self) -> str:
+        """The heading in Markdown."""
+        return f"# Fréchet distance on {self.features}"
 
     def json(self) -> str:
         """Return {"metric", "protocol", "rows"} as JSON, with values in full; a row has "options" if its spec does."""
@@ -76,37 +81,21 @@ class Table:
         content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
-    def store(self, checkpoint: str | Path | None) -> list[Path]:
-        """Write quality.json next to a checkpoint or into an exported folder, where `load` reads it.
-
-        Returns:
-            the file, or nothing without a checkpoint or if its folder cannot be written.
-        """
-        if checkpoint is None:
-            return []
-        file = quality_file(checkpoint)
-        try:
-            with atomic(file) as content:
-                content.write_text(self.json(), encoding="utf-8")
-        except OSError as error:
-            log.warning("the table is not stored with the checkpoint: %s", error)
-            return []
-        return [file]
-
-    def write(self, folder: Path, images: Tensor | None = None) -> list[Path]:
-        """Write the files and return their paths.
+    def write(self, file: Path, images: Tensor | None = None) -> list[Path]:
+        """Write the table and the samples, and return the paths.
 
         Args:
-            folder: created if it is missing.
-            images: uint8 (rows, columns, c, h, w), the first samples of each row; None to write no samples.png.
+            file: the path of the JSON table, `quality.json` or `NAME.quality.json` (`quality_file`). The Markdown table
+                and `samples.png` or `NAME.samples.png` are next to it. The folder is created if it is missing.
+            images: uint8 (rows, columns, c, h, w), the first samples of each row; None to write no samples.
         """
-        files = [folder / "quality.md", folder / "quality.json"]
+        files = [file.with_suffix(".md"), file]
         # Both files or neither, so that they never disagree.
         with atomic(files[0]) as markdown, atomic(files[1]) as content:
             markdown.write_text(self.markdown(), encoding="utf-8")
             content.write_text(self.json(), encoding="utf-8")
         if images is not None:
-            files.append(folder / "samples.png")
+            files.append(file.with_name(f"{file.name.removesuffix(QUALITY)}samples.png"))
             save_named_grid(images, [str(row.samples) for row in self.rows], self.columns, files[-1])
         return files
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from decm_lightning.export.own_formats import check_target
 from decm_lightning.files import atomic
 from decm_lightning.networks import Network
 from decm_lightning.networks.record import Record
@@ -23,7 +24,6 @@ from decm_lightning.samplers import Sampler, sampler
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
 from decm_lightning.types import Condition, Sample, Time
 
-SUFFIX = ".safetensors"
 LIBRARY = "decm-lightning"
 COMFYUI = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 """The transformers whose names in diffusers ComfyUI maps to its own (comfy/utils.py)."""
@@ -153,8 +153,7 @@ def _matrices(adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], student: DiffusersNetwork, out: Path, dtype: torch.dtype) -> list[Path]:
-    if out.suffix != SUFFIX:
-        raise ValueError(f"a LoRA is one file, whose name must end in {SUFFIX}: got {out}")
+    check_target(out)
     if out.exists() and not _is_ours(out):
         raise ValueError(f"{out} is not a LoRA file of {LIBRARY}: choose another name")
     with atomic(out) as partial:

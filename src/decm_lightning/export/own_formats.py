@@ -16,6 +16,17 @@ from decm_lightning.networks.record import CONFIG, RECORD
 SUFFIX = ".safetensors"
 
 
+def check_target(out: str | Path) -> Path:
+    """Return the path of a file to write.
+
+    Raises:
+        ValueError: if its name does not end in .safetensors.
+    """
+    if Path(out).suffix != SUFFIX:
+        raise ValueError(f"out is one file, whose name must end in {SUFFIX}: got {out}")
+    return Path(out)
+
+
 def write_folder(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
     """Write a network's folder, see `networks.save`, and return its files."""
     save(network.to(dtype), out)
@@ -32,8 +43,7 @@ def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
         OSError: naming the file, if it cannot be written.
         ValueError: if `out` does not end in .safetensors, or is the file of another model.
     """
-    if out.suffix != SUFFIX:
-        raise ValueError(f"out must end in {SUFFIX} for --to safetensors: got {out}")
+    check_target(out)
     if out.is_file() and not read_single_file(out, {}):
         raise ValueError(f"{out} contains another model: choose another file")
     base = base_of(network)

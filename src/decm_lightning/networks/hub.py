@@ -1,10 +1,14 @@
 """Find folders on this machine or on the Hugging Face hub."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SECONDS = 4
+"""The time in which the hub has to answer."""
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".yaml")
 
 
@@ -15,6 +19,23 @@ def is_hub_name(path: str | Path) -> bool:
     """
     name = str(path)
     return bool(HUB_NAME.fullmatch(name)) and not name.endswith(FILES) and not Path(name).parent.exists()
+
+
+def use_cache_without_network(path: str | Path) -> None:
+    """Before a path is looked up on the hub, let Hugging Face's libraries use their caches alone if it does not answer.
+
+    Otherwise each of them repeats its requests for up to a minute before it fails.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE or Path(path).exists():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # of the HTTP library, which differs between versions
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
@@ -31,7 +52,12 @@ def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Seque
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns), ignore_patterns=list(ignore)))
+        options: dict[str, Any] = {
+            "allow_patterns": list(patterns),
+            "ignore_patterns": list(ignore),
+            "etag_timeout": SECONDS,
+        }
+        return Path(snapshot_download(str(path), **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         fault = f"{what} {path} not found, neither as a folder nor on the Hugging Face hub ({reason})"

@@ -13,6 +13,7 @@ import yaml
 from decm_lightning.autoencoders.latent_coder import LatentCoder
 from decm_lightning.autoencoders.normalization import LatentNormalization
 from decm_lightning.files import write_json
+from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.samplers import SAMPLERS, Sampler
 from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.samplers.steps import check_steps
@@ -185,12 +186,13 @@ def shortened(identity: str) -> str:
 
 
 def quality_file(path: str | Path) -> Path:
-    """Return the file in which `decm test` stores the table of a network: quality.json in its folder.
+    """Return the file to which `decm test` writes the table of a model: quality.json in its folder.
 
-    The table of a training checkpoint is next to it, such as last.quality.json for last.ckpt.
+    The table of a file or a sharded checkpoint is next to it, such as last.quality.json for last.ckpt.
     """
     path = Path(path)
-    return path / QUALITY if (path / CONFIG).is_file() else path.with_suffix(f".{QUALITY}")
+    is_folder = path.is_dir() and not is_sharded(path)
+    return path / QUALITY if is_folder else path.with_suffix(f".{QUALITY}")
 
 
 def write_record(record: Record | None, folder: Path) -> None:

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.files import atomic
+from decm_lightning.progress import Progress
 from decm_lightning.text.encoder import CaptionEncoder
 from decm_lightning.types import Captions
 
@@ -132,7 +132,7 @@ def _encode(captions: Sequence[str], encoder: CaptionEncoder) -> dict[str, Tenso
     pooled: list[Tensor] = []
     # Some encoders pad every batch to a fixed length, others to its longest caption.
     length = 0
-    with tqdm(total=len(captions), desc="encoding captions", unit="caption") as bar:
+    with Progress(total=len(captions), desc="encoding captions", unit="caption") as bar:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             encoded = encoder([captions[row] for row in rows])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from decm_lightning.data.protocol import HasRecord
 from decm_lightning.gradients import clip_by_norm
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import LossTerm
+from decm_lightning.losses import Cost, LossTerm
 from decm_lightning.networks import Network, describe
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.record import Record
@@ -157,6 +157,19 @@ class FlowTraining(L.LightningModule):
         """
         parts = (self.seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
+
+    def cost(self) -> Cost:
+        """Return the cost of a step in forward passes per sample: by default one, and its backward pass."""
+        return Cost(teacher=0.0, student=1.0, derivative=0.0)
+
+    def summary(self) -> dict[str, str]:
+        """Return what a run trains, one line for each heading."""
+        count, trained = (
+            sum(p.numel() for p in parameters)
+            for parameters in (self.network.parameters(), (p for p in self.network.parameters() if p.requires_grad))
+        )
+        parameters = f"{count:,} parameters" if trained == count else f"{count:,} parameters, {trained:,} trained"
+        return {"network": f"{type(self.network).__name__}, {parameters}"}
 
     def origin(self) -> str:
         """Return where the first NaN or infinity of this step arose, "" if unknown."""

@@ -159,6 +159,9 @@ class LastStep(L.Callback):
             return []
         saving = [callback for callback in callbacks if callback.save_last] or callbacks[:1]
         for callback in saving:
+            if Path(callback._last_checkpoint_saved).stem == callback.CHECKPOINT_NAME_LAST:
+                # With the filename "last" this is its own file, which it may replace.
+                callback.last_model_path = callback._last_checkpoint_saved
             if callback._last_global_step_saved == trainer.global_step and (
                 callback.save_last == "link" or callback._last_checkpoint_saved == callback.last_model_path != ""
             ):

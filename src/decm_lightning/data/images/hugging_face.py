@@ -7,6 +7,7 @@ import datasets
 
 from decm_lightning.data.images.sources import ImageSource
 from decm_lightning.data.pairs.pair import first_line, listed, stamp_of
+from decm_lightning.networks.hub import use_cache_without_network
 
 
 def read_data_set(
@@ -40,6 +41,7 @@ def read_data_set(
 
 
 def _load(name: str, is_saved: bool, tables: list[str], split: str) -> Any:
+    use_cache_without_network(name)
     try:
         if is_saved:
             found: Any = datasets.load_from_disk(name)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.images.image_files import center_crop
@@ -19,6 +18,7 @@ from decm_lightning.data.images.sources import ImageSource
 from decm_lightning.data.stored_pixels import StoredPixels, content_of, map_pixels, written
 from decm_lightning.files import text_sha256
 from decm_lightning.image_reader import in_threads, read_image
+from decm_lightning.progress import Progress
 
 VERSION = 1
 """Increase this when the same images would give other pixels or errors."""
@@ -67,7 +67,7 @@ def _write(folder: Path, source: ImageSource, size: int, channels: int | None) -
     shape: tuple[int, ...] = ()
     read = in_threads(partial(_read, source, size, channels), range(len(source.names)))
     with written(folder) as (pixels, files):
-        for number, image in enumerate(tqdm(read, "reading images", len(source.names), unit="image")):
+        for number, image in enumerate(Progress(read, desc="reading images", total=len(source.names), unit="image")):
             if isinstance(image, str):
                 errors[source.names[number]] = image
                 continue

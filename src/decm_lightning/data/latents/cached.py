@@ -7,13 +7,13 @@ from typing import IO
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.caches import make_once
 from decm_lightning.data.stored_pixels import StoredPixels
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.files import PARTIAL, text_sha256
+from decm_lightning.progress import Progress
 
 BATCH = 64
 
@@ -70,7 +70,7 @@ def _append(latents: IO[bytes], stored: StoredPixels, coder: LatentCoder, device
     # An interrupted run may have written part of a batch.
     done = min(latents.tell() // row_bytes // BATCH * BATCH, len(images))
     latents.truncate(done * row_bytes)
-    with tqdm(total=len(images), initial=done, desc="encoding images", unit="image") as bar:
+    with Progress(total=len(images), initial=done, desc="encoding images", unit="image") as bar:
         for start in range(done, len(images), BATCH):
             pixels = images[start : start + BATCH].to(device).float() / 127.5 - 1
             encoded = coder.encode(pixels.flip(-1) if mirrored else pixels).half().cpu()

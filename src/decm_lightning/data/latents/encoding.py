@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder
 from decm_lightning.autoencoders.normalization import Moments
@@ -20,6 +19,7 @@ from decm_lightning.data.latents.shards import KEYS
 from decm_lightning.errors import NonFiniteError, check_at_least
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_modes
+from decm_lightning.progress import Progress
 from decm_lightning.seeds import generator_of
 from decm_lightning.signals import end_at_sigterm, silence_broken_pipes
 
@@ -153,7 +153,7 @@ class EncodingData(L.LightningDataModule):
 
     def _check_headers(self, numbers: Sequence[int]) -> None:
         places = [self.images.files[number].place for number in numbers]
-        found = tqdm(read_modes(places), "checking image headers", len(places), unit="image")
+        found = Progress(read_modes(places), desc="checking image headers", total=len(places), unit="image")
         errors = {
             self.images.files[number].name: str(error)
             for number, error in zip(numbers, found, strict=True)

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.autoencoders import Autoencoder, LatentCoder
 from decm_lightning.autoencoders.normalization import LatentNormalization, Moments, finite_rows
 from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
+from decm_lightning.progress import Progress
 
 NAMED = 10
 """Maximum number of non-finite rows that are named; all are counted."""
@@ -88,14 +88,14 @@ class FolderCheck:
         if self.provenance is None:
             return
         files = [self.shards.folder / name for name in sorted(self.provenance.checksums)]
-        for file in tqdm([file for file in files if file.is_file()], "checksums", unit="file"):
+        for file in Progress([file for file in files if file.is_file()], desc="checksums", unit="file"):
             with self.errors.collect("checksum"):
                 self.provenance.check_file(file)
 
     def read(self) -> None:
         """Read all latents, plain and mirrored. Non-finite rows are errors and are left out of the statistics."""
         bad: list[int] = []
-        with tqdm(total=2 * len(self.shards), desc="latents", unit="latent") as bar:
+        with Progress(total=2 * len(self.shards), desc="latents", unit="latent") as bar:
             for items in self.shards.blocks():
                 x = self.shards.read(items)
                 finite = finite_rows(x)

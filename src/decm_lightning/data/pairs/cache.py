@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from decm_lightning.caches import make_once, remove_abandoned
 from decm_lightning.data.pairs.pair import DataError, FileStamp, Pair, stamp_of
@@ -19,6 +18,7 @@ from decm_lightning.data.pairs.sources import find_pairs
 from decm_lightning.data.stored_pixels import StoredPixels, content_of, map_pixels, written
 from decm_lightning.files import text_sha256
 from decm_lightning.image_reader import pixels_of
+from decm_lightning.progress import Progress
 
 # Unicode categories of invisible characters: control and zero-width characters, and spaces.
 BLANK = {"Cc", "Cf", "Zs"}
@@ -70,7 +70,7 @@ def _write(folder: Path, pairs: Iterable[Pair | DataError], size: int, max_chara
     errors: list[dict[str, Any]] = []
     stamps: list[tuple[str, int, int]] = []
     with written(folder) as (pixels, files):
-        for pair in tqdm(pairs, "reading pairs", unit="pair"):
+        for pair in Progress(pairs, desc="reading pairs", unit="pair"):
             if pair.stamp:
                 stamps.append(astuple(pair.stamp))
             if isinstance(pair, DataError):

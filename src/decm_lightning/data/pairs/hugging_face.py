@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 
 from decm_lightning.data.pairs.pair import DataError, Pair, first_line, pair_of
+from decm_lightning.networks.hub import use_cache_without_network
 
 IMAGE, TEXT, JSON, KEY = "image", "txt", "json", "__key__"
 
@@ -24,6 +25,7 @@ class DataSet:
     """
 
     def __init__(self, name: str, split: str) -> None:
+        use_cache_without_network(name)
         try:
             self._builder = datasets.load_dataset_builder(name)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

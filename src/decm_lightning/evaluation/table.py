@@ -14,6 +14,7 @@ from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
 from decm_lightning.networks.record_files import quality_file
 
+FLOORS = "Floors: distances between two sets of images from the same distribution."
 log = logging.getLogger(__name__)
 
 
@@ -57,23 +58,30 @@ class Table:
         protocol: all settings that determine the values, by name.
         rows: one for each spec.
         columns: headings above the samples; empty for none.
+        floors: distances between two sets of images from one distribution, the same columns in every row.
     """
 
     features: str
     protocol: Mapping[str, str | int]
     rows: Sequence[Row]
     columns: Sequence[str] = ()
+    floors: Sequence[Mapping[str, Any]] = ()
 
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
         protocol = [f"- {name}: {value}" for name, value in self.protocol.items()]
         head = [f"# Fréchet distance on {self.features}", "", *protocol, ""]
-        return "\n".join(head) + "\n" + markdown_table([row.cells() for row in self.rows])
+        floors = f"\n{FLOORS}\n\n{markdown_table(self.floors)}" if self.floors else ""
+        return "\n".join(head) + "\n" + markdown_table([row.cells() for row in self.rows]) + floors
 
     def json(self) -> str:
-        """Return {"metric", "protocol", "rows"} as JSON, with values in full; a row has "options" if its spec does."""
+        """Return {"metric", "protocol", "rows"} as JSON, with values in full, and "floors" if they were measured.
+
+        A row has "options" if its spec does.
+        """
         rows = [row.as_dict() for row in self.rows]
         content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
+        content |= {"floors": self.floors} if self.floors else {}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def store(self, checkpoint: str | Path | None) -> list[Path]:

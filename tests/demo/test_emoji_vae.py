@@ -6,7 +6,14 @@ import torch
 from decm_lightning.autoencoders import load_autoencoder
 from decm_lightning.demo import train_emoji_vae
 from decm_lightning.demo.emoji import Emoji, base_of, emoji_files, read_emoji
-from decm_lightning.demo.train_emoji_vae import EmojiImages, EmojiVAE, PerceptualDistance, fit, reconstruction
+from decm_lightning.demo.train_emoji_vae import (
+    EmojiImages,
+    EmojiVAE,
+    PerceptualDistance,
+    fit,
+    normalize_latents,
+    reconstruction,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +89,41 @@ def test_emoji_that_the_pairs_hold_out_are_not_trained_on(tmp_path, monkeypatch)
     assert len(data.held_out) == held.sum() > 0
     assert len(data.train) == (~held).sum() > len(data.held_out)
     assert {item.base for item in items if item.code in emoji_files(some)} <= set(names)
+
+
+def test_latents_are_normalized_by_channel_without_changing_the_images(images):
+    network = module(images).network.eval()
+    torch.nn.init.normal_(network.quant_conv.bias, std=3.0, generator=torch.Generator().manual_seed(0))
+    real = images.float() / 127.5 - 1
+    with torch.no_grad():
+        before, noise = network.encode(real).latent_dist, torch.randn(6, 8, 8, 8)
+        decoded = network.decode(before.mean + before.std * noise).sample
+        normalize_latents(network, images)
+        after = network.encode(real).latent_dist
+        assert torch.allclose(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4)
+        assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4)
+        assert torch.allclose(network.decode(after.mean + after.std * noise).sample, decoded, atol=1e-4)
+
+
+def test_emoji_as_latents_are_decoded_again(images, tmp_path, monkeypatch):
+    items = read_emoji()[::300]
+    monkeypatch.setattr("decm_lightning.demo.emoji.read_emoji", lambda: items)
+    network = module(images).network.eval()
+    normalize_latents(network, images)
+    network.half().save_pretrained(tmp_path / "vae")
+
+    def ready(**options):
+        data = Emoji(batch_size=2, size=64, cache=str(tmp_path), held_out=0, variants=1, **options)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    data = ready(vae=str(tmp_path / "vae"))
+    latents = data.train.__getitems__(range(len(items))).x_1
+    assert latents.shape == (len(items), 8, 8, 8)
+    pixels = ready().train.__getitems__(range(len(items))).x_1
+    with torch.no_grad():
+        autoencoder = load_autoencoder(tmp_path / "vae")
+        expected = autoencoder.decode(autoencoder.encode(pixels))
+    assert torch.allclose(data.decode(latents), expected, atol=0.02)
+    assert data.record().vae.identity == autoencoder.identity

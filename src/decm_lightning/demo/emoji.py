@@ -11,11 +11,17 @@ from pathlib import Path
 from random import Random
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
+from decm_lightning.autoencoders import LatentCoder, load_autoencoder
+from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
 from decm_lightning.errors import missing_extra
+from decm_lightning.files import tensors_sha256
 from decm_lightning.image_reader import pixels_of
 from decm_lightning.text import MiniLM, TextEncoder, encode
+from decm_lightning.types import Sample
 
 PRESENTATION = 0xFE0F
 """The code point that selects the colored form of a character; some file names contain it."""
@@ -48,8 +54,23 @@ class NamedEmoji:
         return base_of(self.code)
 
 
+@dataclass(frozen=True)
+class StoredEmoji:
+    """All emoji, and the folder for their latents.
+
+    Attributes:
+        images: (n, 3, size, size).
+        names: their names.
+        folder: the folder.
+    """
+
+    images: UInt8[Tensor, "n 3 size size"]
+    names: list[str]
+    folder: Path
+
+
 class Emoji(CaptionedImages):
-    """Twemoji on white, (3, size, size) in [-1, 1], with captions "name, keyword, keyword ...".
+    """Twemoji on white, (3, size, size) in [-1, 1], or their latents, with captions "name, keyword, keyword ...".
 
     In each epoch, a training image has one of `variants` captions: its name with the first keywords, or with a random
     selection of keywords. Emoji that differ only in skin tone or gender are held out together.
@@ -57,8 +78,10 @@ class Emoji(CaptionedImages):
     Args:
         batch_size: pairs per training batch on each device, at least 1.
         size: height and width of the images in pixels, at least 1.
+        vae: the VAE for latents, such as weights/emoji/vae with size 64, see `load_autoencoder`; None for pixels. The
+            reference images are then decoded latents.
         encoder: the text encoder; None for MiniLM.
-        cache: folder for the encoded captions.
+        cache: folder for the encoded captions and latents.
         held_out: fraction of emoji that are held out, in [0, 1).
         variants: captions per image, at least 1.
         reference_size: maximum number of reference images; None for all held-out images.
@@ -80,6 +103,7 @@ class Emoji(CaptionedImages):
         variants: int = 3,
         reference_size: int | None = None,
         num_workers: int = 0,
+        vae: str | None = None,
     ) -> None:
         super().__init__(batch_size, held_out, reference_size, num_workers)
         if size < 1 or variants < 1:
@@ -88,28 +112,53 @@ class Emoji(CaptionedImages):
         self.encoder = encoder or MiniLM()
         self.cache = cache
         self.variants = variants
+        self.vae = vae
+        self.coder: LatentCoder | None = None
 
     def prepare_data(self) -> None:
-        """Encode captions that are not in the cache, in one process per machine."""
-        encode(self._captions(read_emoji()), self.encoder, self.cache, self.device)
+        """Encode captions and images that are not in the cache, in one process per machine."""
+        items = read_emoji()
+        encode(self._captions(items), self.encoder, self.cache, self.device)
+        self._encoded(items)
 
     def setup(self, stage: str) -> None:
         """Load images and captions.
 
         Raises:
             ImportError: if a package is not installed.
+            ValueError: if the network expects samples of another shape, or the VAE cannot encode images of this size.
         """
         items = read_emoji()
         captions = self._captions(items)
-        images = torch.stack([pixels_of(item.file, self.size) for item in items])
+        images = self._encoded(items)
         encoded = encode(captions, self.encoder, self.cache, self.device)
         names = [item.base for item in items]
-        self.check_network("emoji are", (3, self.size, self.size))
+        self.check_network("emoji are", tuple(images.shape[1:]))
         self.split(images, encoded, captions[:: self.variants], names, self.variants)
 
+    def decode(self, x: Sample) -> Sample:
+        """Return the network's samples as images in [-1, 1]."""
+        return x if self.coder is None else self.coder.decode(x)
+
     def identity(self) -> dict[str, str]:
-        """Return the identity of the text encoder."""
-        return {"encoder": self.encoder.identity}
+        """Return the identities of the text encoder and of the VAE, if there is one."""
+        vae = {} if self.coder is None else {"VAE": self.coder.autoencoder.identity}
+        return vae | {"encoder": self.encoder.identity}
+
+    def release(self) -> None:
+        """Move the VAE off the accelerator."""
+        if self.coder is not None:
+            self.coder.autoencoder.to("cpu")
+
+    def _encoded(self, items: list[NamedEmoji]) -> Tensor:
+        """Return the images in uint8, or their latents, which are stored in the cache."""
+        images = torch.stack([pixels_of(item.file, self.size) for item in items])
+        if self.vae is None:
+            return images
+        self.coder = self.coder or LatentCoder(load_autoencoder(self.vae))
+        folder = Path(self.cache) / f"emoji-{tensors_sha256({'images': images})[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return encode_latents(StoredEmoji(images, [item.words[0] for item in items], folder), self.coder, self.device)
 
     def _captions(self, items: list[NamedEmoji]) -> list[str]:
         return [caption(item.words, variant) for item in items for variant in range(self.variants)]

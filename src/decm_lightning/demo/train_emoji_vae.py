@@ -164,6 +164,24 @@ def fit(module: EmojiVAE, out: Path, save_every: int = 200) -> None:
 
 
 @torch.no_grad()
+def normalize_latents(network: Any, images: UInt8[Tensor, "n 3 h w"]) -> None:
+    """Change the 1 x 1 convolutions around the latents, so that each channel has mean 0 and standard deviation 1.
+
+    Reconstructions stay the same. The scaling factor of the config is then 1, its shift 0.
+    """
+    latents = torch.cat([network.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(64)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    encoder, decoder = network.quant_conv, network.post_quant_conv
+    decoder.bias += decoder.weight[:, :, 0, 0] @ mean
+    decoder.weight *= std[:, None, None]
+    # The outputs of the encoder are the means, and then the logarithms of the variances.
+    channels = len(mean)
+    encoder.bias[:channels] = (encoder.bias[:channels] - mean) / std
+    encoder.weight[:channels] /= std[:, None, None, None]
+    encoder.bias[channels:] -= 2 * std.log()
+
+
+@torch.no_grad()
 def reconstruction(network: Any, images: UInt8[Tensor, "n 3 h w"]) -> dict[str, float]:
     """Return the reconstruction error of images through the mode of the posterior.
 
@@ -221,7 +239,9 @@ def main(
     images = torch.cat([part.train for part in sets.values()])
     module = EmojiVAE(images, latents, steps, batch_size, rate, perceptual, seed)
     fit(module, out)
-    network = module.network.eval().half().float()
+    network = module.network.eval()
+    normalize_latents(network, sets["Twemoji"].train)
+    network.half().float()
     record = {name: reconstruction(network, part.held_out) for name, part in sets.items()}
     network.half().save_pretrained(out / "vae")
     write_json(out / "vae" / "reconstruction.json", record)

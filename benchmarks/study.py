@@ -49,8 +49,8 @@ class Study:
 
     def objective(self, run: Run) -> dict[str, Any]:
         """Return the objective of a method: a preset of `losses` by its name, or any class path."""
-        method = dict(self.settings["methods"][run.method])
-        method.pop("guidance", None)
+        given = self.settings["methods"][run.method]
+        method = {name: value for name, value in given.items() if name not in ("guidance", "optimizer", "model")}
         name = method["class_path"]
         return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
 
@@ -59,6 +59,12 @@ class Study:
         default = self.base["model"]["init_args"].get("guidance", {})
         found: dict[str, Any] = self.settings["methods"][run.method].get("guidance", default)
         return found
+
+    def optimizer(self, run: Run) -> dict[str, Any]:
+        """Return the optimizer of a method; by default AdamW without weight decay."""
+        given = self.settings["methods"][run.method].get("optimizer", {})
+        settings = {"lr": run.rate, "weight_decay": 0.0} | given.get("init_args", {})
+        return {"class_path": given.get("class_path", "torch.optim.AdamW"), "init_args": settings}
 
     def place(self, run: Run) -> Path:
         """Return the folder of a run."""
@@ -97,9 +103,7 @@ class Study:
                 "init_args": {
                     "objective": self.objective(run), "guidance": self.guidance(run),
                     "compile": self.settings.get("compile", False),
-                    "optimizer": {
-                        "class_path": "torch.optim.AdamW", "init_args": {"lr": run.rate, "weight_decay": 0.0},
-                    },
+                    "optimizer": self.optimizer(run), **self.settings["methods"][run.method].get("model", {}),
                 },
             },
         }  # fmt: skip

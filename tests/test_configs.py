@@ -13,6 +13,7 @@ import yaml
 from decm_lightning import cli
 from decm_lightning.cli.trainer import build
 from decm_lightning.demo import emoji
+from decm_lightning.demo.train_emoji_vae import EmojiVAE
 from decm_lightning.networks import load
 
 ROOT = Path(__file__).parents[1]
@@ -57,12 +58,16 @@ def test_a_config_trains_a_step(config, tiny_idx, monkeypatch):
     assert train_a_step(config, tiny_idx, monkeypatch) == 0
 
 
-@pytest.mark.parametrize("name", ["teacher", "decm"])
+@pytest.mark.parametrize("name", ["teacher", "decm", "latent-teacher"])
 def test_a_config_of_captions_trains_a_step(name, tmp_path, monkeypatch):
     """On 40 of the emoji, because encoding all captions takes a minute."""
     chosen = emoji.read_emoji()[:40]
     monkeypatch.setattr(emoji, "read_emoji", lambda: chosen)
     kept = ["--data.init_args.cache", str(tmp_path / "cache")]
+    if name == "latent-teacher":
+        vae = EmojiVAE(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 8, 1, 1, 1e-3, 0.1, 0).network
+        vae.save_pretrained(tmp_path / "vae")
+        kept += ["--data.init_args.vae", str(tmp_path / "vae")]
     assert train_a_step(ROOT / f"configs/emoji/{name}.yaml", tmp_path, monkeypatch, *kept) == 0
     assert list((tmp_path / "cache").glob("captions-*.safetensors"))
 

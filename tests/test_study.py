@@ -19,13 +19,21 @@ FILES = sorted(Path("configs/compare").glob("*.yaml"))
 def test_methods_have_equal_cost_and_known_specs(file, tmp_path):
     """Steps times the cost of a step is the budget, to half a step."""
     study = Study(file, tmp_path)
-    assert len(study.settings["methods"]) >= 13
+    assert len(study.settings["methods"]) >= (2 if file.stem.startswith("lab-") else 13)
     for method in study.settings["methods"]:
         run = Run(method, 1e-3, 0, study.settings["passes"])
         passes = cost(built(study.objective(run)).for_run(10_000), Guidance(**study.guidance(run)).passes).total
         assert abs(study.steps(run) * passes - run.passes) <= passes / 2
     for spec in (*study.settings["teacher"], *study.settings["specs"]):
         SamplingSpec.parse(spec)
+
+
+def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
+    study = Study(Path("configs/compare/lab-training.yaml"), tmp_path)
+    plain, slow = (Run(name, 2e-3, 0, 100) for name in ("ema_0.9999", "beta2_0.95"))
+    assert study.objective(plain) == study.objective(slow)
+    assert study.optimizer(plain)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0}
+    assert study.optimizer(slow)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0, "betas": [0.9, 0.95]}
 
 
 def test_the_best_sampler_of_each_number_of_steps():

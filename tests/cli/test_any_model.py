@@ -127,6 +127,21 @@ def test_an_exported_student_needs_its_record_alone(folder, expected, tmp_path):
     assert protocol(tmp_path / "student")["weights sha256"] == student.identity()
 
 
+def test_an_exported_student_is_measured_next_to_its_recorded_teacher_if_that_is_unchanged(folder, expected, tmp_path):
+    student = load(CHECKPOINT)
+    save(student, tmp_path / "student")
+    content = torch.load(CHECKPOINT, weights_only=True)
+    record = content["record"] | {"config": yaml.safe_load(content["config"])}
+    assert record["teacher"]["name"] == "teacher"
+    (tmp_path / "student/record.json").write_text(json.dumps(record))
+    assert run("test", tmp_path / "student") == 0
+    assert rows(tmp_path / "student") == expected
+    record["teacher"]["identity"] = "0" * 16
+    (tmp_path / "student/record.json").write_text(json.dumps(record))
+    assert run("test", tmp_path / "student") == 0
+    assert rows(tmp_path / "student") == {name: row for name, row in expected.items() if "student" in name}
+
+
 def test_a_teacher_is_measured_with_the_guidance_of_the_command_line(folder, expected, tmp_path):
     tables = {}
     for name, options in {"config": (), "none": ("--guidance", "{scale: 1.0}")}.items():

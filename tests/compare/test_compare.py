@@ -154,8 +154,12 @@ def test_every_number_of_the_tables_is_in_the_page(page):
         for metric, value in row.items()
         if metric not in NAMES
     }
-    assert len(expected) == 2 * len(SPECS) * 2
+    # fd, kid, and the two paired columns.
+    assert len(expected) == 2 * len(SPECS) * 4
     assert found == expected
+    tested = [json.loads((page.parent / "runs" / name / "quality.json").read_text()) for name in measured]
+    floors = [row for content in tested for row in content["floors"]]
+    assert [row[3] for row in tables["Floors"][1:]] == [f"{row['fd']:.4g}" for row in floors]
 
 
 def test_the_page_has_each_part_and_no_reference_to_another_file(page):
@@ -167,7 +171,7 @@ def test_the_page_has_each_part_and_no_reference_to_another_file(page):
     settings = {row[0]: row[1:] for row in tables["Differences"]}
     assert settings["model.objective"] == ["decm_lightning.losses.paper", "decm_lightning.losses.facm"]
     assert "seed_everything" not in settings
-    assert text.count("data:image/svg+xml;base64,") == 5
+    assert text.count("data:image/svg+xml;base64,") == 7
     assert text.count("data:image/png;base64,") == 2
     assert not re.findall(r"(?:src|href)=.(?!data:)|url\(|@import|<script", text)
     assert "not measured" not in text
@@ -221,6 +225,7 @@ def test_markdown_links_files_next_to_it(decm):
         ("feature network", "another"),
         ("guidance", "none"),
         ("pixels", None),
+        ("paired", "the teacher of another day"),
         ("reference sha256", "00ff"),
         ("times (t -> s)", "student/mix/2: 0 -> 0.6, 0.6 -> 1"),
     ],
@@ -252,6 +257,7 @@ def test_runs_with_other_specs_are_compared(decm):
     file = Path("runs/facm", TABLE)
     quality = json.loads(file.read_text())
     quality["rows"] = [row for row in quality["rows"] if row["sampler"] == "mix"]
+    del quality["protocol"]["paired"]
     quality["protocol"] |= {"guidance": "none", "times (t -> s)": "student/mix/1: 0 -> 1; student/mix/9: 0 -> 1"}
     file.write_text(json.dumps(quality))
     assert decm(*QUICK)[0] == 0

@@ -131,6 +131,8 @@ class ModelCLI(TrainerCLI):
             if self.model.is_student and not self.is_carried:
                 # The guidance of another module.
                 self.model.guidance = Guidance()
+            if self.model.is_student and self.program == "test":
+                self.model.load_teacher()
         if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
             is_elsewhere = self.config.out is not None or is_hub_name(self.path)
             self.evaluation.table_file = self.out / QUALITY if is_elsewhere else quality_file(self.path)

@@ -9,11 +9,12 @@ from typing import Any
 from decm_lightning.compare import measure
 from decm_lightning.compare.page import html, line_plot
 from decm_lightning.compare.runs import Run, compared, read_runs
+from decm_lightning.evaluation.table import FLOORS
 from decm_lightning.evaluation.table import markdown_table as table
 from decm_lightning.files import atomic
 from decm_lightning.progress import Progress
 
-DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid")
+DISTANCES = ("fid", "sfid", "fd", "fd_dinov2", "kid", "paired_rmse", "paired_features")
 """Columns in which the smallest value is the best; in others it is the largest."""
 NAMES = ("model", "sampler", "steps", "options", "nfe")
 """Columns of a table that are not measured."""
@@ -48,6 +49,10 @@ class Report:
             if curves := _curves(self.runs, metric):
                 plot = line_plot(curves, "network evaluations per sample (NFE), best sampler", metric, log_x=True)
                 self.lines.insert(-1, self.figure(f"{metric}.svg", plot))
+        floors = [{"run": run.name, **row} for run in self.runs for row in run.quality.get("floors", ())]
+        if floors:
+            names = dict.fromkeys(name for row in floors for name in row)
+            self.lines += [f"## Floors\n\n{FLOORS}", table([{name: row.get(name) for name in names} for row in floors])]
 
     def add_measured(self, function: Callable[[Run], Any]) -> None:
         """Add what a function of `measure` returns, and the reason for each run that cannot be measured."""

@@ -17,7 +17,7 @@ from decm_lightning.training.resuming import settings_of
 
 OWN = ("checkpoint", "weights", "device", "processes", "versions")
 """Lines of a protocol that may differ: they name the tested network and the machine, and do not change any value."""
-PARTIAL = ("times of ", "guidance", "data")
+PARTIAL = ("times of ", "guidance", "data", "paired")
 """Lines that have to agree between the runs that have them."""
 NO_EFFECT = ("ckpt_path", "verbose", "weights_only", "trainer.logger", "trainer.callbacks", "trainer.enable_")
 

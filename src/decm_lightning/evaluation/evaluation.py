@@ -3,21 +3,20 @@
 import logging
 import os
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
 import torch
-from jaxtyping import UInt8
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from decm_lightning.conditions import select
-from decm_lightning.evaluation.cost import SamplingCost
+from decm_lightning.evaluation.baselines import Baselines
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
+from decm_lightning.evaluation.measured import Measured, measure
+from decm_lightning.evaluation.paired import Paired
 from decm_lightning.evaluation.protocol import measurement, networks, protocol, table_file
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
@@ -28,20 +27,10 @@ from decm_lightning.metrics import FeatureMetrics, reference
 from decm_lightning.metrics.feature_metrics import metrics_of
 from decm_lightning.metrics.features import as_feature_network
 from decm_lightning.metrics.metric import Prompts
-from decm_lightning.progress import Progress
 from decm_lightning.types import Batch
 
 COLUMNS = 10
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Measured:
-    """The results of a spec: values by column, the cost of a sample, and the first samples."""
-
-    values: dict[str, float]
-    cost: SamplingCost
-    first: UInt8[Tensor, "columns c h w"]
 
 
 class Evaluation(L.Callback):
@@ -72,6 +61,10 @@ class Evaluation(L.Callback):
         reference: an .npz file or a folder of real images (metrics.reference.read); None for the loader's images.
         labels: "balanced": sample i has the label i mod num_classes; "uniform": random labels, from the seed. Data with
             a method `condition(rows, seed)` choose their conditions.
+        paired: adds columns to tests that compare each sample with the teacher's converged ODE from the same noise
+            (`PairedDistance`), if there is a teacher; None for no columns.
+        floors: adds a table to tests with the distances between halves of the real images, and between the teacher's
+            samples and as many with other noise (`Floor`).
 
     Attributes:
         table_file: the JSON table that testing writes; None for the default.
@@ -91,6 +84,8 @@ class Evaluation(L.Callback):
         seed: int = 0,
         reference: str | None = None,
         labels: LabelLaw = "balanced",
+        paired: Paired | None = None,
+        floors: bool = False,
     ) -> None:
         networks = features if isinstance(features, list) else [features]
         self.features = [as_feature_network(network) for network in networks]
@@ -104,6 +99,8 @@ class Evaluation(L.Callback):
         self.reference = reference
         self.labels = labels
         self.table_file: Path | None = None
+        self.paired = paired
+        self.floors = floors
         self.qualities: list[FeatureMetrics] = []
         if not self.features:
             raise ValueError("features must be at least one network: got none")
@@ -149,6 +146,8 @@ class Evaluation(L.Callback):
         self.generator.check([*self.specs, *self.test_specs])
         self.real = None if self.reference is None else reference.read(self.reference)
         self.qualities = metrics_of(self.features, self.seed, self.real, validation=stage != "test")
+        measured = (self.paired, self.floors) if stage == "test" else (None, False)
+        self.baselines = Baselines(self.generator, self.qualities, self.test_specs, *measured)
         self.has_real = False
         self.has_measured = False
         self.rows_seen = 0
@@ -170,8 +169,7 @@ class Evaluation(L.Callback):
         """
         if trainer.testing:
             check_writable(table_file(trainer, self.table_file).parent)
-        for quality in self.qualities:
-            quality.to(self.generator.source.device)
+        self._to(self.generator.source.device)
         if trainer.sanity_checking:
             return
         for quality in self.qualities:
@@ -240,6 +238,7 @@ class Evaluation(L.Callback):
         costs = {spec: measured.cost for spec, measured in results.items()}
         size = next(iter(results.values())).first.shape[1:]
         measured_on = measurement(self.qualities, self.real, size, self.seed, self.batch_size)
+        measured_on |= self.baselines.protocol()
         settings = protocol(trainer, self.generator, costs, measured_on)
         images = torch.stack(
             [trainer.strategy.reduce(measured.first, reduce_op="sum") for measured in results.values()]
@@ -248,7 +247,7 @@ class Evaluation(L.Callback):
         if trainer.is_global_zero:
             rows = [Row(spec, costs[spec].nfe, measured.values) for spec, measured in results.items()]
             headings = self.generator.headings(range(images.shape[1]))
-            table = Table(networks(self.qualities), settings, rows, headings)
+            table = Table(networks(self.qualities), settings, rows, headings, self.baselines.rows)
             # Printed first, because the disk may be full.
             print(f"{table.heading}\n\n{table.values()}")
             names = ", ".join(each.name for each in table.write(file, images))
@@ -256,9 +255,8 @@ class Evaluation(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move feature networks, statistics and the decoder off the accelerator."""
-        for quality in self.qualities:
-            quality.to(torch.device("cpu"))
         if self.qualities:
+            self._to(torch.device("cpu"))
             self.generator.data.release()
 
     on_test_end = on_validation_end
@@ -267,37 +265,24 @@ class Evaluation(L.Callback):
         """Move everything off the accelerator."""
         self.on_validation_end(trainer, pl_module)
 
-    def _add_real(self, images: Tensor, prompts: Prompts) -> None:
+    def _to(self, device: torch.device) -> None:
+        self.baselines.to(device)
         for quality in self.qualities:
-            quality.update(images, real=True, prompts=prompts)
+            quality.to(device)
+
+    def _add_real(self, images: Tensor, prompts: Prompts) -> None:
+        views = {quality: quality.update(images, real=True, prompts=prompts) for quality in self.qualities}
+        self.baselines.add_real(views)
 
     def _measure(self, trainer: L.Trainer, specs: Sequence[SamplingSpec], samples: int) -> dict[SamplingSpec, Measured]:
         self.has_real = self.has_measured = True
         parts = split_evenly(samples, self.batch_size, trainer.global_rank, trainer.world_size)
         columns = min(self.generator.columns(COLUMNS), samples)
+        self.baselines.prepare(samples, self.batch_size, trainer.global_rank, trainer.world_size)
         measured = {}
         with progress(trainer, len(specs) * sum(map(len, parts))) as bar:
             for spec in specs:
                 bar.set_description(str(spec), refresh=False)
-                measured[spec] = self._measure_one(spec, parts, columns, bar)
+                measured[spec] = measure(self.generator, self.qualities, self.baselines, spec, parts, columns, bar)
+        self.baselines.measure_floors(samples, parts)
         return measured
-
-    def _measure_one(self, spec: SamplingSpec, parts: Sequence[range], columns: int, bar: Progress) -> Measured:
-        needs_prompts = any(quality.needs_prompts for quality in self.qualities)
-        cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)
-        for quality in self.qualities:
-            quality.reset_generated()
-        for rows in parts:
-            with ExitStack() as recording:
-                if rows is parts[0]:
-                    recording.enter_context(cost.record(self.generator.source))
-                images = self.generator.generate(spec, rows)
-            if rows is parts[0]:
-                # Each process fills in its own samples, and the sum over processes has all of them.
-                first = images.new_zeros(columns, *images.shape[1:])
-            first[rows.start : rows.stop] = images[: max(columns - rows.start, 0)]
-            prompts = self.generator.prompts(rows) if needs_prompts else Prompts()
-            for quality in self.qualities:
-                quality.update(images, real=False, prompts=prompts)
-            bar.update(len(rows))
-        return Measured({k: v for quality in self.qualities for k, v in quality.compute().items()}, cost, first)

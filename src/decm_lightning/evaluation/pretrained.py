@@ -1,10 +1,12 @@
 """Trained networks as they were loaded, as modules that `Evaluation` measures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.networks import Network
@@ -37,7 +39,7 @@ class PretrainedModel(L.LightningModule):
     """
 
     teacher: Teacher | None = None
-    """None: the network is counted as `average`."""
+    """The teacher of a student, see `load_teacher`. A teacher itself is counted as `average`."""
     ema_decay: float | None = None
 
     def __init__(self, path: str, guidance: Guidance = Guidance(), trust: bool = False) -> None:  # noqa: B008 - frozen
@@ -52,11 +54,40 @@ class PretrainedModel(L.LightningModule):
         """Whether the network is a flow map, for which guidance has no effect."""
         return self.average.reads_end_time
 
+    def load_teacher(self) -> None:
+        """Load the teacher of a student's record, with its guidance, if a local file or folder still has its weights.
+
+        The teacher can then be sampled next to the student. Otherwise nothing changes.
+        """
+        record = self.average.record
+        if (
+            record is None
+            or record.teacher is None
+            or record.guidance is None
+            or not Path(record.teacher.name).exists()
+        ):
+            return
+        try:
+            teacher = PretrainedTeacher(record.teacher.name)
+        except (OSError, ValueError, ImportError):
+            return
+        if teacher.identity() == record.teacher.identity:
+            self.teacher, self.guidance = teacher, Guidance(**record.guidance)
+
     def models(self) -> dict[str, FlowMapNetwork]:
-        """Return the one flow map, "student" or "teacher"."""
-        if self.is_student:
-            return {"student": self.average}
-        return {"teacher": flow_map_of(GuidedField(self.loaded, self.loaded.null, self.guidance))}
+        """Return the flow maps: "teacher" for a teacher, and "student", with its "teacher" if that is loaded."""
+        teacher = self.teacher if self.is_student else self.loaded
+        teachers = (
+            {} if teacher is None else {"teacher": flow_map_of(GuidedField(teacher, teacher.null, self.guidance))}
+        )
+        return ({"student": self.average} if self.is_student else {}) | teachers
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PretrainedModel":
+        # The teacher is not a submodule.
+        if self.teacher is not None:
+            self.teacher.apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""

@@ -13,6 +13,8 @@ from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_named_grid
 from decm_lightning.networks.record import QUALITY
 
+FLOORS = "Floors: distances between two sets of images from the same distribution."
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,12 +56,14 @@ class Table:
         protocol: all settings that determine the values, by name.
         rows: one for each spec.
         columns: headings above the samples; empty for none.
+        floors: distances between two sets of images from one distribution, the same columns in every row.
     """
 
     features: str
     protocol: Mapping[str, str | int]
     rows: Sequence[Row]
     columns: Sequence[str] = ()
+    floors: Sequence[Mapping[str, Any]] = ()
 
     def markdown(self) -> str:
         """Return the table with its protocol as Markdown."""
@@ -67,8 +71,9 @@ class Table:
         return "\n".join([self.heading, "", *protocol, "", self.values()])
 
     def values(self) -> str:
-        """Return the values as a Markdown table."""
-        return markdown_table([row.cells() for row in self.rows])
+        """Return the values as Markdown tables."""
+        floors = f"\n{FLOORS}\n\n{markdown_table(self.floors)}" if self.floors else ""
+        return markdown_table([row.cells() for row in self.rows]) + floors
 
     @property
     def heading(self) -> str:
@@ -76,9 +81,13 @@ class Table:
         return f"# Fréchet distance on {self.features}"
 
     def json(self) -> str:
-        """Return {"metric", "protocol", "rows"} as JSON, with values in full; a row has "options" if its spec does."""
+        """Return {"metric", "protocol", "rows"} as JSON, with values in full, and "floors" if they were measured.
+
+        A row has "options" if its spec does.
+        """
         rows = [row.as_dict() for row in self.rows]
         content = {"metric": f"Fréchet distance on {self.features}", "protocol": dict(self.protocol), "rows": rows}
+        content |= {"floors": self.floors} if self.floors else {}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, file: Path, images: Tensor | None = None) -> list[Path]:

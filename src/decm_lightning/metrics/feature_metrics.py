@@ -105,8 +105,11 @@ class FeatureMetrics:
         return self
 
     @torch.no_grad()
-    def update(self, images: Tensor, real: bool, prompts: Prompts = NO_PROMPTS) -> None:
+    def update(self, images: Tensor, real: bool, prompts: Prompts = NO_PROMPTS) -> dict[str, Tensor]:
         """Add real or generated images, uint8 (b, c, h, w), with their conditions if they are known.
+
+        Returns:
+            the outputs of the network, as `outputs` does; nothing without metrics.
 
         Raises:
             ValueError: if the images are not uint8, or a metric needs prompts that are not passed.
@@ -115,13 +118,19 @@ class FeatureMetrics:
             raise ValueError(f"images must be uint8: got {images.dtype}, convert them with to_uint8")
         self.seen[real].update(len(images))
         if not self.metrics:
-            return
-        device = self.seen[real].device
-        outputs = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
+            return {}
         # A single update per batch: every process must make the same number of updates.
-        views = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        views = self.outputs(images)
         for metric in self.metrics:
             metric.update(views, real, prompts)
+        return views
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of the network by name, "features" if it returns one tensor, for uint8 images."""
+        device = self.seen[True].device
+        parts = [_views(self.features(part.to(device))) for part in images.split(self.batch_size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def reset_generated(self) -> None:
         """Discard the generated images but not the real ones."""

@@ -19,6 +19,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sp
 html_theme = "furo"
 html_title = project
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"light_css_variables": {"code-font-size": "0.72em"}}
 html_copy_source = False
 html_show_sphinx = False
 # The pictures of the pages, and the raw values of a study.
@@ -53,6 +56,12 @@ def readme_links(app: Sphinx, relative_path: Any, parent: str, content: list[str
     """Rewrite the README's links, which start at the root of the repository, to start at docs/."""
     if relative_path.name == "README.md":
         content[0] = re.sub(r"\]\((?!https?:|#)", "](../", content[0]).replace("](../docs/", "](")
+        titled(app, parent, content)
+
+
+def titled(app: Sphinx, page: str, content: list[str]) -> None:
+    """Let links whose text is the name of a page show the page's title."""
+    content[0] = re.sub(r"\[[\w/-]+\.md\]\(", "[](", content[0])
 
 
 def from_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -111,6 +120,7 @@ def setup(app: Sphinx) -> None:
     """Register the functions above."""
     inline, block = ((lambda self, node, b=b: as_mathml(self, node, b), None) for b in (False, True))
     app.add_html_math_renderer("mathml", inline, block)
+    app.connect("source-read", titled)
     app.connect("include-read", readme_links)
     app.connect("autodoc-process-signature", signature)
     # Before napoleon, which reads the sections of the docstring.

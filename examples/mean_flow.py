@@ -2,8 +2,9 @@
 
     python examples/mean_flow.py
 
-trains a network u(x, t, s) without a teacher for about half a minute on one core, and prints the root mean square error of
-its samples at 1, 2 and 4 steps against the exact flow map, with Euler's method on the exact velocity for comparison.
+trains a network u(x, t, s) without a teacher for about half a minute on one core, and prints the root mean square
+error of its samples at 1, 2 and 4 steps against the exact flow map. Euler's method on the exact velocity is printed
+for comparison.
 """
 
 import lightning as L

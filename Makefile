@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all test-lowest study bench gpu-proof check lint types contracts clean
+.PHONY: help env demo demo-from-scratch demo-text demo-text-from-scratch imagenet-rehearsal test test-slow test-all test-lowest study bench gpu-proof check lint types contracts docs docs-links clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -131,5 +131,14 @@ types: env ## check static types
 contracts: env ## check the import contracts
 	$(BIN)/lint-imports
 
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --doctree-dir build/doctrees
+
+docs: env ## build the documentation's site into build/site (no network needed)
+	$(SPHINX) --quiet docs build/site
+	@echo "site: build/site/index.html"
+
+docs-links: env ## check the links to other sites (needs a network)
+	$(SPHINX) --builder linkcheck docs build/links
+
 clean: ## remove the output of runs and tests
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""The one-file example computes what the package computes, and trains a student."""
+"""The one-file example computes what the package computes, and trains; the others do what they say."""
 
 import importlib.util
 from pathlib import Path
@@ -9,16 +9,20 @@ from torch import nn
 
 from decm_lightning import losses, samplers
 from decm_lightning.derivatives import Jump, forward_with_jvp, functional
-from decm_lightning.flows import GaussianMixture
+from decm_lightning.flows import Gaussian, GaussianMixture
 from decm_lightning.losses import tangent
 from decm_lightning.path import interpolate, jump
 
-FILE = Path(__file__).parents[1] / "examples" / "decm_in_one_file.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("decm_in_one_file", FILE)
+    return load("decm_in_one_file")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -113,3 +117,68 @@ def test_it_trains_and_writes_a_picture(example, tmp_path):
     with Image.open(tmp_path / "decm.png") as image:
         assert image.size == (64, 64)
         assert len(set(image.getdata())) > 10
+
+
+@pytest.fixture
+def among_examples(monkeypatch):
+    """As if started in examples/: one example imports another."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def test_the_loss_trains_on_its_window_with_its_normalization():
+    module = load("extend_loss")
+    t = torch.linspace(0, 1, 50)
+    times = module.Window(0.25).draw(t, 0, torch.Generator().manual_seed(0))
+    assert ((times.s - times.t >= 0) & (times.s - times.t <= 0.25) & (times.s <= 1)).all()
+    assert (times.s - times.t).max() > 0.2
+    distiller = module.main(steps=3)
+    assert set(distiller.terms) == {"consistency", "flow_matching", "window"}
+    assert distiller.objective.normalization is module.soft_sign
+
+
+@pytest.mark.parametrize("late", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampler_is_exact_on_an_exact_flow_map(steps, late):
+    x_0 = torch.randn(5, 2, dtype=torch.float64)
+    found = load("extend_sampler").jumps(Gaussian(3.0, 0.5), x_0, None, steps, late=late)
+    torch.testing.assert_close(found, 3 + x_0 / 2, atol=1e-6, rtol=0)
+
+
+def test_the_data_train_a_teacher():
+    module = load("extend_data")
+    images, labels = module.shapes(100, seed=0)
+    assert images.shape == (100, 1, 8, 8)
+    assert (images.min(), images.max()) == (-1, 1)
+    # A square has a larger area than a disc of the same size.
+    assert images[labels == 1].mean() > images[labels == 0].mean() + 0.1
+    assert module.main(steps=3).trainer.global_step == 3
+
+
+def test_the_metric_is_that_of_the_generated_images():
+    values = load("extend_metric").main()
+    assert set(values) == {"fd", "contrast"}
+    # Uniform over 64 of the 256 gray levels.
+    assert values["contrast"] == pytest.approx(64 / 255 / 12**0.5, rel=0.02)
+
+
+def test_the_teacher_starts_a_student_in_our_convention():
+    module = load("extend_teacher")
+    u, v = module.main()
+    assert torch.equal(u, v)
+    teacher, x, t = module.LateTeacher(), torch.randn(4, 2), torch.rand(4)
+    assert torch.equal(teacher(x, t, None), -teacher.network.foreign(x, 1 - t))
+    student = teacher.student()
+    student.end.end.bias.data.fill_(1.0)
+    assert torch.equal(student(x, t, t, None), teacher(x, t, None) + 1)
+
+
+def test_the_derivative_alone_is_that_of_forward_mode():
+    found, reference = load("derivative_alone").main()
+    assert found.abs().max() > 0.01
+    torch.testing.assert_close(found, reference, atol=1e-13, rtol=1e-12)
+
+
+def test_mean_flow_learns_one_step(among_examples):
+    errors = load("mean_flow").main(steps=120)
+    mean_flow, euler = errors[1]
+    assert mean_flow < 0.6 * euler

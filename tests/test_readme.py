@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from decm_lightning import cli
 
@@ -53,6 +54,25 @@ def test_every_indented_decm_command_runs_in_the_order_of_the_page(page, count, 
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         assert cli.main() == 0, command
     assert written <= {path.name for path in workplace.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["loss", "sampler", "data", "metric"])
+def test_the_commands_in_an_example_run_next_to_it(name, workplace, monkeypatch):
+    """`decm score` reads the folders that the last two lines make."""
+    for file in (ROOT / "examples").glob("*.py"):
+        shutil.copy(file, workplace)
+    text = (ROOT / "examples" / f"extend_{name}.py").read_text().replace("\\\n", "")
+    (command,) = re.findall(r"^ {4}(decm .*)$", text, re.MULTILINE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    if name == "metric":
+        for folder in ("real", "samples"):
+            (workplace / folder).mkdir()
+            for k in range(4):
+                Image.effect_noise((8, 8), 20 * k).save(workplace / folder / f"{k}.png")
+    assert cli.main() == 0
+    expected = {"sampler": "samples.png", "metric": "samples-quality/quality.md"}.get(name, "runs")
+    assert (workplace / expected).exists()
 
 
 def test_the_python_of_the_page_runs(workplace):

@@ -148,10 +148,9 @@ def _run(name: str, argv: Sequence[str]) -> None:
         raise ValueError(f"{name} needs {needed}")
     argv = with_shipped_configs(argv)
     configs = check_inputs(argv, command.reads, command.positional)
-    if configs:
-        # Appended, so that a file next to a config cannot shadow an installed package.
-        folders = dict.fromkeys(os.path.abspath(folder) for folder in (*map(os.path.dirname, configs), "."))
-        sys.path += [folder for folder in folders if folder not in sys.path]
+    # Appended, so that a file next to a config cannot shadow an installed package.
+    folders = dict.fromkeys(os.path.abspath(folder) for folder in (*map(os.path.dirname, configs), "."))
+    sys.path += [folder for folder in folders if folder not in sys.path]
     module, _, function = command.function.partition(":")
     run = getattr(import_module(f"{__name__}.{module}"), function)
     if command.group == TRAINING:

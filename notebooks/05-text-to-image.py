@@ -46,6 +46,7 @@ from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.teachers import PretrainedTeacher
 
 logging.disable(logging.WARNING)
+L.seed_everything(0, verbose=False)
 torch.set_num_threads(1)
 
 WEIGHTS = Path(decm_lightning.__file__).parents[2] / "weights/emoji"
@@ -143,7 +144,6 @@ teacher = PretrainedTeacher(str(WEIGHTS / "teacher"))
 guidance = Guidance(2.5, interval=(0.0, 0.7))
 distiller = Distiller(teacher, objective=losses.paper(batch_fractions=(0.5, 0.25, 0.25)), guidance=guidance)
 trainer = L.Trainer(accelerator="cpu", max_steps=1, **QUIET)
-L.seed_everything(0, verbose=False)
 trainer.fit(distiller, DataLoader([batch], batch_size=None))
 
 print(losses.cost(distiller.objective, guidance.passes))
@@ -165,7 +165,7 @@ print(f"loss/predictor         {trainer.callback_metrics['loss/predictor']:.3f}"
 # %% [markdown]
 # Next steps:
 #
-# - `decm fit --config configs/emoji/decm.yaml` trains the student on all emoji. `docs/text-to-image.md` describes how to
+# - `decm fit --config configs/emoji/decm.yaml` trains the student on all emoji. docs/text-to-image.md explains how to
 #   train on your own pairs.
 # - `decm sample-prompts weights/emoji/student --prompts captions.txt --steps '[1, 4]' --out emoji.png` generates from a
 #   file of captions.

@@ -43,6 +43,7 @@ import decm_lightning
 from decm_lightning import Distiller, TeacherTraining, end_identity
 from decm_lightning.data import ImageFolder
 from decm_lightning.demo.emoji import read_emoji
+from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import DiT
 from decm_lightning.teachers import PretrainedTeacher
 
@@ -91,9 +92,9 @@ def grid(rows, side=48):
 
 
 LABELS = [0] * 5 + [1] * 7
-numbers = [*range(0, 20, 4), *range(24, 280, 38)]
-x_1, labels = data.train[numbers]
-real = [Image.fromarray(image) for image in ((x_1 + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()]
+x_1, labels = data.train[range(len(data.train))]
+pixels = to_uint8(torch.cat([x_1[labels == 0][:5], x_1[labels == 1][:7]]))
+real = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
 grid({"real": real})
 
 # %% [markdown]

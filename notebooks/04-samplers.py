@@ -101,7 +101,7 @@ def grid(rows, side=56):
         for x, image in enumerate(images):
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (130 + x * side, y * side))
     file = io.BytesIO()
-    sheet.quantize(32).save(file, "PNG")
+    sheet.quantize(16).save(file, "PNG")
     return display.Image(file.getvalue())
 
 

@@ -39,7 +39,7 @@ from decm_lightning.cli import main
 
 torch.set_num_threads(1)
 ROOT = Path(decm_lightning.__file__).parents[2]
-STEPS = int(os.environ.get("DECM_NOTEBOOK_STEPS", 100))
+STEPS = int(os.environ.get("DECM_NOTEBOOK_STEPS", 75))
 
 
 def decm(*arguments):
@@ -79,20 +79,29 @@ by_class = {callback["class_path"].rpartition(".")[2]: callback for callback in 
 by_class["Evaluation"]["init_args"] |= {
     "test_specs": [f"teacher/euler/{n}" for n in (1, 2, 4)]
     + [f"student/{sampler}/{n}" for sampler in ("mix", "consistency") for n in (1, 2, 4)],
-    "test_samples": 300,
+    "test_samples": 200,
 }
 trainer |= {"callbacks": [by_class[name] for name in ("ModelCheckpoint", "GradientNorms", "Evaluation")]}
 trainer |= {"accelerator": "cpu", "limit_val_batches": 0, "log_every_n_steps": 1}
+trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
 model["teacher"]["init_args"]["path"] = str(ROOT / "weights/digits/teacher")
 config["data"]["init_args"]["batch_size"] = 64
 
-for name, class_name, arguments in [("de-cm", "paper", fractions), ("mean-flow", "mean_flow", {})]:
+
+def run(name, class_name, arguments):
+    """Train and test a student."""
     trainer["max_steps"] = steps[name]
     trainer["logger"]["init_args"] |= {"name": name, "version": ""}
     model["objective"] = {"class_path": f"decm_lightning.losses.{class_name}", "init_args": arguments}
     Path(f"{name}.yaml").write_text(yaml.safe_dump(config))
     decm("fit", "--config", f"{name}.yaml")
     decm("test", "--config", f"{name}.yaml", "--ckpt_path", f"runs/{name}/checkpoints/last.ckpt")
+
+
+run("de-cm", "paper", fractions)
+
+# %%
+run("mean-flow", "mean_flow", {})
 
 # %% [markdown]
 # ## The report

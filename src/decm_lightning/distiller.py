@@ -84,7 +84,7 @@ class Distiller(FlowTraining):
             objective.check_without_teacher()
             if guidance.scale != 1:
                 raise ValueError(f"guidance needs a teacher: got scale {guidance.scale} and teacher None")
-        network = teacher.student() if student is None else student
+        network = student or teacher.student()
         super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         self.teacher: Teacher = teacher
         self.guidance = guidance
@@ -129,17 +129,15 @@ class Distiller(FlowTraining):
         x_t, t, s, condition = _pytree.tree_map_only(
             Tensor, lambda value: torch.zeros_like(value, device=self.device), self.example
         )
-        example = (precision.convert_input(x_t), t, s, precision.convert_input(condition))
         with precision.forward_context():
-            check_fused(self.student, example)
+            check_fused(self.student, (precision.convert_input(x_t), t, s, precision.convert_input(condition)))
 
     def sharded(self) -> list[Network]:
         """Return the student, its average, and the teacher's networks that can be sharded."""
         return [*super().sharded(), *self.teacher.sharded()]
 
     def compiled(self) -> list[Network]:
-        """Return the teacher's networks, and the student if its engine supports compiled blocks."""
-        # torch.func.jvp does not support them.
+        """Return the teacher's networks, and the student unless its engine is torch.func.jvp, which cannot compile."""
         student = [] if self.derivative is functional else [self.student]
         return [*student, *self.teacher.networks()]
 
@@ -242,8 +240,7 @@ class Distiller(FlowTraining):
             # This edge has its own start times, on the same paths from noise to data.
             sample = replace(sample, t=times.t, x_t=path.interpolate(sample.x_0, sample.x_1, times.t))
         v_start = self.teacher_velocity(sample) if loss.velocities.start else sample.v_t
-        weights = (loss.start_weight, loss.end_weight)
-        jump_tangent = tangent(v_start, times.t, *weights) if loss.needs_derivative else None
+        jump_tangent = tangent(v_start, times.t, loss.start_weight, loss.end_weight) if loss.needs_derivative else None
         return Jump(sample.x_t, times.t, times.s, sample.condition, jump_tangent), v_start
 
     def end_velocity(self, loss: FlowMapLoss, jump: Jump, u: Sample) -> Sample | None:

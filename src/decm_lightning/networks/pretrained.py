@@ -119,10 +119,7 @@ def check_target(folder: str | Path) -> Path:
     if is_sharded(folder):
         raise ValueError(f"{folder} is a sharded checkpoint: choose another folder")
     found = _class_in(folder / CONFIG)
-    other = found is None and (folder / WEIGHTS).exists()
-    if found is not None and found not in CLASSES and "." not in found:
-        other = True
-    if other:
+    if (folder / WEIGHTS).exists() if found is None else found not in CLASSES and "." not in found:
         file = WEIGHTS if found is None else CONFIG
         raise ValueError(f"{folder} contains another model ({file} is not of decm-lightning): choose another folder")
     return folder
@@ -231,8 +228,7 @@ def _from_folder(folder: Path, trust: bool) -> Network:
         try:
             file.stat()
         except FileNotFoundError as error:
-            expected = f"a network folder contains {CONFIG} and {WEIGHTS}"
-            raise FileNotFoundError(f"{file} is missing: {expected}") from error
+            raise FileNotFoundError(f"{file} is missing: a network folder contains {CONFIG} and {WEIGHTS}") from error
     with naming(folder):
         described = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(described, dict):

@@ -59,7 +59,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     checks = "import numpy, pytest\n" + SHORT.get(path.stem, "")
     notebook.cells.append(nbformat.v4.new_code_cell(checks))
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
 
 

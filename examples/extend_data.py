@@ -11,7 +11,7 @@ config:
       --model.init_args.network.init_args.num_classes 2
 
 With plain loaders as here, a resumed run repeats the batches of its epoch. `data.Digits`, 40 lines, is based on
-`data.images.in_memory.InMemoryImages`, whose runs resume within an epoch, bit-identically.
+`data.images.labelled_images.LabelledImages`, whose runs resume within an epoch, bit-identically.
 """
 
 import lightning as L

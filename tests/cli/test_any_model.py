@@ -157,7 +157,9 @@ def test_a_teacher_is_measured_with_the_guidance_of_the_command_line(folder, exp
 def test_a_public_file_has_the_table_of_the_same_network(folder, expected, tmp_path):
     torch.save({"ema": load("teacher").state_dict()}, tmp_path / "public.pt")
     assert run("test", tmp_path / "public.pt", "--config", "config.yaml") == 0
-    assert rows(tmp_path)["teacher/euler/2"]["fd"] == pytest.approx(expected["teacher/euler/2"]["fd"], abs=1e-6)
+    assert rows(tmp_path, "public.quality.json")["teacher/euler/2"]["fd"] == pytest.approx(
+        expected["teacher/euler/2"]["fd"], abs=1e-6
+    )
 
 
 def test_a_model_of_diffusers_is_guided(folder, tmp_path):

@@ -157,7 +157,7 @@ def test_every_number_of_the_tables_is_in_the_page(page):
     # fd, kid, and the two paired columns.
     assert len(expected) == 2 * len(SPECS) * 4
     assert found == expected
-    tested = [json.loads((page.parent / "runs" / name / "quality.json").read_text()) for name in measured]
+    tested = [json.loads((page.parent / "runs" / name / TABLE).read_text()) for name in measured]
     floors = [row for content in tested for row in content["floors"]]
     assert [row[3] for row in tables["Floors"][1:]] == [f"{row['fd']:.4g}" for row in floors]
 
@@ -208,7 +208,7 @@ def test_markdown_links_files_next_to_it(decm):
     assert code == 0
     text = Path("docs/report.md").read_text()
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(links) == 7
+    assert len(links) == 9
     assert {str(Path("docs", link)) for link in links} < set(out.removeprefix("wrote ").strip().split(", "))
     for link in links:
         content = Path("docs", link).read_bytes()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from decm_lightning.errors import missing_extra
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
 from decm_lightning.networks.checkpoint_files import few
-from decm_lightning.networks.hub import use_cache_without_network
+from decm_lightning.networks.hub import cache_without_network
 from decm_lightning.types import Batch
 
 
@@ -123,10 +123,10 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
     except ImportError as error:
         raise missing_extra(names, "transformers", extra) from error
     kind, *processors = (getattr(transformers, name) for name in classes)
-    use_cache_without_network(model)
     try:
-        network, found = kind.from_pretrained(model, output_loading_info=True)
-        loaded = [processor.from_pretrained(model) for processor in processors]
+        with cache_without_network(model):
+            network, found = kind.from_pretrained(model, output_loading_info=True)
+            loaded = [processor.from_pretrained(model) for processor in processors]
     except (OSError, ValueError) as error:
         remedy = "pass a folder written by save_pretrained, or a name on the Hugging Face hub"
         raise OSError(f"no {names} at {model}: {remedy}") from error

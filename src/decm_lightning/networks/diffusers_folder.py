@@ -10,7 +10,7 @@ from typing import Any
 
 from decm_lightning.files import describe_unreadable
 from decm_lightning.networks.checkpoint_files import few
-from decm_lightning.networks.hub import download, is_hub_name, use_cache_without_network
+from decm_lightning.networks.hub import cache_without_network, download, is_hub_name
 
 WEIGHTS = "diffusion_pytorch_model"
 """The prefix of the names of weight files."""
@@ -64,9 +64,9 @@ def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) 
         OSError: if the folder or hub name does not exist.
         ValueError: naming the file, if one cannot be read; or naming tensors, if some are missing or unexpected.
     """
-    use_cache_without_network(path)
     try:
-        model, report = _load(cls, path, subfolder, options)
+        with cache_without_network(path):
+            model, report = _load(cls, path, subfolder, options)
     except Exception as error:
         # diffusers raises various errors for files that are damaged or may not be read, without naming the file.
         for file in sorted(Path(path, subfolder or "").glob("*.safetensors")):

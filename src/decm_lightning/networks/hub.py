@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,27 @@ def is_hub_name(path: str | Path) -> bool:
     return bool(HUB_NAME.fullmatch(name)) and not name.endswith(FILES) and not Path(name).parent.exists()
 
 
-def use_cache_without_network(path: str | Path) -> None:
-    """Before a path is looked up on the hub, let Hugging Face's libraries use their caches alone if it does not answer.
+@contextmanager
+def cache_without_network(path: str | Path) -> Iterator[None]:
+    """While a path is looked up on the hub, let Hugging Face's libraries use only their caches if it does not answer.
 
     Otherwise each of them repeats its requests for up to a minute before it fails.
     """
     from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE or Path(path).exists():
-        return
+    places = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    if not constants.HF_HUB_OFFLINE and not Path(path).exists():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=SECONDS)
+        except Exception:  # of the HTTP library, which differs between versions
+            for place in places:
+                place.HF_HUB_OFFLINE = True
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of the HTTP library, which differs between versions
-        constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def download(path: str | Path, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:

@@ -1,6 +1,6 @@
 """Layers of a DiT: normalization, attention, feed-forward networks, and the adaLN-Zero block."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from einops import rearrange
@@ -103,12 +103,21 @@ class Rotary(nn.Module):
         self.freqs_sin: Tensor
         self.register_buffer("freqs_cos", table.cos())
         self.register_buffer("freqs_sin", table.sin())
+        self.register_load_state_dict_pre_hook(_with_exact_tables)
 
     def forward(self, x: Float[Tensor, "b heads n d"]) -> Float[Tensor, "b heads n d"]:
         """Return x rotated by the angles of each token's position."""
         even, odd = rearrange(x, "b heads n (pair two) -> two b heads n pair", two=2)
         turned = rearrange([-odd, even], "two b heads n pair -> b heads n (pair two)")
         return (x * self.freqs_cos + turned * self.freqs_sin).type_as(x)
+
+
+def _with_exact_tables(rotary: Rotary, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading, replace tables that were stored in a narrower type, and so were rounded, by the computed ones."""
+    for name, table in rotary.named_buffers(recurse=False):
+        found = state.get(prefix + name)
+        if found is not None and found.dtype.itemsize < table.dtype.itemsize and not table.is_meta:
+            state[prefix + name] = table
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ import datasets
 
 from decm_lightning.data.images.sources import ImageSource
 from decm_lightning.data.pairs.pair import first_line, listed, stamp_of
-from decm_lightning.networks.hub import use_cache_without_network
+from decm_lightning.networks.hub import cache_without_network
 
 
 def read_data_set(
@@ -41,12 +41,14 @@ def read_data_set(
 
 
 def _load(name: str, is_saved: bool, tables: list[str], split: str) -> Any:
-    use_cache_without_network(name)
     try:
         if is_saved:
             found: Any = datasets.load_from_disk(name)
+        elif tables:
+            found = datasets.load_dataset("parquet", data_files=tables)
         else:
-            found = datasets.load_dataset("parquet", data_files=tables) if tables else datasets.load_dataset(name)
+            with cache_without_network(name):
+                found = datasets.load_dataset(name)
     # `datasets` raises errors of many types, from Arrow's to those of the connection.
     except Exception as error:
         raise FileNotFoundError(f"{name} cannot be read as a data set: {first_line(error)}") from error

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from decm_lightning.data.pairs.pair import DataError, Pair, first_line, pair_of
-from decm_lightning.networks.hub import use_cache_without_network
+from decm_lightning.networks.hub import cache_without_network
 
 IMAGE, TEXT, JSON, KEY = "image", "txt", "json", "__key__"
 
@@ -25,9 +25,9 @@ class DataSet:
     """
 
     def __init__(self, name: str, split: str) -> None:
-        use_cache_without_network(name)
         try:
-            self._builder = datasets.load_dataset_builder(name)
+            with cache_without_network(name):
+                self._builder = datasets.load_dataset_builder(name)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(f"no data set {name}: {first_line(error)}") from error
         self.name = name

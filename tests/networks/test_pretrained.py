@@ -29,6 +29,17 @@ def network():
     return network
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotary_tables_of_narrow_weights_are_exact(dtype, network, tmp_path):
+    """The other weights are rounded once; positions are not, because they can be computed."""
+    tables = {name: value.clone() for name, value in network.state_dict().items() if "freqs" in name}
+    save(network.to(dtype), tmp_path / "narrow")
+    loaded = load(tmp_path / "narrow").state_dict()
+    assert len(tables) == 2
+    assert all(torch.equal(loaded[name], table) for name, table in tables.items())
+    assert not any(torch.equal(table.to(dtype).float(), table) for table in tables.values())
+
+
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     """Whether all tensors of two networks are equal to the bit."""
     first, second = one.state_dict(), other.state_dict()

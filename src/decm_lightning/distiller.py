@@ -168,8 +168,8 @@ class Distiller(FlowTraining):
     def summary(self) -> dict[str, str]:
         """Return what the run trains, one line for each heading."""
         teacher = f"{self.teacher.name or type(self.teacher).__name__}, guidance scale {self.guidance.scale:g}"
-        own = {"teacher": teacher, "losses": ", ".join(self.objective.losses), "derivative": self.derivative_reason}
-        return super().summary() | own
+        losses = ", ".join(self.objective.losses)
+        return super().summary() | {"teacher": teacher, "losses": losses, "derivative": self.derivative_reason}
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
@@ -221,8 +221,7 @@ class Distiller(FlowTraining):
 
         The teacher evaluates each row once, and only rows that a loss reads.
         """
-        count = len(batch.t)
-        rows, teacher_rows = self.objective.rows(count), self.objective.teacher_rows(step, count)
+        rows, teacher_rows = self.objective.rows(len(batch.t)), self.objective.teacher_rows(step, len(batch.t))
         v_t = self.teacher_velocity(batch.select(teacher_rows)) if teacher_rows else None
         samples = {}
         for name, loss in self.objective.active_losses(step).items():
@@ -277,8 +276,9 @@ class Distiller(FlowTraining):
     def total(self) -> Tensor:
         """Log this step's losses and return their sum."""
         total = torch.stack([term.value for term in self.terms.values()]).sum()
-        values = {f"loss/{name}": term.value for name, term in self.terms.items()} | {"loss/total": total}
+        values = {f"loss/{name}": term.value for name, term in self.terms.items()}
         self.log_dict(values | {f"residual/{name}": term.residual_rms for name, term in self.terms.items()})
+        self.log("loss/total", total, prog_bar=True)
         return total
 
     def origin(self) -> str:

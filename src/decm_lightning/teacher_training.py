@@ -81,7 +81,7 @@ class TeacherTraining(FlowTraining):
         condition = conditions.where(dropped, self.network.null(condition), condition)
         loss = (self.network(x_t, t, t, condition) - path.velocity(x_0, x_1)).square().mean()
         self.terms = {"flow_matching": LossTerm(loss, loss.detach().sqrt())}
-        self.log("loss/flow_matching", loss)
+        self.log("loss/flow_matching", loss, prog_bar=True)
         return loss
 
     def _averaged_velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:

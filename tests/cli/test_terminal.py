@@ -90,7 +90,7 @@ def test_a_terminal_shows_one_summary_and_one_bar_over_all_steps(terminal):
     assert re.search(r"training \|[^|]*\| \d+/12 steps", terminal)
     assert len(re.findall(r"expected: \d+ s", terminal)) == 1
     assert re.search(r"(sampling|student/mix/1) \|[^|]*\| \d+/64 images", terminal)
-    assert terminal.count("| fd | kid ") == 1
+    assert terminal.count("| nfe | fd | kid ") == 1
     assert terminal.splitlines()[-1] == f"next: decm sample {LAST} --steps 4"
 
 
@@ -102,7 +102,7 @@ def test_a_log_file_has_plain_lines_with_step_speed_and_time_left(log):
     assert lines
     assert sorted(map(int, lines)) == [int(step) for step in lines]
     assert out.splitlines()[:3] == ["logged to runs/digits-decm/version_0", f"wrote {LAST}", out.splitlines()[2]]
-    assert out.count("| fd | kid ") == 1
+    assert out.count("| nfe | fd | kid ") == 1
 
 
 def test_a_test_writes_next_to_its_checkpoint_and_nowhere_else(log):

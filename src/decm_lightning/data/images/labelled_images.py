@@ -49,8 +49,9 @@ class LabelledImages(BatchDataset):
         rows, flipped = self.rows[index % len(self)], index >= len(self)
         stored = self.images[rows]
         stored[flipped] = stored[flipped].flip(-1) if self.mirrored is None else self.mirrored[rows[flipped]]
-        x_1 = stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
-        return Batch(x_1, self.labels[rows])
+        # Latents become float32, and images in float64 stay as they are.
+        x_1 = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        return Batch(x_1 / 127.5 - 1 if stored.dtype == torch.uint8 else x_1, self.labels[rows])
 
     def place(self, item: int) -> str:
         """Return the name or number of an item's image."""

@@ -1,8 +1,10 @@
 """The data modules of images: their values and order."""
 
+import pytest
 import torch
 
 from decm_lightning.data import Digits
+from decm_lightning.data.images.labelled_images import LabelledImages
 
 
 def ready(module):
@@ -41,3 +43,14 @@ def test_a_loader_starts_at_its_position():
     assert len(whole) == 17
     assert len(rest) == 12
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_images_keep_their_precision_and_latents_become_float32(stored, read):
+    images = torch.linspace(-1, 1, 2 * 9, dtype=torch.float64).reshape(2, 1, 3, 3).to(stored)
+    batch = LabelledImages(images, torch.arange(2)).__getitems__([1, 0])
+    assert batch.x_1.dtype == read
+    assert torch.equal(batch.x_1, images[[1, 0]].to(read))

@@ -34,7 +34,7 @@ demo: env ## distill the digits teacher, test the student, write grids and table
 	$(BIN)/decm test --config configs/digits/decm.yaml $(RUN) $(TEACHER) --ckpt_path $(DEMO)/checkpoints/last.ckpt
 	$(BIN)/decm sample $(DEMO)/checkpoints/last.ckpt --steps 2 --out $(DEMO)/student-2-steps.png
 	@echo
-	@echo "samples of teacher and student:   $(DEMO)/samples.png"
+	@echo "samples of teacher and student:   $(DEMO)/checkpoints/last.samples.png"
 	@echo "quality by sampler and steps:     $(DEMO)/checkpoints/last.quality.md and last.quality.json"
 	@echo "2-step samples:                   $(DEMO)/student-2-steps.png"
 	@echo "checkpoint of the student:        $(DEMO)/checkpoints/last.ckpt"
@@ -71,7 +71,7 @@ demo-text-from-scratch: env ## train and test the emoji teacher and student, the
 		--ckpt_path $(TEXT_RUN)/checkpoints/last.ckpt
 	$(BIN)/decm export $(TEXT_RUN)/checkpoints/last.ckpt $(TEXT_RUN)/student
 	$(MAKE) demo-text TEXT_STUDENT=$(TEXT_RUN)/student
-	@echo "samples of teacher and student:   $(TEXT_RUN)/samples.png"
+	@echo "samples of teacher and student:   $(TEXT_RUN)/checkpoints/last.samples.png"
 	@echo "quality by sampler and steps:     $(TEXT_RUN)/checkpoints/last.quality.md"
 
 # All steps of configs/imagenet.yaml at a small scale, with the same commands.
@@ -90,7 +90,7 @@ imagenet-rehearsal: env ## run all ImageNet commands on digits: encode, train, d
 		--latents $(REHEARSAL)/latents --out $(REHEARSAL)/student-2-steps.png
 	@echo
 	@echo "latents:                          $(REHEARSAL)/latents"
-	@echo "samples of teacher and student:   $(REHEARSAL)/student/samples.png"
+	@echo "samples of teacher and student:   $(REHEARSAL)/student/checkpoints/last.samples.png"
 	@echo "quality by sampler and steps:     $(REHEARSAL)/student/checkpoints/last.quality.md"
 
 # Each worker runs one test file at a time; every test uses one thread.

@@ -137,5 +137,5 @@ def test_the_rehearsal_runs_every_command_of_the_real_thing(tmp_path, monkeypatc
         assert decm(monkeypatch, *shlex.split(command)) == 0, command
     table = Path("runs/rehearsal/student/checkpoints/last.quality.md").read_text()
     assert table.count("student") >= 3
-    assert Path("runs/rehearsal/student/samples.png").is_file()
+    assert Path("runs/rehearsal/student/checkpoints/last.samples.png").is_file()
     assert Path("runs/rehearsal/student-2-steps.png").is_file()

@@ -87,7 +87,7 @@ class FormulaTeacher(Teacher):
         """Refuse.
 
         Raises:
-            ValueError: always, because there is no network to start from.
+            ValueError: in every case: a formula has no weights for a student to start from.
         """
         raise ValueError(f"{type(self).__name__} has no network to start from: pass Distiller(student=...)")
 

@@ -112,7 +112,7 @@ class Rotary(nn.Module):
         return (x * self.freqs_cos + turned * self.freqs_sin).type_as(x)
 
 
-def _with_exact_tables(rotary: Rotary, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _with_exact_tables(rotary: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before loading, replace tables that were stored in a narrower type, and so were rounded, by the computed ones."""
     for name, table in rotary.named_buffers(recurse=False):
         found = state.get(prefix + name)

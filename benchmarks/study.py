@@ -2,8 +2,9 @@
 
 Every method distills the teacher of one config, for the number of steps at which all methods have run the same number
 of forward passes per row of the batch (`losses.cost`). Its learning rate is the one with the smallest sum of log
-distances in shorter runs with another seed, which do not rank. Runs are plain `decm fit` and `decm test` commands in
-their own folders, with their configs. The same command resumes an interrupted study.
+distances (over the numbers of sampling steps in `choice`) in shorter runs with another seed, which do not rank. Runs
+are plain `decm fit` and `decm test` commands in their own folders, with their configs. The same command resumes an
+interrupted study.
 """
 
 import json
@@ -142,7 +143,8 @@ class Study:
         scores = {}
         for rate, run in runs.items():
             best = by_steps(self.quality(run))
-            scores[rate] = sum(math.log(fd) for fd, _ in best.values()) if best else math.inf
+            scored = [math.log(best[steps][0]) for steps in self.choice["steps"] if steps in best]
+            scores[rate] = sum(scored) if scored else math.inf
         return min(scores, key=scores.__getitem__)
 
 
@@ -168,8 +170,9 @@ def by_steps(quality: dict[str, Any], model: str = "student") -> dict[int, tuple
 def table(study: Study, results: dict[str, tuple[float, int, list[dict[str, Any]]]]) -> str:
     """Return the Markdown table: a row for each method, the mean and spread over seeds of the best sampler."""
     lines = [f"| method | rate | steps | {' | '.join(map(str, STEPS))} |", "|---" * (len(STEPS) + 3) + "|"]
-    teacher = by_steps(next(iter(results.values()))[2][0], "teacher")
-    lines.append(f"| teacher, guided | | | {' | '.join(f'{teacher[n][0]:.3f}' for n in STEPS)} |")
+    # Only the first run of the first method measures the teacher, which a part of the methods may not contain.
+    if teacher := by_steps(next(iter(results.values()))[2][0], "teacher"):
+        lines.append(f"| teacher, guided | | | {' | '.join(f'{teacher[n][0]:.3f}' for n in STEPS)} |")
     for method, (rate, steps, runs) in results.items():
         cells = []
         for n in STEPS:

@@ -121,15 +121,16 @@ class Study:
         """Return the config's callbacks that train, log gradients and test, with the study's specs."""
         kept = []
         specs = self.settings["specs"]
+        # The teacher and the floors are measured once, with the first method's first seed.
+        first = (run.method, run.seed) == (next(iter(self.settings["methods"])), self.settings["seeds"][0])
         if run.seed == self.choice.get("seed"):
             specs = self.choice["specs"]
-        elif (run.method, run.seed) == (next(iter(self.settings["methods"])), self.settings["seeds"][0]):
-            # The teacher is measured once, with the first method's first seed.
+        elif first:
             specs = [*self.settings["teacher"], *specs]
         for callback in self.base["trainer"]["callbacks"]:
             name = callback["class_path"].rpartition(".")[2]
             if name == "Evaluation":
-                callback["init_args"]["test_specs"] = specs
+                callback["init_args"] |= {"test_specs": specs, "floors": first}
             if name in ("Evaluation", "GradientNorms", "ModelCheckpoint"):
                 kept.append(callback)
         return kept

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decm_lightning import samplers
 from decm_lightning.conditions import select
-from decm_lightning.data.protocol import evaluation_data
+from decm_lightning.data.protocol import EvaluationData
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.evaluation.source import SampleSource, sample_source
 from decm_lightning.evaluation.spec import SamplingSpec
@@ -47,7 +47,7 @@ class SampleGenerator:
     def __init__(self, module: Any, datamodule: Any, labels: LabelLaw = "balanced", seed: int = 0) -> None:
         self.source: SampleSource = sample_source(module)
         self.datamodule = datamodule
-        self.data = evaluation_data(datamodule)
+        self.data = EvaluationData.of(datamodule)
         self.labels = labels
         self.seed = seed
 

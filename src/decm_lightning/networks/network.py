@@ -23,7 +23,7 @@ from decm_lightning.networks.record import CONFIG, RECORD, Record, check_recorde
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
-from decm_lightning.types import Condition, Sample, Time
+from decm_lightning.types import Captions, Condition, Sample, Time
 
 COMPILER = "2.13"
 """The oldest torch version that compiles all networks without graph breaks."""
@@ -130,6 +130,11 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     def reads_end_time(self) -> bool:
         """Whether u depends on the end time s, as in a flow map. A plain velocity network ignores s."""
         return bool(self.config.get("end_time", True))
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the condition is captions rather than class labels."""
+        return isinstance(self.example(1)[3], Captions)
 
     def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
         """Return a sampler and its number of steps, the recommended ones instead of None; see `record.choose`."""

@@ -11,6 +11,8 @@ from typing import Any
 from decm_lightning.autoencoders import LatentCoder, LatentNormalization, load_autoencoder
 from decm_lightning.data.latents.shards import Shards
 from decm_lightning.files import describe_unreadable, file_sha256, write_json
+from decm_lightning.networks import Network
+from decm_lightning.networks.record import check_recorded, latent_coder
 
 RECORD = "cache.json"
 MANIFEST = "manifest"
@@ -146,6 +148,38 @@ def read_coder(vae: str, folder: str | Path, normalization: LatentNormalization 
             folder, autoencoder.latent_channels, bool(options["latent_norm"]), options["latent_multiplier"]
         )
     return LatentCoder(autoencoder, normalization)
+
+
+def coder_of(network: Network, vae: str | None, latents: str | None) -> LatentCoder | None:
+    """Return the coder for the samples of a network; None if they are images.
+
+    Args:
+        network: the network. Another VAE than the recorded one is refused.
+        vae: the VAE; None for the recorded one.
+        latents: the folder of latents that the network was trained on; None for the recorded normalization, or without
+            a record for that in the VAE's config, which is only used for networks that read captions.
+
+    Raises:
+        OSError: if the VAE or the statistics of the latents do not exist.
+        ValueError: if the samples are not latents of this VAE, or the VAE or the normalization is unknown.
+    """
+    if not latents and (coder := latent_coder(network, vae)) is not None:
+        return coder
+    channels, by_config = network.sample_shape[0], network.reads_captions
+    recorded = network.record.vae if network.record else None
+    vae = vae or (recorded.name if recorded and latents else None)
+    if vae and (latents or by_config):
+        coder = read_coder(vae, latents) if latents else LatentCoder(load_autoencoder(vae))
+        check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
+        if (found := coder.autoencoder.latent_channels) != channels:
+            raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
+        return coder
+    if vae or latents:
+        raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
+    if channels not in (1, 3):
+        needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
+        raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")
+    return None
 
 
 def _is_count(value: object) -> bool:

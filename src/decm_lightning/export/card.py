@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jaxtyping import UInt8
 from torch import Tensor
 
+from decm_lightning.evaluation.table import markdown_table
 from decm_lightning.export.licenses import UNKNOWN, License, base_of, license_of
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_grid
@@ -171,9 +172,9 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
 
 def _recommended(network: Network, record: Record) -> str:
     sampling = record.sampling or default_sampling(network.reads_end_time)
-    rows = "\n".join(f"| {steps} | `{name}` |" for steps, name in sorted(sampling.items()))
+    rows = [{"steps": steps, "sampler": f"`{name}`"} for steps, name in sorted(sampling.items())]
     head = "Recommended samplers" if record.sampling else "Default samplers, which were not measured with this model"
-    return f"{head}:\n\n| steps | sampler |\n|---:|---|\n{rows}"
+    return f"{head}:\n\n{markdown_table(rows).rstrip()}"
 
 
 def _training(network: Network, record: Record, base: Reference | None) -> dict[str, str]:
@@ -199,13 +200,13 @@ def _quality(quality: Mapping[str, Any] | None) -> list[str]:
     if not quality or not quality.get("rows"):
         return ["Not measured: `decm test` measures it."]
     rows = quality["rows"]
-    columns = ["model", "sampler", "steps", *(k for k in rows[0] if k not in ("model", "sampler", "steps", "options"))]
-    table = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"]
-    for row in rows:
-        shown = row | {"sampler": f"{row.get('sampler')}{write_options(row.get('options') or {})}"}
-        table.append(f"| {' | '.join(_cell(shown.get(column)) for column in columns)} |")
+    table = [
+        {name: value for name, value in row.items() if name != "options"}
+        | {"sampler": f"{row.get('sampler')}{write_options(row.get('options') or {})}"}
+        for row in rows
+    ]
     protocol = {str(name): str(value) for name, value in quality.get("protocol", {}).items()}
-    return [f"{quality.get('metric', 'Unknown metric')}:", "\n".join(table), "Protocol:", _list(protocol)]
+    return [f"{quality.get('metric', 'Unknown metric')}:", markdown_table(table).rstrip(), "Protocol:", _list(protocol)]
 
 
 def _licenses(record: Record, base: Reference | None, license: License) -> dict[str, str]:
@@ -223,10 +224,6 @@ def _reference(reference: Reference | None) -> str:
         return "unknown"
     hash = f" ({shortened(reference.identity)})" if reference.identity else ""
     return (f"`{reference.name}`" if reference.name else "unknown") + hash
-
-
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _list(lines: Mapping[str, str]) -> str:

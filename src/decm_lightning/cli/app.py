@@ -17,7 +17,7 @@ from torch.utils import _pytree
 from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_steps
 from decm_lightning.cli.targets import check_device
 from decm_lightning.conditions import select
-from decm_lightning.errors import NonFiniteError, missing_extra
+from decm_lightning.errors import NonFiniteError, needs
 from decm_lightning.evaluation.sample_folder import sample_name
 from decm_lightning.image_writer import to_pil
 from decm_lightning.networks import Network, load
@@ -99,10 +99,8 @@ def import_gradio() -> ModuleType:
     Raises:
         ImportError: naming the extra, if it is not installed.
     """
-    try:
+    with needs("decm app", "gradio", "app"):
         import gradio
-    except ImportError as error:
-        raise missing_extra("decm app", "gradio", "app") from error
     return gradio
 
 

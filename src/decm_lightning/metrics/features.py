@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
 from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.networks.hub import cache_without_network
@@ -118,10 +118,8 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
         ValueError: if the model lacks weights, which transformers would initialize at random.
     """
     names = " and ".join(classes)
-    try:
+    with needs(names, "transformers", extra):
         transformers = import_module("transformers")
-    except ImportError as error:
-        raise missing_extra(names, "transformers", extra) from error
     kind, *processors = (getattr(transformers, name) for name in classes)
     try:
         with cache_without_network(model):

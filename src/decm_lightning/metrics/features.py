@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,16 +12,6 @@ from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
 from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.networks.hub import cache_without_network
 from decm_lightning.types import Batch
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """The interface of a feature network: it maps uint8 images (b, c, h, w) to features (b, num_features)."""
-
-    num_features: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the features."""
 
 
 class FeatureNetwork(nn.Module):
@@ -70,9 +60,9 @@ class FeatureNetwork(nn.Module):
 
 
 class _Plain(FeatureNetwork):
-    """A feature network around any module with `num_features`."""
+    """A feature network around any module that maps uint8 images (b, c, h, w) to features (b, num_features)."""
 
-    def __init__(self, network: HasFeatures) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         self.num_features = network.num_features
@@ -90,7 +80,7 @@ def as_feature_network(network: nn.Module) -> FeatureNetwork:
     """
     if isinstance(network, FeatureNetwork):
         return network
-    if not isinstance(network, HasFeatures):
+    if not hasattr(network, "num_features"):
         raise ValueError(f"a feature network needs the attribute num_features: got {type(network).__name__}")
     return _Plain(network)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.networks import Network
 from decm_lightning.networks.hub import download, is_hub_name
-from decm_lightning.networks.network import CONFIG
+from decm_lightning.networks.record import CONFIG
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import DiffusersTeacher, PretrainedTeacher, Teacher
 from decm_lightning.teachers.diffusers_families import FAMILIES

@@ -1,6 +1,5 @@
 """The base class of all networks."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,10 +15,10 @@ from torch.torch_version import TorchVersion
 from decm_lightning import samplers
 from decm_lightning.autoencoders.latent_coder import LatentCoder
 from decm_lightning.conditions import select
-from decm_lightning.files import atomic, tensors_sha256, write_json
+from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.networks.generation import BATCH, Requested, conditions_of, evaluating, flow_map, placement
-from decm_lightning.networks.record import CONFIG, RECORD, Record, check_recorded, choose, latent_coder
+from decm_lightning.networks.record import Record, check_recorded, choose, latent_coder
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
@@ -174,12 +173,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return latent_coder(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # The config.json of the mixin does not name the class, which `load` needs.
-        super()._save_pretrained(save_directory)
-        if self.record is not None:
-            write_json(save_directory / RECORD, self.record.as_dict())
-        with atomic(save_directory / CONFIG) as config:
-            config.write_text(json.dumps(describe(self), sort_keys=True, indent=2), encoding="utf-8")
+        # The mixin's config.json does not name the class. Imported here, because it imports this module.
+        from decm_lightning.networks.pretrained import write
+
+        write(self, save_directory)
 
     def identity(self) -> str:
         """Return the first 16 digits of the SHA-256 of all weights and buffers."""

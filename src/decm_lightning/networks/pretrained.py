@@ -92,7 +92,11 @@ def save(network: Network, folder: str | Path) -> None:
         OSError: naming the file, if it cannot be written, for example because the disk is full.
         ValueError: if `folder` contains anything other than a network of this package.
     """
-    folder = check_target(folder)
+    write(network, check_target(folder))
+
+
+def write(network: Network, folder: Path) -> None:
+    """Write a network like `save`, without a check of the folder's content."""
     with atomic(folder / WEIGHTS) as weights:
         save_model(network, str(weights))
         with weights.open("rb") as content:

@@ -94,23 +94,14 @@ def app(
 
 
 def import_gradio() -> ModuleType:
-    """Return the module gradio.
-
-    Raises:
-        ImportError: naming the extra, if it is not installed.
-    """
+    """Return the module gradio."""
     with needs("decm app", "gradio", "app"):
         import gradio
     return gradio
 
 
 def check_port(port: int) -> None:
-    """Check that a server can listen on a port of this machine.
-
-    Raises:
-        OSError: if it is occupied or not permitted.
-        ValueError: if it is out of range.
-    """
+    """Check that a server can listen on a port of this machine."""
     if not 0 < port < 2**16:
         raise ValueError(f"port must be from 1 to 65535: got {port}")
     with socket.socket() as listener:
@@ -151,12 +142,7 @@ class Studio:
     folder: Path
 
     def column(self, requested: int | str | None, sampler: str, steps: int, seed: int) -> Column:
-        """Generate the first images of a class or caption.
-
-        Raises:
-            NonFiniteError: if an image is NaN or infinite.
-            ValueError: if a setting is out of range.
-        """
+        """Generate the first images of a class or caption."""
         condition, rows = self._rows(requested)
         named = None if sampler == RECOMMENDED else sampler
         generator = self.generator.at(steps, named, check_seed(seed))
@@ -248,11 +234,7 @@ def _subtitle(network: Network) -> str:
 
 
 def _serve(demo: Any, studio: Studio, port: int, share: bool) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        OSError: if the port was taken meanwhile, or a public link is requested and cannot be made.
-    """
+    """Serve the page until Ctrl-C."""
     width, height = studio.generator.size
     # Enlarged small images would look blurred.
     css = CSS.replace("ASPECT", f"{width} / {height}").replace("PIXELS", "pixelated" if width < SMALL else "auto")

@@ -129,9 +129,6 @@ class PromptOutputs:
 
         Prompt i, counted from 0, has its images in `root`/0000i/samples (0000.png, 0001.png, ...) and its line in
         `root`/0000i/metadata.jsonl. It is complete if the line is unchanged and all images are complete.
-
-        Raises:
-            ValueError: if the folder has samples of other settings, or other images.
         """
         numbers = range(len(self.prompts))
         names = [[f"{number:05d}/samples/{k:04d}.png" for k in range(self.count)] for number in numbers]

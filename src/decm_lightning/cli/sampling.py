@@ -124,12 +124,7 @@ class ImageGenerator:
 
 
 def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
-    """Check the settings, load a network that reads captions or classes, and return it with the output path.
-
-    Raises:
-        OSError: if the network does not exist.
-        ValueError: if a setting is out of range, `out` cannot be written, or the network reads something else.
-    """
+    """Check the settings, load a network that reads captions or classes, and return it with the output path."""
     check_seed(seed)
     check_device(device)
     target = check_out(out)
@@ -148,12 +143,7 @@ def image_generator(
     vae: str | None,
     latents: str | None,
 ) -> ImageGenerator:
-    """Return the image generator of a network, with the requested sampler and steps or the recommended ones.
-
-    Raises:
-        OSError: if the VAE or the statistics of the latents do not exist.
-        ValueError: if the sampler or an option does not exist, or the samples are not images or latents of this VAE.
-    """
+    """Return the image generator of a network, with the requested sampler and steps or the recommended ones."""
     chosen, steps = network.sampling(name, steps)
     name = str(chosen)
     sampler(name)

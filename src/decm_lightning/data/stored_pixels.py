@@ -50,11 +50,7 @@ def written(folder: Path) -> Iterator[tuple[IO[bytes], dict[str, Any]]]:
 
 @contextmanager
 def content_of(file: Path) -> Iterator[Any]:
-    """Yield the content of a JSON file. Errors of the block, and a missing file, are reported as damage.
-
-    Raises:
-        ValueError: naming the folder and the file.
-    """
+    """Yield the content of a JSON file. Errors of the block, and a missing file, are reported as damage."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, LookupError, TypeError, AssertionError) as error:
@@ -62,11 +58,7 @@ def content_of(file: Path) -> Iterator[Any]:
 
 
 def map_pixels(folder: Path, *shape: int) -> UInt8[Tensor, "n c h w"]:
-    """Return the pixels of a folder, memory-mapped. Those of small sets therefore stay in memory.
-
-    Raises:
-        ValueError: if the file has another size.
-    """
+    """Return the pixels of a folder, memory-mapped. Those of small sets therefore stay in memory."""
     file, count = folder / PIXELS, math.prod(shape)
     if (found := file.stat().st_size if file.is_file() else 0) != count:
         raise _damaged(folder, f"{PIXELS} has {found} bytes, expected {count}")

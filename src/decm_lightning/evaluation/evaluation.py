@@ -153,20 +153,12 @@ class Evaluation(L.Callback):
         self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise an error if nothing was measured, because Lightning skips an empty loader without its hooks.
-
-        Raises:
-            ValueError: if `validate` or `test` had no images.
-        """
+        """Raise an error if nothing was measured, because Lightning skips an empty loader without its hooks."""
         if stage in ("validate", "test") and not self.has_measured:
             raise ValueError("nothing was measured: the validation or test loader is empty (latents need a VAE)")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the metrics to the module's device, and read the reference once.
-
-        Raises:
-            OSError: if the table of a test could not be written.
-        """
+        """Move the metrics to the module's device, and read the reference once."""
         if trainer.testing:
             check_writable(table_file(trainer, self.table_file).parent)
         self._to(self.generator.source.device)
@@ -213,11 +205,7 @@ class Evaluation(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the cheap columns of every spec.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log the cheap columns of every spec."""
         if trainer.sanity_checking:
             return
         for spec, measured in self._measure(trainer, self.specs, self.samples).items():
@@ -225,11 +213,7 @@ class Evaluation(L.Callback):
                 pl_module.log(f"{name}/{spec}", value, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log all columns of every spec, print the values, and write the table and the samples.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log all columns of every spec, print the values, and write the table and the samples."""
         results = self._measure(trainer, self.test_specs, self.test_samples)
         for spec, measured in results.items():
             for name, value in measured.values.items():

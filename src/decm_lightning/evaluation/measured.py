@@ -45,9 +45,6 @@ def measure(
         parts: numbers of the samples of this process, by batch.
         columns: number of first samples to return, over all processes.
         bar: progress in images.
-
-    Raises:
-        NonFiniteError: if a sample is NaN or infinite.
     """
     needs_prompts = any(quality.needs_prompts for quality in qualities)
     cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)

@@ -97,11 +97,7 @@ class PretrainedModel(L.LightningModule):
 
 
 def is_diffusers(path: str) -> bool:
-    """Return whether a path or hub name is a pipeline of diffusers, or one of its transformers.
-
-    Raises:
-        FileNotFoundError: if the hub has no such name, or cannot be reached.
-    """
+    """Return whether a path or hub name is a pipeline of diffusers, or one of its transformers."""
     folder = download(path, "model", [PIPELINE, CONFIG]) if is_hub_name(path) else Path(path)
     if (folder / PIPELINE).is_file():
         return True

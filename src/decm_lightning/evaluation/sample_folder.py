@@ -82,10 +82,6 @@ class SampleFolder:
         """Create the folder and settings.json, if they are missing.
 
         Several processes may call this at once, and must have the same settings.
-
-        Raises:
-            ValueError: as `check` does.
-            OSError: if the folder cannot be written.
         """
         self.check()
         if self._has_settings():
@@ -109,12 +105,7 @@ class SampleFolder:
         return [name for name in names if not has_whole_png(self.folder / name, size)]
 
     def write(self, name: str, image: UInt8[Tensor, "c h w"]) -> None:
-        """Write one sample as a PNG, completely or not at all.
-
-        Raises:
-            ValueError: if the image has neither 1 nor 3 channels.
-            OSError: naming the file, if it cannot be written.
-        """
+        """Write one sample as a PNG, completely or not at all."""
         with atomic(self.folder / name) as partial:
             to_pil(image).save(partial, "PNG")
 
@@ -160,11 +151,7 @@ def _damaged(file: Path, cause: str) -> ValueError:
 
 
 def refuse_others(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Check that saved settings equal the requested ones.
-
-    Raises:
-        ValueError: naming the place and the settings that differ.
-    """
+    """Check that saved settings equal the requested ones."""
     differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     if differing:
         short = {key: [shorten(str(part.get(key)), 60) for part in (saved, settings)] for key in differing[:SHOWN]}

@@ -42,11 +42,7 @@ class SampleGrid(L.Callback):
                 raise ValueError(f"{name} must be at least 1: got {value}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the specs can be generated.
-
-        Raises:
-            ValueError: if the datamodule has no conditions, or the module lacks a spec's model.
-        """
+        """Check that the specs can be generated."""
         if stage == "fit":
             self.generator = SampleGenerator(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
             self.generator.check(self.specs)
@@ -58,11 +54,7 @@ class SampleGrid(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a grid every `every_n_steps` steps, once per step even if gradients are accumulated.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log a grid every `every_n_steps` steps, once per step even if gradients are accumulated."""
         # Other processes than the first have dummy experiments, which claim to have every method.
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         step = trainer.global_step

@@ -54,11 +54,7 @@ class SampleWriter(L.Callback):
                 raise ValueError(f"{name} must be at least 1: got {value}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the samples can be generated.
-
-        Raises:
-            ValueError: if the datamodule has no conditions, or the module lacks the spec's model.
-        """
+        """Check that the samples can be generated."""
         if stage == "predict":
             data = trainer.datamodule  # type: ignore[attr-defined]
             self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
@@ -66,12 +62,7 @@ class SampleWriter(L.Callback):
             self.has_written = False
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate and write this process's samples.
-
-        Raises:
-            ValueError: if the folder has samples of other settings.
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Generate and write this process's samples."""
         folder = SampleFolder(self.folder, self._settings(trainer))
         folder.begin()
         parts = split_evenly(self.samples, self.batch_size, trainer.global_rank, trainer.world_size)
@@ -89,11 +80,7 @@ class SampleWriter(L.Callback):
         self.has_written = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise an error if nothing was written, because Lightning skips an empty loader without its hooks.
-
-        Raises:
-            ValueError: if the datamodule's predict_dataloader is empty.
-        """
+        """Raise an error if nothing was written, because Lightning skips an empty loader without its hooks."""
         if stage == "predict" and not self.has_written:
             raise ValueError(
                 f"no samples were written to {self.folder}: predict_dataloader must have at least one batch"

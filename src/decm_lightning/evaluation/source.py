@@ -50,11 +50,7 @@ class SampleSource(Protocol):
 
 
 def sample_source(module: object) -> SampleSource:
-    """Return the module if it can be sampled.
-
-    Raises:
-        ValueError: if it lacks a part of the interface.
-    """
+    """Return the module if it can be sampled."""
     if not isinstance(module, SampleSource):
         needed = "models(), average, ema_decay, teacher and guidance, as training.FlowTraining has"
         raise ValueError(f"samples need a module with {needed}: got {type(module).__name__}")

@@ -47,11 +47,7 @@ class SamplingSpec:
 
     @classmethod
     def parse(cls, text: str) -> "SamplingSpec":
-        """Return the spec of a text, as written by `str`.
-
-        Raises:
-            ValueError: if the text has another form, or as the class does.
-        """
+        """Return the spec of a text, as written by `str`."""
         head, _, query = text.partition("?")
         model, sampler, steps = parts if len(parts := head.split("/")) == 3 else ("", "", "")
         if not (model and sampler and steps.isdecimal()):

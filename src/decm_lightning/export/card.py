@@ -44,9 +44,6 @@ def write_card(network: Network, out: Path, to: str, samples: Samples | None, na
 
     All statements come from the network and its record. `to` is the format, a key of `export.FORMATS`, and `name` the
     name on the Hugging Face hub, "" for a local export.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
     """
     card, grid = places(out)
     if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):

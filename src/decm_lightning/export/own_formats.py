@@ -17,11 +17,7 @@ SUFFIX = ".safetensors"
 
 
 def check_target(out: str | Path) -> Path:
-    """Return the path of a file to write.
-
-    Raises:
-        ValueError: if its name does not end in .safetensors.
-    """
+    """Return the path of a file to write, whose name must end in .safetensors."""
     if Path(out).suffix != SUFFIX:
         raise ValueError(f"out is one file, whose name must end in {SUFFIX}: got {out}")
     return Path(out)

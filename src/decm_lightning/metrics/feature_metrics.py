@@ -110,9 +110,6 @@ class FeatureMetrics:
 
         Returns:
             the outputs of the network, as `outputs` does; nothing without metrics.
-
-        Raises:
-            ValueError: if the images are not uint8, or a metric needs prompts that are not passed.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8: got {images.dtype}, convert them with to_uint8")
@@ -172,11 +169,7 @@ class FeatureMetrics:
 def metrics_of(
     features: Sequence[nn.Module], seed: int = 0, reference: Reference | None = None, validation: bool = False
 ) -> list[FeatureMetrics]:
-    """Return the metrics of several feature networks, with the arguments of `FeatureMetrics`.
-
-    Raises:
-        ValueError: as `FeatureMetrics` does, or if two networks have a column of the same name.
-    """
+    """Return the metrics of several feature networks, with the arguments of `FeatureMetrics`."""
     qualities = [FeatureMetrics(network, seed, reference, validation) for network in features]
     columns = [column for quality in qualities for column in quality.columns]
     if twice := [column for column in columns if columns.count(column) > 1]:

@@ -73,11 +73,7 @@ class _Plain(FeatureNetwork):
 
 
 def as_feature_network(network: nn.Module) -> FeatureNetwork:
-    """Return a module as a feature network.
-
-    Raises:
-        ValueError: if it has no `num_features`.
-    """
+    """Return a module with `num_features` as a feature network."""
     if isinstance(network, FeatureNetwork):
         return network
     if not hasattr(network, "num_features"):
@@ -86,11 +82,7 @@ def as_feature_network(network: nn.Module) -> FeatureNetwork:
 
 
 def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
-    """Return gray or RGB images (b, 1 or 3, h, w) as float RGB images with the same pixel values.
-
-    Raises:
-        ValueError: naming the network, if the shape is different.
-    """
+    """Return gray or RGB images (b, 1 or 3, h, w) as float RGB images with the same pixel values."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"{name} needs images (b, 1 or 3, h, w): got {tuple(images.shape)}")
     return images.float().expand(-1, 3, -1, -1)

@@ -94,9 +94,6 @@ def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
     """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
 
     `tensors` is the content of the file. The result is {"network", "record", "state_dict"}, or empty for another file.
-
-    Raises:
-        ValueError: naming the file, if its metadata are damaged.
     """
     if _head(path)[8:9] != b"{":
         return {}

@@ -83,11 +83,7 @@ def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) 
 
 
 def refuse_unfit(where: str | Path, faults: Mapping[str, Sequence[str]]) -> None:
-    """Raise an error if any tensor of a file or folder does not match the model.
-
-    Raises:
-        ValueError: listing the tensors by fault.
-    """
+    """Raise an error if any tensor of a file or folder does not match the model."""
     found = "; ".join(f"{word}: {few(names, 5)}" for word, names in faults.items() if names)
     if found:
         raise ValueError(f"{where}: the tensors do not match the architecture; {found}")

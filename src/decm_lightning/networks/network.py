@@ -155,11 +155,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return encoder
 
     def named_encoder(self) -> CaptionEncoder:
-        """Return the text encoder that the record or the config names.
-
-        Raises:
-            ValueError: if neither does.
-        """
+        """Return the text encoder that the record or the config names."""
         recorded = self.record and self.record.text_encoder
         name = recorded.name if recorded else self.config.get("text_encoder")
         if not name:
@@ -191,9 +187,6 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
 
         Only `forward` is compiled, so hooks such as those of FSDP stay outside the graph, and parameter names do not
         change.
-
-        Raises:
-            ValueError: if torch is too old.
         """
         check_compiler()
         for unit in self.units():
@@ -216,11 +209,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
 
 
 def check_compiler() -> None:
-    """Check that the installed torch can compile networks on dual tensors.
-
-    Raises:
-        ValueError: if it is older than COMPILER.
-    """
+    """Check that the installed torch can compile networks on dual tensors."""
     # Before 2.13, Dynamo breaks the graph at `isinstance(x, A | B)`, `bool(list)` and einops' view of a dual.
     if torch.__version__ < TorchVersion(COMPILER):
         raise ValueError(f"compile: true needs torch {COMPILER} or newer: got {torch.__version__}; set compile: false")

@@ -151,11 +151,7 @@ def description(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -> None:
-    """Check that a checkpoint was saved from a network with the same arguments.
-
-    Raises:
-        ValueError: naming all arguments that differ.
-    """
+    """Check that a checkpoint was saved from a network with the same arguments."""
     # Older descriptions may lack newer arguments, whose defaults preserve the old behavior.
     expected = {key: value for key, value in describe(network).items() if key in found and found[key] != value}
     if expected:

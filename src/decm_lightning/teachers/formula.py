@@ -22,11 +22,7 @@ class FormulaTeacher(Teacher):
         return []
 
     def student(self) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: in every case: a formula has no weights for a student to start from.
-        """
+        """Refuse: a formula has no weights for a student to start from."""
         raise ValueError(f"{type(self).__name__} has no network to start from: pass Distiller(student=...)")
 
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -41,11 +37,7 @@ class ExactTeacher(FormulaTeacher):
         self.flow = flow
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return the exact velocity.
-
-        Raises:
-            ValueError: if the condition is Captions.
-        """
+        """Return the exact velocity."""
         return self.flow(x_t, t, _labels(condition))
 
     def null(self, condition: Condition) -> Condition:
@@ -61,11 +53,7 @@ class NoTeacher(FormulaTeacher):
     """
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: always, because x_1 - x_0 is known on the path of a row only.
-        """
+        """Refuse: x_1 - x_0 is known on the path of a row only."""
         raise ValueError("without a teacher the velocity is known at the rows' own points only: pass a teacher")
 
     def null(self, condition: Condition) -> Condition:

@@ -38,11 +38,7 @@ class TrainingChecks(L.Callback):
         check_fit(pl_module.network, EvaluationData.of(data).num_classes)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule.
-
-        Raises:
-            ValueError: naming both numbers of steps.
-        """
+        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule."""
         configs = trainer.lr_scheduler_configs
         end = getattr(configs[0].scheduler, "total_steps", None) if configs else None
         steps = run_length(trainer)
@@ -55,11 +51,7 @@ class TrainingChecks(L.Callback):
             rank_zero_warn(f"{both}, so the schedule does not finish: set its total_steps to {steps}")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Refuse samples whose shape differs from the network's.
-
-        Raises:
-            ValueError: naming both shapes.
-        """
+        """Refuse samples whose shape differs from the network's."""
         check_fit(pl_module.network, shape=tuple(batch[0].shape[1:]))
         self.x_1, self.batch_idx = batch[0], batch_idx
 

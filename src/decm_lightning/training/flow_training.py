@@ -113,11 +113,7 @@ class FlowTraining(L.LightningModule):
         return [self.network, self.average]
 
     def configure_model(self) -> None:
-        """Compile and shard the networks once. Lightning calls this in each run, before it creates the optimizer.
-
-        Raises:
-            ValueError: if the strategy has tensor parallelism, as it does by default, or a network has LoRA.
-        """
+        """Compile and shard the networks once. Lightning calls this in each run, before it creates the optimizer."""
         if self.compiles and self.trainer.training:
             for network in self.compiled():
                 network.compile_units()
@@ -126,11 +122,7 @@ class FlowTraining(L.LightningModule):
             shard_all(self.sharded(), self.device_mesh)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer over the trained network and its per-step schedule.
-
-        Raises:
-            ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
-        """
+        """Return the optimizer over the trained network and its per-step schedule."""
         return self.recipe.make(self.trained_parameters())
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -47,11 +47,6 @@ def find_images(
 
     The source is a folder or tars, see `ImageFiles`; a folder written by `save_to_disk`; a parquet file or a folder of
     them; or the name of a data set on the Hugging Face hub. For the other arguments see `ImageFolder`.
-
-    Raises:
-        FileNotFoundError: if the source does not exist or has no image.
-        ImportError: if the source needs `datasets`, which is not installed.
-        ValueError: if tars are damaged, or a data set lacks a column or the split.
     """
     path = Path(folder)
     is_saved = any((path / name).is_file() for name in SAVED)

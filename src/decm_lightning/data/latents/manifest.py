@@ -31,11 +31,7 @@ Order = tuple[str, ...]
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """All settings that determine the latents of an image. A folder can only be resumed with the same settings.
-
-    Raises:
-        ValueError: if seed is outside [0, 2^63), or shard_size below 1.
-    """
+    """All settings that determine the latents of an image. A folder can only be resumed with the same settings."""
 
     vae: str
     size: int

@@ -76,11 +76,7 @@ class Provenance:
         write_json(Path(folder) / RECORD, asdict(self))
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
-        """Refuse shards or a scaling that do not match the record.
-
-        Raises:
-            ValueError: if they do not. The message gives the first difference.
-        """
+        """Refuse shards or a scaling that do not match the record."""
         if found := self.differences(shards, scaling):
             raise ValueError(found[0])
 
@@ -105,21 +101,13 @@ class Provenance:
         ]
 
     def check_file(self, file: Path) -> None:
-        """Refuse a file that has changed since the record was written. Files without a checksum are accepted.
-
-        Raises:
-            ValueError: if the file has changed. The message names it.
-        """
+        """Refuse a file that has changed since the record was written. Files without a checksum are accepted."""
         recorded = self.checksums.get(file.name)
         if recorded is not None and recorded != (found := file_sha256(file)):
             raise ValueError(f"{file} has changed since {RECORD} was written: its SHA-256 is {found}, not {recorded}")
 
     def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
-        """Refuse a VAE, with this name and identity, that did not encode the images of a folder.
-
-        Raises:
-            ValueError: if the record has another VAE. The message names both.
-        """
+        """Refuse a VAE, with this name and identity, that did not encode the images of a folder."""
         if self.vae != identity:
             raise ValueError(
                 f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use "

@@ -61,11 +61,6 @@ def find_pairs(source: Path, split: str | None = None) -> PairSource:
 
     A table next to a tar of the same name, as img2dataset writes it, describes the tar and is not read. A file that
     several links point to is read once.
-
-    Raises:
-        FileNotFoundError: if the source does not exist or has no pairs.
-        ImportError: if the source needs `datasets` or pyarrow, which is not installed.
-        ValueError: if there are files of several kinds or several lists, or the split does not exist.
     """
     if split is not None:
         with needs(f"the data set {source}", "datasets", "text"):

@@ -19,6 +19,7 @@ from decm_lightning.cli.new_configs import Length, Plan, Scale, student_config, 
 from decm_lightning.cli.trainer import build
 from decm_lightning.data.images.pixels import prepare_images
 from decm_lightning.data.images.sources import ImageSource, find_images
+from decm_lightning.errors import check_at_least
 from decm_lightning.files import atomic
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_image
@@ -61,8 +62,7 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
     for name in ("teacher.yaml", "student.yaml"):
         if (target / name).exists():
             raise FileExistsError(f"{target / name} exists: choose another --out, or delete it")
-    if minutes < 1:
-        raise ValueError(f"minutes must be at least 1: got {minutes}")
+    check_at_least(1, minutes=minutes)
     if size is not None and (size < 4 or size % 4):
         raise ValueError(f"size must be a multiple of 4: got {size}")
     source = find_images(folder, "skip")

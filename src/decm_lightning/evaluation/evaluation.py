@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from decm_lightning.conditions import select
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.baselines import Baselines
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.measured import Measured, measure
@@ -108,10 +109,8 @@ class Evaluation(L.Callback):
             raise ValueError("specs and test_specs must name at least one model/sampler/steps each: got none")
         if labels not in get_args(LabelLaw):
             raise ValueError(f"labels must be balanced or uniform: got {labels!r}")
-        if min(self.samples, self.test_samples) < 2:
-            raise ValueError(f"samples must be at least 2: got {min(self.samples, self.test_samples)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+        check_at_least(2, samples=self.samples, test_samples=self.test_samples)
+        check_at_least(1, batch_size=batch_size)
 
     def restrict(self, models: Collection[str], default: Sequence[str]) -> None:
         """Leave out the specs of models that cannot be sampled.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 from torchmetrics.aggregation import SumMetric
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.even_split import split_evenly
@@ -39,8 +40,7 @@ class Paired:
     steps: int = 25
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.steps) < 1:
-            raise ValueError(f"samples and steps must be at least 1: got {self.samples} and {self.steps}")
+        check_at_least(1, samples=self.samples, steps=self.steps)
 
 
 class PairedDistance:

@@ -7,6 +7,7 @@ import lightning as L
 from einops import rearrange
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import save_grid
@@ -37,9 +38,7 @@ class SampleGrid(L.Callback):
         self.columns = columns
         self.seed = seed
         self.last_step = -1
-        for name, value in (("every_n_steps", every_n_steps), ("columns", columns)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        check_at_least(1, every_n_steps=every_n_steps, columns=columns)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the specs can be generated."""

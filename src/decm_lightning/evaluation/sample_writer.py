@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.protocol import origin
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
@@ -49,9 +50,7 @@ class SampleWriter(L.Callback):
         self.batch_size = batch_size
         self.seed = seed
         self.labels = labels
-        for name, value in (("samples", samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        check_at_least(1, samples=samples, batch_size=batch_size)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the samples can be generated."""

@@ -8,6 +8,7 @@ import torch
 
 from decm_lightning import samplers
 from decm_lightning.samplers.options import read_options, write_options
+from decm_lightning.samplers.steps import check_steps
 from decm_lightning.types import Sample
 
 FORM = "model/sampler/steps, such as student/mix/2 or student/mix/2?s1=0.6"
@@ -67,8 +68,7 @@ class SamplingSpec:
         return f"{self.model}/{self.sampler}/{self.steps}{self.query}"
 
     def _check(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1: got {self.steps}")
+        check_steps(self.steps)
         function = self.function()
         # Invalid options fail now rather than after hours. An external sampler may need a real student.
         if self.options and "." not in self.sampler:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.files import atomic
+from decm_lightning.image_listing import list_files
 from decm_lightning.image_writer import has_whole_png, to_pil
 
 SETTINGS = "settings.json"
@@ -160,15 +161,7 @@ def refuse_others(place: Path, saved: Mapping[str, Any], settings: Mapping[str, 
         raise ValueError(f"{place} has samples of other settings ({values}{more}): choose another folder")
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and below, relative to it; hidden files are skipped."""
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for place, _, files in os.walk(folder, onerror=fail):
-        for name in sorted(files):
-            if Path(name).suffix.lower() in kinds and not name.startswith("."):
-                yield Path(place, name).relative_to(folder)
+def _images(folder: Path) -> list[Path]:
+    """Return the images in a folder and below, relative to it; hidden files are left out."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [Path(*parts) for parts in list_files(folder, suffixes).files] if folder.exists() else []

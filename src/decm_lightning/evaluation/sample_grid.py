@@ -68,8 +68,5 @@ class SampleGrid(L.Callback):
         for logger in loggers:
             logger.experiment.add_image("samples", grid, step)
             if trainer.is_global_zero:
-                save_grid(images.flatten(0, 1), images.shape[1], SCALED_TO // images.shape[-1] or 1, _file(logger))
-
-
-def _file(logger: TensorBoardLogger) -> Path:
-    return Path(logger.log_dir) / "samples.png"
+                file = Path(logger.log_dir) / "samples.png"
+                save_grid(images.flatten(0, 1), images.shape[1], SCALED_TO // images.shape[-1] or 1, file)

@@ -131,11 +131,7 @@ def sample_name(number: int, label: int | None = None) -> str:
 
 
 def read_settings(file: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file, or None if it does not exist.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """Return the content of a JSON file, or None if it does not exist."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -34,10 +34,6 @@ def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
 
     Its metadata are "network" (the description) and "record" as JSON, "license", "license_link" and "base_model", as
     far as they are known.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-        ValueError: if `out` does not end in .safetensors, or is the file of another model.
     """
     check_target(out)
     if out.is_file() and not read_single_file(out, {}):

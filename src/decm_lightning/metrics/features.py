@@ -93,11 +93,6 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
 
     `model` is a folder written by save_pretrained of each class, or a name on the Hugging Face hub. The first class is
     that of the model. `extra` is the extra of this package that installs transformers.
-
-    Raises:
-        ImportError: if transformers is not installed.
-        OSError: if the model does not exist.
-        ValueError: if the model lacks weights, which transformers would initialize at random.
     """
     names = " and ".join(classes)
     with needs(names, "transformers", extra):

@@ -141,11 +141,7 @@ def _class_in(config: Path) -> str | None:
 
 
 def description(checkpoint: str | Path) -> dict[str, Any]:
-    """Return the description of the network in a training checkpoint, without reading the weights.
-
-    Raises:
-        ValueError: if it is not a checkpoint of this package.
-    """
+    """Return the description of the network in a training checkpoint, without reading the weights."""
     path = Path(checkpoint)
     return _description(read_rest(path) if path.is_dir() else read_file(path), path)
 

@@ -244,11 +244,7 @@ class FlowTraining(L.LightningModule):
         normalize_progress(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed of the run that is resumed.
-
-        Raises:
-            ValueError: if the checkpoint has another network, teacher or optimizer class.
-        """
+        """Restore the seed of the run that is resumed."""
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
         if self._trainer is not None:
             # Lightning converts the module after loading, which would round the weights of 64-true to float32.

@@ -42,12 +42,7 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
-        """Read the record of a folder; return None if there is none. Unknown entries are ignored.
-
-        Raises:
-            ValueError: if the record cannot be read, is not JSON, or has missing or invalid entries, or if the encoding
-                is not finished. The message names the file and the entries.
-        """
+        """Read the record of a folder; return None if there is none. Unknown entries are ignored."""
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():

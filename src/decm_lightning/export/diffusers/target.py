@@ -55,9 +55,6 @@ def replaced(folder: Path) -> Iterator[Path]:
     """Write a folder as a whole: the block fills the yielded folder, which then replaces `folder`.
 
     If the block fails or the process is killed, an existing folder stays as it is.
-
-    Raises:
-        OSError: if the disk is full.
     """
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():

@@ -110,19 +110,23 @@ class Provenance:
             )
 
 
-def read_coder(vae: str, folder: str | Path, normalization: LatentNormalization | None = None) -> LatentCoder:
+def read_coder(vae: str, folder: str | Path | None, normalization: LatentNormalization | None = None) -> LatentCoder:
     """Load the coder for a folder of latents.
 
     Args:
         vae: the VAE; see `load_autoencoder`.
-        folder: folder of the latents, with cache.json and latents_stats.pt.
+        folder: folder of the latents, with cache.json and latents_stats.pt; None for the normalization in the config of
+            the VAE.
         normalization: normalization used in training; None for the one in cache.json, or else (z - mean) / std.
 
     Raises:
         FileNotFoundError: if the VAE or latents_stats.pt does not exist.
         ValueError: if cache.json names another VAE, or the latents have another number of channels.
     """
-    autoencoder, provenance = load_autoencoder(vae), Provenance.read(folder)
+    autoencoder = load_autoencoder(vae)
+    if not folder:
+        return LatentCoder(autoencoder)
+    provenance = Provenance.read(folder)
     if provenance is not None:
         provenance.check_vae(folder, vae, autoencoder.identity)
     if normalization is None:
@@ -152,7 +156,7 @@ def coder_of(network: Network, vae: str | None, latents: str | None) -> LatentCo
     recorded = network.record.vae if network.record else None
     vae = vae or (recorded.name if recorded and latents else None)
     if vae and (latents or by_config):
-        coder = read_coder(vae, latents) if latents else LatentCoder(load_autoencoder(vae))
+        coder = read_coder(vae, latents)
         check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
         if (found := coder.autoencoder.latent_channels) != channels:
             raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from decm_lightning.files import PARTIAL, atomic, write_json
+from decm_lightning.files import atomic, atomic_folder, write_json
 
 PIXELS = "pixels.bin"
 
@@ -33,19 +32,12 @@ def written(folder: Path) -> Iterator[tuple[IO[bytes], dict[str, Any]]]:
 
     A process that is killed leaves a folder whose name ends in .partial. An existing folder is replaced.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     files: dict[str, Any] = {}
-    try:
+    with atomic_folder(folder) as partial:
         with atomic(partial / PIXELS) as file, file.open("wb") as pixels:
             yield pixels, files
         for name, content in files.items():
             write_json(partial / name, content)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -110,10 +110,9 @@ def _read(file: str) -> dict[str, Any] | None:
 
 def _merged(old: Any, new: Any) -> Any:
     """Merge a later config into an earlier one. If the class changes, the arguments of the old class are dropped."""
-    if not (isinstance(old, dict) and isinstance(new, dict)) or new.get("class_path", 0) not in (
-        0,
-        old.get("class_path"),
-    ):
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if "class_path" in new and new["class_path"] != old.get("class_path"):
         return new
     return old | {key: _merged(old.get(key), value) for key, value in new.items()}
 

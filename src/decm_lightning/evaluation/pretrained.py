@@ -60,12 +60,7 @@ class PretrainedModel(L.LightningModule):
         The teacher can then be sampled next to the student. Otherwise nothing changes.
         """
         record = self.average.record
-        if (
-            record is None
-            or record.teacher is None
-            or record.guidance is None
-            or not Path(record.teacher.name).exists()
-        ):
+        if not (record and record.teacher and record.guidance and Path(record.teacher.name).exists()):
             return
         try:
             teacher = PretrainedTeacher(record.teacher.name)
@@ -92,8 +87,7 @@ class PretrainedModel(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing, because the evaluation callback reads the real images."""
+    test_step = validation_step
 
 
 def is_diffusers(path: str) -> bool:

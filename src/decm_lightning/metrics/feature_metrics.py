@@ -88,12 +88,7 @@ class FeatureMetrics:
         return any(metric.needs_prompts for metric in self.metrics)
 
     def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
-        """Fit the network to real training images once, if there are metrics.
-
-        Args:
-            data: the data module.
-            read: turns its batches into uint8 images with their conditions.
-        """
+        """Fit the network to real training images once, if there are metrics; see `FeatureNetwork.prepare`."""
         if self.metrics and not self.is_prepared:
             self.features.prepare(data, read)
         self.is_prepared = True

@@ -226,8 +226,7 @@ class FlowTraining(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing, because the evaluation callback reads the real images."""
+    test_step = validation_step
 
     def record(self) -> Record:
         """Return the origin and the use of the network. The config is stored separately, by the command line."""

@@ -89,11 +89,8 @@ class LastStep(L.Callback):
         """Save the last step."""
         for file in self._save(trainer):
             if trainer.is_global_zero and OF_LATER_RUN.search(file.stem):
-                log.warning(
-                    "saved the last step of this run to %s, because %s has a last.ckpt of an earlier run",
-                    file,
-                    file.parent,
-                )
+                earlier = f"{file.parent} has a last.ckpt of an earlier run"
+                log.warning("saved the last step of this run to %s, because %s", file, earlier)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if nothing was trained, as when a finished run is resumed."""

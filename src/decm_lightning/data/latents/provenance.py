@@ -16,6 +16,8 @@ from decm_lightning.networks.record import check_recorded, latent_coder
 
 RECORD = "cache.json"
 MANIFEST = "manifest"
+SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
+"""The scaling of latents that `decm encode` writes, and of folders without cache.json."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def read_coder(vae: str, folder: str | Path | None, normalization: LatentNormali
     if provenance is not None:
         provenance.check_vae(folder, vae, autoencoder.identity)
     if normalization is None:
-        options = provenance.scaling if provenance else {"latent_norm": True, "latent_multiplier": 1.0}
+        options = provenance.scaling if provenance else SCALING
         normalization = LatentNormalization.read(
             folder, autoencoder.latent_channels, bool(options["latent_norm"]), options["latent_multiplier"]
         )

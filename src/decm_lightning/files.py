@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 PARTIAL = ".partial"
-"""Suffix of a file that is still being written."""
+"""Suffix of a file or folder that is still being written."""
+PREVIOUS = ".previous"
+"""Suffix of a folder that is being replaced."""
 FULL = 1 << 20
 """A disk with fewer free bytes than this counts as full."""
 ZIP = b"PK\x03\x04"
@@ -58,21 +60,59 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        # safetensors creates files that only their owner can read.
-        partial.chmod(mode)
-        with partial.open("rb") as content:
-            os.fsync(content.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if (cause := _cause(error, partial)) is None:
-            raise
-        raise OSError(cause, os.strerror(cause), str(path)) from error
+        with _naming(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            # safetensors creates files that only their owner can read.
+            partial.chmod(mode)
+            with partial.open("rb") as content:
+                os.fsync(content.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Write a folder atomically, like `atomic`: the block fills the yielded folder, which then replaces `path`.
+
+    If the process is killed between the two renames of `replace_folder`, the next call restores the existing folder.
+    """
+    partial, previous = (path.with_name(path.name + suffix) for suffix in (PARTIAL, PREVIOUS))
+
+    def clean_up() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        if previous.exists() and not path.exists():
+            previous.rename(path)
+
+    clean_up()
+    try:
+        with _naming(path, partial):
+            partial.mkdir(parents=True)
+            yield partial
+            replace_folder(path, partial)
+    finally:
+        clean_up()
+
+
+def replace_folder(path: Path, partial: Path) -> None:
+    """Rename a folder to `path`. An existing file or folder there is named `path`.previous meanwhile."""
+    previous = path.with_name(path.name + PREVIOUS)
+    remove(previous)
+    if os.path.lexists(path):
+        path.rename(previous)
+    partial.rename(path)
+    remove(previous)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -214,6 +254,16 @@ def _describe_safetensors(path: Path, size: int) -> str:
     if size < end:
         return f"cut short at {size} bytes: its header lists tensors up to byte {end}"
     return ""
+
+
+@contextmanager
+def _naming(path: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (cause := _cause(error, partial)) is None:
+            raise
+        raise OSError(cause, os.strerror(cause), str(path)) from error
 
 
 def _cause(error: Exception, partial: Path) -> int | None:

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from decm_lightning.errors import NonFiniteError, missing_extra
+from decm_lightning.errors import NonFiniteError, needs
 from decm_lightning.files import atomic
 from decm_lightning.types import Sample
 
@@ -86,10 +86,8 @@ def check_plots() -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
+    with needs("a grid with names", "matplotlib", "plots"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("a grid with names", "matplotlib", "plots") from error
 
 
 def short(caption: str) -> str:

@@ -139,8 +139,8 @@ def test_bad_input_is_one_line(argv, message, decm):
 def plan(**options):
     values = {
         "folder": "photos", "out": Path("my-run"), "summary": "", "machine": "", "size": 64, "channels": 3,
-        "classes": 2, "skips": False, "val_fraction": 0.0, "patch": 8, "width": 128, "depth": 4, "heads": 4,
-        "batch_size": 32, "rate": 1e-3, "precision": "32-true", "has_features": True,
+        "classes": 2, "skips": False, "val_fraction": 0.0, "patch": 8, "scale": command.CPU,
+        "batch_size": 32, "has_features": True,
     }  # fmt: skip
     return Plan(**(values | options))
 

@@ -400,7 +400,7 @@ def test_an_export_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "modules"] == ["out"]
     assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1
-    out.rename(tmp_path / "out.old")
+    out.rename(tmp_path / "out.previous")
     with pytest.raises(KeyboardInterrupt):
         write(dit(), out, torch.float32)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_steps, reads_captions
+from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_steps
 from decm_lightning.cli.targets import check_device
 from decm_lightning.conditions import select
-from decm_lightning.errors import NonFiniteError, missing_extra
+from decm_lightning.errors import NonFiniteError, needs
 from decm_lightning.evaluation.sample_folder import sample_name
 from decm_lightning.image_writer import to_pil
 from decm_lightning.networks import Network, load
@@ -84,7 +84,7 @@ def app(
     check_device(device)
     network = load(model, device, trust)
     generator = image_generator(network, None, None, 0, vae, latents)
-    texts = network.caption_encoder(encoder) if reads_captions(network) else None
+    texts = network.caption_encoder(encoder) if network.reads_captions else None
     with TemporaryDirectory(prefix="decm-app-") as folder:
         studio = Studio(generator, texts, Path(folder))
         # Errors of the model show now, and the first times of the page are not those of a first call.
@@ -94,25 +94,14 @@ def app(
 
 
 def import_gradio() -> ModuleType:
-    """Return the module gradio.
-
-    Raises:
-        ImportError: naming the extra, if it is not installed.
-    """
-    try:
+    """Return the module gradio."""
+    with needs("decm app", "gradio", "app"):
         import gradio
-    except ImportError as error:
-        raise missing_extra("decm app", "gradio", "app") from error
     return gradio
 
 
 def check_port(port: int) -> None:
-    """Check that a server can listen on a port of this machine.
-
-    Raises:
-        OSError: if it is occupied or not permitted.
-        ValueError: if it is out of range.
-    """
+    """Check that a server can listen on a port of this machine."""
     if not 0 < port < 2**16:
         raise ValueError(f"port must be from 1 to 65535: got {port}")
     with socket.socket() as listener:
@@ -153,12 +142,7 @@ class Studio:
     folder: Path
 
     def column(self, requested: int | str | None, sampler: str, steps: int, seed: int) -> Column:
-        """Generate the first images of a class or caption.
-
-        Raises:
-            NonFiniteError: if an image is NaN or infinite.
-            ValueError: if a setting is out of range.
-        """
+        """Generate the first images of a class or caption."""
         condition, rows = self._rows(requested)
         named = None if sampler == RECOMMENDED else sampler
         generator = self.generator.at(steps, named, check_seed(seed))
@@ -234,7 +218,7 @@ def html(columns: Mapping[int, Column | None]) -> str:
 
 def _condition(gradio: Any, network: Network) -> Any:
     """Return the input for a class or a caption."""
-    if reads_captions(network):
+    if network.reads_captions:
         return gradio.Textbox("a red apple", label="Caption", elem_id="condition", scale=3, min_width=250)
     if not network.num_classes:
         return gradio.State(None)
@@ -250,11 +234,7 @@ def _subtitle(network: Network) -> str:
 
 
 def _serve(demo: Any, studio: Studio, port: int, share: bool) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        OSError: if the port was taken meanwhile, or a public link is requested and cannot be made.
-    """
+    """Serve the page until Ctrl-C."""
     width, height = studio.generator.size
     # Enlarged small images would look blurred.
     css = CSS.replace("ASPECT", f"{width} / {height}").replace("PIXELS", "pixelated" if width < SMALL else "auto")

@@ -19,8 +19,6 @@ def consolidate(checkpoint: str, out: str | None = None) -> None:
         out: the file to write; by default the checkpoint's path with .consolidated appended.
     """
     folder = Path(checkpoint)
-    if out == "":
-        raise ValueError("out must be a file name: got ''")
     file = Path(out) if out is not None else folder.with_name(f"{folder.name}.consolidated")
     if file.exists() and file.samefile(folder):
         raise ValueError(f"out must differ from the path of the checkpoint: got {out}")

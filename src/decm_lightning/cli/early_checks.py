@@ -54,11 +54,7 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
 
 
 def check_files(tree: Mapping[str, Any]) -> None:
-    """Check that the files and folders that a config names exist.
-
-    Raises:
-        OSError: if one is missing or cannot be read.
-    """
+    """Check that the files and folders that a config names exist."""
     for key, value in _files(tree, (), ""):
         if _is_missing(value):
             what = "folder" if key[-1] == "folder" else "file" if key[-1] == "vae" else "checkpoint or folder"
@@ -114,10 +110,9 @@ def _read(file: str) -> dict[str, Any] | None:
 
 def _merged(old: Any, new: Any) -> Any:
     """Merge a later config into an earlier one. If the class changes, the arguments of the old class are dropped."""
-    if not (isinstance(old, dict) and isinstance(new, dict)) or new.get("class_path", 0) not in (
-        0,
-        old.get("class_path"),
-    ):
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if "class_path" in new and new["class_path"] != old.get("class_path"):
         return new
     return old | {key: _merged(old.get(key), value) for key, value in new.items()}
 
@@ -153,11 +148,7 @@ def _files(tree: Mapping[str, Any], key: tuple[str, ...], cls: str) -> Iterator[
 
 
 def _is_missing(value: str) -> bool:
-    """Return whether a value is certainly a path, and nothing exists at it.
-
-    Raises:
-        OSError: naming the file, if permissions do not allow to check it.
-    """
+    """Return whether a value is certainly a path, and nothing exists at it."""
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not value.endswith(WEIGHTS)
     if not value or value in ("null", *CHECKPOINTS) or is_hub_name or re.search(r"[:*?\[{]", value):
         return False

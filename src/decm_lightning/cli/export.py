@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from decm_lightning.cli.sampling import image_generator, reads_captions
+from decm_lightning.cli.sampling import image_generator
 from decm_lightning.cli.targets import check_device
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.export import Format, hub, writer
@@ -111,7 +111,7 @@ def _samples(network: Network) -> Samples | None:
 
 def _columns(network: Network, device: torch.device) -> tuple[Condition, list[int], list[str]]:
     """Return the condition, the sample number and the name of each column; a sample is as in decm sample."""
-    if reads_captions(network):
+    if network.reads_captions:
         captions = network.caption_encoder()(list(PROMPTS))
         moved = _pytree.tree_map_only(Tensor, lambda part: part.to(device), captions)
         return moved, list(range(len(PROMPTS))), list(PROMPTS)

@@ -76,12 +76,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Collection[str]]]:
-    """Yield each word of an error that may be misspelled, with the words that are valid in its place.
-
-    Args:
-        message: the error message.
-        options: the options of the command, such as --steps.
-    """
+    """Yield each word of an error that may be misspelled, with the words that are valid in its place."""
     for arguments in re.findall(r"unrecognized arguments: (.*)", message):
         for argument in arguments.split():
             yield argument.partition("=")[0], options

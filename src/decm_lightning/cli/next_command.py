@@ -8,7 +8,6 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from decm_lightning.networks import Network
-from decm_lightning.types import Captions
 
 
 def print_end(trainer: L.Trainer, network: Network) -> None:
@@ -29,7 +28,6 @@ def print_end(trainer: L.Trainer, network: Network) -> None:
 def print_next(path: str | Path, network: Network) -> None:
     """Print the command that generates images from a checkpoint."""
     if len(network.sample_shape) == 3:
-        captions = isinstance(network.example(1)[3], Captions)
-        command, prompts = ("sample-prompts", " --prompts FILE") if captions else ("sample", "")
+        command, prompts = ("sample-prompts", " --prompts FILE") if network.reads_captions else ("sample", "")
         steps = " --steps 4" if network.reads_end_time else ""
         print(f"next: decm {command} {shlex.quote(str(path))}{prompts}{steps}")

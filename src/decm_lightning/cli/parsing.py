@@ -32,9 +32,6 @@ def call(function: Callable[..., None], program: str, positional: Collection[str
         program: the name of the command.
         positional: names of the positional arguments. One with the type list[str] takes all remaining values.
         argv: the command line after the command's name.
-
-    Raises:
-        ArgumentError: if an argument is unknown, missing or invalid.
     """
     parser = Parser(prog=program)
     parser.add_argument("--config", action=ActionConfigFile, help="a file with these options")

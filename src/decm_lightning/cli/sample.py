@@ -74,11 +74,7 @@ def sample(
 
 
 def _classes(requested: list[int] | None, network: Network) -> list[int]:
-    """Return the classes to sample.
-
-    Raises:
-        ValueError: if the network has no classes, or lacks a requested class.
-    """
+    """Return the classes to sample."""
     known = list(range(network.num_classes))
     if not known:
         raise ValueError("decm sample needs a class-conditional model: this model has no classes and reads no captions")

@@ -12,6 +12,7 @@ from torch.utils import _pytree
 from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator, in_steps, load_model
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import check_plots, save_named_grid, short
@@ -61,8 +62,7 @@ def sample_prompts(
             VAE's config.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
-    if per_prompt < 1:
-        raise ValueError(f"per_prompt must be at least 1: got {per_prompt}")
+    check_at_least(1, per_prompt=per_prompt)
     all_steps = steps if isinstance(steps, list) else [steps]
     if not all_steps:
         raise ValueError("steps must be at least one number: got none")
@@ -129,9 +129,6 @@ class PromptOutputs:
 
         Prompt i, counted from 0, has its images in `root`/0000i/samples (0000.png, 0001.png, ...) and its line in
         `root`/0000i/metadata.jsonl. It is complete if the line is unchanged and all images are complete.
-
-        Raises:
-            ValueError: if the folder has samples of other settings, or other images.
         """
         numbers = range(len(self.prompts))
         names = [[f"{number:05d}/samples/{k:04d}.png" for k in range(self.count)] for number in numbers]

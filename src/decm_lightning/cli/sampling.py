@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decm_lightning.autoencoders import LatentCoder, load_autoencoder
+from decm_lightning.autoencoders import LatentCoder
 from decm_lightning.cli.targets import check_device, check_out
+from decm_lightning.data.latents.provenance import coder_of
 from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.generation import flow_map
-from decm_lightning.networks.record import check_recorded, latent_coder
 from decm_lightning.progress import Progress
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
-from decm_lightning.types import Captions, Condition, FlowMapNetwork, Sample
+from decm_lightning.types import Condition, FlowMapNetwork
 
 TEACHER_STEPS = 50
 DIGITS = 16
@@ -35,14 +35,14 @@ class ImageGenerator:
 
     Args:
         network: the network, on its device.
-        decoder: converts samples to images.
+        coder: decodes the samples into images; None if they are images.
         sampler: name and options of the sampler, as for `samplers.sampler`.
         steps: network evaluations per image.
         seed: seed of all noise.
     """
 
     network: Network
-    decoder: "Decoder"
+    coder: LatentCoder | None
     sampler: str
     steps: int
     seed: int
@@ -61,7 +61,8 @@ class ImageGenerator:
     def size(self) -> tuple[int, int]:
         """(width, height) of the images."""
         height, width = self.network.sample_shape[1:]
-        return width * self.decoder.factor, height * self.decoder.factor
+        factor = self.coder.autoencoder.downsampling if self.coder else 1
+        return width * factor, height * factor
 
     def at(self, steps: int, sampler: str | None = None, seed: int = 0) -> "ImageGenerator":
         """Return a generator with another number of steps, by default with the sampler recommended for that number."""
@@ -75,14 +76,14 @@ class ImageGenerator:
             self.flow_map, sampler(self.sampler), condition, self.steps,
             shape=self.network.sample_shape, rows=rows, seed=self.seed, device=self.device,
         )  # fmt: skip
-        return to_uint8(self.decoder.decode(samples)).cpu()
+        return to_uint8(self.coder.decode(samples) if self.coder else samples).cpu()
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Return all settings that determine the images, as JSON values."""
         # A state_dict may lack weights that the network shares with a pretrained model.
         tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         own = {"weights": tensors_sha256(tensors)[:DIGITS], "sampler": self.sampler, "steps": self.steps}
-        return {**own, **more, "seed": self.seed, "vae": self.decoder.identity}
+        return {**own, **more, "seed": self.seed, "vae": self.coder.identity if self.coder else None}
 
     def fill(
         self,
@@ -123,17 +124,12 @@ class ImageGenerator:
 
 
 def load_model(model: str, captions: bool, out: str, seed: int, device: str, trust: bool) -> tuple[Network, Path]:
-    """Check the settings, load a network that reads captions or classes, and return it with the output path.
-
-    Raises:
-        OSError: if the network does not exist.
-        ValueError: if a setting is out of range, `out` cannot be written, or the network reads something else.
-    """
+    """Check the settings, load a network that reads captions or classes, and return it with the output path."""
     check_seed(seed)
     check_device(device)
     target = check_out(out)
     network = load(model, device, trust)
-    if reads_captions(network) != captions:
+    if network.reads_captions != captions:
         reads, command = ("classes", "sample") if captions else ("captions", "sample-prompts")
         raise ValueError(f"{model} reads {reads}: use decm {command} {model}")
     return network, target
@@ -147,12 +143,7 @@ def image_generator(
     vae: str | None,
     latents: str | None,
 ) -> ImageGenerator:
-    """Return the image generator of a network, with the requested sampler and steps or the recommended ones.
-
-    Raises:
-        OSError: if the VAE or the statistics of the latents do not exist.
-        ValueError: if the sampler or an option does not exist, or the samples are not images or latents of this VAE.
-    """
+    """Return the image generator of a network, with the requested sampler and steps or the recommended ones."""
     chosen, steps = network.sampling(name, steps)
     name = str(chosen)
     sampler(name)
@@ -161,7 +152,9 @@ def image_generator(
             "the model ignores the end time of a step, as a teacher does, and %s blurs its samples: use "
             "--sampler euler --steps %d", name, TEACHER_STEPS,
         )  # fmt: skip
-    return ImageGenerator(network, Decoder.of(network, vae, latents), name, steps, seed)
+    if len(network.sample_shape) != 3:
+        raise ValueError(f"samples must be images (c, h, w): the model generates shape {network.sample_shape}")
+    return ImageGenerator(network, coder_of(network, vae, latents), name, steps, seed)
 
 
 def in_steps(steps: int) -> str:
@@ -172,61 +165,3 @@ def in_steps(steps: int) -> str:
         ('1 step', '2 steps')
     """
     return f"{steps} step{'s' * (steps > 1)}"
-
-
-def reads_captions(network: Network) -> bool:
-    """Return whether a network is conditioned on captions rather than classes."""
-    return isinstance(network.example(1)[3], Captions)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Converts the samples of a network to images in [-1, 1].
-
-    Args:
-        decode: the function that converts samples to images.
-        factor: image size divided by sample size; 1 if the samples are images.
-        identity: identifies the VAE and the scaling of latents; None if the samples are images.
-    """
-
-    decode: Callable[[Sample], Sample]
-    factor: int = 1
-    identity: str | None = None
-
-    @classmethod
-    def of(cls, network: Network, vae: str | None, latents: str | None) -> "Decoder":
-        """Return the decoder for a network.
-
-        Raises:
-            OSError: if the VAE or the statistics of the latents do not exist.
-            ValueError: if the network's samples are not images or latents of this VAE.
-        """
-        if len(network.sample_shape) != 3:
-            raise ValueError(f"samples must be images (c, h, w): the model generates shape {network.sample_shape}")
-        channels, by_config = network.sample_shape[0], reads_captions(network)
-        if not latents and (coder := latent_coder(network, vae)) is not None:
-            return cls(coder.decode, coder.autoencoder.downsampling, coder.identity)
-        recorded = network.record.vae if network.record else None
-        vae = vae or (recorded.name if recorded and latents else None)
-        if vae and (latents or by_config):
-            coder = _coder(vae, latents)
-            check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
-            if (found := coder.autoencoder.latent_channels) != channels:
-                raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
-            return cls(coder.decode, coder.autoencoder.downsampling, coder.identity)
-        if vae or latents:
-            raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
-        if channels not in (1, 3):
-            needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
-            raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")
-        return cls(lambda samples: samples)
-
-
-def _coder(vae: str, latents: str | None) -> LatentCoder:
-    """Return a VAE with the scaling of its latents by a folder's statistics, or by its own config."""
-    if latents is None:
-        return LatentCoder(load_autoencoder(vae))
-    # The data modules import Lightning, which takes seconds.
-    from decm_lightning.data.latents.provenance import read_coder
-
-    return read_coder(vae, latents)

@@ -20,10 +20,6 @@ def configs(names: list[str] = [], out: str = ".") -> None:  # noqa: B006 - neve
     Args:
         names: configs to copy, such as digits/decm.yaml; without any, all are listed.
         out: the folder to copy them into. A config keeps its name, including the folder.
-
-    Raises:
-        ValueError: if no config has a requested name.
-        FileExistsError: if a file would be replaced. Nothing is copied then.
     """
     copies = {_found(name): Path(out) / _short(name) for name in names}
     for copy in copies.values():
@@ -59,12 +55,7 @@ def with_shipped_configs(argv: Sequence[str]) -> list[str]:
 
 
 def where_weights_are(path: str, key: str) -> str:
-    """Return the remedy for missing weights that a shipped config names, "" for other paths.
-
-    Args:
-        path: the missing path, such as weights/digits/teacher.
-        key: the config's key that holds it.
-    """
+    """Return the remedy for missing weights that a shipped config names, "" for other paths."""
     top, _, name = path.partition("/")
     name = f"{name.partition('/')[0]}/teacher.yaml"
     if top != "weights" or name not in shipped_names():

@@ -11,11 +11,7 @@ KINDS = "out must be a folder or a .png file"
 
 
 def check_device(name: str) -> torch.device:
-    """Return the device of this name.
-
-    Raises:
-        ValueError: if it is not available on this machine.
-    """
+    """Return the device of this name if this machine has it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -23,11 +19,7 @@ def check_device(name: str) -> torch.device:
 
 
 def check_out(out: str) -> Path:
-    """Return the path of a folder or .png file after checking that it can be written. Nothing is created.
-
-    Raises:
-        ValueError: if it is another kind of file, or cannot be written.
-    """
+    """Return the path of a folder or .png file after checking that it can be written. Nothing is created."""
     if not out:
         raise ValueError(f"{KINDS}: got ''")
     path = Path(out)

@@ -75,11 +75,7 @@ class ModelCLI(TrainerCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line after the config that the model carries, unless a config is passed.
-
-        Raises:
-            ValueError: if there is no config, or it names classes of other packages without --trust.
-        """
+        """Parse the command line after the config that the model carries, unless a config is passed."""
         options = list(arguments(args))
         self.is_carried = bool(self.path) and not any(name in ("c", "config") for name, _ in options)
         if self.is_carried:
@@ -116,11 +112,7 @@ class ModelCLI(TrainerCLI):
         check_files(self.config.as_dict())
 
     def instantiate_classes(self) -> None:
-        """Build everything, with the trained model in place of the config's.
-
-        Raises:
-            ValueError: if guidance is passed for a student.
-        """
+        """Build everything, with the trained model in place of the config's."""
         super().instantiate_classes()
         if not self.path:
             return

@@ -89,9 +89,6 @@ class TrainerCLI(LightningCLI):
     Args:
         argv: the config and its overrides.
         command: "fit", "validate", "test" or "predict"; None to build everything and run nothing.
-
-    Raises:
-        ValueError: if the settings contradict each other, such as a config and a checkpoint of different networks.
     """
 
     needs_checkpoint = True  # The weights to evaluate come from --ckpt_path.
@@ -186,11 +183,7 @@ class TrainerCLI(LightningCLI):
                 raise ValueError(f"--ckpt_path last: {_newest(self.trainer)}")
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            ValueError: if validate or test measured nothing.
-        """
+        """Run the command."""
         # Child processes must end with this one: otherwise they may prepare data for hours.
         signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
         options = {name: self.config_init[name] for name in self.options}

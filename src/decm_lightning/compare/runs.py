@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from decm_lightning.evaluation.pretrained import PretrainedModel
-from decm_lightning.networks.network import CONFIG
-from decm_lightning.networks.record import QUALITY, Record
+from decm_lightning.networks.record import CONFIG, QUALITY, Record
 from decm_lightning.training.resuming import settings_of
 
 OWN = ("checkpoint", "weights", "device", "processes", "versions")

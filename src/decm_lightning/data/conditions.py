@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.latents.provenance import read_coder
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.data.resumable import BatchDataset, ResumableData
@@ -107,8 +106,7 @@ class Conditions(ResumableData):
                 has no classes.
         """
         if self.vae is not None and self.coder is None:
-            folder = self.latents
-            self.coder = read_coder(self.vae, folder) if folder else LatentCoder(load_autoencoder(self.vae))
+            self.coder = read_coder(self.vae, self.latents)
         if self.prompts is not None:
             self.texts = [prompt.text for prompt in read_prompts(Path(self.prompts))]
             self.train = self._rows(len(self.texts), self._encode(self.texts))

@@ -10,52 +10,6 @@ from decm_lightning.types import Condition, Sample
 
 
 @runtime_checkable
-class HasClasses(Protocol):
-    """Data with labels below `num_classes`, which is 0 for data without classes."""
-
-    num_classes: int
-
-
-@runtime_checkable
-class HasConditions(Protocol):
-    """Data that provides the conditions of generated samples, such as captions."""
-
-    def condition(self, rows: Sequence[int], seed: int) -> Condition:
-        """Return the conditions of the samples with the numbers `rows`."""
-
-
-@runtime_checkable
-class HasTexts(Protocol):
-    """Data with captions. Sample i has caption i mod len(texts)."""
-
-    texts: Sequence[str]
-
-
-@runtime_checkable
-class DecodesSamples(Protocol):
-    """Data whose samples must be decoded into images, such as latents."""
-
-    def decode(self, x: Sample) -> Sample:
-        """Return images in [-1, 1]."""
-
-
-@runtime_checkable
-class ReleasesDecoder(Protocol):
-    """Data whose decoder only evaluation uses."""
-
-    def release(self) -> None:
-        """Move the decoder off the accelerator."""
-
-
-@runtime_checkable
-class HasIdentity(Protocol):
-    """Data that uses pretrained networks, such as a VAE and a text encoder."""
-
-    def identity(self) -> dict[str, str]:
-        """Return the identities of these networks by name."""
-
-
-@runtime_checkable
 class HasRecord(Protocol):
     """Data that describe themselves in the records of networks."""
 
@@ -87,7 +41,17 @@ class HasNetwork(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The parts of a data module that evaluation uses, with defaults. Samples have labels without `condition`."""
+    """The attributes of a data module that evaluation uses. A data module may lack any of them.
+
+    Attributes:
+        num_classes: labels are below it; 0 for data without classes.
+        condition: returns the conditions of the samples with the numbers `rows`, such as captions: condition(rows,
+            seed). Without it, samples have labels.
+        texts: captions. Sample i has caption i mod len(texts).
+        decode: decodes the data's samples, such as latents, into images in [-1, 1].
+        release: moves the decoder off the accelerator, if only evaluation uses it.
+        identity: returns the identities of the pretrained networks of the data, such as a VAE, by name.
+    """
 
     num_classes: int = 0
     condition: Callable[[Sequence[int], int], Condition] | None = None
@@ -96,14 +60,8 @@ class EvaluationData:
     release: Callable[[], None] = lambda: None
     identity: Callable[[], dict[str, str]] = dict
 
-
-PARTS = (HasClasses, HasConditions, HasTexts, DecodesSamples, ReleasesDecoder, HasIdentity)
-"""The Protocol of each field of `EvaluationData`, in order."""
-
-
-def evaluation_data(datamodule: object) -> EvaluationData:
-    """Return the parts of a data module, or of None, that evaluation uses. Call it after `setup`."""
-    parts = zip(fields(EvaluationData), PARTS, strict=True)
-    return EvaluationData(
-        **{part.name: getattr(datamodule, part.name) for part, has in parts if isinstance(datamodule, has)}
-    )
+    @classmethod
+    def of(cls, datamodule: object) -> "EvaluationData":
+        """Return the attributes of a data module, or of None. Call it after `setup`."""
+        names = [field.name for field in fields(cls) if hasattr(datamodule, field.name)]
+        return cls(**{name: getattr(datamodule, name) for name in names})

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from decm_lightning.files import PARTIAL, atomic, write_json
+from decm_lightning.files import atomic, atomic_folder, write_json
 
 PIXELS = "pixels.bin"
 
@@ -33,28 +32,17 @@ def written(folder: Path) -> Iterator[tuple[IO[bytes], dict[str, Any]]]:
 
     A process that is killed leaves a folder whose name ends in .partial. An existing folder is replaced.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     files: dict[str, Any] = {}
-    try:
+    with atomic_folder(folder) as partial:
         with atomic(partial / PIXELS) as file, file.open("wb") as pixels:
             yield pixels, files
         for name, content in files.items():
             write_json(partial / name, content)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def content_of(file: Path) -> Iterator[Any]:
-    """Yield the content of a JSON file. Errors of the block, and a missing file, are reported as damage.
-
-    Raises:
-        ValueError: naming the folder and the file.
-    """
+    """Yield the content of a JSON file. Errors of the block, and a missing file, are reported as damage."""
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, LookupError, TypeError, AssertionError) as error:
@@ -62,11 +50,7 @@ def content_of(file: Path) -> Iterator[Any]:
 
 
 def map_pixels(folder: Path, *shape: int) -> UInt8[Tensor, "n c h w"]:
-    """Return the pixels of a folder, memory-mapped. Those of small sets therefore stay in memory.
-
-    Raises:
-        ValueError: if the file has another size.
-    """
+    """Return the pixels of a folder, memory-mapped. Those of small sets therefore stay in memory."""
     file, count = folder / PIXELS, math.prod(shape)
     if (found := file.stat().st_size if file.is_file() else 0) != count:
         raise _damaged(folder, f"{PIXELS} has {found} bytes, expected {count}")

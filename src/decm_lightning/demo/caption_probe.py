@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.metrics.features import FeatureNetwork, as_feature_network
 from decm_lightning.metrics.metric import Counts, FeatureMetric, Prompts
 from decm_lightning.types import Batch, Captions, Condition
@@ -113,10 +113,8 @@ class CaptionProbe(FeatureNetwork):
 
     def fit(self, features: Float[Tensor, "n d"], captions: Float[Tensor, "n e"], held: Float[Tensor, "m e"]) -> None:
         """Fit the probe to features and caption embeddings of real images, with held-out captions as candidates."""
-        try:
+        with needs("CaptionProbe", "scikit-learn", "demo"):
             from sklearn.linear_model import RidgeCV
-        except ImportError as error:
-            raise missing_extra("CaptionProbe", "scikit-learn", "demo") from error
         device = self.weight.device
         x, y = features.double().cpu().numpy(), captions.double().cpu().numpy()
         ridge = RidgeCV(PENALTIES).fit(x, y)

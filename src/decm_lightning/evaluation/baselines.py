@@ -20,12 +20,7 @@ Views = Mapping[FeatureMetrics, Mapping[str, Tensor]]
 class Baselines:
     """Measure the baselines of a test from the images that the test reads and generates.
 
-    Args:
-        generator: generates the samples of the tested module.
-        qualities: the metrics of the table.
-        specs: the specs of the table.
-        paired: settings of the paired columns, which need a model "teacher"; None to omit them.
-        floors: whether to measure the floors.
+    Without `paired`, or without a model "teacher", the paired columns are omitted.
     """
 
     def __init__(

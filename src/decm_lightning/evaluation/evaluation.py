@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from decm_lightning.conditions import select
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.baselines import Baselines
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.measured import Measured, measure
@@ -108,10 +109,8 @@ class Evaluation(L.Callback):
             raise ValueError("specs and test_specs must name at least one model/sampler/steps each: got none")
         if labels not in get_args(LabelLaw):
             raise ValueError(f"labels must be balanced or uniform: got {labels!r}")
-        if min(self.samples, self.test_samples) < 2:
-            raise ValueError(f"samples must be at least 2: got {min(self.samples, self.test_samples)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+        check_at_least(2, samples=self.samples, test_samples=self.test_samples)
+        check_at_least(1, batch_size=batch_size)
 
     def restrict(self, models: Collection[str], default: Sequence[str]) -> None:
         """Leave out the specs of models that cannot be sampled.
@@ -153,20 +152,12 @@ class Evaluation(L.Callback):
         self.rows_seen = 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise an error if nothing was measured, because Lightning skips an empty loader without its hooks.
-
-        Raises:
-            ValueError: if `validate` or `test` had no images.
-        """
+        """Raise an error if nothing was measured, because Lightning skips an empty loader without its hooks."""
         if stage in ("validate", "test") and not self.has_measured:
             raise ValueError("nothing was measured: the validation or test loader is empty (latents need a VAE)")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the metrics to the module's device, and read the reference once.
-
-        Raises:
-            OSError: if the table of a test could not be written.
-        """
+        """Move the metrics to the module's device, and read the reference once."""
         if trainer.testing:
             check_writable(table_file(trainer, self.table_file).parent)
         self._to(self.generator.source.device)
@@ -213,11 +204,7 @@ class Evaluation(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the cheap columns of every spec.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log the cheap columns of every spec."""
         if trainer.sanity_checking:
             return
         for spec, measured in self._measure(trainer, self.specs, self.samples).items():
@@ -225,11 +212,7 @@ class Evaluation(L.Callback):
                 pl_module.log(f"{name}/{spec}", value, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log all columns of every spec, print the values, and write the table and the samples.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log all columns of every spec, print the values, and write the table and the samples."""
         results = self._measure(trainer, self.test_specs, self.test_samples)
         for spec, measured in results.items():
             for name, value in measured.values.items():

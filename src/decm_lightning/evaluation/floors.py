@@ -15,9 +15,6 @@ class Floor:
     """The distances between two sets of images, by the metrics of validation that compare real with generated images.
 
     For two independent sets of n images from one distribution, fd falls like 1 / n and kid scatters around 0.
-
-    Args:
-        qualities: the metrics of the feature networks, which compute the features.
     """
 
     def __init__(self, qualities: Sequence[FeatureMetrics]) -> None:

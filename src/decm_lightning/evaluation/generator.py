@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from decm_lightning import samplers
 from decm_lightning.conditions import select
-from decm_lightning.data.protocol import evaluation_data
+from decm_lightning.data.protocol import EvaluationData
 from decm_lightning.errors import NonFiniteError
-from decm_lightning.evaluation.source import SampleSource, sample_source
+from decm_lightning.evaluation.source import SampleSource
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import short, to_uint8
 from decm_lightning.metrics.metric import Prompts
@@ -45,9 +45,12 @@ class SampleGenerator:
     """
 
     def __init__(self, module: Any, datamodule: Any, labels: LabelLaw = "balanced", seed: int = 0) -> None:
-        self.source: SampleSource = sample_source(module)
+        if not isinstance(module, SampleSource):
+            needed = "models(), average, ema_decay, teacher and guidance, as training.FlowTraining has"
+            raise ValueError(f"samples need a module with {needed}: got {type(module).__name__}")
+        self.source = module
         self.datamodule = datamodule
-        self.data = evaluation_data(datamodule)
+        self.data = EvaluationData.of(datamodule)
         self.labels = labels
         self.seed = seed
 
@@ -122,9 +125,6 @@ class SampleGenerator:
         """Return samples `rows` as images.
 
         Without rows it generates sample 0 and returns an empty tensor: all processes must run a sharded network.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
         """
         return self.images(self.samples(spec, rows or range(1)))[: len(rows)]
 

@@ -72,12 +72,7 @@ class GuidanceSearch(Evaluation):
             raise ValueError("the grid of guidance has no cells: give at least one scale, limit and interval")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Read the measured cells.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-            ValueError: if guidance.json is damaged or has other settings, or no feature network has a distance.
-        """
+        """Read the measured cells."""
         check_plots()
         super().setup(trainer, pl_module, stage)
         distances = [quality.columns[0] for quality in self.qualities if quality.has_distance]
@@ -90,11 +85,7 @@ class GuidanceSearch(Evaluation):
         self.measured: list[Cell] = saved.get("cells", [])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the missing cells, write the files and print the best.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Measure the missing cells, write the files and print the best."""
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, PretrainedModel)
@@ -158,11 +149,7 @@ class GuidanceSearch(Evaluation):
 
 
 def heat_map(cells: Sequence[Mapping[str, Any]], column: str, file: Path) -> None:
-    """Write a PNG with a value per scale (columns), limit and interval (rows). The smallest value is framed.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
+    """Write a PNG with a value per scale (columns), limit and interval (rows). The smallest value is framed."""
     check_plots()
     # Without pyplot no window opens, and the backend of a notebook does not change.
     from matplotlib.figure import Figure

@@ -37,17 +37,8 @@ def measure(
 ) -> Measured:
     """Return the results of a spec.
 
-    Args:
-        generator: generates the samples.
-        qualities: the metrics, which know the real images.
-        baselines: the baselines of the test.
-        spec: the spec.
-        parts: numbers of the samples of this process, by batch.
-        columns: number of first samples to return, over all processes.
-        bar: progress in images.
-
-    Raises:
-        NonFiniteError: if a sample is NaN or infinite.
+    `parts` are the numbers of the samples of this process, by batch. `columns` is the number of first samples to
+    return, over all processes.
     """
     needs_prompts = any(quality.needs_prompts for quality in qualities)
     cost, first = SamplingCost(len(parts[0]) or 1), torch.empty(0)

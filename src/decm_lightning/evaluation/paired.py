@@ -10,6 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 from torchmetrics.aggregation import SumMetric
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.even_split import split_evenly
@@ -39,8 +40,7 @@ class Paired:
     steps: int = 25
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.steps) < 1:
-            raise ValueError(f"samples and steps must be at least 1: got {self.samples} and {self.steps}")
+        check_at_least(1, samples=self.samples, steps=self.steps)
 
 
 class PairedDistance:
@@ -53,11 +53,7 @@ class PairedDistance:
     deterministic samplers they are the error of the map. Samplers that add noise, such as consistency with more than 1
     step, start from x_0 but do not follow the ODE: their columns also contain the distance that the added noise makes,
     so compare them only with one another.
-
-    Args:
-        generator: generates samples of a module with a model "teacher".
-        settings: the settings.
-        quality: the metrics of the feature network; None for no paired_features.
+    Without `quality`, the metrics of the feature network, there is no column paired_features.
     """
 
     def __init__(self, generator: SampleGenerator, settings: Paired, quality: FeatureMetrics | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from decm_lightning.guidance import Guidance, GuidedField
 from decm_lightning.networks import Network
 from decm_lightning.networks.hub import download, is_hub_name
-from decm_lightning.networks.network import CONFIG
+from decm_lightning.networks.record import CONFIG
 from decm_lightning.samplers import flow_map_of
 from decm_lightning.teachers import DiffusersTeacher, PretrainedTeacher, Teacher
 from decm_lightning.teachers.diffusers_families import FAMILIES
@@ -60,12 +60,7 @@ class PretrainedModel(L.LightningModule):
         The teacher can then be sampled next to the student. Otherwise nothing changes.
         """
         record = self.average.record
-        if (
-            record is None
-            or record.teacher is None
-            or record.guidance is None
-            or not Path(record.teacher.name).exists()
-        ):
+        if not (record and record.teacher and record.guidance and Path(record.teacher.name).exists()):
             return
         try:
             teacher = PretrainedTeacher(record.teacher.name)
@@ -92,16 +87,11 @@ class PretrainedModel(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing, because the evaluation callback reads the real images."""
+    test_step = validation_step
 
 
 def is_diffusers(path: str) -> bool:
-    """Return whether a path or hub name is a pipeline of diffusers, or one of its transformers.
-
-    Raises:
-        FileNotFoundError: if the hub has no such name, or cannot be reached.
-    """
+    """Return whether a path or hub name is a pipeline of diffusers, or one of its transformers."""
     folder = download(path, "model", [PIPELINE, CONFIG]) if is_hub_name(path) else Path(path)
     if (folder / PIPELINE).is_file():
         return True

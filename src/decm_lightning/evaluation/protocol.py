@@ -52,12 +52,7 @@ def measurement(
 ) -> dict[str, str | int]:
     """Return the settings of a measurement by name. All processes must call this: counting images is collective.
 
-    Args:
-        qualities: the metrics, with their images.
-        reference: the real images; None for those of the loader.
-        size: (c, h, w) of the generated images.
-        seed: seed of the metrics.
-        batch_size: images measured at once.
+    `size` is the (c, h, w) of the generated images. Without a reference, the real images are those of the loader.
     """
     counts = qualities[0].counts()
     lines: dict[str, str | int] = {"feature network": ", ".join(quality.name for quality in qualities)}

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from decm_lightning.files import atomic
+from decm_lightning.image_listing import list_files
 from decm_lightning.image_writer import has_whole_png, to_pil
 
 SETTINGS = "settings.json"
@@ -82,10 +83,6 @@ class SampleFolder:
         """Create the folder and settings.json, if they are missing.
 
         Several processes may call this at once, and must have the same settings.
-
-        Raises:
-            ValueError: as `check` does.
-            OSError: if the folder cannot be written.
         """
         self.check()
         if self._has_settings():
@@ -109,12 +106,7 @@ class SampleFolder:
         return [name for name in names if not has_whole_png(self.folder / name, size)]
 
     def write(self, name: str, image: UInt8[Tensor, "c h w"]) -> None:
-        """Write one sample as a PNG, completely or not at all.
-
-        Raises:
-            ValueError: if the image has neither 1 nor 3 channels.
-            OSError: naming the file, if it cannot be written.
-        """
+        """Write one sample as a PNG, completely or not at all."""
         with atomic(self.folder / name) as partial:
             to_pil(image).save(partial, "PNG")
 
@@ -139,11 +131,7 @@ def sample_name(number: int, label: int | None = None) -> str:
 
 
 def read_settings(file: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file, or None if it does not exist.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """Return the content of a JSON file, or None if it does not exist."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -160,11 +148,7 @@ def _damaged(file: Path, cause: str) -> ValueError:
 
 
 def refuse_others(place: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Check that saved settings equal the requested ones.
-
-    Raises:
-        ValueError: naming the place and the settings that differ.
-    """
+    """Check that saved settings equal the requested ones."""
     differing = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
     if differing:
         short = {key: [shorten(str(part.get(key)), 60) for part in (saved, settings)] for key in differing[:SHOWN]}
@@ -173,15 +157,7 @@ def refuse_others(place: Path, saved: Mapping[str, Any], settings: Mapping[str, 
         raise ValueError(f"{place} has samples of other settings ({values}{more}): choose another folder")
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and below, relative to it; hidden files are skipped."""
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for place, _, files in os.walk(folder, onerror=fail):
-        for name in sorted(files):
-            if Path(name).suffix.lower() in kinds and not name.startswith("."):
-                yield Path(place, name).relative_to(folder)
+def _images(folder: Path) -> list[Path]:
+    """Return the images in a folder and below, relative to it; hidden files are left out."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return [Path(*parts) for parts in list_files(folder, suffixes).files] if folder.exists() else []

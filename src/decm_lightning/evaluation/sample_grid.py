@@ -7,6 +7,7 @@ import lightning as L
 from einops import rearrange
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import SampleGenerator
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.image_writer import save_grid
@@ -37,16 +38,10 @@ class SampleGrid(L.Callback):
         self.columns = columns
         self.seed = seed
         self.last_step = -1
-        for name, value in (("every_n_steps", every_n_steps), ("columns", columns)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        check_at_least(1, every_n_steps=every_n_steps, columns=columns)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the specs can be generated.
-
-        Raises:
-            ValueError: if the datamodule has no conditions, or the module lacks a spec's model.
-        """
+        """Check that the specs can be generated."""
         if stage == "fit":
             self.generator = SampleGenerator(pl_module, trainer.datamodule, seed=self.seed)  # type: ignore[attr-defined]
             self.generator.check(self.specs)
@@ -58,11 +53,7 @@ class SampleGrid(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a grid every `every_n_steps` steps, once per step even if gradients are accumulated.
-
-        Raises:
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Log a grid every `every_n_steps` steps, once per step even if gradients are accumulated."""
         # Other processes than the first have dummy experiments, which claim to have every method.
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         step = trainer.global_step
@@ -77,8 +68,5 @@ class SampleGrid(L.Callback):
         for logger in loggers:
             logger.experiment.add_image("samples", grid, step)
             if trainer.is_global_zero:
-                save_grid(images.flatten(0, 1), images.shape[1], SCALED_TO // images.shape[-1] or 1, _file(logger))
-
-
-def _file(logger: TensorBoardLogger) -> Path:
-    return Path(logger.log_dir) / "samples.png"
+                file = Path(logger.log_dir) / "samples.png"
+                save_grid(images.flatten(0, 1), images.shape[1], SCALED_TO // images.shape[-1] or 1, file)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.protocol import origin
 from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
@@ -49,16 +50,10 @@ class SampleWriter(L.Callback):
         self.batch_size = batch_size
         self.seed = seed
         self.labels = labels
-        for name, value in (("samples", samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
+        check_at_least(1, samples=samples, batch_size=batch_size)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the samples can be generated.
-
-        Raises:
-            ValueError: if the datamodule has no conditions, or the module lacks the spec's model.
-        """
+        """Check that the samples can be generated."""
         if stage == "predict":
             data = trainer.datamodule  # type: ignore[attr-defined]
             self.generator = SampleGenerator(pl_module, data, self.labels, self.seed)
@@ -66,12 +61,7 @@ class SampleWriter(L.Callback):
             self.has_written = False
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate and write this process's samples.
-
-        Raises:
-            ValueError: if the folder has samples of other settings.
-            NonFiniteError: if a sample is NaN or infinite.
-        """
+        """Generate and write this process's samples."""
         folder = SampleFolder(self.folder, self._settings(trainer))
         folder.begin()
         parts = split_evenly(self.samples, self.batch_size, trainer.global_rank, trainer.world_size)
@@ -89,11 +79,7 @@ class SampleWriter(L.Callback):
         self.has_written = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise an error if nothing was written, because Lightning skips an empty loader without its hooks.
-
-        Raises:
-            ValueError: if the datamodule's predict_dataloader is empty.
-        """
+        """Raise an error if nothing was written, because Lightning skips an empty loader without its hooks."""
         if stage == "predict" and not self.has_written:
             raise ValueError(
                 f"no samples were written to {self.folder}: predict_dataloader must have at least one batch"

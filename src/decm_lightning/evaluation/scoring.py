@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.protocol import machine, measurement, networks
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import split_evenly
@@ -41,8 +42,7 @@ def score(
         ValueError: if the samples have no images, fewer than 2, or different sizes; or the reference does not fit the
             feature networks.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1: got {batch_size}")
+    check_at_least(1, batch_size=batch_size)
     generated, real = read(samples), read(reference)
     if generated.images is None:
         raise ValueError(f"{samples} has no images arr_0: expected an .npz file of images, or a folder of images")

@@ -47,15 +47,3 @@ class SampleSource(Protocol):
 
     def eval(self) -> Any:
         """Put all modules into eval mode."""
-
-
-def sample_source(module: object) -> SampleSource:
-    """Return the module if it can be sampled.
-
-    Raises:
-        ValueError: if it lacks a part of the interface.
-    """
-    if not isinstance(module, SampleSource):
-        needed = "models(), average, ema_decay, teacher and guidance, as training.FlowTraining has"
-        raise ValueError(f"samples need a module with {needed}: got {type(module).__name__}")
-    return module

@@ -8,6 +8,7 @@ import torch
 
 from decm_lightning import samplers
 from decm_lightning.samplers.options import read_options, write_options
+from decm_lightning.samplers.steps import check_steps
 from decm_lightning.types import Sample
 
 FORM = "model/sampler/steps, such as student/mix/2 or student/mix/2?s1=0.6"
@@ -47,11 +48,7 @@ class SamplingSpec:
 
     @classmethod
     def parse(cls, text: str) -> "SamplingSpec":
-        """Return the spec of a text, as written by `str`.
-
-        Raises:
-            ValueError: if the text has another form, or as the class does.
-        """
+        """Return the spec of a text, as written by `str`."""
         head, _, query = text.partition("?")
         model, sampler, steps = parts if len(parts := head.split("/")) == 3 else ("", "", "")
         if not (model and sampler and steps.isdecimal()):
@@ -71,8 +68,7 @@ class SamplingSpec:
         return f"{self.model}/{self.sampler}/{self.steps}{self.query}"
 
     def _check(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1: got {self.steps}")
+        check_steps(self.steps)
         function = self.function()
         # Invalid options fail now rather than after hours. An external sampler may need a real student.
         if self.options and "." not in self.sampler:

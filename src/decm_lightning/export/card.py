@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jaxtyping import UInt8
 from torch import Tensor
 
+from decm_lightning.evaluation.table import markdown_table
 from decm_lightning.export.licenses import UNKNOWN, License, base_of, license_of
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import save_grid
@@ -17,7 +18,6 @@ from decm_lightning.networks import Network
 from decm_lightning.networks.hub import is_hub_name
 from decm_lightning.networks.record import Record, Reference, default_sampling, shortened
 from decm_lightning.samplers.options import write_options
-from decm_lightning.types import Captions
 
 CARD, GRID = "README.md", "samples.png"
 MARK = "<!-- decm export replaces this card. Remove this line to keep your changes. -->"
@@ -44,9 +44,6 @@ def write_card(network: Network, out: Path, to: str, samples: Samples | None, na
 
     All statements come from the network and its record. `to` is the format, a key of `export.FORMATS`, and `name` the
     name on the Hugging Face hub, "" for a local export.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
     """
     card, grid = places(out)
     if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
@@ -96,7 +93,7 @@ def card_text(network: Network, out: Path, to: str, samples: Samples | None, gri
 
 
 def _front(network: Network, to: str, base: Reference | None, license: License) -> ModelCardData:
-    captions, is_lora = _reads_captions(network), to.startswith("lora")
+    captions, is_lora = network.reads_captions, to.startswith("lora")
     kind = "text-to-image" if captions else "class-conditional" if network.num_classes else "unconditional"
     tags = ["decm-lightning", "diffusion", "few-step", "consistency-models", kind]
     image = len(network.sample_shape) == 3
@@ -115,7 +112,7 @@ def _front(network: Network, to: str, base: Reference | None, license: License) 
 def _what(network: Network, base: Reference | None) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     shape = " x ".join(map(str, network.sample_shape))
-    given = "captions" if _reads_captions(network) else f"{network.num_classes} classes" * bool(network.num_classes)
+    given = "captions" if network.reads_captions else f"{network.num_classes} classes" * bool(network.num_classes)
     made = f"It generates samples of shape {shape}" + (f" for {given}" if given else "")
     if not network.reads_end_time:
         return f"A velocity network ({type(network).__name__}, {count:,} parameters) of decm-lightning. {made}."
@@ -134,7 +131,7 @@ def _pictured(samples: Samples | None, grid: str) -> str:
 
 def _usage(network: Network, out: Path, to: str, name: str, base: Reference | None) -> str:
     """Return a block of a few lines that run the export."""
-    where, captions = name or str(out), _reads_captions(network)
+    where, captions = name or str(out), network.reads_captions
     condition = '"a red apple"' if captions else str(min(3, max(network.num_classes - 1, 0)))
     if to == "diffusers":
         lines = [
@@ -172,9 +169,9 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
 
 def _recommended(network: Network, record: Record) -> str:
     sampling = record.sampling or default_sampling(network.reads_end_time)
-    rows = "\n".join(f"| {steps} | `{name}` |" for steps, name in sorted(sampling.items()))
+    rows = [{"steps": steps, "sampler": f"`{name}`"} for steps, name in sorted(sampling.items())]
     head = "Recommended samplers" if record.sampling else "Default samplers, which were not measured with this model"
-    return f"{head}:\n\n| steps | sampler |\n|---:|---|\n{rows}"
+    return f"{head}:\n\n{markdown_table(rows).rstrip()}"
 
 
 def _training(network: Network, record: Record, base: Reference | None) -> dict[str, str]:
@@ -186,7 +183,7 @@ def _training(network: Network, record: Record, base: Reference | None) -> dict[
         "training steps": f"{record.steps:,}" if record.steps else "unknown",
         "data": _reference(record.data),
     }
-    if _reads_captions(network):
+    if network.reads_captions:
         name = network.config.get("text_encoder")
         encoder = Reference(name, "") if isinstance(name, str) else None
         lines["text encoder"] = _reference(record.text_encoder or encoder)
@@ -200,13 +197,13 @@ def _quality(quality: Mapping[str, Any] | None) -> list[str]:
     if not quality or not quality.get("rows"):
         return ["Not measured: `decm test` measures it."]
     rows = quality["rows"]
-    columns = ["model", "sampler", "steps", *(k for k in rows[0] if k not in ("model", "sampler", "steps", "options"))]
-    table = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"]
-    for row in rows:
-        shown = row | {"sampler": f"{row.get('sampler')}{write_options(row.get('options') or {})}"}
-        table.append(f"| {' | '.join(_cell(shown.get(column)) for column in columns)} |")
+    table = [
+        {name: value for name, value in row.items() if name != "options"}
+        | {"sampler": f"{row.get('sampler')}{write_options(row.get('options') or {})}"}
+        for row in rows
+    ]
     protocol = {str(name): str(value) for name, value in quality.get("protocol", {}).items()}
-    return [f"{quality.get('metric', 'Unknown metric')}:", "\n".join(table), "Protocol:", _list(protocol)]
+    return [f"{quality.get('metric', 'Unknown metric')}:", markdown_table(table).rstrip(), "Protocol:", _list(protocol)]
 
 
 def _licenses(record: Record, base: Reference | None, license: License) -> dict[str, str]:
@@ -226,17 +223,9 @@ def _reference(reference: Reference | None) -> str:
     return (f"`{reference.name}`" if reference.name else "unknown") + hash
 
 
-def _cell(value: object) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _list(lines: Mapping[str, str]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
 def _has_vae(network: Network) -> bool:
     return network.record is not None and network.record.vae is not None
-
-
-def _reads_captions(network: Network) -> bool:
-    return isinstance(network.example(1)[3], Captions)

@@ -8,11 +8,7 @@ from decm_lightning.networks.hub import HUB_NAME
 
 
 def check_name(name: str) -> str:
-    """Return a name on the hub if it has the form user/name.
-
-    Raises:
-        ValueError: if it does not.
-    """
+    """Return a name on the hub if it has the form user/name."""
     if not HUB_NAME.fullmatch(name):
         raise ValueError(f"push must be user/name, a name on the Hugging Face hub: got {name!r}")
     return name

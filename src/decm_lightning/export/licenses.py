@@ -102,15 +102,12 @@ def _in_card(name: str) -> License:
 
 def _card_data(name: str) -> dict[str, Any]:
     """Return the metadata in the card of a folder, or of a name in the hub's cache; empty without a card."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import metadata_load, try_to_load_from_cache
 
     place: Any = Path(name) / "README.md"
     if not place.is_file() and HUB_NAME.fullmatch(name):
         place = try_to_load_from_cache(name, "README.md")
     try:
-        text = Path(place).read_text(encoding="utf-8-sig")
-        _, front, _ = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
-        data = yaml.safe_load(front)
+        return metadata_load(place) or {}
     except (OSError, TypeError, ValueError, yaml.YAMLError):
         return {}
-    return data if isinstance(data, dict) else {}

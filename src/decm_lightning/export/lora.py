@@ -61,12 +61,7 @@ def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
 
 
 def write_comfyui(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
-    """Write a file for ComfyUI, which reads the change of a bias as `diff_b`.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-        ValueError: as `write`, or if ComfyUI does not know the names of the transformer.
-    """
+    """Write a file for ComfyUI, which reads the change of a bias as `diff_b`."""
     student = _student(network)
     if student.kind not in COMFYUI:
         raise ValueError(f"ComfyUI reads LoRA files of {' and '.join(COMFYUI)}: got {student.kind}, use --to lora")

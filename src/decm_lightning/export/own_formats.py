@@ -17,11 +17,7 @@ SUFFIX = ".safetensors"
 
 
 def check_target(out: str | Path) -> Path:
-    """Return the path of a file to write.
-
-    Raises:
-        ValueError: if its name does not end in .safetensors.
-    """
+    """Return the path of a file to write, whose name must end in .safetensors."""
     if Path(out).suffix != SUFFIX:
         raise ValueError(f"out is one file, whose name must end in {SUFFIX}: got {out}")
     return Path(out)
@@ -38,10 +34,6 @@ def write(network: Network, out: Path, dtype: torch.dtype) -> list[Path]:
 
     Its metadata are "network" (the description) and "record" as JSON, "license", "license_link" and "base_model", as
     far as they are known.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-        ValueError: if `out` does not end in .safetensors, or is the file of another model.
     """
     check_target(out)
     if out.is_file() and not read_single_file(out, {}):

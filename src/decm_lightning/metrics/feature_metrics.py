@@ -88,12 +88,7 @@ class FeatureMetrics:
         return any(metric.needs_prompts for metric in self.metrics)
 
     def prepare(self, data: Any, read: Callable[[Batch], Batch]) -> None:
-        """Fit the network to real training images once, if there are metrics.
-
-        Args:
-            data: the data module.
-            read: turns its batches into uint8 images with their conditions.
-        """
+        """Fit the network to real training images once, if there are metrics; see `FeatureNetwork.prepare`."""
         if self.metrics and not self.is_prepared:
             self.features.prepare(data, read)
         self.is_prepared = True
@@ -110,9 +105,6 @@ class FeatureMetrics:
 
         Returns:
             the outputs of the network, as `outputs` does; nothing without metrics.
-
-        Raises:
-            ValueError: if the images are not uint8, or a metric needs prompts that are not passed.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8: got {images.dtype}, convert them with to_uint8")
@@ -172,11 +164,7 @@ class FeatureMetrics:
 def metrics_of(
     features: Sequence[nn.Module], seed: int = 0, reference: Reference | None = None, validation: bool = False
 ) -> list[FeatureMetrics]:
-    """Return the metrics of several feature networks, with the arguments of `FeatureMetrics`.
-
-    Raises:
-        ValueError: as `FeatureMetrics` does, or if two networks have a column of the same name.
-    """
+    """Return the metrics of several feature networks, with the arguments of `FeatureMetrics`."""
     qualities = [FeatureMetrics(network, seed, reference, validation) for network in features]
     columns = [column for quality in qualities for column in quality.columns]
     if twice := [column for column in columns if columns.count(column) > 1]:

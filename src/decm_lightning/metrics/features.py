@@ -2,26 +2,16 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet
 from decm_lightning.networks.checkpoint_files import few
 from decm_lightning.networks.hub import cache_without_network
 from decm_lightning.types import Batch
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """The interface of a feature network: it maps uint8 images (b, c, h, w) to features (b, num_features)."""
-
-    num_features: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the features."""
 
 
 class FeatureNetwork(nn.Module):
@@ -70,9 +60,9 @@ class FeatureNetwork(nn.Module):
 
 
 class _Plain(FeatureNetwork):
-    """A feature network around any module with `num_features`."""
+    """A feature network around any module that maps uint8 images (b, c, h, w) to features (b, num_features)."""
 
-    def __init__(self, network: HasFeatures) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         self.num_features = network.num_features
@@ -83,24 +73,16 @@ class _Plain(FeatureNetwork):
 
 
 def as_feature_network(network: nn.Module) -> FeatureNetwork:
-    """Return a module as a feature network.
-
-    Raises:
-        ValueError: if it has no `num_features`.
-    """
+    """Return a module with `num_features` as a feature network."""
     if isinstance(network, FeatureNetwork):
         return network
-    if not isinstance(network, HasFeatures):
+    if not hasattr(network, "num_features"):
         raise ValueError(f"a feature network needs the attribute num_features: got {type(network).__name__}")
     return _Plain(network)
 
 
 def as_rgb(images: Tensor, name: str) -> Float[Tensor, "b 3 h w"]:
-    """Return gray or RGB images (b, 1 or 3, h, w) as float RGB images with the same pixel values.
-
-    Raises:
-        ValueError: naming the network, if the shape is different.
-    """
+    """Return gray or RGB images (b, 1 or 3, h, w) as float RGB images with the same pixel values."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"{name} needs images (b, 1 or 3, h, w): got {tuple(images.shape)}")
     return images.float().expand(-1, 3, -1, -1)
@@ -111,17 +93,10 @@ def from_pretrained(model: str, *classes: str, extra: str) -> list[Any]:
 
     `model` is a folder written by save_pretrained of each class, or a name on the Hugging Face hub. The first class is
     that of the model. `extra` is the extra of this package that installs transformers.
-
-    Raises:
-        ImportError: if transformers is not installed.
-        OSError: if the model does not exist.
-        ValueError: if the model lacks weights, which transformers would initialize at random.
     """
     names = " and ".join(classes)
-    try:
+    with needs(names, "transformers", extra):
         transformers = import_module("transformers")
-    except ImportError as error:
-        raise missing_extra(names, "transformers", extra) from error
     kind, *processors = (getattr(transformers, name) for name in classes)
     try:
         with cache_without_network(model):

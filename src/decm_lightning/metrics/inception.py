@@ -1,17 +1,16 @@
 """The Inception network of the FID, and its metrics."""
 
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decm_lightning.files import file_sha256
 from decm_lightning.metrics.features import FeatureNetwork, as_rgb
 from decm_lightning.metrics.inception_network import CLASSES, SIDE, SPATIAL_CHANNELS, Inception
 from decm_lightning.metrics.metric import KID, FeatureMetric, Frechet, InceptionScore, PrecisionRecall
-from decm_lightning.networks.checkpoint_files import few, read_file
+from decm_lightning.networks.checkpoint_files import few, naming, read_file
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
@@ -41,17 +40,15 @@ class InceptionFeatures(FeatureNetwork):
         super().__init__()
         self.network = Inception()
         path = _downloaded() if weights is None else Path(weights)
-        self.network.load_state_dict(_read(path, self.network))
+        state = _read(path)
+        with naming(path):
+            self.network.load_state_dict(state)
         digest = file_sha256(path)[: len(DIGEST)]
         self.name = "the FID's Inception" if digest == DIGEST else f"Inception with other weights ({digest})"
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008) of uint8 images (b, 1 or 3, h, w), in float32.
-
-        Raises:
-            ValueError: if the number of channels is not 1 or 3.
-        """
+        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008), float32, of uint8 images (b, 1 or 3, h, w)."""
         x = (resize(as_rgb(images, "Inception"), SIDE) - 128) / 128
         cudnn = torch.backends.cudnn
         # TF32, the default of convolutions, changes the fourth digit.
@@ -98,17 +95,13 @@ def _downloaded() -> Path:
     return path
 
 
-def _read(path: Path, network: nn.Module) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = read_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no Inception weights at {path}: download {URL}") from error
-    expected = {name: value.shape for name, value in network.state_dict().items() if "num_batches" not in name}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must contain a dict of tensors: the weights of the FID are {URL}")
-    found = {name: value.shape for name, value in state.items() if "num_batches" not in name}
-    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
-        raise ValueError(f"{path} does not match the FID's Inception: {wrong[0]} and {len(wrong) - 1} more differ")
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ValueError(f"{path} has NaN or infinite weights: {few(broken)}: download the file again")
     return state

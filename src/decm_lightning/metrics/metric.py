@@ -97,11 +97,7 @@ class Frechet(FeatureMetric):
         self.in_validation = in_validation
 
     def use_reference(self, reference: Reference) -> str:
-        """Use the moments of the reference, or its images, which are passed to `update`.
-
-        Raises:
-            ValueError: if the moments have another dimension.
-        """
+        """Use the moments of the reference, or its images, which are passed to `update`."""
         moments = reference.moments.get(self.moments)
         if moments is None:
             reason = super().use_reference(reference)

@@ -43,13 +43,7 @@ class PromptScorer(FeatureNetwork):
         return [PromptScore(self)]
 
     def load(self) -> None:
-        """Load the model.
-
-        Raises:
-            ImportError: if transformers is not installed.
-            OSError: if the model does not exist.
-            ValueError: if the model lacks weights.
-        """
+        """Load the model."""
         self.network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
 
     @torch.no_grad()
@@ -93,11 +87,7 @@ class PromptScore(FeatureMetric):
         return ""
 
     def update(self, views: Mapping[str, Tensor], real: bool, prompts: Prompts) -> None:
-        """Add generated images with their prompts.
-
-        Raises:
-            ValueError: if the prompts are not available as text.
-        """
+        """Add generated images with their prompts."""
         images = views[self.view]
         if real or not len(images):
             return

@@ -41,11 +41,7 @@ class Images(Protocol):
         """Return their number, above 0."""
 
     def batches(self, parts: Sequence[range]) -> Iterator[Tensor]:
-        """Yield the images of each part, uint8 (n, c, h, w). Parts must be in ascending order and not overlap.
-
-        Raises:
-            ValueError: if a file is damaged, or an image differs in size from the first.
-        """
+        """Yield the images of each part, uint8 (n, c, h, w). Parts must be in ascending order and not overlap."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +104,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 class NpzImages:
-    """The images `arr_0` of an .npz file, uint8 (n, h, w, 1 or 3), read as a stream because ADM's files have 2 GB.
-
-    Raises:
-        ValueError: if the array has another type or shape.
-    """
+    """The images `arr_0` of an .npz file, uint8 (n, h, w, 1 or 3), read as a stream because ADM's files have 2 GB."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,9 +145,6 @@ class FolderImages:
     """The images of a folder and its subfolders in the formats of `image_reader.formats`, ordered by name.
 
     They have one channel if all are gray, otherwise three. Other files are skipped; one warning counts them.
-
-    Raises:
-        ValueError: if the folder has no images, or the header of an image is damaged.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -28,12 +28,7 @@ SECOND = "ema_models.1.ema_model."
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by their plain names; `tensors_in` describes the supported layouts.
-
-    Raises:
-        OSError: naming the file, if it is missing, is a folder, or may not be read.
-        ValueError: naming the file, if it cannot be parsed or contains anything but tensors.
-    """
+    """Return the tensors of a file by their plain names; `tensors_in` describes the supported layouts."""
     content = read_file(path)
     try:
         return tensors_in(content)
@@ -94,9 +89,6 @@ def read_single_file(path: Path, tensors: Any) -> dict[str, Any]:
     """Return a network that `decm export --to safetensors` wrote, with the keys of a training checkpoint.
 
     `tensors` is the content of the file. The result is {"network", "record", "state_dict"}, or empty for another file.
-
-    Raises:
-        ValueError: naming the file, if its metadata are damaged.
     """
     if _head(path)[8:9] != b"{":
         return {}

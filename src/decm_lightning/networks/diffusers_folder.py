@@ -30,10 +30,6 @@ def find_config(path: str, subfolder: str, what: str) -> tuple[str | None, dict[
     """Find a model, alone or in a subfolder of a pipeline: return this subfolder, or None, and the model's config.
 
     `path` is a folder, or a name on the Hugging Face hub. Errors call the model `what`.
-
-    Raises:
-        OSError: if the folder or hub name does not exist.
-        ValueError: naming the file, if the config is not JSON.
     """
     if not Path(path).is_dir() and not is_hub_name(path):
         # Without a connection, the hub's client would try for half a minute.
@@ -58,12 +54,7 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
 
 
 def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) -> Any:
-    """Load a model of diffusers from a folder or the hub, and check that its files contain exactly its weights.
-
-    Raises:
-        OSError: if the folder or hub name does not exist.
-        ValueError: naming the file, if one cannot be read; or naming tensors, if some are missing or unexpected.
-    """
+    """Load a model of diffusers from a folder or the hub, and check that its files contain exactly its weights."""
     try:
         with cache_without_network(path):
             model, report = _load(cls, path, subfolder, options)
@@ -83,11 +74,7 @@ def from_pretrained(cls: Any, path: str, subfolder: str | None, **options: Any) 
 
 
 def refuse_unfit(where: str | Path, faults: Mapping[str, Sequence[str]]) -> None:
-    """Raise an error if any tensor of a file or folder does not match the model.
-
-    Raises:
-        ValueError: listing the tensors by fault.
-    """
+    """Raise an error if any tensor of a file or folder does not match the model."""
     found = "; ".join(f"{word}: {few(names, 5)}" for word, names in faults.items() if names)
     if found:
         raise ValueError(f"{where}: the tensors do not match the architecture; {found}")

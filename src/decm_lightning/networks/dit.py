@@ -170,11 +170,7 @@ class DiT(Network):
 
 
 def check_sizes(input_size: int, in_channels: int, patch_size: int, width: int, depth: int, heads: int) -> None:
-    """Check that a transformer of these sizes can be built.
-
-    Raises:
-        ValueError: if a size is below 1 or not divisible as described in `DiT`.
-    """
+    """Check that a transformer of these sizes can be built."""
     check_at_least(1, input_size=input_size, in_channels=in_channels, patch_size=patch_size, depth=depth)
     if input_size % patch_size:
         raise ValueError(f"input_size must be a multiple of patch_size: got {input_size} and {patch_size}")

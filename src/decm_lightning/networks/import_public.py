@@ -63,12 +63,7 @@ def import_public(tensors: Mapping[str, Tensor], heads: int | None = None) -> Di
 
 
 def architecture(tensors: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-    """Return the arguments of the DiT with these tensors, inferred from their names and shapes.
-
-    Raises:
-        ValueError: if a required tensor is missing or has the wrong number of dimensions, or the number of heads cannot
-            be inferred.
-    """
+    """Return the arguments of the DiT with these tensors, inferred from their names and shapes."""
     mlp_out = GELU if GELU in tensors else SWIGLU
     needed = SHAPES | {mlp_out: 2}
     faulty = [n for n, dims in needed.items() if n not in tensors or tensors[n].ndim != dims or not tensors[n].numel()]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decm_lightning.errors import check_at_least, missing_extra
+from decm_lightning.errors import check_at_least, needs
 from decm_lightning.files import tensors_sha256
 from decm_lightning.networks.network import Network
 
@@ -49,10 +49,8 @@ class LoRANetwork(Network):
             ValueError: if lora_rank is below 1, a target matches no projection, or `config["base"]` is the hash of
                 different pretrained weights.
         """
-        try:
+        with needs("LoRA", "peft", "lora"):
             from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise missing_extra("LoRA", "peft", "lora") from error
         check_at_least(1, lora_rank=lora_rank)
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         targets = self.targets if targets is None else tuple(targets)

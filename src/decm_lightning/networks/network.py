@@ -1,6 +1,5 @@
 """The base class of all networks."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,14 +15,14 @@ from torch.torch_version import TorchVersion
 from decm_lightning import samplers
 from decm_lightning.autoencoders.latent_coder import LatentCoder
 from decm_lightning.conditions import select
-from decm_lightning.files import atomic, tensors_sha256, write_json
+from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.networks.generation import BATCH, Requested, conditions_of, evaluating, flow_map, placement
-from decm_lightning.networks.record import CONFIG, RECORD, Record, check_recorded, choose, latent_coder
+from decm_lightning.networks.record import Record, check_recorded, choose, latent_coder
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
-from decm_lightning.types import Condition, Sample, Time
+from decm_lightning.types import Captions, Condition, Sample, Time
 
 COMPILER = "2.13"
 """The oldest torch version that compiles all networks without graph breaks."""
@@ -131,6 +130,11 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         """Whether u depends on the end time s, as in a flow map. A plain velocity network ignores s."""
         return bool(self.config.get("end_time", True))
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the condition is captions rather than class labels."""
+        return isinstance(self.example(1)[3], Captions)
+
     def sampling(self, sampler: str | Sampler | None = None, steps: int | None = None) -> tuple[str | Sampler, int]:
         """Return a sampler and its number of steps, the recommended ones instead of None; see `record.choose`."""
         return choose(self.record, self.reads_end_time, sampler, steps)
@@ -151,11 +155,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return encoder
 
     def named_encoder(self) -> CaptionEncoder:
-        """Return the text encoder that the record or the config names.
-
-        Raises:
-            ValueError: if neither does.
-        """
+        """Return the text encoder that the record or the config names."""
         recorded = self.record and self.record.text_encoder
         name = recorded.name if recorded else self.config.get("text_encoder")
         if not name:
@@ -169,12 +169,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return latent_coder(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # The config.json of the mixin does not name the class, which `load` needs.
-        super()._save_pretrained(save_directory)
-        if self.record is not None:
-            write_json(save_directory / RECORD, self.record.as_dict())
-        with atomic(save_directory / CONFIG) as config:
-            config.write_text(json.dumps(describe(self), sort_keys=True, indent=2), encoding="utf-8")
+        # The mixin's config.json does not name the class. Imported here, because it imports this module.
+        from decm_lightning.networks.pretrained import write
+
+        write(self, save_directory)
 
     def identity(self) -> str:
         """Return the first 16 digits of the SHA-256 of all weights and buffers."""
@@ -189,9 +187,6 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
 
         Only `forward` is compiled, so hooks such as those of FSDP stay outside the graph, and parameter names do not
         change.
-
-        Raises:
-            ValueError: if torch is too old.
         """
         check_compiler()
         for unit in self.units():
@@ -214,11 +209,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
 
 
 def check_compiler() -> None:
-    """Check that the installed torch can compile networks on dual tensors.
-
-    Raises:
-        ValueError: if it is older than COMPILER.
-    """
+    """Check that the installed torch can compile networks on dual tensors."""
     # Before 2.13, Dynamo breaks the graph at `isinstance(x, A | B)`, `bool(list)` and einops' view of a dual.
     if torch.__version__ < TorchVersion(COMPILER):
         raise ValueError(f"compile: true needs torch {COMPILER} or newer: got {torch.__version__}; set compile: false")

@@ -92,7 +92,11 @@ def save(network: Network, folder: str | Path) -> None:
         OSError: naming the file, if it cannot be written, for example because the disk is full.
         ValueError: if `folder` contains anything other than a network of this package.
     """
-    folder = check_target(folder)
+    write(network, check_target(folder))
+
+
+def write(network: Network, folder: Path) -> None:
+    """Write a network like `save`, without a check of the folder's content."""
     with atomic(folder / WEIGHTS) as weights:
         save_model(network, str(weights))
         with weights.open("rb") as content:
@@ -137,21 +141,13 @@ def _class_in(config: Path) -> str | None:
 
 
 def description(checkpoint: str | Path) -> dict[str, Any]:
-    """Return the description of the network in a training checkpoint, without reading the weights.
-
-    Raises:
-        ValueError: if it is not a checkpoint of this package.
-    """
+    """Return the description of the network in a training checkpoint, without reading the weights."""
     path = Path(checkpoint)
     return _description(read_rest(path) if path.is_dir() else read_file(path), path)
 
 
 def refuse_another(found: dict[str, Any], network: Network, where: str | Path) -> None:
-    """Check that a checkpoint was saved from a network with the same arguments.
-
-    Raises:
-        ValueError: naming all arguments that differ.
-    """
+    """Check that a checkpoint was saved from a network with the same arguments."""
     # Older descriptions may lack newer arguments, whose defaults preserve the old behavior.
     expected = {key: value for key, value in describe(network).items() if key in found and found[key] != value}
     if expected:

@@ -267,11 +267,7 @@ def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
 
 
 def check_recorded(what: str, name: str, identity: str, recorded: Reference | None) -> None:
-    """Refuse another VAE or text encoder than the recorded one.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """Refuse another VAE or text encoder than the recorded one."""
     if recorded is not None and identity != recorded.identity:
         raise ValueError(
             f"the model was trained with the {what} {recorded}, but {name} is another one ({shortened(identity)}): "

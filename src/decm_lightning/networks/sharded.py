@@ -27,11 +27,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Return the entries of a sharded checkpoint other than weights and optimizers.
-
-    Raises:
-        ValueError: if `folder` is not a sharded checkpoint, or an incomplete one.
-    """
+    """Return the entries of a sharded checkpoint other than weights and optimizers."""
     missing = [name for name in (INDEX, REST) if not (folder / name).is_file()]
     if missing and is_sharded(folder):
         raise ValueError(f"{folder} is incomplete, it lacks {' and '.join(missing)}: use an earlier checkpoint")
@@ -44,11 +40,7 @@ def read_rest(folder: Path) -> dict[str, Any]:
 
 
 def fill(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Read weights into tensors in place, by their names in the state_dict. Other weights are not read.
-
-    Raises:
-        ValueError: if a weight is missing or has the wrong shape, or a file is missing or truncated.
-    """
+    """Read weights into tensors in place, by their names in the state_dict. Other weights are not read."""
     from torch.distributed import checkpoint as dcp
 
     with _as_one_line(folder), warnings.catch_warnings():

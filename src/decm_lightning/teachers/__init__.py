@@ -2,8 +2,7 @@
 
 from decm_lightning.teachers.diffusers_prompts import DiffusersPrompts
 from decm_lightning.teachers.diffusers_teacher import DiffusersTeacher
-from decm_lightning.teachers.exact import ExactTeacher
-from decm_lightning.teachers.no_teacher import NoTeacher
+from decm_lightning.teachers.formula import ExactTeacher, NoTeacher
 from decm_lightning.teachers.pretrained import PretrainedTeacher
 from decm_lightning.teachers.teacher import Teacher
 

@@ -82,11 +82,7 @@ class DiffusersNetwork(LoRANetwork):
             self.adapt(lora_rank, targets)
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
-        """Return the mean velocity u over (t, s), shaped like x_t.
-
-        Raises:
-            ValueError: if the condition does not match the model.
-        """
+        """Return the mean velocity u over (t, s), shaped like x_t."""
         condition = self.checked(condition)
         if self.family.predicts_noise:
             return self.noise.velocity(lambda z, step: self._predict(z, (step, s), condition), x_t, t)
@@ -94,11 +90,7 @@ class DiffusersNetwork(LoRANetwork):
         return self.family.sign * self._predict(x_t, (time, s), condition)
 
     def checked(self, condition: Condition) -> Any:
-        """Return the condition after checking that it matches the model.
-
-        Raises:
-            ValueError: if it does not.
-        """
+        """Return the condition after checking that it matches the model."""
         if self.caption_width is None:
             if not isinstance(condition, Tensor):
                 raise ValueError(f"{self.kind} needs class labels: use teacher.null(labels) for unconditional rows")
@@ -173,12 +165,7 @@ class DiffusersNetwork(LoRANetwork):
 
 
 def read(path: str, dtype: Dtype = "float32") -> tuple[nn.Module, str]:
-    """Load a diffusers transformer, stored alone or in a pipeline; return it in eval mode with its class name.
-
-    Raises:
-        OSError: if the folder or hub name does not exist.
-        ValueError: if its family is unknown, a file cannot be read, or tensors are missing or unexpected.
-    """
+    """Load a diffusers transformer, stored alone or in a pipeline; return it in eval mode with its class name."""
     # Imported here: it takes seconds, and other teachers do not need diffusers.
     import diffusers
 

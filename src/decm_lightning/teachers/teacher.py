@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,26 +71,3 @@ class Teacher:
     def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply a function to the weights: moving or casting the parent module also moves or casts the teacher."""
         return self.network._apply(function, recurse)
-
-
-class FormulaTeacher(Teacher):
-    """A velocity without a network, which follows the device and dtype of its input."""
-
-    def __init__(self) -> None:
-        pass
-
-    def networks(self) -> list[Network]:
-        """Return no networks."""
-        return []
-
-    def student(self) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: in every case: a formula has no weights for a student to start from.
-        """
-        raise ValueError(f"{type(self).__name__} has no network to start from: pass Distiller(student=...)")
-
-    def apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Do nothing."""
-        return self

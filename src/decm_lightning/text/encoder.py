@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from decm_lightning.errors import check_at_least, missing_extra
+from decm_lightning.errors import check_at_least, needs
 from decm_lightning.files import file_sha256
 from decm_lightning.samplers.options import read_options, write_options
 from decm_lightning.types import Captions
@@ -136,7 +136,7 @@ class TextEncoder(CaptionEncoder):
     @torch.inference_mode(False)
     def loaded(self) -> tuple[Any, Any]:
         """The model and its tokenizer, of the transformers library."""
-        try:
+        with needs("a text encoder", "transformers", "text"):
             from transformers import (
                 MODEL_FOR_TEXT_ENCODING_MAPPING,
                 AutoConfig,
@@ -144,8 +144,6 @@ class TextEncoder(CaptionEncoder):
                 AutoModelForTextEncoding,
                 AutoTokenizer,
             )
-        except ImportError as error:
-            raise missing_extra("a text encoder", "transformers", "text") from error
         config = AutoConfig.from_pretrained(self.folder)
         auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         model = auto.from_pretrained(self.folder, config=config).eval().requires_grad_(False)

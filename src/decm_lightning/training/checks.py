@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from decm_lightning.data.fit import check_fit
-from decm_lightning.data.protocol import HasClasses, LacksSamples, NamesRows
+from decm_lightning.data.protocol import EvaluationData, LacksSamples, NamesRows
 from decm_lightning.errors import NonFiniteError
 from decm_lightning.gradients import loss_module, total_norm
 from decm_lightning.training.schedule import run_length
@@ -35,14 +35,10 @@ class TrainingChecks(L.Callback):
         if readers:
             remedy = "use an objective on the noise edge from t = 0, such as losses.free_flow, or data with samples"
             raise ValueError(f"{type(data).__name__} has no samples, which {', '.join(readers)} read: {remedy}")
-        check_fit(pl_module.network, data.num_classes if isinstance(data, HasClasses) else None)
+        check_fit(pl_module.network, EvaluationData.of(data).num_classes)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule.
-
-        Raises:
-            ValueError: naming both numbers of steps.
-        """
+        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule."""
         configs = trainer.lr_scheduler_configs
         end = getattr(configs[0].scheduler, "total_steps", None) if configs else None
         steps = run_length(trainer)
@@ -55,11 +51,7 @@ class TrainingChecks(L.Callback):
             rank_zero_warn(f"{both}, so the schedule does not finish: set its total_steps to {steps}")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """Refuse samples whose shape differs from the network's.
-
-        Raises:
-            ValueError: naming both shapes.
-        """
+        """Refuse samples whose shape differs from the network's."""
         check_fit(pl_module.network, shape=tuple(batch[0].shape[1:]))
         self.x_1, self.batch_idx = batch[0], batch_idx
 

@@ -113,11 +113,7 @@ class FlowTraining(L.LightningModule):
         return [self.network, self.average]
 
     def configure_model(self) -> None:
-        """Compile and shard the networks once. Lightning calls this in each run, before it creates the optimizer.
-
-        Raises:
-            ValueError: if the strategy has tensor parallelism, as it does by default, or a network has LoRA.
-        """
+        """Compile and shard the networks once. Lightning calls this in each run, before it creates the optimizer."""
         if self.compiles and self.trainer.training:
             for network in self.compiled():
                 network.compile_units()
@@ -126,11 +122,7 @@ class FlowTraining(L.LightningModule):
             shard_all(self.sharded(), self.device_mesh)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer over the trained network and its per-step schedule.
-
-        Raises:
-            ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
-        """
+        """Return the optimizer over the trained network and its per-step schedule."""
         return self.recipe.make(self.trained_parameters())
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -234,8 +226,7 @@ class FlowTraining(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, because the evaluation callback reads the real images."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing, because the evaluation callback reads the real images."""
+    test_step = validation_step
 
     def record(self) -> Record:
         """Return the origin and the use of the network. The config is stored separately, by the command line."""
@@ -252,11 +243,7 @@ class FlowTraining(L.LightningModule):
         normalize_progress(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed of the run that is resumed.
-
-        Raises:
-            ValueError: if the checkpoint has another network, teacher or optimizer class.
-        """
+        """Restore the seed of the run that is resumed."""
         refuse_another(checkpoint["network"], self.network, "the checkpoint")
         if self._trainer is not None:
             # Lightning converts the module after loading, which would round the weights of 64-true to float32.

@@ -76,20 +76,12 @@ class LastStep(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if a single process received a signal. Several processes agree before the next batch.
-
-        Raises:
-            Stopped: if a signal was received.
-        """
+        """Stop if a single process received a signal. Several processes agree before the next batch."""
         if trainer.world_size == 1:
             self._stop(self.received)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop if a signal was received, because validation may take hours.
-
-        Raises:
-            Stopped: if a signal was received.
-        """
+        """Stop if a signal was received, because validation may take hours."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree()
 
@@ -97,11 +89,8 @@ class LastStep(L.Callback):
         """Save the last step."""
         for file in self._save(trainer):
             if trainer.is_global_zero and OF_LATER_RUN.search(file.stem):
-                log.warning(
-                    "saved the last step of this run to %s, because %s has a last.ckpt of an earlier run",
-                    file,
-                    file.parent,
-                )
+                earlier = f"{file.parent} has a last.ckpt of an earlier run"
+                log.warning("saved the last step of this run to %s, because %s", file, earlier)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if nothing was trained, as when a finished run is resumed."""

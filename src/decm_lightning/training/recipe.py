@@ -33,11 +33,7 @@ class Recipe:
         self.steps: int | None = None
 
     def make(self, parameters: Iterable[nn.Parameter]) -> Any:
-        """Return the optimizer and schedule in the form of a LightningModule's configure_optimizers.
-
-        Raises:
-            ValueError: if a phase of OneCycleLR has no steps, or the schedule follows a metric.
-        """
+        """Return the optimizer and schedule in the form of a LightningModule's configure_optimizers."""
         optimizer = self.make_optimizer(parameters)
         self.groups = [
             {key: copy.copy(value) for key, value in group.items() if key != "params"}

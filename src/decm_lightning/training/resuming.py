@@ -144,15 +144,7 @@ def _name(value: Any) -> str:
 
 
 def refuse_fixed(differing: Mapping[str, str], optimizer_known: bool) -> None:
-    """Refuse differences in settings that a resumed run cannot change.
-
-    Args:
-        differing: the differences, as returned by `differences`.
-        optimizer_known: whether the optimizer exists, so that its class can be compared.
-
-    Raises:
-        ValueError: naming the setting, both values and the remedy.
-    """
+    """Refuse `differences` in settings that a resumed run cannot change; in the optimizer's only once it exists."""
     for name, remedy in FIXED.items():
         if name in differing and (name == "teacher" or optimizer_known):
             raise ValueError(f"the checkpoint was saved with another {name}: got {differing[name]}; {remedy}")

@@ -13,10 +13,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from decm_lightning.files import FULL, PARTIAL
-
-PREVIOUS = ".previous"
-"""The suffix of a checkpoint that is being replaced."""
+from decm_lightning.files import FULL, PARTIAL, remove, replace_folder
 
 
 class FSDP2(ModelParallelStrategy):
@@ -59,11 +56,11 @@ class FSDP2(ModelParallelStrategy):
         partial = path.with_name(path.name + PARTIAL)
         try:
             # All processes complete each step together: if one failed alone, the others would wait forever.
-            self._together(path, lambda: _remove(partial), first_only=True)
+            self._together(path, lambda: remove(partial), first_only=True)
             self._together(path, lambda: partial.mkdir(parents=True, exist_ok=True))
             save = super().save_checkpoint
             self._together(path, lambda: save(checkpoint, partial, storage_options))
-            self._together(path, lambda: _replace(path, partial), first_only=True)
+            self._together(path, lambda: replace_folder(path, partial), first_only=True)
         except BaseException:
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -109,19 +106,3 @@ class Failure(NamedTuple):
         if "No space left" in str(cause) or shutil.disk_usage(place).free < FULL:
             return cls(errno.ENOSPC, os.strerror(errno.ENOSPC), rank)
         return cls(errno.EIO, (str(cause) or type(cause).__name__).splitlines()[0], rank)
-
-
-def _replace(path: Path, partial: Path) -> None:
-    previous = path.with_name(path.name + PREVIOUS)
-    _remove(previous)
-    if os.path.lexists(path):
-        path.rename(previous)
-    partial.rename(path)
-    _remove(previous)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -37,9 +37,6 @@ def class_images(tar: Path, report: Callable[[str, str], None], left_out: Counte
             short, an image has no label, a label has no image, or a label is not a number. If `report` returns, the
             image is left out.
         left_out: counts the members that are neither images nor labels, by kind.
-
-    Raises:
-        ValueError: if the file is compressed.
     """
     _refuse_compressed(tar)
     images: Members = {}

@@ -4,7 +4,7 @@ import torch
 
 from decm_lightning.data.images.labelled_images import LabelledImages
 from decm_lightning.data.resumable import ResumableData
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 
 
 class Digits(ResumableData):
@@ -18,10 +18,8 @@ class Digits(ResumableData):
         Raises:
             ImportError: if scikit-learn is not installed.
         """
-        try:
+        with needs("Digits", "scikit-learn", "demo"):
             from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise missing_extra("Digits", "scikit-learn", "demo") from error
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         self.train = self.reference = LabelledImages(images, torch.tensor(digits.target))

@@ -17,10 +17,6 @@ def read_data_set(
 
     `tables` are the parquet files of the folder, if there are any. Images are encoded bytes, {"bytes", "path"}, or file
     names. Without a label column, there is a single class.
-
-    Raises:
-        FileNotFoundError: if the data set does not exist, or the hub cannot be reached.
-        ValueError: if it lacks the split or a column. The message names those that it has.
     """
     data = _load(name, is_saved, tables, split)
     for column, option in ((image_column, "image_column"), (label_column, "label_column")):

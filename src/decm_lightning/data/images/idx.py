@@ -76,12 +76,7 @@ class IDXImages(ResumableData):
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an IDX file, gzipped or not, as a uint8 tensor of the shape in its header.
-
-    Raises:
-        ValueError: if the file cannot be read, is not IDX with unsigned bytes, is cut short or too long. The message
-            names the file.
-    """
+    """Read an IDX file, gzipped or not, as a uint8 tensor of the shape in its header."""
     try:
         content = file.read_bytes()
         if content.startswith(GZIP):

@@ -99,21 +99,13 @@ class ImageFiles:
         return len(self.files)
 
     def check_output(self, folder: str) -> None:
-        """Refuse an output folder that would become a class folder or change one.
-
-        Raises:
-            ValueError: if the source is a folder of class folders and `folder` is inside it.
-        """
+        """Refuse an output folder that would become a class folder or change one."""
         if not self.files[0].tar and Path(folder).resolve().is_relative_to(Path(self.source).resolve()):
             source = f"the image folder {printable(self.source)}, where each folder is a class"
             raise ValueError(f"{printable(folder)} is inside {source}: set --out to a folder outside of it")
 
     def read(self, number: int, size: int) -> UInt8[Tensor, "3 h w"]:
-        """Return the pixels of an image, center-cropped to size x size.
-
-        Raises:
-            ValueError: if the image is broken. The message names it.
-        """
+        """Return the pixels of an image, center-cropped to size x size."""
         image = self.files[number]
         try:
             pixels = center_crop(read_image(image.place.read()).convert("RGB"), size)
@@ -124,11 +116,7 @@ class ImageFiles:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def identity(self, image: ImageFile) -> str:
-        """Return name, label, size and modification time of an image. The result changes when the image is replaced.
-
-        Raises:
-            OSError: if the file no longer exists.
-        """
+        """Return name, label, size and modification time of an image. The result changes when the image is replaced."""
         file = image.place.file
         # Disk access for each image of a tar would be slow.
         changed = self._tar_times[file] if image.tar else _size_and_time(file)

@@ -46,9 +46,6 @@ def prepare_images(source: ImageSource, cache: Path, size: int, channels: int | 
 
     The shorter side is resized to `size`, and the center is cropped. Without `channels`, all images must be gray, or
     all in color.
-
-    Raises:
-        ValueError: if channels is None and some images are gray and others are not, or the stored files are damaged.
     """
     settings = json.dumps([VERSION, source.identity, size, channels])
     folder = cache / f"images-{text_sha256(settings)[:32]}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from decm_lightning.data.images.image_files import ImageFiles, OnError
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.image_listing import list_files
 from decm_lightning.networks.hub import is_hub_name
 
@@ -47,21 +47,14 @@ def find_images(
 
     The source is a folder or tars, see `ImageFiles`; a folder written by `save_to_disk`; a parquet file or a folder of
     them; or the name of a data set on the Hugging Face hub. For the other arguments see `ImageFolder`.
-
-    Raises:
-        FileNotFoundError: if the source does not exist or has no image.
-        ImportError: if the source needs `datasets`, which is not installed.
-        ValueError: if tars are damaged, or a data set lacks a column or the split.
     """
     path = Path(folder)
     is_saved = any((path / name).is_file() for name in SAVED)
     tables = [] if is_saved else _parquet_files(path)
     if not (is_saved or tables or (is_hub_name(folder) and not path.exists())):
         return _of_files(ImageFiles(folder, on_error=on_error))
-    try:
+    with needs(f"the data set {folder}", "datasets", "text"):
         from decm_lightning.data.images.hugging_face import read_data_set
-    except ImportError as error:
-        raise missing_extra(f"the data set {folder}", "datasets", "text") from error
     return read_data_set(folder, is_saved, tables, image_column, label_column, split)
 
 

@@ -89,9 +89,6 @@ class EncodingData(L.LightningDataModule):
 
     Only the first process compares the images with the folder. It also checks the headers of all images to encode,
     before it changes the folder.
-
-    Raises:
-        ValueError: if batch_size is below 1.
     """
 
     def __init__(
@@ -108,12 +105,7 @@ class EncodingData(L.LightningDataModule):
         self.plan = Plan([], [])
 
     def setup(self, stage: str) -> None:
-        """Plan the encoding and write the settings into the folder.
-
-        Raises:
-            OSError: if the folder cannot be written, or an image has been deleted.
-            ValueError: if the folder was started with other settings or is in use, or an image is broken.
-        """
+        """Plan the encoding and write the settings into the folder."""
         assert self.trainer is not None
         outcome: Plan | Exception | None = None
         if self.trainer.is_global_zero:
@@ -193,12 +185,7 @@ class Encoding(L.LightningModule):
         end_at_sigterm(self.trainer)
 
     def predict_step(self, batch: ShardBatch, batch_idx: int) -> Float[Tensor, "b2 c h w"]:
-        """Return the latents of a batch and of its mirror images. The last batch of a shard writes the shard.
-
-        Raises:
-            ValueError: if an image is broken and on_error is "raise".
-            NonFiniteError: if a latent is NaN or infinite.
-        """
+        """Return the latents of a batch and of its mirror images. The last batch of a shard writes the shard."""
         if batch.errors and self.data.on_error == "raise":
             remedy = "replace it, or leave it out with --on_error skip, and run again: finished shards are reused"
             raise ValueError(f"{broken(batch.errors)}; {remedy}")

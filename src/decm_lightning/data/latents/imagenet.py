@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from decm_lightning.autoencoders.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
@@ -59,11 +58,6 @@ class Latents(BatchDataset):
         """Return the number of images."""
         return len(self.shards)
 
-    @property
-    def labels(self) -> Tensor:
-        """The labels of all images, (n,)."""
-        return self.shards.labels
-
     def __getitems__(self, items: Sequence[int]) -> Batch:
         """Return the batch of the given items."""
         labels = self.shards.labels[torch.as_tensor(items) % len(self)]
@@ -71,7 +65,7 @@ class Latents(BatchDataset):
 
     def identity(self) -> str:
         """Return a hash of the labels and of the statistics, on which the order and the values of the rows depend."""
-        labels = tensors_sha256({"labels": self.labels})
+        labels = tensors_sha256({"labels": self.shards.labels})
         return text_sha256(f"{labels} {self.normalization.identity}")[:16]
 
     def place(self, item: int) -> str:

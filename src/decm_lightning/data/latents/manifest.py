@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decm_lightning.autoencoders.normalization import STATISTICS, Moments
-from decm_lightning.data.latents.provenance import MANIFEST, RECORD, Provenance
+from decm_lightning.data.latents.provenance import MANIFEST, RECORD, SCALING, Provenance
 from decm_lightning.errors import check_at_least
 from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed
@@ -25,17 +25,12 @@ REQUEST = "request.json"
 STARTS = "shard_starts"
 LOCK = "encode.lock"
 SHARDS = "latents_rank00_shard*.safetensors"
-SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
 Order = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """All settings that determine the latents of an image. A folder can only be resumed with the same settings.
-
-    Raises:
-        ValueError: if seed is outside [0, 2^63), or shard_size below 1.
-    """
+    """All settings that determine the latents of an image. A folder can only be resumed with the same settings."""
 
     vae: str
     size: int

@@ -11,9 +11,13 @@ from typing import Any
 from decm_lightning.autoencoders import LatentCoder, LatentNormalization, load_autoencoder
 from decm_lightning.data.latents.shards import Shards
 from decm_lightning.files import describe_unreadable, file_sha256, write_json
+from decm_lightning.networks import Network
+from decm_lightning.networks.record import check_recorded, latent_coder
 
 RECORD = "cache.json"
 MANIFEST = "manifest"
+SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
+"""The scaling of latents that `decm encode` writes, and of folders without cache.json."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,7 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Provenance | None":
-        """Read the record of a folder; return None if there is none. Unknown entries are ignored.
-
-        Raises:
-            ValueError: if the record cannot be read, is not JSON, or has missing or invalid entries, or if the encoding
-                is not finished. The message names the file and the entries.
-        """
+        """Read the record of a folder; return None if there is none. Unknown entries are ignored."""
         file = Path(folder) / RECORD
         if not os.path.lexists(file):
             if (file.parent / MANIFEST).is_dir():
@@ -74,11 +73,7 @@ class Provenance:
         write_json(Path(folder) / RECORD, asdict(self))
 
     def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
-        """Refuse shards or a scaling that do not match the record.
-
-        Raises:
-            ValueError: if they do not. The message gives the first difference.
-        """
+        """Refuse shards or a scaling that do not match the record."""
         if found := self.differences(shards, scaling):
             raise ValueError(found[0])
 
@@ -103,21 +98,13 @@ class Provenance:
         ]
 
     def check_file(self, file: Path) -> None:
-        """Refuse a file that has changed since the record was written. Files without a checksum are accepted.
-
-        Raises:
-            ValueError: if the file has changed. The message names it.
-        """
+        """Refuse a file that has changed since the record was written. Files without a checksum are accepted."""
         recorded = self.checksums.get(file.name)
         if recorded is not None and recorded != (found := file_sha256(file)):
             raise ValueError(f"{file} has changed since {RECORD} was written: its SHA-256 is {found}, not {recorded}")
 
     def check_vae(self, folder: str | Path, vae: str, identity: str) -> None:
-        """Refuse a VAE, with this name and identity, that did not encode the images of a folder.
-
-        Raises:
-            ValueError: if the record has another VAE. The message names both.
-        """
+        """Refuse a VAE, with this name and identity, that did not encode the images of a folder."""
         if self.vae != identity:
             raise ValueError(
                 f"{Path(folder) / RECORD} says that {self.vae} encoded these latents, but {vae} is {identity}: use "
@@ -125,27 +112,63 @@ class Provenance:
             )
 
 
-def read_coder(vae: str, folder: str | Path, normalization: LatentNormalization | None = None) -> LatentCoder:
+def read_coder(vae: str, folder: str | Path | None, normalization: LatentNormalization | None = None) -> LatentCoder:
     """Load the coder for a folder of latents.
 
     Args:
         vae: the VAE; see `load_autoencoder`.
-        folder: folder of the latents, with cache.json and latents_stats.pt.
+        folder: folder of the latents, with cache.json and latents_stats.pt; None for the normalization in the config of
+            the VAE.
         normalization: normalization used in training; None for the one in cache.json, or else (z - mean) / std.
 
     Raises:
         FileNotFoundError: if the VAE or latents_stats.pt does not exist.
         ValueError: if cache.json names another VAE, or the latents have another number of channels.
     """
-    autoencoder, provenance = load_autoencoder(vae), Provenance.read(folder)
+    autoencoder = load_autoencoder(vae)
+    if not folder:
+        return LatentCoder(autoencoder)
+    provenance = Provenance.read(folder)
     if provenance is not None:
         provenance.check_vae(folder, vae, autoencoder.identity)
     if normalization is None:
-        options = provenance.scaling if provenance else {"latent_norm": True, "latent_multiplier": 1.0}
+        options = provenance.scaling if provenance else SCALING
         normalization = LatentNormalization.read(
             folder, autoencoder.latent_channels, bool(options["latent_norm"]), options["latent_multiplier"]
         )
     return LatentCoder(autoencoder, normalization)
+
+
+def coder_of(network: Network, vae: str | None, latents: str | None) -> LatentCoder | None:
+    """Return the coder for the samples of a network; None if they are images.
+
+    Args:
+        network: the network. Another VAE than the recorded one is refused.
+        vae: the VAE; None for the recorded one.
+        latents: the folder of latents that the network was trained on; None for the recorded normalization, or without
+            a record for that in the VAE's config, which is only used for networks that read captions.
+
+    Raises:
+        OSError: if the VAE or the statistics of the latents do not exist.
+        ValueError: if the samples are not latents of this VAE, or the VAE or the normalization is unknown.
+    """
+    if not latents and (coder := latent_coder(network, vae)) is not None:
+        return coder
+    channels, by_config = network.sample_shape[0], network.reads_captions
+    recorded = network.record.vae if network.record else None
+    vae = vae or (recorded.name if recorded and latents else None)
+    if vae and (latents or by_config):
+        coder = read_coder(vae, latents)
+        check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
+        if (found := coder.autoencoder.latent_channels) != channels:
+            raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
+        return coder
+    if vae or latents:
+        raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
+    if channels not in (1, 3):
+        needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
+        raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")
+    return None
 
 
 def _is_count(value: object) -> bool:

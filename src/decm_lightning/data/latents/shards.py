@@ -135,12 +135,7 @@ def _raise(kind: str, error: ValueError) -> None:
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Return the shards of a folder, sorted by name, and the number of hidden and unfinished files.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist or has no shard.
-        PermissionError: if the folder cannot be listed.
-    """
+    """Return the shards of a folder, sorted by name, and the number of hidden and unfinished files."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected a folder of safetensors shards with {', '.join(KEYS)}")
     # Path.glob returns nothing for a folder without read permission.
@@ -165,11 +160,7 @@ def describe_skipped(skipped: dict[str, int]) -> str:
 
 
 def open_file(file: Path) -> Any:
-    """Open a safetensors file. Its tensors are mapped into memory, not loaded.
-
-    Raises:
-        ValueError: if the file cannot be read. The message names the file and the reason.
-    """
+    """Open a safetensors file. Its tensors are mapped into memory, not loaded."""
     # Opening a named pipe would block until it has a writer.
     if not file.is_file():
         raise ValueError(f"{file}: {describe_unreadable(file)}")
@@ -180,12 +171,7 @@ def open_file(file: Path) -> Any:
 
 
 def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
-    """Check the header of a file, and return the shape (c, h, w) of a latent and all labels.
-
-    Raises:
-        ValueError: if the file cannot be read, is empty, lacks a key, or has an invalid shape or type. The message
-            names the file.
-    """
+    """Check the header of a file, and return the shape (c, h, w) of a latent and all labels."""
     content = open_file(file)
     missing = [key for key in KEYS if key not in content.keys()]  # noqa: SIM118 - it is not a dictionary
     if missing:
@@ -204,11 +190,7 @@ def read_head(file: Path) -> tuple[tuple[int, ...], Int[Tensor, " n"]]:
 
 
 def check_labels(file: Path, labels: Int[Tensor, " n"], num_classes: int | None) -> None:
-    """Refuse labels outside of [0, num_classes).
-
-    Raises:
-        ValueError: if there is one. The message gives the file, the first such row and the number of other rows.
-    """
+    """Refuse labels outside of [0, num_classes)."""
     bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
     if bad.any():
         row, others = int(bad.nonzero()[0]), int(bad.sum()) - 1

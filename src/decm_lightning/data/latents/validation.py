@@ -55,10 +55,6 @@ class FolderCheck:
     `shards` contains the usable files. `provenance` and `normalization` are None if they are missing or unusable.
     `read` computes the statistics of the finite rows, normalized if possible: `moments`, and `minimum` and `maximum` of
     each channel (c,). `example` is the first finite row (1, c, h, w).
-
-    Raises:
-        FileNotFoundError: if the folder does not exist or has no shard.
-        ValueError: if no shard is usable.
     """
 
     def __init__(

@@ -47,10 +47,6 @@ def prepare(
     Links are followed. A pixel takes three bytes, so 100,000 images of 256 x 256 take 20 GB. A second process that
     prepares the same pairs waits for the first. Partial folders of killed processes are removed. For source, column and
     split see `find_pairs` and `pair_of`.
-
-    Raises:
-        FileNotFoundError: if the source does not exist.
-        ValueError: if the source cannot be read as a whole, or the stored files are damaged.
     """
     found = find_pairs(source, split)
     settings = json.dumps([VERSION, found.identity, size, column, max_characters])

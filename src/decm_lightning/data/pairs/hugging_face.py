@@ -18,10 +18,6 @@ class DataSet:
     Args:
         name: "user/name" on the hub, or a folder of parquet files, images with metadata, tars, or `save_to_disk`.
         split: name of the split, such as "train".
-
-    Raises:
-        FileNotFoundError: if the data set does not exist, or the hub cannot be reached.
-        ValueError: if the data set does not have the split.
     """
 
     def __init__(self, name: str, split: str) -> None:

@@ -47,9 +47,6 @@ def read_list(file: Path, column: str | None) -> Iterator[Pair | DataError]:
 
     Names are relative to the folder of the list. Image files of any format in that folder are errors if no row names
     them. CSV fields may be separated by commas, semicolons, tabs or vertical bars.
-
-    Raises:
-        ValueError: if a CSV file is empty or is not UTF-8, or its header lacks a column or has it twice.
     """
     named = set()
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:

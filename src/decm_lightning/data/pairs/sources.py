@@ -7,7 +7,6 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path, PurePath
@@ -16,7 +15,7 @@ from typing import Any
 from decm_lightning.data.pairs.lists import read_list
 from decm_lightning.data.pairs.pair import IMAGES, OTHER_IMAGES, DataError, Pair, stamp_of
 from decm_lightning.data.pairs.tars import TARS, read_tar
-from decm_lightning.errors import missing_extra
+from decm_lightning.errors import needs
 from decm_lightning.image_listing import counted, list_files
 from decm_lightning.image_listing import kind as kind_of
 
@@ -28,17 +27,9 @@ COMPRESSED = (".tar.zst", ".tar.lz4", ".tar.z", ".zip", ".7z", ".csv.gz", ".json
 PairRows = Iterator[Pair | DataError]
 
 
-@contextmanager
-def _needs(package: str) -> Iterator[None]:
-    # Readers are imported when they are used, because their packages are optional and take a second to import.
-    try:
-        yield
-    except ImportError as error:
-        raise missing_extra("pairs from this source", package, "text") from error
-
-
 def _read_table(file: Path, column: str | None) -> PairRows:
-    with _needs("pyarrow"):
+    # Imported when it is used: pyarrow is optional, and its import takes a second.
+    with needs(f"{file}", "pyarrow", "text"):
         from decm_lightning.data.pairs.tables import read_table
     return read_table(file, column)
 
@@ -70,14 +61,9 @@ def find_pairs(source: Path, split: str | None = None) -> PairSource:
 
     A table next to a tar of the same name, as img2dataset writes it, describes the tar and is not read. A file that
     several links point to is read once.
-
-    Raises:
-        FileNotFoundError: if the source does not exist or has no pairs.
-        ImportError: if the source needs `datasets` or pyarrow, which is not installed.
-        ValueError: if there are files of several kinds or several lists, or the split does not exist.
     """
     if split is not None:
-        with _needs("datasets"):
+        with needs(f"the data set {source}", "datasets", "text"):
             from decm_lightning.data.pairs.hugging_face import DataSet
         data_set = DataSet(str(source), split)
         return PairSource(data_set.identity(), data_set.pairs, Counter())

@@ -27,11 +27,7 @@ HEADER = '''# SPDX-License-Identifier: Apache-2.0
 
 
 def source(file: str) -> str:
-    """Return a module of this package as self-contained source code.
-
-    Raises:
-        ValueError: if two modules define the same name, or a module cannot be copied in parts.
-    """
+    """Return a module of this package as self-contained source code."""
     root = _Module.parse(file)
     bundle = _Bundle()
     for name in root.definitions:

@@ -6,13 +6,12 @@ import torch
 from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from decm_lightning.autoencoders import LatentCoder, load_autoencoder
-from decm_lightning.data.latents.provenance import read_coder
+from decm_lightning.data.latents.provenance import coder_of
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
 from decm_lightning.networks import DiT, Network, TextDiT
-from decm_lightning.networks.record import Record, check_recorded, latent_coder
+from decm_lightning.networks.record import Record
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
 from decm_lightning.text import TextEncoder
 
@@ -116,22 +115,11 @@ def _sampling(network: Network) -> tuple[int, dict[str, str]]:
 
 def _vae(network: Network, vae: str | None, latents: str | None) -> Any:
     """Return the VAE of a network's latents, with their normalization in its config; None if samples are images."""
-    record, channels = _record(network), network.sample_shape[0]
-    name = vae or (record.vae.name if record.vae else None)
-    if name is None and channels in (1, 3) and not latents:
+    coder, channels = coder_of(network, vae, latents), network.sample_shape[0]
+    if coder is None:
         return None
-    has_scaling = latents or record.latents or record.vae or isinstance(network, TextDiT)
-    if name is None or not has_scaling:
-        remedy = "give --vae, and --latents, the folder with the latents' statistics"
-        raise ValueError(f"the model generates latents with {channels} channels: {remedy}")
-    own = read_coder(name, latents) if latents else latent_coder(network, name)
-    coder = own or LatentCoder(load_autoencoder(name))
-    check_recorded("VAE", name, coder.autoencoder.identity, record.vae)
-    if coder.autoencoder.latent_channels != channels:
-        found = coder.autoencoder.latent_channels
-        raise ValueError(f"the model generates {channels} channels, but latents of {name} have {found}")
     model = coder.autoencoder.model
-    if latents or record.latents:
+    if latents or _record(network).latents:
         scaling = coder.normalization
         mean, std = (values.expand(1, channels, 1, 1).flatten().tolist() for values in (scaling.mean, scaling.std))
         model.register_to_config(

@@ -78,9 +78,6 @@ class FlowMapClassPipeline(FlowMapPipeline):
             sampler: "mix", "euler", "consistency" or "flow_map", with options as in "mix?s1=0.6"; None: recommended.
             options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,
                 return_dict, callback_on_step_end.
-
-        Raises:
-            ValueError: if an argument is out of its range.
         """
         labels = torch.tensor(self.get_label_ids(class_labels))
         shape = self.transformer.sample_shape

@@ -89,9 +89,6 @@ class FlowMapSD3Pipeline(FlowMapPipeline):
             pooled_prompt_embeds: the vectors that belong to prompt_embeds.
             options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,
                 return_dict, callback_on_step_end.
-
-        Raises:
-            ValueError: if an argument is out of its range.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pass either prompt or prompt_embeds")

@@ -80,9 +80,6 @@ class FlowMapTextPipeline(FlowMapPipeline):
             prompt_attention_mask: the mask of prompt_embeds.
             options: further arguments of `_generate`: num_images_per_prompt, generator, latents, output_type,
                 return_dict, callback_on_step_end.
-
-        Raises:
-            ValueError: if an argument is out of its range.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pass either prompt or prompt_embeds")

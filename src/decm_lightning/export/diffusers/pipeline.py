@@ -86,9 +86,6 @@ class FlowMapPipeline(DiffusionPipeline):
             callback_on_step_end: called after each step with (pipeline, step, timestep, {"latents": latents}). The
                 latents that it returns replace those of the step.
             callback_on_step_end_tensor_inputs: the names of the callback's tensors, only "latents".
-
-        Raises:
-            ValueError: if an argument is out of its range.
         """
         inputs = callback_on_step_end_tensor_inputs
         if unknown := [name for name in inputs if name not in self._callback_tensor_inputs]:

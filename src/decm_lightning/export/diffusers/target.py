@@ -4,20 +4,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENOSPC
-from os import strerror
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from decm_lightning.files import PARTIAL
+from decm_lightning.files import atomic_folder
 
 INDEX = "model_index.json"
 CLASS = "FlowMap"
 """The prefix of the names of all pipeline classes."""
 OWN = ("README.md", ".gitattributes")
 """Files that a new export keeps."""
-OLD = ".old"
 
 
 def check_target(out: str | Path) -> Path:
@@ -52,20 +47,8 @@ def _expected(folder: Path) -> set[str]:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Write a folder as a whole: the block fills the yielded folder, which then replaces `folder`.
-
-    If the block fails or the process is killed, an existing folder stays as it is.
-
-    Raises:
-        OSError: if the disk is full.
-    """
-    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
-    if old.exists() and not folder.exists():
-        # An earlier export was killed between its two renames.
-        old.rename(folder)
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Write an export atomically: the block fills the yielded folder, which then replaces all but the OWN files."""
+    with atomic_folder(folder) as partial:
         yield partial
         for name in OWN:
             if (folder / name).exists():
@@ -74,15 +57,3 @@ def replaced(folder: Path) -> Iterator[Path]:
         for file in partial.rglob("*.safetensors"):
             # safetensors creates files that only their owner can read.
             file.chmod(mode)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except SafetensorError as error:
-        if "No space left" not in str(error):
-            raise
-        raise OSError(ENOSPC, strerror(ENOSPC), str(folder)) from error
-    finally:
-        if not folder.exists() and old.exists():
-            old.rename(folder)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,6 @@
 """decm fit, validate, test and predict: Lightning's command line for the modules of this package."""
 
 import logging
-import signal
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -29,7 +28,7 @@ from decm_lightning.networks import Network
 from decm_lightning.networks.network import check_compiler
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
-from decm_lightning.signals import end_at_sigterm
+from decm_lightning.signals import end_at_signals
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.resuming import differences, settings_of
@@ -192,7 +191,7 @@ class TrainerCLI(LightningCLI):
             ValueError: if validate or test measured nothing.
         """
         # Child processes must end with this one: otherwise they may prepare data for hours.
-        signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
+        end_at_signals(self.trainer)
         options = {name: self.config_init[name] for name in self.options}
         # Evaluation prints a table, so Lightning's would be a second one.
         if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
@@ -232,8 +231,7 @@ def prepare() -> None:
     keep_whole_numbers(L.Trainer.__init__)
     # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        hide_noise()
+    hide_noise()
 
 
 def _shards(strategy: Any) -> bool:

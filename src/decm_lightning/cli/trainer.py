@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -140,8 +141,19 @@ class TrainerCLI(LightningCLI):
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
         if self.command in ("validate", "test", "predict") and self.needs_checkpoint and not self.config.ckpt_path:
             raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
+        if self.command in ("validate", "predict") and (path := self.config.ckpt_path) and Path(path).exists():
+            self.write_no_run(Path(path).parent)
         if self.command is not None:
             _spell_out(self.config)
+
+    def write_no_run(self, folder: Path) -> None:
+        """Write no logs, checkpoints and config of a training run. A traceback belongs into `folder`."""
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+        self.save_config_callback = None
+        trainer = self.config.trainer
+        trainer.logger = trainer.enable_checkpointing = False
+        trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ModelCheckpoint")]
+        trainer.default_root_dir = str(folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, with this package's progress bar and summary unless the config has others."""
@@ -190,7 +202,6 @@ class TrainerCLI(LightningCLI):
         Raises:
             ValueError: if validate or test measured nothing.
         """
-        # Child processes must end with this one: otherwise they may prepare data for hours.
         end_at_signals(self.trainer)
         options = {name: self.config_init[name] for name in self.options}
         # Evaluation prints a table, so Lightning's would be a second one.
@@ -274,8 +285,7 @@ def _write_traceback(trainer: L.Trainer) -> Path:
 def _newest(trainer: L.Trainer) -> str:
     """Return a message that this run has no last checkpoint, with the newest one of its experiment."""
     logger = trainer.logger
-    folder = Path(trainer.default_root_dir if logger is None else logger.save_dir or ".")
-    folder = folder / str(logger.name or "") if logger is not None else folder
+    folder = Path(trainer.default_root_dir) if logger is None else Path(logger.save_dir or ".", str(logger.name or ""))
     files = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
     newest = f"use the newest in {folder}: {files[-1]}" if files else f"found none in {folder}"
     return f"this run has no last checkpoint; {newest}"

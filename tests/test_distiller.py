@@ -263,6 +263,32 @@ def test_accumulated_batches_draw_their_own_noise(tmp_path):
     assert len(set(draws)) == len(draws) == 6
 
 
+def test_a_seed_set_after_building_is_used(tmp_path, caplog):
+    """For the noise and for the order of the data, in each fit. A resumed run uses its checkpoint's, and says so."""
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen = pl_module.run_seed, pl_module.generator(batch_idx).initial_seed(), float(batch.x_1.sum())
+
+    L.seed_everything(1, verbose=False)
+    module, data, watch = Distiller(tiny_teacher()), Digits(batch_size=16), Watch()
+
+    def fit(seed, own=None, checkpoint=None):
+        L.seed_everything(seed, verbose=False)
+        module.seed = data.seed = own
+        saving = ModelCheckpoint(tmp_path, filename=f"{seed}-{own}")
+        run = trainer(tmp_path, max_steps=2 if checkpoint else 1, callbacks=[saving, watch])
+        run.fit(module, data, ckpt_path=checkpoint)
+        return watch.seen
+
+    first, second, third = fit(2), fit(3), fit(3, own=2)
+    assert (first[0], second[0]) == (2, 3)
+    assert first == third
+    assert not set(first) & set(second)
+    assert fit(5, own=4, checkpoint=tmp_path / "3-None.ckpt")[0] == 3
+    assert "seed 3 of the checkpoint, not 4" in caplog.text
+
+
 @pytest.mark.parametrize("what", ["teacher", "student"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(what, tmp_path):
     def fit(folder, steps, checkpoint=None):

@@ -17,6 +17,22 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def seed_of_run(requested: int | None, earlier: int) -> int:
+    """Return the seed of a run that starts now.
+
+    Args:
+        requested: the seed that the user chose; None for the one of `L.seed_everything` or `torch.manual_seed`.
+        earlier: the seed to use if this process set none, as in processes that a strategy spawns.
+
+    Raises:
+        ValueError: if the requested seed is outside [0, 2^63).
+    """
+    if requested is not None:
+        return check_seed(requested)
+    seed = torch.initial_seed()
+    return earlier if seed == torch.Generator().initial_seed() else seed
+
+
 def generator_of(seed: int, *numbers: int) -> torch.Generator:
     """Return the generator of a sample, for all of its noise. It depends only on the seed and the sample's numbers.
 

@@ -105,6 +105,20 @@ def test_a_checkpoint_alone_has_the_table_of_its_config_next_to_it(folder, expec
     assert (out.count("| fd "), "Test metric" in out) == (1, False)
 
 
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_evaluating_a_checkpoint_begins_no_run(command, folder, tmp_path, capsys):
+    """Lightning's logger would get a new folder with the config and nothing else."""
+    before = set(Path().rglob("*"))
+    writer = [
+        *("--trainer.callbacks+", "decm_lightning.evaluation.SampleWriter", "--trainer.callbacks.samples", 3),
+        *("--trainer.callbacks.folder", tmp_path, "--trainer.callbacks.spec", "student/mix/1"),
+    ]
+    options = writer if command == "predict" else ("--trainer.limit_val_batches", 1)
+    assert run(command, "--config", "config.yaml", "--ckpt_path", CHECKPOINT, *options) == 0
+    assert set(Path().rglob("*")) == before
+    assert len(list(tmp_path.glob("*.png"))) == (3 if command == "predict" else 0)
+
+
 def test_a_checkpoint_takes_overrides_and_another_folder(folder, tmp_path):
     options = ("--data.init_args.reference_size", 50, "--guidance", "{scale: 1}", "--out", tmp_path / "out")
     assert run("test", CHECKPOINT, *options) == 0

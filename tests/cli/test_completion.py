@@ -26,7 +26,7 @@ def test_a_script_has_every_command_option_and_config(shell, script):
     dashes = "" if shell == "fish" else "--"
     for name, command in cli.COMMANDS.items():
         assert {name, name + ":" + command.help.split()[0]} & words, name
-        assert {dashes + option for option in options(command)} <= words, name
+        assert {dashes + option for option in options(name)} <= words, name
     assert set(shipped_names()) <= words
 
 
@@ -35,15 +35,36 @@ def test_options_are_those_of_the_parser(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     shown = capsys.readouterr().out
-    found = options(cli.COMMANDS["configs"])
+    found = options("configs")
     assert found == ["config", "out"]
     assert all(f"--{option} " in shown for option in found)
 
 
+@pytest.mark.parametrize("command", ["fit", "test", "tune-guidance"])
+def test_options_of_the_trainer_s_commands_are_those_of_the_parser(command, monkeypatch):
+    from lightning.pytorch.cli import LightningCLI
+
+    parsers = []
+
+    def stop(self, parser, args):
+        parsers.append(parser)
+        raise ValueError
+
+    monkeypatch.setattr(LightningCLI, "parse_arguments", stop)
+    monkeypatch.setattr(sys, "argv", ["decm", command, "--trainer.max_steps", "1"])
+    monkeypatch.setattr("decm_lightning.cli.test.ModelCLI.parse_arguments", stop)
+    monkeypatch.setattr("decm_lightning.cli.tune_guidance.TuneCLI.parse_arguments", stop)
+    assert cli.main() == 2
+    long = {name[2:] for name in parsers[0]._option_string_actions if name.startswith("--") and not name.endswith("+")}
+    assert set(options(command)) == {name for name in long if not name.endswith("help")} - {"trainer"}
+
+
 def test_options_are_read_without_an_import():
-    assert options(cli.COMMANDS["fit"]) == ["config", "ckpt_path"]
-    assert options(cli.COMMANDS["test"]) == ["config", "ckpt_path", "out", "guidance", "trust"]
-    assert {"config", "latent_norm", "vae"} <= set(found := options(cli.COMMANDS["validate-data"]))
+    code = "from decm_lightning.cli.completion import completion; completion('bash'); import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--trainer.max_steps" in done.stdout
+    assert not {"torch", "lightning"} & set(done.stdout.splitlines()[-1].split())
+    assert {"config", "latent_norm", "vae"} <= set(found := options("validate-data"))
     assert "folder" not in found
 
 
@@ -55,6 +76,7 @@ def test_options_are_read_without_an_import():
         (["fit", "--config", "digits/"], {"digits/decm.yaml", "digits/teacher.yaml"}),
         (["configs", "sd"], {"sd35.yaml"}),
         (["export", "--dt"], {"--dtype"}),
+        (["tune-guidance", "--s"], {"--scales", "--samples", "--steps", "--seed_everything"}),
     ],
 )
 def test_bash_completes_what_is_typed(typed, expected, script, tmp_path):

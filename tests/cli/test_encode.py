@@ -26,6 +26,18 @@ from tests.autoencoders.tiny import save_dc, save_kl, save_tiny
 from tests.data.photos import encoded, noise_generator, photos, write_folder, write_tar
 
 ROOT = Path(__file__).parents[2]
+PAUSED = """
+import threading
+from decm_lightning.__main__ import main
+from decm_lightning.data.latents.encoding import Encoding
+write = Encoding._write
+def write_and_wait(self, number):
+    write(self, number)
+    print("written", flush=True)
+    threading.Event().wait()
+Encoding._write = write_and_wait
+main()
+"""
 QUIET = ["--accelerator", "cpu", "--num_workers", "0"]
 
 
@@ -348,17 +360,21 @@ def full(tensors, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_in_one_line(signum, decm):
-    write_folder(Path("more"), 6000)
-    run = start(*command("latents", "--num_workers", "2", images="more"), stderr=subprocess.PIPE)
-    while not list(Path("latents").glob("*.safetensors")) and run.poll() is None:
-        time.sleep(0.01)
+@pytest.mark.parametrize(("signum", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_ends_it_in_one_line(signum, line, decm):
+    """While its workers read images. It waits after the first shard, so that it cannot finish first."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, *command("latents", "--num_workers", "2")], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert run.stdout.readline() == "written\n"
     run.send_signal(signum)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode in (128 + signum, -signum)
-    assert "graceful" not in err.decode()
-    assert "Traceback" not in err.decode()
+    assert run.communicate(timeout=300) == ("", f"decm: {line}\n")
+    assert run.returncode == 128 + signum
+    assert len(list(Path("latents").glob("*.safetensors"))) == 1
+    assert not list(Path("latents").rglob("*.partial"))
 
 
 @pytest.mark.slow

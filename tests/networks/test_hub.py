@@ -45,3 +45,24 @@ def test_a_hub_that_answers_is_used_and_a_folder_needs_none(closed, tmp_path, mo
         with cache_without_network("nobody/nothing"):
             assert not constants.HF_HUB_OFFLINE
         thread.join()
+
+
+def test_without_a_network_a_pipeline_is_refused_at_once_or_read_from_the_cache(closed, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from decm_lightning.teachers import DiffusersPrompts
+    from tests.teachers.pipelines import pixart
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--somebody--cached" / "snapshots" / ("0" * 40)
+    pixart().save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(FileNotFoundError, match="pipeline nobody/nothing not found"):
+        _ = DiffusersPrompts("nobody/nothing").max_tokens
+    cached = DiffusersPrompts("somebody/cached", max_tokens=3)
+    assert cached.lengths(["a"]) == [len(cached._tokenizer("a")["input_ids"])]
+    assert cached(["a"]).tokens.shape[:2] == (1, 3)
+    # Repetitions of one request take 23 seconds.
+    assert not slept

@@ -1,7 +1,11 @@
 """A network's record: what is stored, which sampler it recommends, and which VAE and text encoder it accepts."""
 
+import copy
+import gc
 import json
+import pickle
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +251,27 @@ def test_another_text_encoder_is_refused_by_its_hash(tmp_path):
     network.record = replace(network.record, text_encoder=Reference(str(tmp_path / "copy"), "0" * 64))
     with pytest.raises(ValueError, match=str(tmp_path / "copy")):
         network.caption_encoder("minilm")
+
+
+def test_the_text_encoder_is_loaded_once_and_freed_with_the_network(monkeypatch):
+    """No copy of the network and no file contains it."""
+    network = load(ROOT / "weights/emoji/student")
+    names, size = set(network.state_dict()), len(pickle.dumps(network))
+    devices, move = [], MiniLM.to
+    monkeypatch.setattr(MiniLM, "to", lambda self, device: (devices.append(device), move(self, device)))
+    network.generate("dog", steps=1)
+    encoder = network.caption_encoder().loaded[0]
+    network.generate("cat", steps=1)
+    assert network.caption_encoder().loaded[0] is encoder
+    assert network.caption_encoder("minilm") is network.caption_encoder("minilm")
+    assert devices == [torch.device("cpu")] * 2
+    assert set(network.state_dict()) == names
+    assert len(pickle.dumps(network)) < size + 1000
+    assert not copy.deepcopy(network).encoders
+    freed = weakref.ref(encoder)
+    del network, encoder
+    gc.collect()
+    assert freed() is None
 
 
 def test_the_recorded_options_of_an_encoder_are_used():

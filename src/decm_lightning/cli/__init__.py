@@ -11,6 +11,7 @@ from decm_lightning.cli.early_checks import Reads, check_inputs
 from decm_lightning.cli.messages import describe, did_you_mean, is_for_the_user
 from decm_lightning.cli.output import Output
 from decm_lightning.cli.shipped_configs import with_shipped_configs
+from decm_lightning.signals import end
 
 OWN, TRAINING, INFERENCE, PREPARATION = "Your own images", "Training", "Inference and export", "Data preparation"
 SETUP = "Setup"
@@ -132,7 +133,7 @@ def _main(argv: Sequence[str]) -> int:
         raise
     # torch.distributed.checkpoint's exception does not derive from Exception.
     except BaseException as error:
-        if os.environ.get("DECM_TRACEBACK") or not is_for_the_user(error):
+        if end.received or os.environ.get("DECM_TRACEBACK") or not is_for_the_user(error):
             raise
         print(f"decm: error: {describe(error)}", file=sys.stderr)
         return 2

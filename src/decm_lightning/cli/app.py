@@ -247,7 +247,5 @@ def _serve(demo: Any, studio: Studio, port: int, share: bool) -> None:
             raise OSError("no public link: the server of Gradio cannot be reached (the page works without --share)")
         print(f"serving at {public or url}, until Ctrl-C", flush=True)
         threading.Event().wait()
-    except KeyboardInterrupt:
-        print("stopped")
     finally:
         demo.close(verbose=False)

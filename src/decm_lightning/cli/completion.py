@@ -2,11 +2,21 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from decm_lightning.cli import COMMANDS, TRAINING, Command
+from decm_lightning.cli import COMMANDS, TRAINING
 from decm_lightning.cli.shipped_configs import shipped_names
+
+HERE = Path(__file__).parent
+SHARED = ("config", "print_config", "seed_everything", "model", "data")
+"""Options of all commands of Lightning's command line."""
+METHODS = ("fit", "validate", "test", "predict")
+"""Commands that are methods of the trainer. The others run `validate`."""
+OBJECTS = ("self", "model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule")
+"""Arguments of these methods that the command line builds itself."""
 
 BASH = """\
 # bash completion of decm. Add to ~/.bashrc: eval "$(decm completion bash)"
@@ -63,25 +73,44 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     print({"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](), end="")
 
 
-def options(command: Command) -> list[str]:
+def options(name: str) -> list[str]:
     """Return the options of a command, read from the source of its module, without dashes.
 
-    Of the trainer's commands these are the command's own: a config may hold hundreds.
+    Those of the trainer's commands are read from Lightning's source, too. They do not include the arguments of the
+    config's classes.
     """
+    command = COMMANDS[name]
     module, _, function = command.function.partition(":")
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-    if command.group == TRAINING:
-        names = [*command.reads, *_added(tree)]
-    else:
-        found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-        names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
-    return ["config", *(name for name in names if name not in command.positional)]
+    if command.group != TRAINING:
+        names = _arguments(_parsed(HERE / f"{module}.py"), function)
+        return ["config", *(name for name in names if name not in command.positional)]
+    lightning = find_spec("lightning")
+    assert lightning is not None
+    assert lightning.origin is not None
+    trainer = _parsed(Path(lightning.origin).parent / "pytorch" / "trainer" / "trainer.py")
+    method = name if name in METHODS else "validate"
+    called = [argument for argument in _arguments(trainer, method) if argument not in OBJECTS]
+    built = [f"trainer.{argument}" for argument in _arguments(trainer, "__init__") if argument != "self"]
+    return list(dict.fromkeys([*SHARED, *called, *_added(module), *built]))
 
 
-def _added(tree: ast.Module) -> Iterator[str]:
-    """Yield the options of all calls of add_argument with a literal name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+@cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _arguments(tree: ast.Module, function: str) -> list[str]:
+    """Return the arguments of the first function or method of that name."""
+    found = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
+    return [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+
+
+def _added(module: str) -> Iterator[str]:
+    """Yield the options of all calls of add_argument with a literal name, in a module and those that it imports."""
+    for node in ast.walk(_parsed(HERE / f"{module}.py")):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("decm_lightning.cli."):
+            yield from _added(str(node.module).rpartition(".")[2])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             name = next((word.value for word in node.args[:1] if isinstance(word, ast.Constant)), "")
             if isinstance(name, str) and name.startswith("--"):
                 yield name.removeprefix("--")
@@ -99,7 +128,7 @@ def _zsh() -> str:
 
 
 def _cases(line: str) -> str:
-    words = {name: " ".join(f"--{option}" for option in options(command)) for name, command in COMMANDS.items()}
+    words = {name: " ".join(f"--{option}" for option in options(name)) for name in COMMANDS}
     return "\n".join(line.format(name=name, words=each) for name, each in words.items())
 
 
@@ -108,7 +137,7 @@ def _fish() -> str:
     for name, command in COMMANDS.items():
         lines.append(f"complete -c decm -n __fish_use_subcommand -f -a {name} -d '{_escaped(command.help)}'")
         seen = f"complete -c decm -n '__fish_seen_subcommand_from {name}'"
-        lines += [f"{seen} -r -l {option}" for option in options(command) if option != "config"]
+        lines += [f"{seen} -r -l {option}" for option in options(name) if option != "config"]
         lines.append(f"{seen} -r -l config -a '{' '.join(shipped_names())}'")
     lines.append(f"complete -c decm -n '__fish_seen_subcommand_from configs' -a '{' '.join(shipped_names())}'")
     return "\n".join(lines) + "\n"

@@ -1,9 +1,6 @@
 """decm encode: encode images into a folder of latents that ImageNetLatents and LightningDiT read."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Literal
 
@@ -12,10 +9,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from decm_lightning.autoencoders import load_autoencoder
+from decm_lightning.cli.noise import hide_noise
 from decm_lightning.data.images.image_files import ImageFiles, OnError
 from decm_lightning.data.latents.encoding import Encoding, EncodingData, Plan, Posterior
 from decm_lightning.data.latents.manifest import EncodingSettings, Manifest
 from decm_lightning.image_listing import broken, counted, printable
+from decm_lightning.signals import end_at_signals
 from decm_lightning.training import RunProgress
 
 
@@ -58,6 +57,7 @@ def encode(
         devices: number of devices per node; auto for all GPUs.
         num_nodes: number of machines.
     """
+    hide_noise()
     files = ImageFiles(images, num_classes, on_error)
     files.check_output(out)
     autoencoder = load_autoencoder(vae)
@@ -68,11 +68,11 @@ def encode(
     manifest = Manifest(out, settings)
     data = EncodingData(files, manifest, size, batch_size, num_workers, on_error)
     trainer = _trainer(accelerator, devices, num_nodes)
+    end_at_signals(trainer)
     if trainer.is_global_zero and files.left_out:
         print(f"left out of {printable(images)}: {counted(files.left_out)}")
     try:
-        with _quietly():
-            trainer.predict(Encoding(autoencoder, data, posterior, seed), data, return_predictions=False)
+        trainer.predict(Encoding(autoencoder, data, posterior, seed), data, return_predictions=False)
         _wait_for_all(trainer)
         if trainer.is_global_zero:
             provenance, skipped = manifest.finish(shape, data.plan.shards)
@@ -97,22 +97,6 @@ def _result(plan: Plan, count: int, skipped: Mapping[str, str], out: str) -> str
         return f"all {total} shards of {count} images in {folder} were up to date{left_out}"
     others = f" ({total - written} were up to date)" if written < total else ""
     return f"wrote {written} shards{others} of {count} images, latents_stats.pt and cache.json to {folder}{left_out}"
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence Lightning's messages about data loaders and Ctrl-C."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    with warnings.catch_warnings():
-        # Lightning shows the second warning if all images are already encoded.
-        for noise in (".*does not have many workers which may be a bottleneck", ".*across ranks is zero"):
-            warnings.filterwarnings("ignore", noise)
-        log.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
 
 
 def _trainer(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> L.Trainer:

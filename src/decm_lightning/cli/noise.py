@@ -5,6 +5,7 @@ import re
 import warnings
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from decm_lightning.progress import say
 
@@ -45,7 +46,12 @@ class Lines(logging.Handler):
 
 
 def hide_noise() -> None:
-    """Ignore the listed warnings, and write the log of this package and of Lightning without the listed messages."""
+    """Ignore the listed warnings, and write the log of this package and of Lightning without the listed messages.
+
+    Only the first process of a run writes the log.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        return
     for text in WARNINGS:
         warnings.filterwarnings("ignore", text)
     lines = Lines()

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,7 @@ class ModelCLI(TrainerCLI):
         super().before_instantiate_classes()
         if not self.path:
             return
-        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-        # Nothing of the training run is written: neither logs, nor checkpoints, nor its config.
-        self.save_config_callback = None
-        self.config.trainer.logger = self.config.trainer.enable_checkpointing = False
-        callbacks = self.config.trainer.callbacks or []
-        self.config.trainer.callbacks = [each for each in callbacks if not each.class_path.endswith("ModelCheckpoint")]
-        self.config.trainer.default_root_dir = str(self.out)
+        self.write_no_run(self.out)
         module = self.config.get("model.init_args", {})
         if self.config.guidance is not None:
             module["guidance"] = self.config.guidance

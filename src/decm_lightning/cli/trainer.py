@@ -1,8 +1,8 @@
 """decm fit, validate, test and predict: Lightning's command line for the modules of this package."""
 
 import logging
-import signal
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -29,7 +29,7 @@ from decm_lightning.networks import Network
 from decm_lightning.networks.network import check_compiler
 from decm_lightning.networks.pretrained import refuse_partial
 from decm_lightning.networks.weightless import is_weightless, on_meta, without_weights
-from decm_lightning.signals import end_at_sigterm
+from decm_lightning.signals import end_at_signals
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.flow_training import FlowTraining
 from decm_lightning.training.resuming import differences, settings_of
@@ -138,8 +138,19 @@ class TrainerCLI(LightningCLI):
                 raise ValueError(f"trainer.{limit} must be at least 1, or -1 for no limit: got 0")
         if self.command in ("validate", "test", "predict") and self.needs_checkpoint and not self.config.ckpt_path:
             raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
+        if self.command in ("validate", "predict") and (path := self.config.ckpt_path) and Path(path).exists():
+            self.write_no_run(Path(path).parent)
         if self.command is not None:
             _spell_out(self.config)
+
+    def write_no_run(self, folder: Path) -> None:
+        """Write no logs, checkpoints and config of a training run. A traceback belongs into `folder`."""
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+        self.save_config_callback = None
+        trainer = self.config.trainer
+        trainer.logger = trainer.enable_checkpointing = False
+        trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ModelCheckpoint")]
+        trainer.default_root_dir = str(folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, with this package's progress bar and summary unless the config has others."""
@@ -184,8 +195,7 @@ class TrainerCLI(LightningCLI):
 
     def run(self) -> None:
         """Run the command."""
-        # Child processes must end with this one: otherwise they may prepare data for hours.
-        signal.signal(signal.SIGTERM, end_at_sigterm(self.trainer))
+        end_at_signals(self.trainer)
         options = {name: self.config_init[name] for name in self.options}
         # Evaluation prints a table, so Lightning's would be a second one.
         if self.command == "test" and any(isinstance(each, Evaluation) for each in self.trainer.callbacks):  # type: ignore
@@ -225,8 +235,7 @@ def prepare() -> None:
     keep_whole_numbers(L.Trainer.__init__)
     # A config may name a function that returns an objective, such as losses.end_identity.
     set_parsing_settings(subclasses_enabled=[Objective])
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        hide_noise()
+    hide_noise()
 
 
 def _shards(strategy: Any) -> bool:
@@ -269,8 +278,7 @@ def _write_traceback(trainer: L.Trainer) -> Path:
 def _newest(trainer: L.Trainer) -> str:
     """Return a message that this run has no last checkpoint, with the newest one of its experiment."""
     logger = trainer.logger
-    folder = Path(trainer.default_root_dir if logger is None else logger.save_dir or ".")
-    folder = folder / str(logger.name or "") if logger is not None else folder
+    folder = Path(trainer.default_root_dir) if logger is None else Path(logger.save_dir or ".", str(logger.name or ""))
     files = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
     newest = f"use the newest in {folder}: {files[-1]}" if files else f"found none in {folder}"
     return f"this run has no last checkpoint; {newest}"

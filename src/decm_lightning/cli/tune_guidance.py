@@ -19,15 +19,16 @@ class TuneCLI(ModelCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the grid, and the samples of each cell."""
         super().add_arguments_to_parser(parser)
-        options = {
-            "scales": (list[float], [1.0, 1.25, 1.5, 1.75, 2.0], "guidance scales, at least 0"),
-            "limits": (list[float | None], [None], "bounds on the guidance (eta), above 0, or null for no bound"),
-            "intervals": (list[tuple[float, float]], [(0.0, 1.0)], "first and last guided time, within 0 and 1"),
-            "samples": (int, 500, "samples of each cell, at least 2"),
-            "steps": (int, 20, "Euler steps of each sample, at least 1"),
-        }
-        for name, (kind, default, text) in options.items():
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+        # Literal names, which the shell completion reads.
+        parser.add_argument(
+            "--scales", type=list[float], default=[1.0, 1.25, 1.5, 1.75, 2.0], help="guidance scales, at least 0"
+        )
+        limits = "bounds on the guidance (eta), above 0, or null for no bound"
+        parser.add_argument("--limits", type=list[float | None], default=[None], help=limits)
+        intervals = "first and last guided time, within 0 and 1"
+        parser.add_argument("--intervals", type=list[tuple[float, float]], default=[(0.0, 1.0)], help=intervals)
+        parser.add_argument("--samples", type=int, default=500, help="samples of each cell, at least 2")
+        parser.add_argument("--steps", type=int, default=20, help="Euler steps of each sample, at least 1")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line.

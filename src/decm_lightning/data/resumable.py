@@ -14,7 +14,7 @@ from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.errors import check_at_least
 from decm_lightning.even_split import EvenBatches
 from decm_lightning.networks.record import Record, Reference
-from decm_lightning.seeds import generator_of
+from decm_lightning.seeds import generator_of, seed_of_run
 from decm_lightning.text import CaptionEncoder
 from decm_lightning.types import Batch, Sample
 
@@ -110,6 +110,8 @@ class ResumableData(L.LightningDataModule):
             run.
 
     Attributes:
+        seed: seed of the shuffling, to be set before `fit`; None for the seed of `L.seed_everything` when `fit` starts.
+            A resumed run uses its checkpoint's.
         train: the training data.
         reference: the data for validation and test; None for no loaders.
         variants: number of variants of each row of `train`.
@@ -142,7 +144,9 @@ class ResumableData(L.LightningDataModule):
         self.batch_size = batch_size
         self.reference_size = reference_size
         self.num_workers = num_workers
-        self.seed = torch.initial_seed() % 2**31
+        self.seed: int | None = None
+        self.run_seed: int | None = None
+        self.built_seed = torch.initial_seed()
 
     @property
     def device(self) -> torch.device:
@@ -241,11 +245,29 @@ class ResumableData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffling."""
-        return {"seed": self.seed}
+        return {"seed": self._current_seed()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore the seed of the shuffling."""
-        self.seed = state_dict["seed"]
+        self.run_seed = state_dict["seed"]
+
+    def teardown(self, stage: str) -> None:
+        """Let the next run use its own seed."""
+        if stage == "fit":
+            self.run_seed = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the next run use its own seed, because Lightning does not call teardown after an error."""
+        self.run_seed = None
+
+    def _current_seed(self) -> int:
+        """Return the seed, which does not change during a run."""
+        if self.run_seed is not None:
+            return self.run_seed
+        seed = seed_of_run(self.seed, self.built_seed) % 2**31
+        if self.trainer and self.trainer.training:
+            self.run_seed = seed
+        return seed
 
     def _order(self) -> EpochSampler:
         trainer = self.trainer
@@ -254,7 +276,7 @@ class ResumableData(L.LightningDataModule):
             self.variants,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
-            seed=self.seed,
+            seed=self._current_seed(),
         )
 
     def _position(self) -> int:

@@ -22,6 +22,13 @@ BATCH = 256
 log = logging.getLogger(__name__)
 
 
+class Encoders(dict[str | None, CaptionEncoder]):
+    """Text encoders that stay loaded, by name; None for the recorded one. A copy or pickle of them is empty."""
+
+    def __reduce__(self) -> tuple[type["Encoders"], tuple[()]]:
+        return Encoders, ()
+
+
 def flow_map(network: Any) -> FlowMapNetwork:
     """Return a network as a flow map. The noise that a public DiT predicts is converted to a velocity of `path`."""
     prediction = getattr(network, "prediction", "velocity")
@@ -83,6 +90,8 @@ def _captions(network: Any, requested: Requested, encoder: CaptionEncoder | str 
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{type(network).__name__} needs a caption or a list of captions: got {requested!r}")
     used: CaptionEncoder = network.caption_encoder(encoder)
+    if used is not encoder:
+        used.to(next(network.parameters()).device)
     unique = list(dict.fromkeys(map(str, texts)))
     used.measured(unique)
     captions = used(unique)

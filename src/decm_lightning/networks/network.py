@@ -17,7 +17,15 @@ from decm_lightning.autoencoders.latent_coder import LatentCoder
 from decm_lightning.conditions import select
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_pil, to_uint8
-from decm_lightning.networks.generation import BATCH, Requested, conditions_of, evaluating, flow_map, placement
+from decm_lightning.networks.generation import (
+    BATCH,
+    Encoders,
+    Requested,
+    conditions_of,
+    evaluating,
+    flow_map,
+    placement,
+)
 from decm_lightning.networks.record import Record, check_recorded, choose, latent_coder
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
@@ -140,7 +148,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return choose(self.record, self.reads_end_time, sampler, steps)
 
     def caption_encoder(self, requested: CaptionEncoder | str | None = None) -> CaptionEncoder:
-        """Return the text encoder of the network.
+        """Return the text encoder of the network. It stays loaded as long as the network.
 
         Args:
             requested: the encoder or its name; None for the one that the record or `text_encoder` in the config names.
@@ -148,11 +156,19 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         Raises:
             ValueError: if none is named, or it is another one than the recorded one. The message names both.
         """
-        encoder = self.named_encoder() if requested is None else requested
-        encoder = named_encoder(encoder) if isinstance(encoder, str) else encoder
+        if requested is None or isinstance(requested, str):
+            if requested not in self.encoders:
+                self.encoders[requested] = self.named_encoder() if requested is None else named_encoder(requested)
+            requested = self.encoders[requested]
+        encoder = requested
         if recorded := self.record and self.record.text_encoder:
             check_recorded("text encoder", encoder.name or type(encoder).__name__, encoder.identity, recorded)
         return encoder
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """The text encoders that this network has loaded. `encoders.clear()` frees their memory."""
+        return Encoders()
 
     def named_encoder(self) -> CaptionEncoder:
         """Return the text encoder that the record or the config names."""

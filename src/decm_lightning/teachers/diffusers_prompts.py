@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from decm_lightning.errors import check_at_least
-from decm_lightning.networks.hub import download
+from decm_lightning.networks.hub import cache_without_network, download
 from decm_lightning.samplers.options import write_options
 from decm_lightning.teachers.diffusers_families import FAMILIES, Family, PromptOutputs
 from decm_lightning.text.encoder import CaptionEncoder, fingerprint
@@ -95,7 +95,9 @@ class DiffusersPrompts(CaptionEncoder):
     def pipeline(self) -> Any:
         """The pipeline without transformer and VAE."""
         dtype = getattr(torch, self.dtype)
-        pipeline = self._class.from_pretrained(self.model, transformer=None, vae=None, torch_dtype=dtype)
+        options = {"transformer": None, "vae": None, "torch_dtype": dtype}
+        with cache_without_network(self.model):
+            pipeline = self._class.from_pretrained(self.model, **options)
         return pipeline.to(self.device)
 
     @cached_property
@@ -104,7 +106,7 @@ class DiffusersPrompts(CaptionEncoder):
 
         if Path(self.model).is_dir() and not (Path(self.model) / "model_index.json").is_file():
             raise ValueError(f"{self.model} has no text encoders: pass a pipeline folder, which has a model_index.json")
-        return dict(DiffusionPipeline.load_config(self.model))
+        return dict(DiffusionPipeline.load_config(download(self.model, "pipeline", ["model_index.json"])))
 
     @property
     def _class(self) -> Any:
@@ -138,7 +140,8 @@ class DiffusersPrompts(CaptionEncoder):
         import transformers
 
         last = [part for part in self._parts if part.startswith("tokenizer")][-1]
-        return getattr(transformers, self._index[last][1]).from_pretrained(self.model, subfolder=last)
+        with cache_without_network(self.model):
+            return getattr(transformers, self._index[last][1]).from_pretrained(self.model, subfolder=last)
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], guided: bool) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from decm_lightning.networks import Network, describe
 from decm_lightning.networks.pretrained import description, refuse_another
 from decm_lightning.networks.record import Record
 from decm_lightning.networks.sharded import is_sharded
+from decm_lightning.seeds import seed_of_run
 from decm_lightning.teachers import Teacher
 from decm_lightning.training.averaging import EMA, average_of, in_float32
 from decm_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -57,6 +58,9 @@ class FlowTraining(L.LightningModule):
         compile: compile the blocks with torch.compile, without graph breaks: faster after a minute or more.
 
     Attributes:
+        seed: seed of the noise of training, to be set before `fit`; None for the seed of `L.seed_everything` when `fit`
+            starts. A resumed run uses its checkpoint's. New weights depend on the seed when the network is built.
+        run_seed: the seed of the current run.
         terms: this step's losses by name.
         gradient_norm: this step's norm of all gradients before clipping, on the device.
         teacher: the frozen teacher of a distillation, otherwise None.
@@ -86,7 +90,8 @@ class FlowTraining(L.LightningModule):
         self.recipe = Recipe(optimizer, lr_scheduler)
         self.averaging = EMA(ema_decay)
         self.checks = TrainingChecks()
-        self.seed = torch.initial_seed()
+        self.seed: int | None = None
+        self.run_seed = torch.initial_seed()
         self.saved_settings: dict[str, Any] | None = None
         self.terms: dict[str, LossTerm] = {}
         self.gradient_norm = torch.zeros(())
@@ -147,7 +152,7 @@ class FlowTraining(L.LightningModule):
         It depends only on the run's seed, the rank, the step and the batch, so a resumed run uses the same random
         numbers as an uninterrupted one.
         """
-        parts = (self.seed, self.global_rank, self.global_step, batch_idx)
+        parts = (self.run_seed, self.global_rank, self.global_step, batch_idx)
         return torch.Generator(self.device).manual_seed(int(SeedSequence(parts).generate_state(1)[0]))
 
     def cost(self) -> Cost:
@@ -185,7 +190,9 @@ class FlowTraining(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Write checkpoints next to their final path, and run the averaging and the checks first."""
+        """Fix the run's seed, write checkpoints next to their final path, and run the averaging and checks first."""
+        if stage == "fit":
+            self.run_seed = self.trainer.strategy.broadcast(seed_of_run(self.seed, self.run_seed))
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # Other callbacks may save the average in a checkpoint, or differentiate a loss that is NaN.
@@ -238,7 +245,7 @@ class FlowTraining(L.LightningModule):
         """Add the seed, the settings, the description from which `load` rebuilds the network, and its record."""
         checkpoint["network"] = describe(self.network)
         checkpoint["record"] = self.record().as_dict()
-        checkpoint["seed"] = self.seed
+        checkpoint["seed"] = self.run_seed
         checkpoint["settings"] = settings_of(self.settings())
         normalize_progress(self.trainer, checkpoint["loops"])
 
@@ -248,9 +255,12 @@ class FlowTraining(L.LightningModule):
         if self._trainer is not None:
             # Lightning converts the module after loading, which would round the weights of 64-true to float32.
             self._trainer.precision_plugin.convert_module(self)
-        self.seed = checkpoint["seed"]
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fits and self.run_seed != checkpoint["seed"]:
+            log.warning("resuming with seed %d of the checkpoint, not %d", checkpoint["seed"], self.run_seed)
+        self.run_seed = checkpoint["seed"]
         self.saved_settings = checkpoint.get("settings")
-        if self.saved_settings is not None and self._trainer is not None and self._trainer.state.fn == "fit":
+        if self.saved_settings is not None and fits:
             refuse_fixed(differences(self.saved_settings, settings_of(self.settings())), bool(self.recipe.settings))
 
     def check_checkpoint(self, path: str, strategy: Strategy) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from decm_lightning.signals import end_at_sigterm
+from decm_lightning.signals import end_at_signals
 
 log = logging.getLogger(__name__)
 OF_LATER_RUN = re.compile(r"-v\d+$")
@@ -54,7 +54,7 @@ class LastStep(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let SIGTERM end runs with nothing to save: a fit before its first batch, a test, a prediction."""
-        end_at_sigterm(trainer)
+        end_at_signals(trainer)
         self.has_trained = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -21,7 +21,7 @@ from decm_lightning.image_listing import broken
 from decm_lightning.image_reader import in_threads, read_modes
 from decm_lightning.progress import Progress
 from decm_lightning.seeds import generator_of
-from decm_lightning.signals import end_at_sigterm, silence_broken_pipes
+from decm_lightning.signals import end_at_signals, silence_broken_pipes
 
 Posterior = Literal["sample", "mode"]
 
@@ -182,7 +182,7 @@ class Encoding(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Stop the encoding on SIGTERM. The same command resumes it."""
-        end_at_sigterm(self.trainer)
+        end_at_signals(self.trainer)
 
     def predict_step(self, batch: ShardBatch, batch_idx: int) -> Float[Tensor, "b2 c h w"]:
         """Return the latents of a batch and of its mirror images. The last batch of a shard writes the shard."""

@@ -11,6 +11,7 @@ from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClass
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline
 from decm_lightning.networks import DiT, Network, TextDiT
+from decm_lightning.networks.hub import cache_without_network
 from decm_lightning.networks.record import Record
 from decm_lightning.teachers.diffusers_network import DiffusersNetwork
 from decm_lightning.text import TextEncoder
@@ -63,7 +64,8 @@ def sd3_pipeline(network: DiffusersNetwork, dtype: torch.dtype) -> FlowMapPipeli
         raise ValueError(f"--to diffusers writes students of SD3Transformer2DModel: got {network.kind}")
     if not network.reads_end_time:
         raise ValueError(f"{model} is not a student: diffusers loads it as it is")
-    parts = StableDiffusion3Pipeline.from_pretrained(model, transformer=None).components
+    with cache_without_network(model):
+        parts = StableDiffusion3Pipeline.from_pretrained(model, transformer=None).components
     steps, sampling = _sampling(network)
     settings = {name: value for name, value in network.model.config.items() if not name.startswith("_")}
     with torch.device("meta"):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from decm_lightning.export.card import CARD, GRID
 from decm_lightning.files import PARTIAL
 
 INDEX = "model_index.json"
 CLASS = "FlowMap"
 """The prefix of the names of all pipeline classes."""
-OWN = ("README.md", ".gitattributes")
+OWN = (CARD, GRID, ".gitattributes")
 """Files that a new export keeps."""
 OLD = ".old"
 

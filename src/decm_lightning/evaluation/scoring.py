@@ -64,9 +64,7 @@ def score(
     return Table(networks(qualities), protocol, [Row(generated.path, None, values)])
 
 
-def _add(
-    qualities: Sequence[FeatureMetrics], images: Images, source: str | Path, real: bool, batch_size: int
-) -> None:
+def _add(qualities: Sequence[FeatureMetrics], images: Images, source: str | Path, real: bool, batch_size: int) -> None:
     name = "reference" if real else "samples"
     parts = split_evenly(len(images), batch_size, rank=0, world=1)
     with Progress(total=len(images), desc=name, unit="image") as bar:

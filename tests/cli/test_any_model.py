@@ -323,3 +323,16 @@ def test_bad_input_is_one_line(argv, said, bad, capsys):
     assert run(*(str(part).replace("{bad}", str(bad)) for part in argv)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("decm: error")]
     assert all(word in line for word in said), line
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "said"),
+    [(4, 10, ["(1, 4, 4)", "(1, 8, 8)"]), (8, 3, ["3 classes", "have 10"])],
+    ids=["shape", "classes"],
+)
+def test_a_model_of_other_data_is_refused(size, classes, said, folder, tmp_path, capsys):
+    """Inception and EfficientNet resize images, so a table of unlike images would not show it."""
+    save(DiT(size, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=classes), tmp_path / "other")
+    assert run("test", tmp_path / "other", "--config", "config.yaml") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert all(part in line for part in said), line

@@ -90,6 +90,11 @@ def test_the_version_is_the_package_s(decm):
         (["sample", "runs/gone/last.ckpt"], "runs/gone/last.ckpt"),
         (["sample-prompts", "teacher", "--encoder", "minilm", "--prompts", "gone.txt"], "gone.txt"),
         (["export", "gone", "new"], "gone"),
+        (["sample", "run"], "use run/checkpoints/last.ckpt"),
+        (["test", "runs"], "use runs/new/checkpoints/last.ckpt"),
+        (["export", "run/checkpoints", "new"], "use run/checkpoints/last.ckpt"),
+        (["fit", "--config", "config.yaml", "--ckpt_path", "run"], "use run/checkpoints/last.ckpt"),
+        (["fit", "--config", "config.yaml", f"--{TEACHER}", "run"], "use run/checkpoints/last.ckpt"),
         (["consolidate", "gone"], "gone"),
         (["validate-data", "gone"], "gone"),
         (["encode", "--images", "gone", "--vae", "vae", "--out", "new"], "gone"),
@@ -99,6 +104,10 @@ def test_the_version_is_the_package_s(decm):
 def test_what_is_missing_is_named_before_anything_is_imported(argv, named, place):
     Path("broken.yaml").write_text("trainer:\n  max_steps: 1\n  callbacks: [1\nmodel: 2\n")
     Path("idx.yaml").write_text("data: {class_path: decm_lightning.data.IDXImages, init_args: {folder: gone}}")
+    for time, run in enumerate(("run", "runs/new", "runs/old")):
+        Path(run, "checkpoints").mkdir(parents=True)
+        Path(run, "checkpoints/last.ckpt").touch()
+        os.utime(Path(run, "checkpoints/last.ckpt"), (-time, -time))
     code = "import sys; from decm_lightning import cli; code = cli.main(); "
     code += "print(code, {'torch', 'lightning', 'jsonargparse', 'numpy'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)

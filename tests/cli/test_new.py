@@ -37,7 +37,7 @@ def decm(tmp_path, monkeypatch, capsys):
 def test_four_commands_lead_from_a_folder_to_few_step_samples(decm, monkeypatch):
     # Of a process that never gets the CPU.
     monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=time.perf_counter, process_time=lambda: 0.0))
-    code, out, err = decm("new", "photos", "--minutes", "1")
+    code, out, err = decm("new", "photos", "--out", "my run", "--minutes", "1")
     assert code == 0, err
     assert "this machine is busy: a run gets 0% of a CPU" in out
     assert "24 images in 2 classes, 16 x 16 pixels, color" in out
@@ -45,18 +45,22 @@ def test_four_commands_lead_from_a_folder_to_few_step_samples(decm, monkeypatch)
     assert [words[0] for words in commands] == ["fit", "fit", "sample"]
     for words, name in zip(commands, ("teacher", "student", ""), strict=True):
         if name:
-            file = Path(f"my-run/{name}.yaml")
+            file = Path(f"my run/{name}.yaml")
             text = re.sub(r"max_steps: &steps \d+", "max_steps: &steps 4", file.read_text())
+            shown = [line for line in text.splitlines() if line.startswith("#     decm ")]
+            assert [shlex.split(line)[2:] for line in shown] == [words]
             file.write_text(re.sub(r"every_n_steps: \d+", "every_n_steps: 2", text))
         code, out, err = decm(*words)
         assert code == 0, err
         if name:
-            last = f"my-run/{name}/checkpoints/last.ckpt"
-            assert out.endswith(f"wrote {last}\nnext: decm sample {last}{' --steps 4' if name == 'student' else ''}\n")
+            last = f"my run/{name}/checkpoints/last.ckpt"
+            assert out.endswith(
+                f"wrote {last}\nnext: decm sample '{last}'{' --steps 4' if name == 'student' else ''}\n"
+            )
     # 10 columns, 5 for each class, and a row per spec.
-    assert Image.open("my-run/teacher/samples.png").size == (10 * 64, 64)
-    assert Image.open("my-run/student/samples.png").size == (10 * 64, 4 * 64)
-    assert Image.open("my-run/samples.png").size == (8 * 16 * 4, 2 * 16 * 4)
+    assert Image.open("my run/teacher/samples.png").size == (10 * 64, 64)
+    assert Image.open("my run/student/samples.png").size == (10 * 64, 4 * 64)
+    assert Image.open("my run/samples.png").size == (8 * 16 * 4, 2 * 16 * 4)
 
 
 @pytest.fixture

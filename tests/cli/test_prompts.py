@@ -259,7 +259,7 @@ def test_a_bad_file_is_named_with_its_line(decm, name, content, message):
         ),
         (["sample-prompts", "diverged", *GENERATE[2:], "--out", "a.png"], "images are not finite"),
         ([*GENERATE, "--out", "a", "--steps", "[1, 2]"], "got steps [1, 2] and out a"),
-        (["sample", "classes", "--steps", "[1, 2]"], "steps: Expected a <class 'int'>"),
+        (["sample", "classes", "--steps", "[1, 2]"], "steps: expected an integer"),
         ([*GENERATE, "--out", "a.png", "--steps", "[]"], "steps must be at least one number: got none"),
         ([*GENERATE, "--out", "a", "--per_prompt", "0"], "per_prompt must be at least 1: got 0"),
         ([*GENERATE, "--out", "a", "--steps", "0"], "steps must be at least 1: got 0"),

@@ -384,10 +384,12 @@ def test_what_cannot_be_exported_is_refused(exported, tmp_path):
 def test_an_export_is_replaced_as_a_whole(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(dit(), out, torch.float32)
-    (out / "README.md").write_text("a card")
+    card = {"README.md": "a card", "samples.png": "the images of the card"}
+    for name, text in card.items():
+        (out / name).write_text(text)
     network = dit(depth=1)
     write(network, out, torch.float32)
-    assert (out / "README.md").read_text() == "a card"
+    assert {name: (out / name).read_text() for name in card} == card
     assert loaded(out).transformer.config.depth == 1
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 

@@ -56,9 +56,9 @@ def test_scipys_root_of_a_singular_product_agrees_where_it_is_finite(generator):
 
 
 def test_equal_sets_are_at_distance_zero_whatever_their_rank(generator):
-    for rows in (20, 300):
+    for rows in (2, 20, 50, 100, 300):
         real = torch.randn(rows, 50, generator=generator, dtype=torch.float64)
-        assert abs(measured(real, real).compute().item()) < 1e-5
+        assert 0 <= measured(real, real).compute().item() < 1e-5
 
 
 def test_given_moments_stand_for_the_features_they_are_of(generator):

@@ -343,6 +343,7 @@ def test_a_network_is_saved_onto_itself(network, tmp_path):
         ({"config.json": "[]"}, "config.json is not of decm-lightning"),
         ({"model.safetensors": "weights of another"}, "model.safetensors is not of decm-lightning"),
         ({"meta.pt": ""}, "is a sharded checkpoint"),
+        ({"model_index.json": "{}"}, "a pipeline of diffusers"),
     ],
 )
 def test_another_model_is_not_overwritten(files, message, network, tmp_path):

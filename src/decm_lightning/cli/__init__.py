@@ -70,7 +70,7 @@ COMMANDS = {
     ),
     "app": Command("app:app", "open a page that generates images in the browser", INFERENCE, ("model",), _SAMPLED),
     "export": Command(
-        "export:export", "write a checkpoint's averaged weights to a folder (config.json, model.safetensors)",
+        "export:export", "write a student for other programs: a folder, one file, diffusers, LoRA, the hub",
         INFERENCE, ("checkpoint", "out"), {"checkpoint": MODEL},
     ),
     "compare": Command(

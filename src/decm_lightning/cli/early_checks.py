@@ -29,7 +29,7 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
 
     Raises:
         OSError: if a file is missing or cannot be read.
-        ValueError: naming the file and line, if a config is not a YAML mapping.
+        ValueError: naming the file and line, if a config is not a YAML mapping; or if a model is the folder of a run.
     """
     configs, unnamed, named = [], list(positional), {}
     tree: dict[str, Any] = {}
@@ -49,17 +49,30 @@ def check_inputs(argv: Sequence[str], reads: Reads, positional: Sequence[str]) -
     for name, what in reads.items():
         if isinstance(path := tree.get(name), str) and _is_missing(path):
             raise FileNotFoundError(f"no {what} at {path}")
+        if isinstance(path, str) and "checkpoint" in what:
+            _refuse_run(path)
     check_files(tree)
     return configs
 
 
 def check_files(tree: Mapping[str, Any]) -> None:
-    """Check that the files and folders that a config names exist."""
+    """Check that the files and folders that a config names exist, and that no network is the folder of a run."""
     for key, value in _files(tree, (), ""):
         if _is_missing(value):
             what = "folder" if key[-1] == "folder" else "file" if key[-1] == "vae" else "checkpoint or folder"
             name = ".".join(key)
             raise FileNotFoundError(f"no {what} at {value} ({name}){where_weights_are(value, name)}")
+        if key[-1] == "path":
+            _refuse_run(value)
+
+
+def _refuse_run(path: str) -> None:
+    """Raise a ValueError that names the newest checkpoint, if a path is the folder of a run, or a folder of runs."""
+    folder = Path(path)
+    places = ("last.ckpt", "checkpoints/last.ckpt", "*/checkpoints/last.ckpt")
+    found = [file for place in places for file in folder.glob(place)]
+    if found and not (folder / "config.json").exists():
+        raise ValueError(f"{path} is the folder of a run: use {max(found, key=os.path.getmtime)}")
 
 
 def _only_prints(argument: str) -> bool:

@@ -17,6 +17,20 @@ LAYERS = (
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given|"
     r"Subclass types expect|a class path \(str\)|a dict with"
 )
+TYPES = {
+    "int": "an integer", "float": "a number", "str": "text", "bool": "true or false",
+    "list": "a list, such as '[1, 2]'", "dict": "keys with values, such as '{key: 1}'",
+}  # fmt: skip
+# What the parser says of a value in terms of Python's types, and the same for the user.
+WORDS = (
+    (r"Expected a path but .+? either not accessible or invalid; (?=Expected a dot import path)", ""),
+    (r"Expected a dot import path string: \S+?(?=\. Got value|$)", "expected the name or the path of a class"),
+    (r"Unable to load config '(.*?)'; Unable to load config \"\1\"", f"expected {TYPES['dict']}, or a file of them"),
+    (r"Unexpected import path format: .*?(?=\. Got value|$)", f"expected {TYPES['dict']}, or the path of a class"),
+    (r"Expected a typing\.Literal\[(.*?)\]", lambda found: f"expected one of {found[1].replace(chr(39), '')}"),
+    (r"Expected a <class '(\w+)'>", lambda found: f"expected {TYPES.get(found[1], found[1])}"),
+    (r"(expected [^;]*?)\. Got value: ", r"\1: got "),
+)
 SEVERAL = r"((?:[\w.-]+, )+[\w.-]+)"
 """Matches a comma-separated list of words."""
 
@@ -55,6 +69,8 @@ def essence(message: str) -> str:
     values = [line.removeprefix("Given value: ") for line in lines if re.match(r"Given value: .{1,60}$", line)]
     values = [re.sub(r"^NestedArg\(key='.*', val='?(.*?)'?\)$", r"\1", value) for value in values]
     what += "".join(f". Got value: {value}" for value in values[:1])
+    for pattern, words in WORDS:
+        what = re.sub(pattern, words, what)
     return f"{'.'.join(keys)}: {what}" if keys else what
 
 

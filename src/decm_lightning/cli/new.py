@@ -1,6 +1,7 @@
 """decm new: write the configs of a teacher and its student for a folder of images, of a size that fits this machine."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +75,12 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
             partial.write_text(text, encoding="utf-8")
     print(f"wrote {target}/teacher.yaml and {target}/student.yaml. Next:\n")
     for name, length in (("teacher", teacher), ("student", student)):
-        grid = f"{target}/{name}/samples.png"
-        print(f"  decm fit --config {target}/{name}.yaml    # about {max(1, round(length.minutes))} min, renews {grid}")
-    print(f"  decm sample {target}/student/checkpoints/last.ckpt --steps 4 --out {target}/samples.png")
+        config, grid = shlex.quote(f"{target}/{name}.yaml"), f"{target}/{name}/samples.png"
+        print(f"  decm fit --config {config}    # about {max(1, round(length.minutes))} min, renews {grid}")
+    student_file, images = (
+        shlex.quote(f"{target}/{name}") for name in ("student/checkpoints/last.ckpt", "samples.png")
+    )
+    print(f"  decm sample {student_file} --steps 4 --out {images}")
 
 
 def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan:
@@ -100,10 +104,11 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         print(f"{broken(stored.errors)}: the configs leave them out")
     val_fraction = 0.1 if count >= HELD_OUT_FROM else 0.0
     color = "color" if channels == 3 else "gray"
+    images = f"{count} image{'s' * (count > 1)}"
     return Plan(
         folder=folder,
         out=out,
-        summary=f"{count} images in {classes} class{'es' if classes > 1 else ''}, {size} x {size} pixels, {color}",
+        summary=f"{images} in {classes} class{'es' * (classes > 1)}, {size} x {size} pixels, {color}",
         machine=machine,
         size=size,
         channels=channels,

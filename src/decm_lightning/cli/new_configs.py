@@ -1,6 +1,7 @@
 """The two configs that `decm new` writes: a teacher for a folder of images, and its student."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +84,8 @@ def teacher_config(plan: Plan, length: Length) -> str:
     return f"""\
 # A flow-matching teacher for {plan.summary}.
 # Written by `decm new` for {plan.machine}: about {max(1, round(length.minutes))} minutes.
-#     decm fit --config {plan.out}/teacher.yaml
-# To resume an interrupted run, add --ckpt_path {plan.out}/teacher/checkpoints/last.ckpt
+#     decm fit --config {shlex.quote(f"{plan.out}/teacher.yaml")}
+# To resume an interrupted run, add --ckpt_path {shlex.quote(f"{plan.out}/teacher/checkpoints/last.ckpt")}
 {_trainer(plan, length, "teacher", ["teacher/euler/25"], ["teacher/euler/25"])}
 model:
   class_path: decm_lightning.TeacherTraining
@@ -121,8 +122,8 @@ def student_config(plan: Plan, length: Length) -> str:
     return f"""\
 # A few-step student of the teacher in {plan.out}/teacher, by DE-CM.
 # Written by `decm new` for {plan.machine}: about {max(1, round(length.minutes))} minutes.
-#     decm fit --config {plan.out}/student.yaml
-# To resume an interrupted run, add --ckpt_path {plan.out}/student/checkpoints/last.ckpt
+#     decm fit --config {shlex.quote(f"{plan.out}/student.yaml")}
+# To resume an interrupted run, add --ckpt_path {shlex.quote(f"{plan.out}/student/checkpoints/last.ckpt")}
 {_trainer(plan, length, "student", grid, grid[1:])}
 model:
   class_path: decm_lightning.Distiller

@@ -37,10 +37,10 @@ def sample(
         sampler: euler, consistency, flow_map, mix, or a path such as my_module.heun. Options follow a question mark:
             mix?s1=0.6. By default the recommended one for the number of steps, which for a teacher is euler.
         steps: network evaluations per image, at least 1; by default 2, or 50 for a teacher.
-        classes: labels to sample, at least one; by default all.
+        classes: labels to sample, such as '[3, 5]'; by default all.
         per_class: images per class, at least 1.
         seed: from 0 to 2**63 - 1. Image k of class c is sample k * num_classes + c of the seed, as in decm test.
-        scale: enlargement of the images in a grid, at least 1.
+        scale: enlargement of the images in a grid, from 1 to 64.
         device: the device, such as cpu or cuda.
         vae: the VAE of the latents: a folder, a name on the Hugging Face hub, or a file such as VA-VAE's. By default
             the recorded one; another one is refused.
@@ -48,9 +48,10 @@ def sample(
             default the recorded statistics.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
-    for name, value in (("per_class", per_class), ("scale", scale)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1: got {value}")
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1: got {per_class}")
+    if not 1 <= scale <= 64:
+        raise ValueError(f"scale must be from 1 to 64: got {scale}")
     network, target = load_model(model, False, out, seed, device, trust)
     generator = image_generator(network, sampler, steps, seed, vae, latents)
     selected = _classes(classes, network)

@@ -189,10 +189,18 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch's real images in the first pass, without rows that repeat those of other processes."""
+        """Add a batch's real images in the first pass, without rows that repeat those of other processes.
+
+        Raises:
+            ValueError: if the data have another shape than the model.
+        """
         if self.has_real or trainer.sanity_checking:
             return
         x_1, condition = batch[0], batch[1]
+        if (shape := self.generator.source.average.sample_shape) != (found := tuple(x_1.shape[1:])):
+            raise ValueError(
+                f"the data must have the model's shape {shape}: got {found}, use the config of its training"
+            )
         # Lightning refuses several loaders, because validation_step has no dataloader_idx.
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loader = CombinedLoader(loaders, "sequential").flattened[0]

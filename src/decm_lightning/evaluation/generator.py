@@ -63,7 +63,11 @@ class SampleGenerator:
         """
         if self.data.condition is None and not self.data.num_classes:
             raise ValueError("samples need labels: give the trainer a datamodule with num_classes, such as data.Digits")
-        shape = self.source.average.sample_shape
+        network = self.source.average
+        if self.data.condition is None and self.data.num_classes > network.num_classes:
+            found = f"the data have {self.data.num_classes}, use the config of its training"
+            raise ValueError(f"the model has {network.num_classes} classes: {found}")
+        shape = network.sample_shape
         if len(shape) != 3:
             raise ValueError(f"samples must be images (c, h, w): the network generates {shape}")
         # Decode one latent now, so that a missing decoder does not fail after hours.

@@ -52,8 +52,8 @@ def score(
     features = [InceptionFeatures()] if features is None else features
     qualities = [quality.to(torch.device(device)) for quality in metrics_of(features, seed, real)]
     if real.images is not None and any(quality.needs_real for quality in qualities):
-        _add(qualities, real.images, True, batch_size)
-    _add(qualities, generated.images, False, batch_size)
+        _add(qualities, real.images, reference, True, batch_size)
+    _add(qualities, generated.images, samples, False, batch_size)
     values = {name: value for quality in qualities for name, value in quality.compute().items()}
     protocol = {
         "samples": str(generated.path),
@@ -64,11 +64,15 @@ def score(
     return Table(networks(qualities), protocol, [Row(generated.path, None, values)])
 
 
-def _add(qualities: Sequence[FeatureMetrics], images: Images, real: bool, batch_size: int) -> None:
+def _add(qualities: Sequence[FeatureMetrics], images: Images, source: str | Path, real: bool, batch_size: int) -> None:
     name = "reference" if real else "samples"
     parts = split_evenly(len(images), batch_size, rank=0, world=1)
     with Progress(total=len(images), desc=name, unit="image") as bar:
         for batch in images.batches(parts):
-            for quality in qualities:
-                quality.update(batch, real)
+            try:
+                for quality in qualities:
+                    quality.update(batch, real)
+            except ValueError as error:
+                error.add_note(f"they are the images of {source}")
+                raise
             bar.update(len(batch))

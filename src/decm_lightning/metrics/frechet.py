@@ -83,7 +83,8 @@ class FrechetDistance(FrechetInceptionDistance):
         floor = CANCELLED * (generated.mean.square().sum() * real.covariance.trace()).item()
         root = _not_negative(torch.linalg.eigvalsh(seen), "generated features", floor).sqrt().sum()
         traces = real.covariance.trace() + generated.covariance.trace()
-        return (real.mean - generated.mean).square().sum() + traces - 2 * root
+        # Rounding may make the distance of equal sets negative.
+        return ((real.mean - generated.mean).square().sum() + traces - 2 * root).clamp(min=0)
 
 
 def _factor(real: Moments) -> Tensor:

@@ -112,8 +112,8 @@ def check_target(folder: str | Path) -> Path:
 
     Raises:
         NotADirectoryError: if it is a file.
-        ValueError: if it is "", or contains a sharded checkpoint, or a config.json or model.safetensors of another
-            model.
+        ValueError: if it is "", or contains a sharded checkpoint, a pipeline of diffusers, or a config.json or
+            model.safetensors of another model.
     """
     if not str(folder):
         raise ValueError("the output folder must have a name: got ''")
@@ -122,6 +122,8 @@ def check_target(folder: str | Path) -> Path:
         raise NotADirectoryError(f"{folder} is a file: choose a folder")
     if is_sharded(folder):
         raise ValueError(f"{folder} is a sharded checkpoint: choose another folder")
+    if (folder / "model_index.json").exists():
+        raise ValueError(f"{folder} contains a pipeline of diffusers (model_index.json): choose another folder")
     found = _class_in(folder / CONFIG)
     if (folder / WEIGHTS).exists() if found is None else found not in CLASSES and "." not in found:
         file = WEIGHTS if found is None else CONFIG

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from decm_lightning.export.card import CARD, GRID
 from decm_lightning.files import atomic_folder
 
 INDEX = "model_index.json"
 CLASS = "FlowMap"
 """The prefix of the names of all pipeline classes."""
-OWN = ("README.md", ".gitattributes")
+OWN = (CARD, GRID, ".gitattributes")
 """Files that a new export keeps."""
 
 

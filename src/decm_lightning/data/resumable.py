@@ -193,7 +193,11 @@ class ResumableData(L.LightningDataModule):
         return self.train.place(next(islice(iter(order), batch_idx * self.batch_size + row, None)))
 
     def check_network(self, what: str, shape: tuple[int, ...]) -> None:
-        """Check that the samples have the shape that the network expects."""
+        """Check that the samples have the shape that the network expects.
+
+        Raises:
+            ValueError: if they have another shape. The message begins with `what` and gives both shapes.
+        """
         module = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, HasNetwork):
             check_fit(module.network, shape=shape, what=what)

@@ -129,6 +129,9 @@ class SampleGenerator:
         """Return samples `rows` as images.
 
         Without rows it generates sample 0 and returns an empty tensor: all processes must run a sharded network.
+
+        Raises:
+            NonFiniteError: if a sample is NaN or infinite.
         """
         return self.images(self.samples(spec, rows or range(1)))[: len(rows)]
 

@@ -48,7 +48,11 @@ class SamplingSpec:
 
     @classmethod
     def parse(cls, text: str) -> "SamplingSpec":
-        """Return the spec of a text, as written by `str`."""
+        """Return the spec of a text, as written by `str`.
+
+        Raises:
+            ValueError: if the text has another form, or as the class does.
+        """
         head, _, query = text.partition("?")
         model, sampler, steps = parts if len(parts := head.split("/")) == 3 else ("", "", "")
         if not (model and sampler and steps.isdecimal()):

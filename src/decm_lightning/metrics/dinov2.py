@@ -40,7 +40,11 @@ class DINOv2Features(FeatureNetwork):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features (b, num_features) of uint8 images (b, 1 or 3, h, w)."""
+        """Return the features (b, num_features) of uint8 images (b, 1 or 3, h, w).
+
+        Raises:
+            ValueError: if the number of channels is not 1 or 3.
+        """
         x = as_rgb(images, "DINOv2")
         x = nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).round().clamp(0, 255) / 255
         return self.network(pixel_values=(x - self.mean) / self.std).last_hidden_state[:, 0]

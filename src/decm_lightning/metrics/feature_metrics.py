@@ -105,6 +105,9 @@ class FeatureMetrics:
 
         Returns:
             the outputs of the network, as `outputs` does; nothing without metrics.
+
+        Raises:
+            ValueError: if the images are not uint8, or a metric needs prompts that are not passed.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8: got {images.dtype}, convert them with to_uint8")

@@ -48,7 +48,11 @@ class InceptionFeatures(FeatureNetwork):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008), float32, of uint8 images (b, 1 or 3, h, w)."""
+        """Return pool (b, 2048), spatial (b, 2023) and logits (b, 1008), float32, of uint8 images (b, 1 or 3, h, w).
+
+        Raises:
+            ValueError: if the number of channels is not 1 or 3.
+        """
         x = (resize(as_rgb(images, "Inception"), SIDE) - 128) / 128
         cudnn = torch.backends.cudnn
         # TF32, the default of convolutions, changes the fourth digit.

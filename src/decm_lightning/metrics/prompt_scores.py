@@ -43,7 +43,13 @@ class PromptScorer(FeatureNetwork):
         return [PromptScore(self)]
 
     def load(self) -> None:
-        """Load the model."""
+        """Load the model.
+
+        Raises:
+            ImportError: if transformers is not installed.
+            OSError: if the model does not exist.
+            ValueError: if the model lacks weights.
+        """
         self.network, self.processor = from_pretrained(self.model, *self.classes, extra="text")
 
     @torch.no_grad()

@@ -171,7 +171,11 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return Encoders()
 
     def named_encoder(self) -> CaptionEncoder:
-        """Return the text encoder that the record or the config names."""
+        """Return the text encoder that the record or the config names.
+
+        Raises:
+            ValueError: if neither does.
+        """
         recorded = self.record and self.record.text_encoder
         name = recorded.name if recorded else self.config.get("text_encoder")
         if not name:
@@ -203,6 +207,9 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
 
         Only `forward` is compiled, so hooks such as those of FSDP stay outside the graph, and parameter names do not
         change.
+
+        Raises:
+            ValueError: if torch is too old.
         """
         check_compiler()
         for unit in self.units():

@@ -82,7 +82,11 @@ class TextDiT(Network):
         self.pixel_skip = PixelSkipHead(in_channels, width, features) if features else None
 
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
-        """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size)."""
+        """Return the mean velocity u over (t, s), (b, in_channels, input_size, input_size).
+
+        Raises:
+            ValueError: if the condition is not Captions with tokens of size caption_width.
+        """
         captions = self.checked(condition)
         context = self.caption_embedder(captions)
         embedding = self.t_embedder(t) + context.mean
@@ -98,7 +102,11 @@ class TextDiT(Network):
         return (u if self.pixel_skip is None else self.pixel_skip(u, x_t, embedding)).to(x_t.dtype)
 
     def checked(self, condition: Condition) -> Captions:
-        """Return the condition after checking that it matches this network."""
+        """Return the condition after checking that it matches this network.
+
+        Raises:
+            ValueError: if it does not.
+        """
         if not isinstance(condition, Captions):
             found = "None" if condition is None else f"labels {tuple(condition.shape)}"
             raise ValueError(f"TextDiT needs Captions, or network.null(captions) for unconditional rows: got {found}")

@@ -90,7 +90,11 @@ class PretrainedTeacher(Teacher):
         super().__init__(network.to("meta") if is_weightless() else network)
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> Sample:
-        """Return v(x_t, t), for t in [0, 1]."""
+        """Return v(x_t, t), for t in [0, 1].
+
+        Raises:
+            ValueError: if the condition does not match the network.
+        """
         if self.prediction == "velocity":
             return super().velocity(x_t, t, condition)
         return self.noise.velocity(lambda z, step: self.network(z, step, step, condition), x_t, t)

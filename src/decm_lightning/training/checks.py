@@ -38,7 +38,11 @@ class TrainingChecks(L.Callback):
         check_fit(pl_module.network, EvaluationData.of(data).num_classes)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule."""
+        """Refuse a schedule that ends before the run, and warn if the run ends before the schedule.
+
+        Raises:
+            ValueError: naming both numbers of steps.
+        """
         configs = trainer.lr_scheduler_configs
         end = getattr(configs[0].scheduler, "total_steps", None) if configs else None
         steps = run_length(trainer)

@@ -123,7 +123,11 @@ class ImageFolder(ResumableData):
         self.reference = LabelledImages(images, stored.labels, stored.names, reference)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the reference images, in order."""
+        """Return the reference images, in order.
+
+        Raises:
+            ValueError: if no image is held out.
+        """
         if not len(self.reference):
             count = len(self.train)
             raise ValueError(f"no image is held out: increase val_fraction, which is {self.val_fraction} of {count}")

@@ -115,7 +115,11 @@ class CaptionedImages(ResumableData):
         self.texts = [texts[row] for row in rows.tolist()]
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
-        """Return the captions of samples `rows`. Sample i uses held-out pair i mod their number."""
+        """Return the captions of samples `rows`. Sample i uses held-out pair i mod their number.
+
+        Raises:
+            ValueError: if no pair is held out.
+        """
         return self._held_out().condition([row % len(self.reference) for row in rows])
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:

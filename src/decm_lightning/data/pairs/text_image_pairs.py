@@ -101,6 +101,9 @@ class TextImagePairs(CaptionedImages):
 
         Args:
             device: device that encodes; None for `self.device`.
+
+        Raises:
+            FileNotFoundError, ValueError, ImportError: see `setup`.
         """
         return len(self._load("prepare", torch.device(device) if device else self.device).captions)
 
@@ -122,7 +125,11 @@ class TextImagePairs(CaptionedImages):
         return Batch(x_1, encoded(self.train.captions, batch.condition, self.encoder, x_1.device))
 
     def condition(self, rows: Sequence[int], seed: int = 0) -> Condition:
-        """Return the captions of samples `rows`. Sample i uses held-out pair i mod their number."""
+        """Return the captions of samples `rows`. Sample i uses held-out pair i mod their number.
+
+        Raises:
+            ValueError: if no pair is held out.
+        """
         return encoded(self.train.captions, super().condition(rows, seed), self.encoder, self.device)
 
     def release(self) -> None:

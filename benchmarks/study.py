@@ -2,9 +2,9 @@
 
 Every method distills the teacher of one config, for the number of steps at which all methods have run the same number
 of forward passes per row of the batch (`losses.cost`). Its learning rate is the one with the smallest sum of log
-distances (over the numbers of sampling steps in `choice`) in shorter runs with another seed, which do not rank. Runs
-are plain `decm fit` and `decm test` commands in their own folders, with their configs. The same command resumes an
-interrupted study.
+distances (over the numbers of sampling steps in `choice`) in runs with another seed, which do not rank. Runs are plain
+`decm fit` and `decm test` commands in their own folders, with their configs. The same command resumes an interrupted
+study.
 """
 
 import json
@@ -124,7 +124,7 @@ class Study:
         # The teacher and the floors are measured once, with the first method's first seed.
         first = (run.method, run.seed) == (next(iter(self.settings["methods"])), self.settings["seeds"][0])
         if run.seed == self.choice.get("seed"):
-            specs = self.choice["specs"]
+            specs = self.choice.get("specs", specs)
         elif first:
             specs = [*self.settings["teacher"], *specs]
         for callback in self.base["trainer"]["callbacks"]:
@@ -136,7 +136,7 @@ class Study:
         return kept
 
     def rate(self, method: str) -> float:
-        """Return the learning rate with the smallest sum of log distances of the shorter runs."""
+        """Return the learning rate with the smallest sum of log distances in the runs of `choice`."""
         rates = self.settings["rates"]
         if len(rates) == 1:
             return float(rates[0])

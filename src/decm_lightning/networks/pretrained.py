@@ -35,9 +35,9 @@ from decm_lightning.networks.weightless import is_weightless, on_meta
 CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
 WEIGHTS = "model.safetensors"
+"""The file with the weights in a network folder."""
 INDEX = "model_index.json"
 """The description of a pipeline of diffusers."""
-"""The file with the weights in a network folder."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,12 @@ def test_broken_and_small_images_are_left_out(configs):
     assert arguments(teacher)[0]["on_error"] == "skip"
     assert arguments(teacher)[0]["size"] == 16
     assert "2 broken images: china/small.png" in out
+
+
+def test_the_timed_runs_do_not_repeat_warnings(recwarn):
+    with command._quiet():
+        warnings.warn("1 broken image", stacklevel=1)
+    assert not recwarn.list
 
 
 def test_a_large_set_is_split(configs, monkeypatch):

@@ -162,6 +162,12 @@ def test_folder_of_another_class_is_refused(network, tmp_path):
         load(tmp_path)
 
 
+def test_a_pipeline_of_diffusers_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a pipeline of diffusers"):
+        load(tmp_path)
+
+
 def test_foreign_checkpoint_is_refused(tmp_path):
     """A checkpoint that neither describes its network nor is a public one is refused, with its name."""
     torch.save({"state_dict": {"x": torch.zeros(1)}, "epoch": 3}, tmp_path / "foreign.ckpt")

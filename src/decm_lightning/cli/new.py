@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,10 +78,8 @@ def new(folder: str, out: str = "my-run", size: int | None = None, minutes: floa
     for name, length in (("teacher", teacher), ("student", student)):
         config, grid = shlex.quote(f"{target}/{name}.yaml"), f"{target}/{name}/samples.png"
         print(f"  decm fit --config {config}    # about {max(1, round(length.minutes))} min, renews {grid}")
-    student_file, images = (
-        shlex.quote(f"{target}/{name}") for name in ("student/checkpoints/last.ckpt", "samples.png")
-    )
-    print(f"  decm sample {student_file} --steps 4 --out {images}")
+    last, grid = (shlex.quote(f"{target}/{name}") for name in ("student/checkpoints/last.ckpt", "samples.png"))
+    print(f"  decm sample {last} --steps 4 --out {grid}")
 
 
 def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan:
@@ -104,11 +103,11 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         print(f"{broken(stored.errors)}: the configs leave them out")
     val_fraction = 0.1 if count >= HELD_OUT_FROM else 0.0
     color = "color" if channels == 3 else "gray"
-    images = f"{count} image{'s' * (count > 1)}"
+    found = f"{count} image{'s' * (count > 1)} in {classes} class{'es' * (classes > 1)}"
     return Plan(
         folder=folder,
         out=out,
-        summary=f"{images} in {classes} class{'es' * (classes > 1)}, {size} x {size} pixels, {color}",
+        summary=f"{found}, {size} x {size} pixels, {color}",
         machine=machine,
         size=size,
         channels=channels,
@@ -229,11 +228,13 @@ def _bare(place: Path) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the log of the timed runs."""
+    """Hide the log and the warnings of the timed runs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 

@@ -36,6 +36,8 @@ CLASSES: dict[str, type[Network]] = {"DiT": DiT, "MLP": MLP, "TextDiT": TextDiT}
 
 WEIGHTS = "model.safetensors"
 """The file with the weights in a network folder."""
+INDEX = "model_index.json"
+"""The description of a pipeline of diffusers."""
 PREFIXES: dict[Weights | None, str] = {None: "average.", "ema": "average.", "model": "network."}
 """The name prefixes of the averaged and of the trained weights in a training checkpoint."""
 
@@ -122,8 +124,8 @@ def check_target(folder: str | Path) -> Path:
         raise NotADirectoryError(f"{folder} is a file: choose a folder")
     if is_sharded(folder):
         raise ValueError(f"{folder} is a sharded checkpoint: choose another folder")
-    if (folder / "model_index.json").exists():
-        raise ValueError(f"{folder} contains a pipeline of diffusers (model_index.json): choose another folder")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} contains a pipeline of diffusers ({INDEX}): choose another folder")
     found = _class_in(folder / CONFIG)
     if (folder / WEIGHTS).exists() if found is None else found not in CLASSES and "." not in found:
         file = WEIGHTS if found is None else CONFIG
@@ -221,6 +223,9 @@ def _subclasses(cls: type[Network]) -> Iterator[type[Network]]:
 
 
 def _from_folder(folder: Path, trust: bool) -> Network:
+    if (folder / INDEX).exists() and not (folder / CONFIG).exists():
+        remedy = "load it with DiffusionPipeline.from_pretrained, or export the checkpoint to another folder"
+        raise ValueError(f"{folder} is a pipeline of diffusers: {remedy}")
     config, weights = folder / CONFIG, folder / WEIGHTS
     for file in (config, weights):
         try:

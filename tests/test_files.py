@@ -8,8 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from decm_lightning.files import atomic, describe_unreadable, file_sha256, tensors_sha256
+from decm_lightning.files import atomic, describe_unreadable, file_sha256, shown, tensors_sha256
 from tests.unprivileged import open_folder, unprivileged
+
+
+def test_paths_outside_the_working_directory_are_shown_absolute(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert shown(tmp_path / "here" / "runs" / "last.ckpt") == shown("runs/last.ckpt") == "runs/last.ckpt"
+    assert shown(tmp_path / "there") == str(tmp_path / "there")
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:

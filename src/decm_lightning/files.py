@@ -129,6 +129,12 @@ def check_writable(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(place)) from error
 
 
+def shown(path: str | Path) -> str:
+    """Return a path to print: relative to the working directory if it is inside, absolute otherwise."""
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically.
 

@@ -1,12 +1,12 @@
 """What to do after a training run or a test."""
 
-import os
 import shlex
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from decm_lightning.files import shown
 from decm_lightning.networks import Network
 
 
@@ -18,9 +18,9 @@ def print_end(trainer: L.Trainer, network: Network) -> None:
     if not trainer.is_global_zero:
         return
     if trainer.loggers and folder:
-        print(f"logged to {os.path.relpath(folder)}")
+        print(f"logged to {shown(folder)}")
     if callbacks:
-        path = os.path.relpath(callbacks[0].last_model_path)
+        path = shown(callbacks[0].last_model_path)
         print(f"wrote {path}")
         print_next(path, network)
 

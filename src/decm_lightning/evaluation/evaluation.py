@@ -1,7 +1,6 @@
 """Measure samples against real images during training, and write the quality table in tests."""
 
 import logging
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,7 @@ from decm_lightning.evaluation.protocol import measurement, networks, protocol, 
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.evaluation.table import Row, Table
 from decm_lightning.even_split import count_own, split_evenly
-from decm_lightning.files import check_writable
+from decm_lightning.files import check_writable, shown
 from decm_lightning.image_writer import check_plots
 from decm_lightning.metrics import FeatureMetrics, reference
 from decm_lightning.metrics.feature_metrics import metrics_of
@@ -242,7 +241,7 @@ class Evaluation(L.Callback):
             # Printed first, because the disk may be full.
             print(f"{table.heading}\n\n{table.values()}")
             names = ", ".join(each.name for each in table.write(file, images))
-            print(f"wrote {names} to {os.path.relpath(file.parent)}")
+            print(f"wrote {names} to {shown(file.parent)}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move feature networks, statistics and the decoder off the accelerator."""

@@ -157,6 +157,9 @@ def test_what_may_be_right_is_left_to_the_command(argv, place):
         (["fit", "--config", "config.yaml", "--model.init_args.ema_deca", "0.9"], "ema_decay"),
         (["fit", "--config", "config.yaml", "--model.guidance.scal", "2"], "--guidance.scale"),
         (["fit", "--config", "nested.yaml"], "scale"),
+        (["fit", "config.yaml"], "--config config.yaml"),
+        (["fit", "c.yaml"], "--config c.yaml"),
+        (["fit", "--config", "config.yaml", "--model.init_args.objective", "facm"], "decm_lightning.losses.facm"),
         (["fit", "--config", "section.yaml"], "trainer.max_steps"),
     ],
 )
@@ -263,3 +266,10 @@ def test_a_command_ends_well_when_its_reader_has_gone(place):
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_without_a_logger_nothing_monitors_the_learning_rate(decm):
+    """Lightning's callback, which every config of the package has, would end the run."""
+    monitor = "lightning.pytorch.callbacks.LearningRateMonitor"
+    code, _, err = decm("fit", "--config", "config.yaml", "--trainer.callbacks", monitor)
+    assert code == 0, err

@@ -23,8 +23,8 @@ TYPES = {
 }  # fmt: skip
 # What the parser says of a value in terms of Python's types, and the same for the user.
 WORDS = (
-    (r"Expected a path but .+? either not accessible or invalid; (?=Expected a dot import path)", ""),
-    (r"Expected a dot import path string: \S+?(?=\. Got value|$)", "expected the name or the path of a class"),
+    (r"Expected a path but .+? either not accessible or invalid; ", ""),
+    (r"Expected a dot import path string: \S+?(?=;|\. Got value|$)", "expected the name or the path of a class"),
     (r"Unable to load config '(.*?)'; Unable to load config \"\1\"", f"expected {TYPES['dict']}, or a file of them"),
     (r"Unexpected import path format: .*?(?=\. Got value|$)", f"expected {TYPES['dict']}, or the path of a class"),
     (r"Expected a typing\.Literal\[(.*?)\]", lambda found: f"expected one of {found[1].replace(chr(39), '')}"),
@@ -52,7 +52,7 @@ def describe(error: BaseException) -> str:
         what = essence(str(error))
     options = [option for each in _chain(error) for option in getattr(each, "options", ())]
     suggestion = next((found for pair in _unknown(str(error), options) if (found := did_you_mean(*pair))), ())
-    return "; ".join([what, *suggestion, *getattr(error, "__notes__", ())])
+    return "; ".join([what.rstrip("."), *suggestion, *getattr(error, "__notes__", ())])
 
 
 def essence(message: str) -> str:
@@ -82,7 +82,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> tuple[str, ...]:
         ('did you mean sample?',)
     """
     known = list(known)
-    return () if wrong in known else tuple(f"did you mean {word}?" for word in get_close_matches(wrong, known, 1))
+    if wrong in known:
+        return ()
+    # A name without its module, or a config without its option.
+    found = [word for word in known if re.search(rf"[. ]{re.escape(wrong)}$", word)] or get_close_matches(wrong, known)
+    return tuple(f"did you mean {word}?" for word in found[:1])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -95,7 +99,8 @@ def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Coll
     """Yield each word of an error that may be misspelled, with the words that are valid in its place."""
     for arguments in re.findall(r"unrecognized arguments: (.*)", message):
         for argument in arguments.split():
-            yield argument.partition("=")[0], options
+            is_config = argument.endswith((".yaml", ".yml"))
+            yield argument.partition("=")[0], [f"--config {argument}"] if is_config else options
     classes = re.findall(r"class_path '([\w.]+)'", message) or [""]
     for group, name in re.findall(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", message):
         yield name, _parameters(classes[-1], group)
@@ -106,7 +111,9 @@ def _unknown(message: str, options: Collection[str]) -> Iterator[tuple[str, Coll
     for name in re.findall(r"No module named '([\w.]+)'", message):
         yield name, _modules(name.rpartition(".")[0])
     for name in re.findall(r"Expected a dot import path string: (\w+)", message):
-        yield name, [known for module in list(sys.modules.values()) for known in _public(module)]
+        modules = list(sys.modules.values())
+        yield name, [known for module in modules for known in _public(module)]
+        yield name, sorted((f"{module.__name__}.{name}" for module in modules if name in _public(module)), key=len)
     lists = [re.findall(r"'([^']+)'", words) for words in re.findall(r"Literal\[(.*?)\]", message)]
     lists += [words.split(", ") for words in re.findall(f"(?:one of|expected) {SEVERAL}", message)]
     for value in re.findall(r"(?:Given value|Got value|got):? '?([^'\n]+)'?", message):

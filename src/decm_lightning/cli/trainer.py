@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -157,6 +157,10 @@ class TrainerCLI(LightningCLI):
         config = self.config_init["trainer"]
         callbacks = config["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config["logger"] is False:
+            # Without a logger it raises an error at the first step.
+            callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
+        kwargs["callbacks"] = callbacks
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs |= {"callbacks": [*callbacks, RunProgress()], "enable_model_summary": False}
         return super().instantiate_trainer(**kwargs)

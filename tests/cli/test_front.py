@@ -273,3 +273,21 @@ def test_without_a_logger_nothing_monitors_the_learning_rate(decm):
     monitor = "lightning.pytorch.callbacks.LearningRateMonitor"
     code, _, err = decm("fit", "--config", "config.yaml", "--trainer.callbacks", monitor)
     assert code == 0, err
+
+
+BARS = """
+import sys
+from contextlib import redirect_stdout
+from rich.console import Console
+from rich.live import Live
+from decm_lightning.cli.output import Output
+outer, inner = (Live(console=Console(force_terminal=True)) for _ in range(2))
+with outer, redirect_stdout(Output(sys.stdout)), inner:
+    print("between the bars")
+"""
+
+
+def test_bars_of_rich_outside_and_inside_of_a_command_end():
+    """As in a notebook whose first bar is still open: each bar wrote to the other one, without end."""
+    done = subprocess.run([sys.executable, "-c", BARS], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.count("between the bars") == 1

@@ -8,7 +8,8 @@ class Output:
     """A stream that discards its output once the reader, such as `head`, has closed the pipe. The run continues."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        # Within a bar of rich, the stream is a proxy that writes to sys.stdout, and so to this object again.
+        self.stream: TextIO = getattr(stream, "rich_proxied_file", stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["stream"], name)

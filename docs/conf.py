@@ -41,6 +41,8 @@ python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# Shapes such as "b *sample" in the types of attributes would be read as markup.
+napoleon_attr_annotations = False
 
 # `make docs-links` reads the addresses of other sites, and needs a network.
 linkcheck_timeout = 20

@@ -25,8 +25,6 @@ PAGES = {path.relative_to(ROOT / "docs").as_posix(): path.read_text() for path i
 EXAMPLES = {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in (ROOT / "examples").glob("*.py")}
 TEXTS = PAGES | EXAMPLES | {"README.md": (ROOT / "README.md").read_text()}
 ROOMS = "losses metrics teachers networks samplers data evaluation callbacks flows demo derivatives triangle time_laws"
-# Its module adds them in a loop, which `completion.options` does not read.
-GRID = {"scales", "limits", "intervals", "samples", "steps"} | set(options(cli.COMMANDS["test"]))
 OTHERS = re.compile(r"pip |tensorboard|python -m benchmarks|make |evaluate_images|ssh |#SBATCH|--signal|no-deps")
 
 
@@ -84,7 +82,7 @@ def test_commands_and_their_options_exist(name):
         if command in ("writes", "finds"):  # a sentence
             continue
         assert command in cli.COMMANDS, command
-        known = GRID if command == "tune-guidance" else set(options(cli.COMMANDS[command]))
+        known = set(options(command))
         nested = ("trainer.", "model.", "data.") if cli.COMMANDS[command].group == cli.TRAINING else tuple(known)
         for word in (word.removeprefix("--").rstrip(",") for word in words if word.startswith("--")):
             assert word.partition("=")[0] in known | {"print_config", "help", "data"} or word.startswith(nested), word
@@ -92,8 +90,8 @@ def test_commands_and_their_options_exist(name):
 
 @pytest.mark.parametrize("name", sorted(TEXTS.keys() - {"benchmarks.md"}))
 def test_options_anywhere_in_a_page_exist(name):
-    known = set(chain.from_iterable(options(command) for command in cli.COMMANDS.values()))
-    known |= GRID | {"help", "version", "print_config", "data", "constraint", "dry-run"}
+    known = set(chain.from_iterable(options(command) for command in cli.COMMANDS))
+    known |= {"help", "version", "print_config", "data", "constraint", "dry-run"}
     modules = {**inspect.signature(Distiller).parameters, **inspect.signature(TeacherTraining).parameters}
     sources = [getattr(data, each) for each in data.__all__]
     rows = set(chain.from_iterable(inspect.signature(source).parameters for source in sources))

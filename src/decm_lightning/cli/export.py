@@ -75,12 +75,12 @@ def export(
         device: the device that generates the samples, such as cpu or cuda.
         trust: allow a network class from outside this package; importing its module runs its code.
     """
-    # Reading the checkpoint may take minutes, so the target is checked first.
-    target = CHECKS[to](out)
     write = writer(to)
     options = {name: value for name, value in (("vae", vae), ("latents", latents), ("encoder", encoder)) if value}
     if unknown := options.keys() - signature(write).parameters.keys():
         raise ValueError(f"--to {to} has no option --{min(unknown)}: leave it out")
+    # Reading the checkpoint may take minutes, so the target is checked first.
+    target = CHECKS[to](out)
     name = hub.check_name(push) if push else ""
     check_device(device)
     network = load(checkpoint, trust=trust)

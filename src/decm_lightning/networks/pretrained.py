@@ -19,15 +19,7 @@ from decm_lightning.networks.hub import download, is_hub_name
 from decm_lightning.networks.import_public import import_public
 from decm_lightning.networks.mlp import MLP
 from decm_lightning.networks.network import Network, describe
-from decm_lightning.networks.record import (
-    CONFIG,
-    RECORD,
-    quality_file,
-    read_record,
-    record_in,
-    with_table,
-    write_record,
-)
+from decm_lightning.networks.record import CONFIG, RECORD, read_record, record_in, with_table, write_record
 from decm_lightning.networks.sharded import fill, is_sharded, read_rest
 from decm_lightning.networks.text_dit import TextDiT
 from decm_lightning.networks.weightless import is_weightless, on_meta
@@ -80,7 +72,7 @@ def load(
     else:
         network = _from_folder(place, trust) if place.is_dir() else _from_file(place, trust, weights, heads)
     if not is_weightless():
-        network.record = with_table(network, quality_file(place))
+        network.record = with_table(network, place)
     return (network if is_weightless() else network.to(device)).eval()
 
 

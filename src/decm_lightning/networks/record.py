@@ -221,8 +221,9 @@ def record_in(checkpoint: dict[str, Any]) -> Record | None:
     return record if config is None else replace(record, config=yaml.load(config, loader))
 
 
-def with_table(network: Any, file: Path) -> Record | None:
-    """Return the record of a network with the table in `file`, if there is one and it is of the same weights."""
+def with_table(network: Any, path: Path) -> Record | None:
+    """Return the record of the network at `path` with the table of `decm test`, if it is of the same weights."""
+    file = quality_file(path)
     if not file.is_file():
         return network.record  # type: ignore[no-any-return]
     try:

@@ -63,7 +63,9 @@ def blip(tmp_path_factory) -> str:
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(BLIP_WORDS))
     tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
-    images = transformers.BlipImageProcessorPil(size={"height": 16, "width": 16})
+    # Older versions of transformers have one processor of images.
+    processor = getattr(transformers, "BlipImageProcessorPil", None) or transformers.BlipImageProcessor
+    images = processor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
     return str(folder)
 

@@ -31,7 +31,7 @@ MESSAGES = (
     "(Restoring states|Restored all states|Loaded model weights) from the checkpoint",
 )
 # Only a GPU has the fused kernel.
-WITHOUT_GPU = (r"attention's tangent is computed in blocks of \d+ queries \(Triton is not installed\)",)
+WITHOUT_GPU = (r"attention's tangent is computed in blocks of \d+ queries",)
 
 
 class Lines(logging.Handler):

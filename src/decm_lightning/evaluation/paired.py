@@ -53,7 +53,7 @@ class PairedDistance:
     deterministic samplers they are the error of the map. Samplers that add noise, such as consistency with more than 1
     step, start from x_0 but do not follow the ODE: their columns also contain the distance that the added noise makes,
     so compare them only with one another.
-    Without `quality`, the metrics of the feature network, there is no column paired_features.
+    Without `quality`, the metrics of the feature network, the column paired_features is left out.
     """
 
     def __init__(self, generator: SampleGenerator, settings: Paired, quality: FeatureMetrics | None) -> None:

@@ -49,7 +49,7 @@ class NoTeacher(FormulaTeacher):
     """Takes the place of a teacher: the velocity of a row at (x_t, t) is x_1 - x_0, as MeanFlow is published.
 
     Its mean over all rows with the same x_t is the marginal velocity, so losses that are linear in the velocity are
-    unbiased. There is no velocity at other points, so the end identity and guidance are not available.
+    unbiased. The velocity at other points is unknown, so the end identity and guidance are not available.
     """
 
     def velocity(self, x_t: Sample, t: Time, condition: Condition) -> NoReturn:

@@ -168,7 +168,7 @@ def test_the_route_of_sd35_ends_in_a_process_without_this_package(fit_sd35, decm
     lines = DOCS.read_text().partition("```python\n")[2].partition("```")[0]
     lines = lines.replace("stabilityai/stable-diffusion-3.5-medium", str(tmp_path / "sd3")).replace("512", "8")
     lines = lines.replace("manual_seed(0)", f"manual_seed({generator_of(5, 0).initial_seed()})")
-    assert 'pipeline.load_lora_weights("student.safetensors")\n' in lines
+    assert 'pipeline.load_lora_weights(".", weight_name="student.safetensors")\n' in lines
     seed, image = lines.splitlines()[-2:]
     base = ["pipeline.unload_lora_weights()", seed, image.replace("cat.png", "base.png")]
     # Imports of this package would fail.

@@ -145,11 +145,10 @@ def _usage(network: Network, out: Path, to: str, name: str, base: Reference | No
             "with SamplerCustomAdvanced: sampler lcm, ManualSigmas 1.0, 0.3, 0.2, 0.1, 0.0, CFGGuider with cfg 1.0."
         )
     elif to == "lora":
-        file = f'"{name}", weight_name="{out.name}"' if name else f'"{where}"'
         lines = [
             "from diffusers import DiffusionPipeline, FlowMatchLCMScheduler",
             f'pipeline = DiffusionPipeline.from_pretrained("{base.name if base else "the base model"}")',
-            f"pipeline.load_lora_weights({file})",
+            f'pipeline.load_lora_weights("{name or out.parent}", weight_name="{out.name}")',
             "pipeline.scheduler = FlowMatchLCMScheduler(shift=1.0)",
             f"image = pipeline({condition}, sigmas=[1.0, 0.3, 0.2, 0.1], guidance_scale=1.0).images[0]",
         ]

@@ -1,10 +1,9 @@
 """python -m benchmarks.study configs/compare/digits.yaml: compare methods at equal numbers of network evaluations.
 
 Every method distills the teacher of one config, for the number of steps at which all methods have run the same number
-of forward passes per row of the batch (`losses.cost`). Its learning rate is the one with the smallest sum of log
-distances (over the numbers of sampling steps in `choice`) in runs with another seed, which do not rank. Runs are plain
-`decm fit` and `decm test` commands in their own folders, with their configs. The same command resumes an interrupted
-study.
+of forward passes per row of the batch (`losses.cost`). Runs with another seed, which do not rank, choose its learning
+rate by the sum of log distances over the numbers of sampling steps in `choice`. Runs are plain `decm fit` and
+`decm test` commands in their own folders, with their configs. The same command resumes an interrupted study.
 """
 
 import json
@@ -50,8 +49,8 @@ class Study:
 
     def objective(self, run: Run) -> dict[str, Any]:
         """Return the objective of a method: a preset of `losses` by its name, or any class path."""
-        given = self.settings["methods"][run.method]
-        method = {name: value for name, value in given.items() if name not in ("guidance", "optimizer", "model")}
+        others = ("guidance", "optimizer", "model", "rate")
+        method = {name: value for name, value in self.settings["methods"][run.method].items() if name not in others}
         name = method["class_path"]
         return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
 
@@ -140,17 +139,26 @@ class Study:
         return kept
 
     def rate(self, method: str) -> float:
-        """Return the learning rate with the smallest sum of log distances in the runs of `choice`."""
-        rates = self.settings["rates"]
-        if len(rates) == 1:
-            return float(rates[0])
-        runs = {rate: Run(method, rate, self.choice["seed"], self.choice["passes"]) for rate in rates}
-        scores = {}
-        for rate, run in runs.items():
-            best = by_steps(self.quality(run))
-            scored = [math.log(best[steps][0]) for steps in self.choice["steps"] if steps in best]
-            scores[rate] = sum(scored) if scored else math.inf
-        return min(scores, key=scores.__getitem__)
+        """Return the learning rate of a method: its own or the only one, or else the best by the runs of `choice`.
+
+        The search starts in the middle of `rates`, and ends at a rate that is better than its neighbors in the list.
+        """
+        own = self.settings["methods"][method].get("rate")
+        rates = [own] if own else sorted(self.settings["rates"])
+        here = (len(rates) - 1) // 2
+        while True:
+            near = [place for place in (here + 1, here - 1) if 0 <= place < len(rates)]
+            # Lazily, so that a rate below is tried only if the one above is worse.
+            better = (place for place in near if self.score(method, rates[place]) < self.score(method, rates[here]))
+            if (place := next(better, None)) is None:
+                return float(rates[here])
+            here = place
+
+    def score(self, method: str, rate: float) -> float:
+        """Return the sum of log distances over the numbers of sampling steps of `choice`."""
+        best = by_steps(self.quality(Run(method, rate, self.choice["seed"], self.choice["passes"])))
+        scored = [math.log(best[steps][0]) for steps in self.choice["steps"] if steps in best]
+        return sum(scored) if scored else math.inf
 
 
 def built(objective: dict[str, Any]) -> Objective:

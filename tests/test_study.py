@@ -1,5 +1,6 @@
 """Study files: every method's objective can be built, and has equal counted network evaluations."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
     assert study.objective(plain) == study.objective(slow)
     assert study.optimizer(plain)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0}
     assert study.optimizer(slow)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0, "betas": [0.9, 0.95]}
+
+
+@pytest.mark.parametrize(
+    ("best", "runs"), [(1e-3, [3e-3, 6e-3, 1e-3]), (3e-3, [3e-3, 6e-3, 1e-3]), (1.2e-2, [3e-3, 6e-3, 1.2e-2])]
+)
+def test_the_search_for_the_rate_ends_between_worse_neighbors(best, runs, tmp_path, monkeypatch):
+    """The distance is smallest at one rate; only neighbors on the way to it are run."""
+    study, ran = Study(Path("configs/compare/digits.yaml"), tmp_path), []
+
+    def quality(run):
+        ran.append(run.rate)
+        return {"rows": [{"model": "student", "sampler": "mix", "steps": 1, "fd": abs(math.log(run.rate / best)) + 1}]}
+
+    monkeypatch.setattr(study, "quality", quality)
+    assert study.rate("facm") == best
+    assert list(dict.fromkeys(ran)) == runs
+    study.settings["methods"]["facm"]["rate"] = 5e-4
+    assert study.rate("facm") == 5e-4
+    assert study.objective(Run("facm", 5e-4, 0, 1)) == {"class_path": "decm_lightning.losses.facm"}
 
 
 def test_the_best_sampler_of_each_number_of_steps():

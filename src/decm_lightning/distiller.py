@@ -25,7 +25,7 @@ from decm_lightning.derivatives import (
     functional,
 )
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import Composition, Cost, FlowMapLoss, Objective, cost, end_identity, tangent
+from decm_lightning.losses import Composition, Cost, FlowMapLoss, Objective, PresetName, cost, named, tangent
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
@@ -45,8 +45,7 @@ class Distiller(FlowTraining):
         teacher: the frozen teacher. Checkpoints do not contain it, because the config builds it again. None to train on
             the velocity x_1 - x_0 of each row's path, as MeanFlow does; this needs a student.
         student: the flow map to train; None for a copy of the teacher with a zero-initialized end time.
-        objective: the losses: `losses.paper`, `losses.end_identity`, a method of `losses.rivals`, or your own; None for
-            `losses.end_identity()`.
+        objective: the losses, or the name of a preset of `losses` (`losses.PresetName`) with its default settings.
         guidance: how the teacher is guided. The student learns the guided velocity and needs only one pass.
         derivative: the engine for jvp: "dual" (exact, one pass), "functional" (exact, torch.func.jvp; the reference),
             "central" (central difference), a function (`derivatives.Engine`), or "auto": the first of the three that
@@ -67,7 +66,7 @@ class Distiller(FlowTraining):
         self,
         teacher: Teacher | None,
         student: Network | None = None,
-        objective: Objective | None = None,
+        objective: Objective | PresetName = "end_identity",
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         derivative: EngineName | Literal["auto"] | Callable[..., Any] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -78,7 +77,7 @@ class Distiller(FlowTraining):
     ) -> None:
         if not callable(derivative) and derivative not in ("auto", *ENGINES):
             raise ValueError(f"derivative must be a function or one of auto, {', '.join(ENGINES)}: got {derivative!r}")
-        objective = end_identity() if objective is None else objective
+        objective = named(objective) if isinstance(objective, str) else objective
         teacher = NoTeacher() if teacher is None else teacher
         if isinstance(teacher, NoTeacher):
             objective.check_without_teacher()

@@ -1,12 +1,14 @@
 """Every loss of every preset is zero for the exact flow and has the gradient of its formula."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from decm_lightning import losses
 from decm_lightning.derivatives import Jump, JVPResult, forward_with_jvp, functional
-from decm_lightning.losses import FlowMapLoss, Objective, presets, residual, rivals, tangent
+from decm_lightning.losses import FlowMapLoss, Objective, PresetName, named, presets, residual, rivals, tangent
 from decm_lightning.losses.weighting import NORMALIZATIONS, TIME_WEIGHTS
 from decm_lightning.networks import MLP
 from decm_lightning.path import expand, jump
@@ -184,6 +186,20 @@ def test_own_normalization_and_time_weight_enter_the_loss(flow, student, draw_ju
     for name, function in own.items():
         term = Objective({"loss": loss}, function).term(loss, row, result, v_start, v_end, step=0)
         torch.testing.assert_close(term.value.detach(), ((2 + row.t)[:, None] * expected[name] ** 2).mean())
+
+
+def test_every_preset_has_a_name_and_every_name_a_preset():
+    found = {
+        name
+        for module in (presets, rivals)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__annotations__", {}).get("return") is Objective
+    }
+    assert set(get_args(PresetName)) == found
+    for name in found:
+        assert named(name) == getattr(losses, name)()
+    with pytest.raises(ValueError, match=r"one of paper, .*: got 'papr'"):
+        named("papr")
 
 
 def test_presets_have_one_normalization():

@@ -17,13 +17,17 @@ LAYERS = (
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given|"
     r"Subclass types expect|a class path \(str\)|a dict with"
 )
+# Lines that say nothing if there are others.
+GENERAL = (
+    "Not a valid subclass", "Expected a <class", "Expected a path but", "Expected a dot import path",
+    "Expected a typing.Literal",
+)  # fmt: skip
 TYPES = {
     "int": "an integer", "float": "a number", "str": "text", "bool": "true or false",
     "list": "a list, such as '[1, 2]'", "dict": "keys with values, such as '{key: 1}'",
 }  # fmt: skip
 # What the parser says of a value in terms of Python's types, and the same for the user.
 WORDS = (
-    (r"Expected a path but .+? either not accessible or invalid; ", ""),
     (r"Expected a dot import path string: \S+?(?=;|\. Got value|$)", "expected the name or the path of a class"),
     (r"Unable to load config '(.*?)'; Unable to load config \"\1\"", f"expected {TYPES['dict']}, or a file of them"),
     (r"Unexpected import path format: .*?(?=\. Got value|$)", f"expected {TYPES['dict']}, or the path of a class"),
@@ -61,8 +65,8 @@ def essence(message: str) -> str:
     keys = [key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line)]
     causes = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in lines if not re.match(LAYERS, line)]
     causes = [cause for cause in causes if cause]
-    # For a valid class with wrong arguments, these lines accompany the real cause.
-    for general in ("Not a valid subclass", "Expected a <class"):
+    # These lines accompany the real cause, for example for a valid class with wrong arguments.
+    for general in GENERAL:
         causes = [cause for cause in causes if not cause.startswith(general)] or causes
     what = "; ".join(dict.fromkeys(causes))
     # A parameter of several types has its value on a separate line. A long value would hide the cause.

@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -24,7 +23,7 @@ from decm_lightning.cli.noise import hide_noise
 from decm_lightning.cli.parsing import Parser, keep_whole_numbers
 from decm_lightning.evaluation import Evaluation, SampleWriter
 from decm_lightning.files import atomic
-from decm_lightning.losses import Objective, end_identity
+from decm_lightning.losses import Objective
 from decm_lightning.networks import Network
 from decm_lightning.networks.network import check_compiler
 from decm_lightning.networks.pretrained import refuse_partial
@@ -140,8 +139,6 @@ class TrainerCLI(LightningCLI):
             raise ValueError(f"{self.command} needs --ckpt_path: without a checkpoint the student is untrained")
         if self.command in ("validate", "predict") and (path := self.config.ckpt_path) and Path(path).exists():
             self.write_no_run(Path(path).parent)
-        if self.command is not None:
-            _spell_out(self.config)
 
     def write_no_run(self, folder: Path) -> None:
         """Write no logs, checkpoints and config of a training run. A traceback belongs into `folder`."""
@@ -286,12 +283,3 @@ def _newest(trainer: L.Trainer) -> str:
     files = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda file: file.stat().st_mtime)
     newest = f"use the newest in {folder}: {files[-1]}" if files else f"found none in {folder}"
     return f"this run has no last checkpoint; {newest}"
-
-
-def _spell_out(config: Namespace) -> None:
-    """Write the default objective into the config, so that the saved config still repeats the run if it changes."""
-    arguments = config.get("model.init_args")
-    if arguments is not None and "objective" in arguments and arguments.objective is None:
-        defaults = {name: parameter.default for name, parameter in signature(end_identity).parameters.items()}
-        name = f"{end_identity.__module__}.{end_identity.__qualname__}"
-        arguments.objective = Namespace(class_path=name, init_args=Namespace(**defaults))

@@ -3,6 +3,7 @@
 from decm_lightning.losses.cost import Cost, cost
 from decm_lightning.losses.loss import FlowMapLoss, LossTerm
 from decm_lightning.losses.middle import Composition, Fraction, Middle
+from decm_lightning.losses.named import PresetName, named
 from decm_lightning.losses.objective import Objective
 from decm_lightning.losses.presets import (
     consistency_and_flow_matching,
@@ -36,6 +37,7 @@ __all__ = [
     "Middle",
     "Normalize",
     "Objective",
+    "PresetName",
     "alpha_flow",
     "ayf_emd",
     "ayf_lmd",
@@ -49,6 +51,7 @@ __all__ = [
     "free_flow",
     "lagrangian",
     "mean_flow",
+    "named",
     "paper",
     "residual",
     "scm",

@@ -49,7 +49,7 @@ class Study:
 
     def objective(self, run: Run) -> dict[str, Any]:
         """Return the objective of a method: a preset of `losses` by its name, or any class path."""
-        others = ("guidance", "optimizer", "model", "rate")
+        others = ("guidance", "optimizer", "model", "rate", "specs")
         method = {name: value for name, value in self.settings["methods"][run.method].items() if name not in others}
         name = method["class_path"]
         return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
@@ -119,7 +119,7 @@ class Study:
     def callbacks(self, run: Run) -> list[dict[str, Any]]:
         """Return the config's callbacks that train, log gradients and test, with the study's specs."""
         kept = []
-        specs = self.settings["specs"]
+        specs = self.settings["methods"][run.method].get("specs", self.settings["specs"])
         # The teacher and the floors are measured once, with the first method's first seed, and the distance to the
         # teacher's converged ODE, which takes as long as half of the other samples, with the first seed.
         seed = self.settings["seeds"][0]

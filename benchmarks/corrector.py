@@ -29,15 +29,18 @@ class Method(NamedTuple):
         fraction: fraction of the rows for the corrector; 0 for the predictor alone.
         reserved: learn v_fake with the student's own network, at s = -1, which its flow map does not use.
         start: step from which the corrector acts, as a fraction of the run.
+        length: number of steps relative to the other methods.
     """
 
     fraction: float = 0.0
     reserved: bool = False
     start: float = 0.0
+    length: int = 1
 
 
 METHODS = {
     "predictor": Method(),
+    "predictor, twice the steps": Method(length=2),
     "predictor and corrector": Method(0.25),
     "the same, from half of the run": Method(0.25, start=0.5),
     "fake velocity at a reserved s": Method(0.25, reserved=True),
@@ -48,6 +51,7 @@ METHODS = {
 def train(method: Method, width: int, steps: int, seed: int) -> nn.Module:
     """Return the average of a student after `steps` training steps."""
     torch.manual_seed(seed)
+    steps *= method.length
     student, fake = MLP(width=width), MLP(width=4 * width)
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)

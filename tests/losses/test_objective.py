@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from decm_lightning import losses
+from decm_lightning import losses, time_laws, triangle
 from decm_lightning.derivatives import Jump, JVPResult, forward_with_jvp, functional
-from decm_lightning.losses import FlowMapLoss, Objective, PresetName, named, presets, residual, rivals, tangent
+from decm_lightning.losses import FlowMapLoss, Objective, PresetName, middle, named, presets, residual, rivals, tangent
 from decm_lightning.losses.weighting import NORMALIZATIONS, TIME_WEIGHTS
 from decm_lightning.networks import MLP
 from decm_lightning.path import expand, jump
@@ -200,6 +200,18 @@ def test_every_preset_has_a_name_and_every_name_a_preset():
         assert named(name) == getattr(losses, name)()
     with pytest.raises(ValueError, match=r"one of paper, .*: got 'papr'"):
         named("papr")
+
+
+def test_an_objective_is_written_without_its_defaults():
+    text = str(presets.end_identity(batch_fractions=(0.5, 0.25, 0.25)))
+    assert text == (
+        "Objective(losses={'consistency': FlowMapLoss(edge=DataEdge(), batch_fraction=0.5), "
+        "'flow_matching': FlowMapLoss(edge=Diagonal(), batch_fraction=0.25), "
+        "'noise_to_noisy': FlowMapLoss(edge=NoiseEdge(), start_weight=0.0, end_weight=1.0, batch_fraction=0.25)}, "
+        "normalization='tangent_norm')"
+    )
+    for name in get_args(PresetName):
+        assert eval(str(named(name)), vars(losses) | vars(triangle) | vars(time_laws) | vars(middle)) == named(name)
 
 
 def test_presets_have_one_normalization():

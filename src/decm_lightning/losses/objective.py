@@ -1,7 +1,8 @@
 """An objective is a set of named losses with one normalization and one distribution of start times."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,10 @@ class Objective:
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0: got {self.warmup_steps}")
+
+    def __str__(self) -> str:
+        """Return the arguments that differ from their defaults, as Python code for records and model cards."""
+        return _brief(self)
 
     def for_run(self, steps: int | None) -> "Objective":
         """Return the objective for a run of `steps` training steps; None if the number is unknown."""
@@ -152,3 +157,15 @@ class Objective:
         if loss.cosine_weight:
             value = value + loss.cosine_weight * cosine_loss(u, g)
         return LossTerm(loss.weight * value, g.square().mean().sqrt())
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_brief(part)}' for key, part in value.items())}}}"
+    if not is_dataclass(value):
+        return getattr(value, "__name__", repr(value))
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(value)
+    }
+    given = {name: getattr(value, name) for name in defaults if getattr(value, name) != defaults[name]}
+    return f"{type(value).__name__}({', '.join(f'{name}={_brief(part)}' for name, part in given.items())})"

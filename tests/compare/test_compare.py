@@ -138,6 +138,15 @@ def rows_of(run: Path) -> dict[str, dict]:
     return {f"{row['model']}/{row['sampler']}/{row['steps']}": row for row in rows}
 
 
+def test_a_stored_student_has_the_protocol_of_a_new_run(trained):
+    """Otherwise a new run cannot be compared with it: run decm test on it again."""
+    new, stored = (
+        json.loads(path.read_text())["protocol"]
+        for path in (trained / "runs/paper" / TABLE, CONFIG.parents[2] / "weights/digits/student/quality.json")
+    )
+    assert list(stored) == list(new)
+
+
 def test_every_number_of_the_tables_is_in_the_page(page):
     tables = Tables(page.read_text()).tables
     measured = {name: rows_of(page.parent / "runs" / name) for name in ("paper", "facm")}

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
+from decm_lightning.corrected_distiller import Corrector
 from decm_lightning.guidance import Guidance
-from decm_lightning.losses import Objective, cost
+from decm_lightning.losses import Cost, Objective, cost
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -44,12 +45,19 @@ class Study:
 
     def steps(self, run: Run) -> int:
         """Return the number of training steps that use up the budget."""
-        passes = Guidance(**self.guidance(run)).passes
-        return max(1, round(run.passes / cost(built(self.objective(run)).for_run(10_000), passes).total))
+        return max(1, round(run.passes / self.cost(run).total))
+
+    def cost(self, run: Run) -> Cost:
+        """Return the cost of a training step in forward passes per row of the batch."""
+        guided = Guidance(**self.guidance(run)).passes
+        found = cost(built(self.objective(run)).for_run(10_000), guided)
+        if "corrector" in (own := self.settings["methods"][run.method]):
+            return Corrector(**own["corrector"]).added_to(found, guided)
+        return found
 
     def objective(self, run: Run) -> dict[str, Any]:
         """Return the objective of a method: a preset of `losses` by its name, or any class path."""
-        others = ("guidance", "optimizer", "model", "rate", "specs")
+        others = ("guidance", "optimizer", "corrector", "model", "rate", "specs")
         method = {name: value for name, value in self.settings["methods"][run.method].items() if name not in others}
         name = method["class_path"]
         return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
@@ -87,6 +95,7 @@ class Study:
     def call(self, command: str, run: Run, options: list[str]) -> None:
         """Run one command; its output is in the run's log.txt."""
         place, steps = self.place(run), self.steps(run)
+        corrector = {name: value for name, value in self.settings["methods"][run.method].items() if name == "corrector"}
         place.mkdir(parents=True, exist_ok=True)
         overlay = {
             "seed_everything": run.seed,
@@ -99,8 +108,8 @@ class Study:
                 "callbacks": self.callbacks(run),
             },
             "model": {
-                "class_path": "decm_lightning.Distiller",
-                "init_args": {
+                "class_path": f"decm_lightning.{'Corrected' * bool(corrector)}Distiller",
+                "init_args": corrector | {
                     "objective": self.objective(run), "guidance": self.guidance(run),
                     "compile": self.settings.get("compile", False),
                     "optimizer": self.optimizer(run), **self.settings["methods"][run.method].get("model", {}),

@@ -28,7 +28,17 @@ PRESETS = [
     "shortcut",
     "split_mean_flow",
 ]
-TYPES = ["Batch", "Captions", "Distiller", "Guidance", "Network", "Objective", "Teacher", "TeacherTraining"]
+TYPES = [
+    "Batch",
+    "Captions",
+    "CorrectedDistiller",
+    "Distiller",
+    "Guidance",
+    "Network",
+    "Objective",
+    "Teacher",
+    "TeacherTraining",
+]
 NAMES = [*TYPES, *PRESETS, "load", "save", "euler", "consistency", "flow_map", "mix", "__version__"]
 TYPED = """
 from decm_lightning import Distiller, Network, __version__, load, mix, paper

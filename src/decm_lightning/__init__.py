@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from decm_lightning.corrected_distiller import CorrectedDistiller as CorrectedDistiller
     from decm_lightning.distiller import Distiller as Distiller
     from decm_lightning.guidance import Guidance as Guidance
     from decm_lightning.losses import Objective as Objective
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Batch": "types",
     "Captions": "types",
+    "CorrectedDistiller": "corrected_distiller",
     "Distiller": "distiller",
     "Guidance": "guidance",
     "Network": "networks",

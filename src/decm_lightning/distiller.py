@@ -11,21 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
 
-from decm_lightning import path
-from decm_lightning.derivatives import (
-    ENGINES,
-    Engine,
-    EngineName,
-    Jump,
-    NoTangentError,
-    check_fused,
-    choose,
-    dual,
-    forward_with_jvp,
-    functional,
-)
+from decm_lightning import derivatives, path
+from decm_lightning.derivatives import Engine, EngineName, Jump, NoTangentError, dual, forward_with_jvp, functional
 from decm_lightning.guidance import Guidance, GuidedField
-from decm_lightning.losses import Composition, Cost, FlowMapLoss, Objective, PresetName, cost, named, tangent
+from decm_lightning.losses import Composition, Cost, FlowMapLoss, LossTerm, Objective, PresetName, cost, named, tangent
 from decm_lightning.losses.learned_weight import LogWeight
 from decm_lightning.losses.rows import PathSample
 from decm_lightning.networks import Network
@@ -75,8 +64,9 @@ class Distiller(FlowTraining):
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        if not callable(derivative) and derivative not in ("auto", *ENGINES):
-            raise ValueError(f"derivative must be a function or one of auto, {', '.join(ENGINES)}: got {derivative!r}")
+        if not callable(derivative) and derivative not in ("auto", *derivatives.ENGINES):
+            engines = ", ".join(derivatives.ENGINES)
+            raise ValueError(f"derivative must be a function or one of auto, {engines}: got {derivative!r}")
         objective = named(objective) if isinstance(objective, str) else objective
         teacher = NoTeacher() if teacher is None else teacher
         if isinstance(teacher, NoTeacher):
@@ -92,7 +82,7 @@ class Distiller(FlowTraining):
         learned = [name for name, loss in objective.losses.items() if loss.learned_weight]
         self.log_weights = nn.ModuleDict({name: LogWeight() for name in learned})
         self.requested_derivative = derivative
-        self.derivative: Engine = derivative if callable(derivative) else ENGINES.get(derivative, dual)  # type: ignore[arg-type]
+        self.derivative: Engine = derivative if callable(derivative) else derivatives.ENGINES.get(derivative, dual)  # type: ignore[arg-type]
         self.teacher_identity, self.derivative_reason = "", "a function"
         self.jumps: list[Jump] = []
 
@@ -115,7 +105,7 @@ class Distiller(FlowTraining):
         self.teacher_identity = self.trainer.strategy.broadcast(identity)
         self.example = self.student.example()
         if not callable(requested := self.requested_derivative):
-            choice = choose(self.student, self.example, None if requested == "auto" else requested)
+            choice = derivatives.choose(self.student, self.example, None if requested == "auto" else requested)
             self.derivative = choice.engine
             self.derivative_reason = choice.reason.removeprefix("derivative ")
 
@@ -129,7 +119,8 @@ class Distiller(FlowTraining):
             Tensor, lambda value: torch.zeros_like(value, device=self.device), self.example
         )
         with precision.forward_context():
-            check_fused(self.student, (precision.convert_input(x_t), t, s, precision.convert_input(condition)))
+            inputs = (precision.convert_input(x_t), t, s, precision.convert_input(condition))
+            derivatives.check_fused(self.student, inputs)
 
     def sharded(self) -> list[Network]:
         """Return the student, its average, and the teacher's networks that can be sharded."""
@@ -167,8 +158,8 @@ class Distiller(FlowTraining):
     def summary(self) -> dict[str, str]:
         """Return what the run trains, one line for each heading."""
         teacher = f"{self.teacher.name or type(self.teacher).__name__}, guidance scale {self.guidance.scale:g}"
-        losses = ", ".join(self.objective.losses)
-        return super().summary() | {"teacher": teacher, "losses": losses, "derivative": self.derivative_reason}
+        own = {"teacher": teacher, "losses": ", ".join(self.objective.losses), "derivative": self.derivative_reason}
+        return super().summary() | own
 
     def models(self) -> dict[str, FlowMapNetwork]:
         """Return the averaged student, and the guided teacher as a flow map of Euler steps."""
@@ -213,7 +204,12 @@ class Distiller(FlowTraining):
             composition = self.compose(loss, jump, v_start, step, cpu_generator)
             log_weight = self.log_weights[name](jump.t.to(self.device)) if name in self.log_weights else None
             self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step, composition, log_weight)
+        self.terms |= self.more_terms(batch, generator)
         return self.total()
+
+    def more_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, LossTerm]:
+        """Return this step's losses of a subclass that are not on the triangle, by name."""
+        return {}
 
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:
         """Return the rows of each active loss, with the teacher's velocity at x_t if the loss reads it.

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from decm_lightning import Distiller, losses, samplers
+from decm_lightning import CorrectedDistiller, Distiller, losses, samplers
 from decm_lightning.callbacks import GradientNorms
 from decm_lightning.data import Digits
 from decm_lightning.guidance import Guidance
@@ -81,6 +81,10 @@ class OfBoth(Distiller):
         return torch.stack(totals).mean()
 
 
+class OfBothCorrected(OfBoth, CorrectedDistiller):
+    """The same with a corrector."""
+
+
 STRATEGIES = {
     "one process": lambda: "auto",
     "ddp": lambda: "ddp",
@@ -103,8 +107,9 @@ RIVALS = {
     "scm": lambda: losses.scm(warmup_steps=2),
     "shortcut": lambda: losses.shortcut(finest=4),
     "alpha_flow": lambda: losses.alpha_flow(alpha=Sigmoid(steps=2)),
+    "corrected": losses.free_flow,
 }
-"""A learned weight; targets of the average; targets of the student, then derivatives."""
+"""A learned weight; targets of the average; targets of the student, then derivatives; a third network."""
 
 
 def fit(
@@ -120,9 +125,11 @@ def fit(
     L.seed_everything(0, verbose=False)
     torch.compiler.reset()
     alone = strategy == "one process"
-    distiller = (partial(OfBoth, accumulated=accumulated) if alone else Distiller)(
+    corrected = rival == "corrected"
+    alone_kind, kind = (OfBothCorrected, CorrectedDistiller) if corrected else (OfBoth, Distiller)
+    distiller = (partial(alone_kind, accumulated=accumulated) if alone else kind)(
         Teacher(DiT(8, 1, patch_size=4, width=16, depth=2, heads=2, num_classes=10)),
-        student(),
+        student=student(),
         objective=RIVALS[rival]() if rival else losses.paper(n2n_every, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
         optimizer=partial(torch.optim.SGD, lr=0.1),
@@ -146,6 +153,8 @@ def fit(
     networks = (distiller.network, distiller.average)
     assert {isinstance(p, DTensor) for network in networks for p in network.parameters()} == {"fsdp2" in strategy}
     weights = whole(distiller.network) | whole(distiller.log_weights)
+    if corrected:
+        weights |= {f"fake.{name}": value for name, value in whole(distiller.fake).items()}
     return Run(weights, whole(distiller.average), dict(trainer.callback_metrics))
 
 

@@ -142,7 +142,7 @@ def free_flow(power: float = 1.0, constant: float = 1e-3) -> Objective:
     """FreeFlow's predictor (arXiv 2511.19428): the end identity from pure noise, without data. Reported: 1.45.
 
     g = u + s du/ds - v(f(x_0, 0, s), s), N = g / (mean(g^2) + constant)^power. The reported value includes FreeFlow's
-    corrector, which is not part of this objective.
+    corrector, which `CorrectedDistiller` adds to an objective.
 
     Args:
         power: the paper's k, at least 0.

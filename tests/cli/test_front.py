@@ -159,7 +159,7 @@ def test_what_may_be_right_is_left_to_the_command(argv, place):
         (["fit", "--config", "nested.yaml"], "scale"),
         (["fit", "config.yaml"], "--config config.yaml"),
         (["fit", "c.yaml"], "--config c.yaml"),
-        (["fit", "--config", "config.yaml", "--model.init_args.objective", "facm"], "decm_lightning.losses.facm"),
+        (["fit", "--config", "config.yaml", "--model.init_args.objective", "facn"], "facm"),
         (["fit", "--config", "section.yaml"], "trainer.max_steps"),
     ],
 )

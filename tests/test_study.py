@@ -42,7 +42,8 @@ def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("best", "runs"), [(1e-3, [3e-3, 6e-3, 1e-3, 3e-4]), (3e-3, [3e-3, 6e-3, 1e-3]), (1.2e-2, [3e-3, 6e-3, 1.2e-2, 2.4e-2])]
+    ("best", "runs"),
+    [(1e-3, [3e-3, 6e-3, 1e-3, 3e-4]), (3e-3, [3e-3, 6e-3, 1e-3]), (1.2e-2, [3e-3, 6e-3, 1.2e-2, 2.4e-2])],
 )
 def test_the_search_for_the_rate_ends_between_worse_neighbors(best, runs, tmp_path, monkeypatch):
     """The distance is smallest at one rate; only neighbors on the way to it are run."""

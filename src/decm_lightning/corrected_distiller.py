@@ -75,7 +75,7 @@ class CorrectedDistiller(Distiller):
         **options: the other arguments of `Distiller`.
 
     Raises:
-        ValueError: if there is no teacher, or as in `Distiller`.
+        ValueError: if there is no teacher, and for the reasons of `Distiller`.
     """
 
     def __init__(

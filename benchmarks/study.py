@@ -95,7 +95,8 @@ class Study:
     def call(self, command: str, run: Run, options: list[str]) -> None:
         """Run one command; its output is in the run's log.txt."""
         place, steps = self.place(run), self.steps(run)
-        corrector = {name: value for name, value in self.settings["methods"][run.method].items() if name == "corrector"}
+        own = self.settings["methods"][run.method]
+        corrector = {"corrector": own["corrector"]} if "corrector" in own else {}
         place.mkdir(parents=True, exist_ok=True)
         overlay = {
             "seed_everything": run.seed,
@@ -112,7 +113,7 @@ class Study:
                 "init_args": corrector | {
                     "objective": self.objective(run), "guidance": self.guidance(run),
                     "compile": self.settings.get("compile", False),
-                    "optimizer": self.optimizer(run), **self.settings["methods"][run.method].get("model", {}),
+                    "optimizer": self.optimizer(run), **own.get("model", {}),
                 },
             },
         }  # fmt: skip

@@ -50,7 +50,8 @@ def corrected(shift: float = 0.0, **options) -> CorrectedDistiller:
 def terms(module: CorrectedDistiller, rows: int = 64) -> dict[str, losses.LossTerm]:
     batch = Batch(torch.zeros(rows, 3, dtype=torch.float64), None)
     module.terms = {"predictor": losses.LossTerm(torch.zeros(()), torch.tensor(0.3, dtype=torch.float64))}
-    return module.more_terms(batch, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return module.more_terms(batch, generator, generator)
 
 
 def test_equal_distributions_need_no_correction():

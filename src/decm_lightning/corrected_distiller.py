@@ -14,7 +14,6 @@ from decm_lightning.losses.weighting import normalized, stopgrad_mse
 from decm_lightning.networks import Network
 from decm_lightning.networks.record import Record
 from decm_lightning.path import DATA, NOISE
-from decm_lightning.seeds import on_cpu
 from decm_lightning.teachers import Teacher
 from decm_lightning.time_laws import LogitNormal, TimeLaw
 from decm_lightning.types import Batch
@@ -75,7 +74,7 @@ class CorrectedDistiller(Distiller):
         **options: the other arguments of `Distiller`.
 
     Raises:
-        ValueError: if there is no teacher, and for the reasons of `Distiller`.
+        ValueError: if there is no teacher, or `Distiller` refuses an argument.
     """
 
     def __init__(
@@ -116,13 +115,15 @@ class CorrectedDistiller(Distiller):
         """Return the cost of a step, in forward passes per sample, with the corrector's."""
         return self.corrector.added_to(super().cost(), self.guidance.passes)
 
-    def more_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, LossTerm]:
+    def more_terms(
+        self, batch: Batch, generator: torch.Generator, cpu_generator: torch.Generator
+    ) -> dict[str, LossTerm]:
         """Return the loss that corrects the student, and the flow matching of v_fake."""
         x_1, condition = batch
         count = max(1, round(self.corrector.batch_fraction * len(x_1)))
         condition = Rows((range(len(x_1) - count, len(x_1)),)).of_condition(condition)
         x_0, noise = torch.randn(2, count, *x_1.shape[1:], generator=generator, device=x_1.device, dtype=x_1.dtype)
-        r = self.corrector.times.draw(count, on_cpu(generator)).to(path.time_dtype(x_1))
+        r = self.corrector.times.draw(count, cpu_generator).to(path.time_dtype(x_1))
         start, end = torch.full_like(r, NOISE), torch.full_like(r, DATA)
 
         u = self.student(x_0, start.to(self.device), end.to(self.device), condition)

@@ -204,11 +204,13 @@ class Distiller(FlowTraining):
             composition = self.compose(loss, jump, v_start, step, cpu_generator)
             log_weight = self.log_weights[name](jump.t.to(self.device)) if name in self.log_weights else None
             self.terms[name] = self.objective.term(loss, jump, result, v_start, v_end, step, composition, log_weight)
-        self.terms |= self.more_terms(batch, generator)
+        self.terms |= self.more_terms(batch, generator, cpu_generator)
         return self.total()
 
-    def more_terms(self, batch: Batch, generator: torch.Generator) -> dict[str, LossTerm]:
-        """Return this step's losses of a subclass that are not on the triangle, by name."""
+    def more_terms(
+        self, batch: Batch, generator: torch.Generator, cpu_generator: torch.Generator
+    ) -> dict[str, LossTerm]:
+        """Return this step's losses of a subclass that are not on the triangle, by name; times are on the CPU."""
         return {}
 
     def path_samples(self, batch: PathSample, step: int) -> dict[str, PathSample]:

@@ -129,6 +129,15 @@ def test_too_few_images_and_floats_are_refused(generator):
         FeatureMetrics(Pixels()).update(torch.zeros(2, 1, 2, 2), real=True)
 
 
+@pytest.mark.parametrize(("count", "warned"), [(4, True), (5, False)])
+def test_a_distance_of_no_more_images_than_features_is_announced_once(count, warned, generator, caplog):
+    measured = quality(images(10, 0, 1, generator), images(count, 0, 1, generator))
+    measured.compute()
+    measured.compute()
+    expected = "fd of 4 images is biased upward: use more images than its 4 features"
+    assert caplog.messages == [expected] * warned
+
+
 def test_the_score_is_the_mean_over_splits_of_the_exponential_information(generator):
     made = uint8_images(200, 8, generator, channels=1)
     measured = FeatureMetrics(Small())

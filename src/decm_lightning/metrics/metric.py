@@ -1,5 +1,6 @@
 """Metrics on the outputs of a feature network. Each updates a torchmetrics.Metric and returns values by column."""
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.image import inception
@@ -17,6 +19,8 @@ from decm_lightning.metrics.frechet import FrechetDistance, IdentityFeatures
 from decm_lightning.metrics.precision_recall import ImprovedPrecisionRecall
 from decm_lightning.metrics.reference import Reference
 from decm_lightning.types import Condition
+
+log = logging.getLogger(__name__)
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -95,6 +99,7 @@ class Frechet(FeatureMetric):
         self.num_features = num_features
         self.moments = moments
         self.in_validation = in_validation
+        self.warned = False
 
     def use_reference(self, reference: Reference) -> str:
         """Use the moments of the reference, or its images, which are passed to `update`."""
@@ -114,7 +119,12 @@ class Frechet(FeatureMetric):
         return "" if self.needs_real else "real mean and covariance from the reference file"
 
     def compute(self, counts: Counts, seed: int) -> dict[str, float]:
-        """Return the distance, 0 for equal moments."""
+        """Return the distance, 0 for equal moments. Too few images for a covariance of full rank are a warning."""
+        few = min(counts.generated, counts.real) if self.needs_real else counts.generated
+        if few <= self.num_features and not self.warned:
+            self.warned = True
+            fault = f"{self.columns[0]} of {few} images is biased upward"
+            rank_zero_only(log.warning)("%s: use more images than its %d features", fault, self.num_features)
         return {self.columns[0]: self.distance.compute().item()}
 
 

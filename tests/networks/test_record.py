@@ -237,6 +237,20 @@ def test_another_vae_is_refused_by_its_hash_and_a_missing_one_is_named(latent, t
         network.generate()
 
 
+def test_a_student_and_its_vae_can_move_together(latent, tmp_path):
+    """A VAE of the same name next to the network is used only if the recorded path is gone, and only if it is equal."""
+    network, _ = latent
+    save(network, tmp_path / "student")
+    expected = pixels(load(tmp_path / "student").generate())
+    (tmp_path / "moved").mkdir()
+    for folder in ("student", "vae"):
+        shutil.move(tmp_path / folder, tmp_path / "moved" / folder)
+    assert pixels(load(tmp_path / "moved/student").generate()) == expected
+    save_kl(tmp_path / "moved/vae", seed=1)
+    with pytest.raises(ValueError, match="moved/vae is another one"):
+        load(tmp_path / "moved/student").generate()
+
+
 def test_another_text_encoder_is_refused_by_its_hash(tmp_path):
     """The same encoder at another place is accepted."""
     network = load(ROOT / "weights/emoji/student")
@@ -254,7 +268,7 @@ def test_another_text_encoder_is_refused_by_its_hash(tmp_path):
 
 
 def test_the_text_encoder_is_loaded_once_and_freed_with_the_network(monkeypatch):
-    """No copy of the network and no file contains it."""
+    """No copy of the network and no file contains it, nor the VAE."""
     network = load(ROOT / "weights/emoji/student")
     names, size = set(network.state_dict()), len(pickle.dumps(network))
     devices, move = [], MiniLM.to
@@ -267,7 +281,9 @@ def test_the_text_encoder_is_loaded_once_and_freed_with_the_network(monkeypatch)
     assert devices == [torch.device("cpu")] * 2
     assert set(network.state_dict()) == names
     assert len(pickle.dumps(network)) < size + 1000
-    assert not copy.deepcopy(network).encoders
+    copied = copy.deepcopy(network)
+    assert not copied.encoders
+    assert copied.recorded_coder is not network.recorded_coder
     freed = weakref.ref(encoder)
     del network, encoder
     gc.collect()

@@ -22,13 +22,6 @@ BATCH = 256
 log = logging.getLogger(__name__)
 
 
-class Encoders(dict[str | None, CaptionEncoder]):
-    """Text encoders that stay loaded, by name; None for the recorded one. A copy or pickle of them is empty."""
-
-    def __reduce__(self) -> tuple[type["Encoders"], tuple[()]]:
-        return Encoders, ()
-
-
 def flow_map(network: Any) -> FlowMapNetwork:
     """Return a network as a flow map. The noise that a public DiT predicts is converted to a velocity of `path`."""
     prediction = getattr(network, "prediction", "velocity")

@@ -19,7 +19,6 @@ from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_pil, to_uint8
 from decm_lightning.networks.generation import (
     BATCH,
-    Encoders,
     Requested,
     conditions_of,
     evaluating,
@@ -52,6 +51,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
             central difference.
         gradient_checkpointing: only store the inputs of each block, and recompute the rest in the backward pass.
         record: the network's origin and recommended use, if it was loaded with one.
+        place: the folder or file that it was loaded from, if any.
     """
 
     config: dict[str, Any]
@@ -60,6 +60,7 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     time_scale: float = 1.0
     gradient_checkpointing: bool = False
     record: Record | None = None
+    place: Path | None = None
 
     @abstractmethod
     def forward(self, x_t: Sample, t: Time, s: Time, condition: Condition) -> Sample:
@@ -166,9 +167,9 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
         return encoder
 
     @cached_property
-    def encoders(self) -> Encoders:
-        """The text encoders that this network has loaded. `encoders.clear()` frees their memory."""
-        return Encoders()
+    def encoders(self) -> dict[str | None, CaptionEncoder]:
+        """The text encoders that this network has loaded, by name; None for the recorded one. `clear()` frees them."""
+        return {}
 
     def named_encoder(self) -> CaptionEncoder:
         """Return the text encoder that the record or the config names.
@@ -187,6 +188,10 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     def recorded_coder(self) -> LatentCoder | None:
         """The VAE with the normalization of the latents, None if the record names no VAE; see `latent_coder`."""
         return latent_coder(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out loaded text encoders and the VAE: a copy or pickle loads its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("encoders", "recorded_coder")}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin's config.json does not name the class. Imported here, because it imports this module.

@@ -71,6 +71,7 @@ def load(
         network = _from_shards(place, trust, weights)
     else:
         network = _from_folder(place, trust) if place.is_dir() else _from_file(place, trust, weights, heads)
+    network.place = place.absolute()
     if not is_weightless():
         network.record = with_table(network, place)
     return (network if is_weightless() else network.to(device)).eval()

@@ -242,6 +242,8 @@ def with_table(network: Any, path: Path) -> Record | None:
 def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
     """Return the VAE, at `vae` or as recorded, with the normalization of a network's latents; None without a record.
 
+    A recorded folder that does not exist is looked for next to the network, so that both can move together.
+
     Raises:
         OSError: naming the VAE, if it does not exist.
         ValueError: if it is another VAE than the recorded one (the message names both), its latents have another number
@@ -251,7 +253,7 @@ def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
     from decm_lightning.autoencoders.loading import load_autoencoder
 
     record = network.record
-    path = vae or (record and record.vae and record.vae.name)
+    path = vae or (record and record.vae and _beside(record.vae.name, network.place))
     if record is None or not (record.vae or (vae and record.latents)):
         return None
     if not path:
@@ -265,6 +267,13 @@ def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
     if (found := autoencoder.latent_channels) != network.sample_shape[0]:
         raise ValueError(f"the model generates {network.sample_shape[0]} channels, but latents of {path} have {found}")
     return LatentCoder(autoencoder, record.latents and LatentNormalization.from_json(record.latents))
+
+
+def _beside(name: str, place: Path | None) -> str:
+    """Return the folder `name`, or if it does not exist the folder with the same last part next to `place`."""
+    if name and place and not Path(name).exists() and (found := place.parent / Path(name).name).is_dir():
+        return str(found)
+    return name
 
 
 def check_recorded(what: str, name: str, identity: str, recorded: Reference | None) -> None:

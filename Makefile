@@ -33,10 +33,12 @@ demo: env ## distill the digits teacher, test the student, write grids and table
 	$(BIN)/decm fit --config configs/digits/decm.yaml $(RUN) $(TEACHER)
 	$(BIN)/decm test --config configs/digits/decm.yaml $(RUN) $(TEACHER) --ckpt_path $(DEMO)/checkpoints/last.ckpt
 	$(BIN)/decm sample $(DEMO)/checkpoints/last.ckpt --steps 2 --out $(DEMO)/student-2-steps.png
+	$(BIN)/decm compare $(DEMO) weights/digits/student --out $(DEMO)/report.html
 	@echo
 	@echo "samples of teacher and student:   $(DEMO)/checkpoints/last.samples.png"
 	@echo "quality by sampler and steps:     $(DEMO)/checkpoints/last.quality.md and last.quality.json"
 	@echo "2-step samples:                   $(DEMO)/student-2-steps.png"
+	@echo "next to the stored student:       $(DEMO)/report.html"
 	@echo "checkpoint of the student:        $(DEMO)/checkpoints/last.ckpt"
 	@echo "training curves:                  $(BIN)/tensorboard --logdir $(DEMO)"
 
@@ -62,7 +64,7 @@ TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/tea
 # Compiling is a third faster and needs a C++ compiler.
 COMPILED := $(if $(shell command -v $${CXX:-g++}),--model.init_args.compile true)
 
-demo-text-from-scratch: env ## train and test the emoji teacher and student, then run demo-text (34 minutes on two slow cores)
+demo-text-from-scratch: env ## train and test the emoji teacher and student, then run demo-text (about four hours on two cores)
 	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
 	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo $(COMPILED)
 	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher

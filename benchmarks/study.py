@@ -57,7 +57,7 @@ class Study:
 
     def objective(self, run: Run) -> dict[str, Any]:
         """Return the objective of a method: a preset of `losses` by its name, or any class path."""
-        others = ("guidance", "optimizer", "corrector", "model", "rate", "specs")
+        others = ("guidance", "optimizer", "corrector", "model", "rate", "specs", "chosen_by")
         method = {name: value for name, value in self.settings["methods"][run.method].items() if name not in others}
         name = method["class_path"]
         return {**method, "class_path": name if "." in name else f"decm_lightning.losses.{name}"}
@@ -165,9 +165,10 @@ class Study:
             here = place
 
     def score(self, method: str, rate: float) -> float:
-        """Return the sum of log distances over the numbers of sampling steps of `choice`."""
+        """Return the sum of log distances over the numbers of sampling steps of `choice`, or the method's own."""
         best = by_steps(self.quality(Run(method, rate, self.choice["seed"], self.choice["passes"])))
-        scored = [math.log(best[steps][0]) for steps in self.choice["steps"] if steps in best]
+        asked = self.settings["methods"][method].get("chosen_by", self.choice["steps"])
+        scored = [math.log(best[steps][0]) for steps in asked if steps in best]
         return sum(scored) if scored else math.inf
 
 

@@ -61,6 +61,14 @@ def test_the_search_for_the_rate_ends_between_worse_neighbors(best, runs, tmp_pa
     assert study.objective(Run("facm", 5e-4, 0, 1)) == {"class_path": "decm_lightning.losses.facm"}
 
 
+def test_a_method_may_be_chosen_by_its_own_numbers_of_steps(monkeypatch):
+    study = Study(Path("configs/compare/digits.yaml"), Path("unused"))
+    rows = [{"model": "student", "sampler": "mix", "steps": steps, "fd": fd} for steps, fd in ((1, 2.0), (2, 3.0))]
+    monkeypatch.setattr(study, "quality", lambda run: {"rows": rows})
+    assert study.score("free_flow", 3e-3) == math.log(2)
+    assert study.score("facm", 3e-3) == math.log(2) + math.log(3)
+
+
 def test_the_best_sampler_of_each_number_of_steps():
     """Only finite distances of the model count."""
     rows = [("student", "mix", 2, 0.3), ("student", "euler", 2, 0.2), ("teacher", "euler", 2, 0.1)]

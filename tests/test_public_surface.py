@@ -91,6 +91,7 @@ def test_mypy_finds_wrong_arguments(tmp_path):
         ("import decm_lightning; decm_lightning.__version__", ["torch", "lightning", "diffusers"]),
         ("from decm_lightning import load, save, Network, Batch, Captions, Guidance", ["lightning", "diffusers"]),
         ("from decm_lightning import Objective, Teacher, paper, mix", ["lightning", "diffusers"]),
+        ("from decm_lightning.cli import sample, sample_prompts, app", ["lightning", "torchmetrics", "diffusers"]),
     ],
 )
 def test_imports_are_lazy(statement, absent):

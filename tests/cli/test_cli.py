@@ -18,8 +18,8 @@ from PIL import Image
 from decm_lightning import cli
 from decm_lightning.cli.trainer import TrainerCLI
 from decm_lightning.derivatives import NoTangentError
-from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.networks import MLP, DiT, load, save
+from decm_lightning.sample_folder import SampleFolder
 from tests.unprivileged import open_folder, unprivileged
 
 ROOT = Path(__file__).parents[2]

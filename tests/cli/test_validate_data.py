@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from decm_lightning import cli
 from decm_lightning.autoencoders import load_autoencoder
-from decm_lightning.data.latents.provenance import Provenance
+from decm_lightning.autoencoders.provenance import Provenance
 from decm_lightning.files import file_sha256
 from tests.autoencoders.tiny import save_kl
 from tests.data.latents.test_shards import change, write_shards

@@ -18,10 +18,10 @@ from decm_lightning.cli.sampling import ImageGenerator, image_generator, in_step
 from decm_lightning.cli.targets import check_device
 from decm_lightning.conditions import select
 from decm_lightning.errors import NonFiniteError, needs
-from decm_lightning.evaluation.sample_folder import sample_name
 from decm_lightning.image_writer import to_pil
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.record import Record
+from decm_lightning.sample_folder import sample_name
 from decm_lightning.samplers import SAMPLERS
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from decm_lightning.cli.sampling import image_generator, load_model
 from decm_lightning.cli.targets import is_grid
-from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.image_writer import save_grid
 from decm_lightning.networks import Network
 from decm_lightning.progress import Progress
+from decm_lightning.sample_folder import SampleFolder, sample_name
 
 BATCH = 256
 

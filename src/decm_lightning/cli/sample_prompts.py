@@ -13,10 +13,10 @@ from decm_lightning.cli.sampling import DIGITS, ImageGenerator, image_generator,
 from decm_lightning.cli.targets import is_grid
 from decm_lightning.conditions import select
 from decm_lightning.errors import check_at_least
-from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import atomic
 from decm_lightning.image_writer import check_plots, save_named_grid, short
 from decm_lightning.progress import Progress
+from decm_lightning.sample_folder import SampleFolder
 from decm_lightning.text import CaptionEncoder
 from decm_lightning.text.prompts import Prompt, read_prompts
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from decm_lightning.autoencoders import LatentCoder
+from decm_lightning.autoencoders.of_network import coder_of
 from decm_lightning.cli.targets import check_device, check_out
-from decm_lightning.data.latents.provenance import coder_of
-from decm_lightning.evaluation.sample_folder import SampleFolder
 from decm_lightning.files import tensors_sha256
 from decm_lightning.image_writer import to_uint8
 from decm_lightning.networks import Network, load
 from decm_lightning.networks.generation import flow_map
 from decm_lightning.progress import Progress
+from decm_lightning.sample_folder import SampleFolder
 from decm_lightning.samplers import generate, sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.types import Condition, FlowMapNetwork

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decm_lightning.data.latents.provenance import read_coder
+from decm_lightning.autoencoders.provenance import read_coder
 from decm_lightning.data.protocol import HasNetwork
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.text import CaptionEncoder, EncodedCaptions, MiniLM, UnencodedCaptions, encode, encoded

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from decm_lightning.evaluation.evaluation import Evaluation
 from decm_lightning.evaluation.pretrained import PretrainedModel
 from decm_lightning.evaluation.protocol import describe_guidance, machine, networks, origin
-from decm_lightning.evaluation.sample_folder import read_settings, refuse_others
 from decm_lightning.evaluation.table import markdown_table
 from decm_lightning.files import atomic, write_json
 from decm_lightning.guidance import Guidance
 from decm_lightning.image_writer import check_plots
+from decm_lightning.sample_folder import read_settings, refuse_others
 
 Cell = dict[str, Any]
 """A measured guidance: scale, limit, interval, nfe, the columns, and the seconds that it took."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from decm_lightning.errors import check_at_least
 from decm_lightning.evaluation.generator import LabelLaw, SampleGenerator, progress
 from decm_lightning.evaluation.protocol import origin
-from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.even_split import split_evenly
+from decm_lightning.sample_folder import SampleFolder, sample_name
 
 
 class SampleWriter(L.Callback):

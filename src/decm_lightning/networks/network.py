@@ -25,7 +25,7 @@ from decm_lightning.networks.generation import (
     flow_map,
     placement,
 )
-from decm_lightning.networks.record import Record, check_recorded, choose, latent_coder
+from decm_lightning.networks.record import Record, check_recorded, choose
 from decm_lightning.samplers import Sampler
 from decm_lightning.seeds import check_seed
 from decm_lightning.text import CaptionEncoder, named_encoder
@@ -187,6 +187,9 @@ class Network(nn.Module, PyTorchModelHubMixin, ABC, library_name="decm-lightning
     @cached_property
     def recorded_coder(self) -> LatentCoder | None:
         """The VAE with the normalization of the latents, None if the record names no VAE; see `latent_coder`."""
+        # Imported here: it imports the networks.
+        from decm_lightning.autoencoders.of_network import latent_coder
+
         return latent_coder(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-from decm_lightning.autoencoders.latent_coder import LatentCoder
-from decm_lightning.autoencoders.normalization import LatentNormalization
 from decm_lightning.files import write_json
 from decm_lightning.networks.sharded import is_sharded
 from decm_lightning.samplers import SAMPLERS, Sampler
@@ -237,43 +235,6 @@ def with_table(network: Any, path: Path) -> Record | None:
         cause = f"not a table of decm test: {error!r}"
     log.warning("%s is not used: %s", file, cause)
     return network.record  # type: ignore[no-any-return]
-
-
-def latent_coder(network: Any, vae: str | None = None) -> LatentCoder | None:
-    """Return the VAE, at `vae` or as recorded, with the normalization of a network's latents; None without a record.
-
-    A recorded folder that does not exist is looked for next to the network, so that both can move together.
-
-    Raises:
-        OSError: naming the VAE, if it does not exist.
-        ValueError: if it is another VAE than the recorded one (the message names both), its latents have another number
-            of channels than the network, or its path is unknown.
-    """
-    # Imported here: it imports the networks.
-    from decm_lightning.autoencoders.loading import load_autoencoder
-
-    record = network.record
-    path = vae or (record and record.vae and _beside(record.vae.name, network.place))
-    if record is None or not (record.vae or (vae and record.latents)):
-        return None
-    if not path:
-        raise ValueError(f"the path of the VAE {record.vae} is not recorded: pass it as vae (--vae PATH)")
-    try:
-        autoencoder = load_autoencoder(path)
-    except OSError as error:
-        fault = f"the VAE of the model's latents, {record.vae or path}, was not found"
-        raise FileNotFoundError(f"{fault}: pass its path as vae (--vae PATH): {error}") from error
-    check_recorded("VAE", path, autoencoder.identity, record.vae)
-    if (found := autoencoder.latent_channels) != network.sample_shape[0]:
-        raise ValueError(f"the model generates {network.sample_shape[0]} channels, but latents of {path} have {found}")
-    return LatentCoder(autoencoder, record.latents and LatentNormalization.from_json(record.latents))
-
-
-def _beside(name: str, place: Path | None) -> str:
-    """Return the folder `name`, or if it does not exist the folder with the same last part next to `place`."""
-    if name and place and not Path(name).exists() and (found := place.parent / Path(name).name).is_dir():
-        return str(found)
-    return name
 
 
 def check_recorded(what: str, name: str, identity: str, recorded: Reference | None) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from decm_lightning.autoencoders.normalization import Moments
+from decm_lightning.autoencoders.provenance import Provenance
 from decm_lightning.data.latents.imagenet import Latents
 from decm_lightning.data.latents.manifest import EncodingSettings, Manifest, Shard
-from decm_lightning.data.latents.provenance import Provenance
 from decm_lightning.files import file_sha256
 
 SHAPE = (2, 4, 4)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from decm_lightning.autoencoders.normalization import LatentNormalization
-from decm_lightning.data.latents.provenance import Provenance
+from decm_lightning.autoencoders.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
 from decm_lightning.files import file_sha256
 from tests.test_files import LFS

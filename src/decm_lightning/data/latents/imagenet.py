@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
 from decm_lightning.autoencoders.normalization import STATISTICS, LatentNormalization, Moments, finite_rows
-from decm_lightning.data.latents.provenance import RECORD, Provenance, read_coder
+from decm_lightning.autoencoders.provenance import RECORD, Provenance, read_coder
 from decm_lightning.data.latents.shards import BLOCK, Shards, describe_skipped
 from decm_lightning.data.resumable import BatchDataset, ResumableData
 from decm_lightning.files import tensors_sha256, text_sha256

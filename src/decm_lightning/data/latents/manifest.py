@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decm_lightning.autoencoders.normalization import STATISTICS, Moments
-from decm_lightning.data.latents.provenance import MANIFEST, RECORD, SCALING, Provenance
+from decm_lightning.autoencoders.provenance import MANIFEST, RECORD, SCALING, Provenance
 from decm_lightning.errors import check_at_least
 from decm_lightning.files import PARTIAL, atomic, file_sha256, text_sha256, write_json
 from decm_lightning.seeds import check_seed

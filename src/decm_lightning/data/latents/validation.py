@@ -10,7 +10,7 @@ from torch import Tensor
 
 from decm_lightning.autoencoders import Autoencoder, LatentCoder
 from decm_lightning.autoencoders.normalization import LatentNormalization, Moments, finite_rows
-from decm_lightning.data.latents.provenance import Provenance
+from decm_lightning.autoencoders.provenance import Provenance
 from decm_lightning.data.latents.shards import KEYS, Shards
 from decm_lightning.progress import Progress
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from decm_lightning.data.latents.provenance import coder_of
+from decm_lightning.autoencoders.of_network import coder_of
 from decm_lightning.export.diffusers.flow_map_class_pipeline import FlowMapClassPipeline
 from decm_lightning.export.diffusers.flow_map_dit import FlowMapDiT
 from decm_lightning.export.diffusers.pipeline import TIMES, FlowMapPipeline

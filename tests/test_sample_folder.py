@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from decm_lightning.evaluation.sample_folder import SampleFolder, sample_name
+from decm_lightning.sample_folder import SampleFolder, sample_name
 
 SETTINGS = {"sampler": "mix", "steps": 2, "seed": 0}
 NAMES = [sample_name(number, number % 3) for number in range(4)]

@@ -6,18 +6,29 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from decm_lightning.autoencoders import LatentCoder, LatentNormalization, load_autoencoder
-from decm_lightning.data.latents.shards import Shards
+from decm_lightning.autoencoders.latent_coder import LatentCoder
+from decm_lightning.autoencoders.loading import load_autoencoder
+from decm_lightning.autoencoders.normalization import LatentNormalization
 from decm_lightning.files import describe_unreadable, file_sha256, write_json
-from decm_lightning.networks import Network
-from decm_lightning.networks.record import check_recorded, latent_coder
 
 RECORD = "cache.json"
 MANIFEST = "manifest"
 SCALING: dict[str, bool | float] = {"latent_norm": True, "latent_multiplier": 1.0}
 """The scaling of latents that `decm encode` writes, and of folders without cache.json."""
+
+
+class LatentRows(Protocol):
+    """The latents of a folder, such as data.latents.shards.Shards."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    num_classes: int
+    left_out: int
+
+    def __len__(self) -> int:
+        """Return the number of images."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,12 @@ class Provenance:
         """Write the record into a folder."""
         write_json(Path(folder) / RECORD, asdict(self))
 
-    def check(self, shards: Shards, scaling: dict[str, bool | float]) -> None:
+    def check(self, shards: LatentRows, scaling: dict[str, bool | float]) -> None:
         """Refuse shards or a scaling that do not match the record."""
         if found := self.differences(shards, scaling):
             raise ValueError(found[0])
 
-    def differences(self, shards: Shards, scaling: dict[str, bool | float]) -> list[str]:
+    def differences(self, shards: LatentRows, scaling: dict[str, bool | float]) -> list[str]:
         """Describe all differences from the record, and all missing files."""
         found = {
             "shape": list(shards.shape),
@@ -137,38 +148,6 @@ def read_coder(vae: str, folder: str | Path | None, normalization: LatentNormali
             folder, autoencoder.latent_channels, bool(options["latent_norm"]), options["latent_multiplier"]
         )
     return LatentCoder(autoencoder, normalization)
-
-
-def coder_of(network: Network, vae: str | None, latents: str | None) -> LatentCoder | None:
-    """Return the coder for the samples of a network; None if they are images.
-
-    Args:
-        network: the network. Another VAE than the recorded one is refused.
-        vae: the VAE; None for the recorded one.
-        latents: the folder of latents that the network was trained on; None for the recorded normalization, or without
-            a record for that in the VAE's config, which is only used for networks that read captions.
-
-    Raises:
-        OSError: if the VAE or the statistics of the latents do not exist.
-        ValueError: if the samples are not latents of this VAE, or the VAE or the normalization is unknown.
-    """
-    if not latents and (coder := latent_coder(network, vae)) is not None:
-        return coder
-    channels, by_config = network.sample_shape[0], network.reads_captions
-    recorded = network.record.vae if network.record else None
-    vae = vae or (recorded.name if recorded and latents else None)
-    if vae and (latents or by_config):
-        coder = read_coder(vae, latents)
-        check_recorded("VAE", vae, coder.autoencoder.identity, recorded)
-        if (found := coder.autoencoder.latent_channels) != channels:
-            raise ValueError(f"the model generates {channels} channels, but latents of {vae} have {found}")
-        return coder
-    if vae or latents:
-        raise ValueError("give --vae and --latents together: the VAE and the folder with its latents' statistics")
-    if channels not in (1, 3):
-        needed = "--vae, the VAE that encoded them," if by_config else "--vae and --latents"
-        raise ValueError(f"the model generates latents with {channels} channels: give {needed} to decode them")
-    return None
 
 
 def _is_count(value: object) -> bool:

@@ -50,7 +50,8 @@ class TeacherTraining(FlowTraining):
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__(network, optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
+        # A network of `load` is in eval mode.
+        super().__init__(network.train(), optimizer, lr_scheduler, ema_decay, gradient_checkpointing, compile)
         if not 0 <= class_dropout < 1:
             raise ValueError(f"class_dropout must be in [0, 1): got {class_dropout}")
         self.class_dropout = class_dropout

@@ -141,6 +141,12 @@ def test_an_exported_student_needs_its_record_alone(folder, expected, tmp_path):
     assert protocol(tmp_path / "student")["weights sha256"] == student.identity()
 
 
+def test_a_model_may_be_named_by_ckpt_path(folder, expected, tmp_path):
+    save(load(CHECKPOINT), tmp_path / "student")
+    assert run("test", "--config", "config.yaml", "--ckpt_path", tmp_path / "student") == 0
+    assert rows(tmp_path / "student") == expected
+
+
 def test_an_exported_student_is_measured_next_to_its_recorded_teacher_if_that_is_unchanged(folder, expected, tmp_path):
     student = load(CHECKPOINT)
     save(student, tmp_path / "student")

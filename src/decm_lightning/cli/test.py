@@ -101,7 +101,8 @@ class ModelCLI(TrainerCLI):
         if not self.needs_checkpoint:
             guidance = module.get("guidance")
             self.guidance = Guidance(**guidance.as_dict()) if guidance is not None else Guidance()
-            self.config.model = None
+            # --ckpt_path may have named the model.
+            self.config.model = self.config.ckpt_path = None
         check_files(self.config.as_dict())
 
     def instantiate_classes(self) -> None:

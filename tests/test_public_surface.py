@@ -27,6 +27,7 @@ PRESETS = [
     "scm",
     "shortcut",
     "split_mean_flow",
+    "whole_triangle",
 ]
 TYPES = [
     "Batch",

@@ -23,6 +23,7 @@ RIVALS = {
     "lagrangian": losses.lagrangian(),
     "free_flow": losses.free_flow(),
     "split_mean_flow": losses.split_mean_flow(),
+    "whole_triangle": losses.whole_triangle(),
 }
 APPROXIMATE = {
     "alpha_flow": losses.alpha_flow(),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from decm_lightning.losses import scm as scm
     from decm_lightning.losses import shortcut as shortcut
     from decm_lightning.losses import split_mean_flow as split_mean_flow
+    from decm_lightning.losses import whole_triangle as whole_triangle
     from decm_lightning.networks import Network as Network
     from decm_lightning.networks import load as load
     from decm_lightning.networks import save as save
@@ -74,6 +75,7 @@ _MODULES = {
     "scm": "losses",
     "shortcut": "losses",
     "split_mean_flow": "losses",
+    "whole_triangle": "losses",
 }
 
 

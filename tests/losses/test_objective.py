@@ -18,6 +18,7 @@ from decm_lightning.triangle import DataEdge, Diagonal, Lengths, NoiseEdge, Tria
 PRESETS = {
     "paper": presets.paper(),
     "end_identity": presets.end_identity(),
+    "whole_triangle": presets.whole_triangle(),
     "consistency_only": presets.consistency_only(),
     "flow_matching_only": presets.flow_matching_only(),
     "consistency_and_flow_matching": presets.consistency_and_flow_matching(),
@@ -148,6 +149,7 @@ def test_presets_are_the_rows_of_the_table():
         ("paper", "noise_to_noisy"): (NoiseEdge(0.1), 1, 0.5),
         ("end_identity", "consistency"): (DataEdge(), 1, 0),
         ("end_identity", "noise_to_noisy"): (NoiseEdge(0.0), 0, 1),
+        ("whole_triangle", "triangle"): (Lengths(LogitNormal(-0.6, 1.6)), 0, 1),
         ("consistency_only", "consistency"): (DataEdge(), 1, 0),
         ("consistency_and_flow_matching", "consistency"): (DataEdge(), 1, 0),
         ("facm", "consistency"): (DataEdge(), 1, 0),
@@ -158,7 +160,7 @@ def test_presets_are_the_rows_of_the_table():
         ("free_flow", "predictor"): (NoiseEdge(), 0, 1),
     }
     diagonals = [o.losses["flow_matching"] for o in PRESETS.values() if "flow_matching" in o.losses]
-    assert len(diagonals) == 7
+    assert len(diagonals) == 8
     assert all((loss.edge, loss.start_weight, loss.end_weight) == (Diagonal(), 1, 0) for loss in diagonals)
 
 

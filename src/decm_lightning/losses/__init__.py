@@ -11,6 +11,7 @@ from decm_lightning.losses.presets import (
     end_identity,
     flow_matching_only,
     paper,
+    whole_triangle,
 )
 from decm_lightning.losses.residual import residual, tangent
 from decm_lightning.losses.rivals import (
@@ -58,4 +59,5 @@ __all__ = [
     "shortcut",
     "split_mean_flow",
     "tangent",
+    "whole_triangle",
 ]

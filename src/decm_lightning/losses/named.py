@@ -8,6 +8,7 @@ from decm_lightning.losses.objective import Objective
 PresetName = Literal[
     "paper",
     "end_identity",
+    "whole_triangle",
     "consistency_and_flow_matching",
     "consistency_only",
     "flow_matching_only",

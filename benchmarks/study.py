@@ -167,8 +167,8 @@ class Study:
     def score(self, method: str, rate: float) -> float:
         """Return the sum of log distances over the numbers of sampling steps of `choice`, or the method's own."""
         best = by_steps(self.quality(Run(method, rate, self.choice["seed"], self.choice["passes"])))
-        asked = self.settings["methods"][method].get("chosen_by", self.choice["steps"])
-        scored = [math.log(best[steps][0]) for steps in asked if steps in best]
+        counts = self.settings["methods"][method].get("chosen_by", self.choice["steps"])
+        scored = [math.log(best[steps][0]) for steps in counts if steps in best]
         return sum(scored) if scored else math.inf
 
 

@@ -54,7 +54,7 @@ def coder_of(network: Any, vae: str | None, latents: str | None) -> LatentCoder 
         return coder
     channels, by_config = network.sample_shape[0], network.reads_captions
     recorded = network.record.vae if network.record else None
-    vae = vae or (recorded.name if recorded and latents else None)
+    vae = vae or (_beside(recorded.name, network.place) if recorded and latents else None)
     if vae and (latents or by_config):
         coder = read_coder(vae, latents)
         check_recorded("VAE", vae, coder.autoencoder.identity, recorded)

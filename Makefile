@@ -64,7 +64,7 @@ TEXT_TEACHER := --model.init_args.teacher.init_args.path $(TEXT_TEACHER_RUN)/tea
 # Compiling is a third faster and needs a C++ compiler.
 COMPILED := $(if $(shell command -v $${CXX:-g++}),--model.init_args.compile true)
 
-demo-text-from-scratch: env ## train and test the emoji teacher and student, then run demo-text (about four hours on two cores)
+demo-text-from-scratch: env ## train and test the emoji teacher and student, then run demo-text (about three hours on one core)
 	rm -rf $(TEXT_TEACHER_RUN) $(TEXT_RUN)
 	$(BIN)/decm fit --config configs/emoji/teacher.yaml --trainer.logger.init_args.version demo $(COMPILED)
 	$(BIN)/decm export $(TEXT_TEACHER_RUN)/checkpoints/last.ckpt $(TEXT_TEACHER_RUN)/teacher

@@ -105,7 +105,7 @@ def whole_triangle(
     return Objective(
         {
             "triangle": FlowMapLoss(lengths, start_weight=0.0, end_weight=1.0, batch_fraction=triangle),
-            # A normalized gradient does not shrink with the residual, and costs a third of the quality at 1 step here.
+            # A normalized gradient does not shrink with the residual: 1 step is then at 0.72 on digits instead of 0.52.
             "flow_matching": FlowMapLoss(Diagonal(), batch_fraction=flow_matching, normalization="plain"),
         },
         normalization="tangent_norm",

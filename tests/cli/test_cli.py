@@ -464,6 +464,18 @@ def test_the_installed_command_reports_by_its_exit_code(tmp_path):
     assert result.stderr == "decm: error: no checkpoint or folder at nowhere\n"
 
 
+def test_python_may_be_found_by_a_relative_path():
+    """The parser of Lightning's classes runs it from the folder of a config."""
+    path = os.path.relpath(Path(sys.executable).parent, ROOT)
+    arguments = "fit --config configs/digits/teacher.yaml --config configs/trainer/ddp.yaml --trainer.accelerator cpu"
+    result = subprocess.run(
+        ["python", "-m", "decm_lightning", *arguments.split(), "--print_config"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PATH": f"{path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "gradient_as_bucket_view: true" in result.stdout
+
+
 TRAINED = """
 seed_everything: 0
 trainer:

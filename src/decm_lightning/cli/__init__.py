@@ -147,6 +147,8 @@ def _run(name: str, argv: Sequence[str]) -> None:
     if command.group == TRAINING and not argv:
         needed = f"a {MODEL}, or --config FILE" if command.positional else "--config FILE"
         raise ValueError(f"{name} needs {needed}")
+    # It is relative where PATH is, as in PATH=.venv/bin:$PATH. Libraries start it from other folders.
+    sys.executable = os.path.abspath(sys.executable)
     argv = with_shipped_configs(argv)
     configs = check_inputs(argv, command.reads, command.positional)
     # Appended, so that a file next to a config cannot shadow an installed package.

@@ -1,8 +1,9 @@
 """The benchmarks run and end with the line that docs/benchmarks.md describes."""
 
 import pytest
+import torch
 
-from benchmarks import golden, largest, loader
+from benchmarks import curve, golden, largest, loader
 from benchmarks.step import main
 
 
@@ -42,3 +43,23 @@ def test_golden_numbers_are_the_same_twice_and_differ_with_the_steps(tmp_path, m
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     with pytest.raises(SystemExit, match="paper"):
         golden.main(tmp_path / "c.json", tmp_path / "a.json", steps=3, samples=10)
+
+
+def test_a_curve_tells_the_power_of_the_training_steps(tmp_path, monkeypatch, capsys):
+    for step in (100, 1000, 20, 200):
+        torch.save({"global_step": step}, tmp_path / f"weights-{step}.ckpt")
+
+    def measured(config, checkpoint, out, specs):
+        step = int(checkpoint.stem.partition("-")[2])
+        # The first half is not on the line.
+        return {1: 7 * step**-0.25 if step > 50 else 1.0, 4: 0.5}
+
+    monkeypatch.setattr(curve, "measured", measured)
+    curve.main("config.yaml", tmp_path, tmp_path, goal=0.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| 20", "| 100", "| 200", "| 1,000"]
+    assert lines[6] == "| power of the training steps | -0.25 | 0.00 |"
+    assert (tmp_path / "curve.md").read_text() == "\n".join(lines[:7]) + "\n"
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="found 0 in"):
+        curve.main("config.yaml", tmp_path / "nothing", tmp_path)

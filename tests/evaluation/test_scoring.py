@@ -61,7 +61,8 @@ def test_written_samples_have_the_values_that_a_test_measures(tmp_path, real, de
     L.Trainer(callbacks=[writer], **quiet).predict(module, datamodule=Digits())
     trainer = L.Trainer(callbacks=[evaluation], default_root_dir=tmp_path, **quiet)
     trainer.test(module, datamodule=Digits(), verbose=False)
-    code, *_ = decm("sample", STUDENT, "--steps", 2, "--seed", 3, "--per_class", 4, "--out", tmp_path / "sampled")
+    options = ("--sampler", "mix", "--steps", 2, "--seed", 3, "--per_class", 4)
+    code, *_ = decm("sample", STUDENT, *options, "--out", tmp_path / "sampled")
     assert code == 0
 
     expected = distances(tmp_path / "quality.json")

@@ -45,6 +45,16 @@ def test_the_reference_can_be_limited(tmp_path):
     assert torch.cat([batch.condition for batch in batches]).tolist() == [0, 1, 2]
 
 
+def test_class_names_give_the_number_of_classes_and_are_recorded(tmp_path):
+    write_idx(tmp_path)
+    plain = ready(IDXImages(str(tmp_path)))
+    assert (plain.num_classes, plain.record().class_names) == (10, ())
+    named = ready(IDXImages(str(tmp_path), class_names=list("abcdef")))
+    assert (named.num_classes, named.record().class_names) == (6, tuple("abcdef"))
+    with pytest.raises(ValueError, match=r"row 5 is 5: expected at most 4$"):
+        ready(IDXImages(str(tmp_path), class_names=list("abcde")))
+
+
 def test_a_missing_folder_or_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: .*--data.folder"):
         ready(IDXImages(str(tmp_path / "nowhere")))

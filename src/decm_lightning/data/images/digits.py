@@ -11,6 +11,7 @@ class Digits(ResumableData):
     """scikit-learn's digits, (1, 8, 8), scaled from 0..16 to [-1, 1], for training and as the reference."""
 
     num_classes = 10
+    class_names = tuple("0123456789")
 
     def setup(self, stage: str) -> None:
         """Load the digits.

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,22 @@ class IDXImages(ResumableData):
         batch_size: images per training batch on each device, at least 1.
         reference_size: maximum number of reference images; None for all.
         num_workers: number of loading processes; 0 is fastest for images in memory.
+        class_names: names of the classes by label; students carry them. None for ten classes without names.
     """
 
-    num_classes = 10
-
     def __init__(
-        self, folder: str, batch_size: int = 128, reference_size: int | None = None, num_workers: int = 0
+        self,
+        folder: str,
+        batch_size: int = 128,
+        reference_size: int | None = None,
+        num_workers: int = 0,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
         self.folder = Path(folder)
         self.data_name = folder
+        self.class_names = tuple(class_names or ())
+        self.num_classes = len(self.class_names) or 10
 
     def setup(self, stage: str) -> None:
         """Load the training and reference images.

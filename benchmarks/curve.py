@@ -53,11 +53,11 @@ def slope(steps: list[int], distances: list[float]) -> float:
     return round(float(np.polyfit(np.log(steps[first:]), np.log(distances[first:]), 1)[0]), 3) + 0.0
 
 
-def main(config: str, folder: Path, out: Path, specs: list[str] = SPECS, goal: float | None = None) -> None:
+def main(file: str, folder: Path, out: Path, specs: list[str] = SPECS, goal: float | None = None) -> None:
     """Measure the checkpoints of one run, print the table, and write curve.md and curve.png into `out`.
 
     Args:
-        config: the config whose data and metric are used.
+        file: the config whose data and metric are used.
         folder: at least two checkpoints of one run.
         out: the folder of the tables and the plot.
         specs: what is sampled, all of one model.
@@ -67,7 +67,7 @@ def main(config: str, folder: Path, out: Path, specs: list[str] = SPECS, goal: f
     if len(checkpoints) < 2:
         raise SystemExit(f"a curve needs at least two checkpoints: found {len(checkpoints)} in {folder}")
     trained = {int(torch.load(path, weights_only=True, mmap=True)["global_step"]): path for path in checkpoints}
-    points = {step: measured(config, trained[step], out, specs) for step in sorted(trained)}
+    points = {step: measured(file, trained[step], out, specs) for step in sorted(trained)}
     counts = sorted(next(iter(points.values())))
     lines = [f"| training steps | {' | '.join(f'{n} steps' for n in counts)} |", "|---:" * (len(counts) + 1) + "|"]
     lines += [f"| {step:,} | {' | '.join(f'{row[n]:.3f}' for n in counts)} |" for step, row in points.items()]

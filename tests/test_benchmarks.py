@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jsonargparse import auto_cli
 
 from benchmarks import curve, golden, largest, loader
 from benchmarks.step import main
@@ -55,7 +56,7 @@ def test_a_curve_tells_the_power_of_the_training_steps(tmp_path, monkeypatch, ca
         return {1: 7 * step**-0.25 if step > 50 else 1.0, 4: 0.5}
 
     monkeypatch.setattr(curve, "measured", measured)
-    curve.main("config.yaml", tmp_path, tmp_path, goal=0.4)
+    auto_cli(curve.main, args=["config.yaml", str(tmp_path), str(tmp_path), "--goal=0.4"], as_positional=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:6]] == ["| 20", "| 100", "| 200", "| 1,000"]
     assert lines[6] == "| power of the training steps | -0.25 | 0.00 |"

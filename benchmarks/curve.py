@@ -69,7 +69,8 @@ def main(file: str, folder: Path, out: Path, specs: list[str] = SPECS, goal: flo
     trained = {int(torch.load(path, weights_only=True, mmap=True)["global_step"]): path for path in checkpoints}
     points = {step: measured(file, trained[step], out, specs) for step in sorted(trained)}
     counts = sorted(next(iter(points.values())))
-    lines = [f"| training steps | {' | '.join(f'{n} steps' for n in counts)} |", "|---:" * (len(counts) + 1) + "|"]
+    names = {n: f"{n} step{'s' * (n > 1)}" for n in counts}
+    lines = [f"| training steps | {' | '.join(names.values())} |", "|---:" * (len(counts) + 1) + "|"]
     lines += [f"| {step:,} | {' | '.join(f'{row[n]:.3f}' for n in counts)} |" for step, row in points.items()]
     powers = {n: slope(list(points), [row[n] for row in points.values()]) for n in counts}
     lines.append(f"| power of the training steps | {' | '.join(f'{powers[n]:.2f}' for n in counts)} |")
@@ -79,7 +80,7 @@ def main(file: str, folder: Path, out: Path, specs: list[str] = SPECS, goal: flo
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for n in counts:
-        axes.loglog(list(points), [row[n] for row in points.values()], "o-", label=f"{n} steps ({powers[n]:.2f})")
+        axes.loglog(list(points), [row[n] for row in points.values()], "o-", label=f"{names[n]} ({powers[n]:.2f})")
     if goal is not None:
         axes.axhline(goal, color="gray", linestyle="--", label=f"goal {goal:g}")
     axes.set(xlabel="training steps", ylabel="Fréchet distance")

@@ -55,7 +55,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["imagenet", "imagenet-end-identity"])
+@pytest.mark.parametrize("name", ["imagenet", "imagenet-whole-triangle"])
 def test_an_imagenet_config_trains_a_step(name, files, monkeypatch):
     """Teacher, latents, VAE, Inception and reference are read from files, and the student trains for one step."""
     options = {
@@ -103,7 +103,7 @@ def test_decm_test_scores_what_an_imagenet_config_trained(files, monkeypatch):
     assert "- real images: 6" in table
 
 
-@pytest.mark.parametrize("name", ["imagenet", "imagenet-end-identity"])
+@pytest.mark.parametrize("name", ["imagenet", "imagenet-whole-triangle"])
 def test_steps_and_batches_are_the_epochs_that_the_config_says(name):
     """250 epochs of 1,281,167 images, on eight devices."""
     config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())

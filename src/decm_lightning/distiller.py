@@ -55,7 +55,7 @@ class Distiller(FlowTraining):
         self,
         teacher: Teacher | None,
         student: Network | None = None,
-        objective: Objective | PresetName = "end_identity",
+        objective: Objective | PresetName = "whole_triangle",
         guidance: Guidance = Guidance(),  # noqa: B008 - frozen
         derivative: EngineName | Literal["auto"] | Callable[..., Any] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,

@@ -505,7 +505,7 @@ def test_a_saved_config_repeats_the_run(trained, decm, capsys):
     first = torch.load(last, weights_only=True)
     saved = Path("runs/one/config.yaml").read_text()
     assert "Unable to serialize" not in saved
-    assert yaml.safe_load(saved)["model"]["init_args"]["objective"] == "end_identity"
+    assert yaml.safe_load(saved)["model"]["init_args"]["objective"] == "whole_triangle"
     assert yaml.safe_load(first["config"]) == yaml.safe_load(saved)
     shutil.copy("runs/one/config.yaml", "saved.yaml")
     shutil.rmtree("runs")

@@ -120,7 +120,7 @@ def student_config(plan: Plan, length: Length) -> str:
     """Return the config of the student as YAML."""
     grid = ["teacher/euler/25", "student/mix/1", "student/mix/2", "student/mix/4"]
     return f"""\
-# A few-step student of the teacher in {plan.out}/teacher, by DE-CM.
+# A few-step student of the teacher in {plan.out}/teacher.
 # Written by `decm new` for {plan.machine}: about {max(1, round(length.minutes))} minutes.
 #     decm fit --config {shlex.quote(f"{plan.out}/student.yaml")}
 # To resume an interrupted run, add --ckpt_path {shlex.quote(f"{plan.out}/student/checkpoints/last.ckpt")}
@@ -131,10 +131,8 @@ model:
     teacher:
       class_path: decm_lightning.teachers.PretrainedTeacher
       init_args: {{path: {_quoted(plan.out / "teacher/checkpoints/last.ckpt")}}}
-    objective:
-      class_path: decm_lightning.losses.end_identity
-      # The losses divide the batch, which costs about two fifths of giving every row to every loss.
-      init_args: {{batch_fractions: [0.5, 0.25, 0.25]}}
+    # The end identity on three quarters of the rows, flow matching on the others.
+    objective: whole_triangle
     # The student learns the guided teacher. Use the scale at which the teacher's samples look best.
     guidance: {{scale: {plan.guidance}}}
     optimizer:

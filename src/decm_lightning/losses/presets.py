@@ -92,8 +92,8 @@ def whole_triangle(
 ) -> Objective:
     """The end identity on the whole triangle, next to flow matching without a normalization.
 
-    AYF-LMD (arXiv 2506.14603, section 3.1) without its warm-up, with a loss for many steps. On digits it is better than
-    `end_identity` at every number of steps (docs/lab-book.md).
+    AYF-LMD (arXiv 2506.14603, section 3.1) without its warm-up, with a loss for many steps: the default of `Distiller`,
+    for its results on digits and Fashion-MNIST (docs/results.md).
 
     Args:
         batch_fractions: for the end identity and flow matching.

@@ -312,7 +312,7 @@ def test_a_folder_that_may_not_be_written_is_named(command, out, decm):
             "did you mean decm_lightning.losses.paper?",
         ),
         (
-            digits("fit", "--model.init_args.objective.init_args.n2n_evry", "3"),
+            digits("fit", *RECOMMENDED, "--model.init_args.objective.init_args.n2n_evry", "3"),
             "Option 'n2n_evry' is not accepted. Got value: 3; did you mean n2n_every?",
         ),
         (digits("test", "--ckpt_path", "gone.ckpt"), "gone.ckpt"),

@@ -108,7 +108,7 @@ def test_checkpoint_folder_and_python_generate_the_same_images(decm):
     record = load(LAST).record
     assert (record.teacher.name, record.teacher.identity) == ("teacher", load("teacher").identity())
     assert record.guidance == {"scale": 1.5, "limit": None, "interval": [0.1, 0.9]}
-    assert "NoiseEdge" in record.objective
+    assert "Lengths" in record.objective
     assert record.steps == 2
     assert record.data.name == "Digits"
     assert record.config["data"]["init_args"]["batch_size"] == 16

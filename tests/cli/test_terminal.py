@@ -81,7 +81,7 @@ def log(tmp_path_factory) -> tuple[Path, str, str]:
 
 def test_a_terminal_shows_one_summary_and_one_bar_over_all_steps(terminal):
     assert not [word for word in NOISE if word in terminal]
-    assert re.findall(r"^cost +(\d\.\d\d) forward passes", terminal, re.M) == ["4.92"]
+    assert re.findall(r"^cost +(\d\.\d\d) forward passes", terminal, re.M) == ["5.75"]
     (flops,) = re.findall(
         r"^FLOPs +([\d.]+) (.)FLOPs per forward pass of a sample, about [\d.]+ .FLOPs", terminal, re.M
     )

@@ -132,7 +132,7 @@ model:
       class_path: decm_lightning.teachers.PretrainedTeacher
       init_args: {{path: {_quoted(plan.out / "teacher/checkpoints/last.ckpt")}}}
     # The end identity on three quarters of the rows, flow matching on the others.
-    objective: whole_triangle
+    objective: {{class_path: decm_lightning.losses.whole_triangle}}
     # The student learns the guided teacher. Use the scale at which the teacher's samples look best.
     guidance: {{scale: {plan.guidance}}}
     optimizer:

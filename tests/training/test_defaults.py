@@ -14,8 +14,8 @@ from decm_lightning.teachers import PretrainedTeacher
 TEACHER = Path(__file__).parents[2] / "weights/digits/teacher"
 
 
-PASSES = 480
-"""Forward passes per row of the batch: 60 steps of FACM's preset, and 101 of the default."""
+PASSES = 780
+"""Forward passes per row of the batch: 164 steps of the default, and 98 of FACM's preset."""
 
 
 def distances(**options):
@@ -39,4 +39,4 @@ def test_a_first_run_is_as_good_as_facm_s():
     print(first, facm)
     assert all(first[n] < facm[n] for n in first)
     assert first[1] < 0.165
-    assert max(first[2], first[4]) < 0.105
+    assert max(first[2], first[4]) < 0.1

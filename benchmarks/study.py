@@ -3,11 +3,13 @@
 Every method distills the teacher of one config, for the number of steps at which all methods have run the same number
 of forward passes per row of the batch (`losses.cost`). Runs with another seed, which do not rank, choose its learning
 rate by the sum of log distances over the numbers of sampling steps in `choice`. Runs are plain `decm fit` and
-`decm test` commands in their own folders, with their configs. The same command resumes an interrupted study.
+`decm test` commands in their own folders, with their configs. The same command resumes an interrupted study. The table
+of each run is kept in docs/compare, so that a study continues on another machine.
 """
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,13 +36,20 @@ class Run(NamedTuple):
 
 
 class Study:
-    """A study file: see configs/compare/digits.yaml for its keys."""
+    """A study file: see configs/compare/digits.yaml for its keys.
 
-    def __init__(self, file: Path, folder: Path) -> None:
+    Args:
+        file: the study file.
+        folder: where the runs are written.
+        tables: where the measured table of each run is kept.
+    """
+
+    def __init__(self, file: Path, folder: Path, tables: Path) -> None:
         self.settings: dict[str, Any] = yaml.safe_load(file.read_text())
         self.config = self.settings["config"]
         self.base: dict[str, Any] = yaml.safe_load(Path(self.config).read_text())
         self.folder = folder / file.stem
+        self.tables = tables / file.stem
         self.choice: dict[str, Any] = self.settings.get("choice", {})
 
     def steps(self, run: Run) -> int:
@@ -81,14 +90,16 @@ class Study:
     def quality(self, run: Run) -> dict[str, Any]:
         """Return the measured table of a run, after training and testing it unless that is done."""
         place = self.place(run)
-        checkpoint = place / "checkpoints" / "last.ckpt"
-        table = checkpoint.with_suffix(".quality.json")
+        table = self.tables / f"{place.name}.json"
         if not table.exists():
+            checkpoint = place / "checkpoints" / "last.ckpt"
             if not (place / "trained").exists():
                 resume = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
                 self.call("fit", run, resume)
                 (place / "trained").touch()
             self.call("test", run, ["--ckpt_path", str(checkpoint)])
+            self.tables.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.with_suffix(".quality.json"), table)
         found: dict[str, Any] = json.loads(table.read_text())
         return found
 
@@ -208,15 +219,18 @@ def table(study: Study, results: dict[str, tuple[float, int, list[dict[str, Any]
     return "\n".join(lines) + "\n"
 
 
-def run_study(file: str, folder: str = "runs/compare", methods: list[str] | None = None) -> None:
+def run_study(
+    file: str, folder: str = "runs/compare", tables: str = "docs/compare", methods: list[str] | None = None
+) -> None:
     """Run a study and print its table.
 
     Args:
         file: the study file.
         folder: where the runs are written.
+        tables: where the measured table of each run is kept.
         methods: names of the methods to run; by default all.
     """
-    study = Study(Path(file), Path(folder))
+    study = Study(Path(file), Path(folder), Path(tables))
     chosen = methods or list(study.settings["methods"])
     rates = {method: study.rate(method) for method in chosen}
     results: dict[str, tuple[float, int, list[dict[str, Any]]]] = {}

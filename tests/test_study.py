@@ -19,7 +19,7 @@ FILES = sorted(Path("configs/compare").glob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_methods_have_equal_cost_and_known_specs(file, tmp_path):
     """Steps times the cost of a step is the budget, to half a step."""
-    study = Study(file, tmp_path)
+    study = Study(file, tmp_path, tmp_path)
     assert len(study.settings["methods"]) >= (2 if file.stem.startswith("lab-") else 13)
     for method in study.settings["methods"]:
         run = Run(method, 1e-3, 0, study.settings["passes"])
@@ -34,7 +34,7 @@ def test_methods_have_equal_cost_and_known_specs(file, tmp_path):
 
 
 def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
-    study = Study(Path("configs/compare/lab-training.yaml"), tmp_path)
+    study = Study(Path("configs/compare/lab-training.yaml"), tmp_path, tmp_path)
     plain, slow = (Run(name, 2e-3, 0, 100) for name in ("ema_0.9999", "beta2_0.95"))
     assert study.objective(plain) == study.objective(slow)
     assert study.optimizer(plain)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0}
@@ -47,22 +47,22 @@ def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
 )
 def test_the_search_for_the_rate_ends_between_worse_neighbors(best, runs, tmp_path, monkeypatch):
     """The distance is smallest at one rate; only neighbors on the way to it are run."""
-    study, ran = Study(Path("configs/compare/digits.yaml"), tmp_path), []
+    study, ran = Study(Path("configs/compare/digits.yaml"), tmp_path, tmp_path), []
 
     def quality(run):
         ran.append(run.rate)
         return {"rows": [{"model": "student", "sampler": "mix", "steps": 1, "fd": abs(math.log(run.rate / best)) + 1}]}
 
     monkeypatch.setattr(study, "quality", quality)
-    assert study.rate("facm") == best
+    assert study.rate("alpha_flow") == best
     assert set(ran) == set(runs)
-    study.settings["methods"]["facm"]["rate"] = 5e-4
-    assert study.rate("facm") == 5e-4
-    assert study.objective(Run("facm", 5e-4, 0, 1)) == {"class_path": "decm_lightning.losses.facm"}
+    study.settings["methods"]["alpha_flow"]["rate"] = 5e-4
+    assert study.rate("alpha_flow") == 5e-4
+    assert study.objective(Run("alpha_flow", 5e-4, 0, 1)) == {"class_path": "decm_lightning.losses.alpha_flow"}
 
 
 def test_a_method_may_be_chosen_by_its_own_numbers_of_steps(monkeypatch):
-    study = Study(Path("configs/compare/digits.yaml"), Path("unused"))
+    study = Study(Path("configs/compare/digits.yaml"), Path("unused"), Path("unused"))
     rows = [{"model": "student", "sampler": "mix", "steps": steps, "fd": fd} for steps, fd in ((1, 2.0), (2, 3.0))]
     monkeypatch.setattr(study, "quality", lambda run: {"rows": rows})
     assert study.score("free_flow", 3e-3) == math.log(2)

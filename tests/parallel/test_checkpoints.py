@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,7 +58,14 @@ def teacher() -> Teacher:
     return Teacher(network.double())
 
 
-def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = None, network: DiT | None = None) -> Run:
+def fit(
+    processes: int,
+    sharded: bool,
+    folder: str = "",
+    resumed: str | None = None,
+    network: DiT | None = None,
+    optimizer: OptimizerCallable = OPTIMIZER,
+) -> Run:
     """Train to step 20, as one of two processes or as a single process that runs the steps of both.
 
     With a folder a checkpoint of the tenth step is left there.
@@ -70,7 +78,7 @@ def fit(processes: int, sharded: bool, folder: str = "", resumed: str | None = N
         flow_map,
         objective=losses.paper(2, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         lr_scheduler=SCHEDULE,
     )
     curve = Curve()

@@ -132,8 +132,7 @@ def fit(
         student=student(),
         objective=RIVALS[rival]() if rival else losses.paper(n2n_every, batch_fractions=(0.5, 0.25, 0.25)),
         guidance=Guidance(2.0),
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        **options,
+        **{"optimizer": partial(torch.optim.SGD, lr=0.1)} | options,
     )
     trainer = L.Trainer(
         accelerator="cpu",

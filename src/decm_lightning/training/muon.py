@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
             self.parts.append(torch.optim.Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        # Schedules such as OneCycleLR read the defaults.
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([group for part in self.parts for group in part.param_groups], defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

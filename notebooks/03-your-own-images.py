@@ -75,7 +75,7 @@ for emoji in read_emoji():
 # spoils clocks and flags.
 
 # %%
-data = ImageFolder("photos", size=16, batch_size=32, flip=False, val_fraction=0.0, cache="cache")
+data = ImageFolder("photos", size=16, batch_size=32, flip=False, held_out=0.0, cache="cache")
 data.setup("fit")
 print(f"{len(data.train)} images of {' and '.join(data.class_names)}")
 

@@ -84,7 +84,7 @@ def arguments(config):
 def test_the_configs_say_what_is_trained_on(configs):
     teacher, student, _ = configs()
     data, model = arguments(teacher)
-    assert (data["size"], data["channels"], data["batch_size"], data["val_fraction"]) == (16, 3, 16, 0.0)
+    assert (data["size"], data["channels"], data["batch_size"], data["held_out"]) == (16, 3, 16, 0.0)
     network = model["network"]["init_args"]
     assert (network["input_size"], network["in_channels"], network["num_classes"]) == (16, 3, 2)
     assert model["guidance"] == arguments(student)[1]["guidance"] == {"scale": 1.5}
@@ -120,7 +120,7 @@ def test_the_timed_runs_do_not_repeat_warnings(recwarn):
 
 def test_a_large_set_is_split(configs, monkeypatch):
     monkeypatch.setattr(command, "HELD_OUT_FROM", 24)
-    assert arguments(configs()[0])[0]["val_fraction"] == 0.1
+    assert arguments(configs()[0])[0]["held_out"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_bad_input_is_one_line(argv, message, decm):
 def plan(**options):
     values = {
         "folder": "photos", "out": Path("my-run"), "summary": "", "machine": "", "size": 64, "channels": 3,
-        "classes": 2, "skips": False, "val_fraction": 0.0, "patch": 8, "scale": command.CPU,
+        "classes": 2, "skips": False, "held_out": 0.0, "patch": 8, "scale": command.CPU,
         "batch_size": 32, "has_features": True,
     }  # fmt: skip
     return Plan(**(values | options))

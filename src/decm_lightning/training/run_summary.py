@@ -30,7 +30,8 @@ def summary(trainer: L.Trainer, module: FlowTraining, rows: int, flops: int | No
         lines["FLOPs"] = f"{scaled(flops)}FLOPs per forward pass of a sample, about {step}FLOPs per step"
     total, first = run_length(trainer), trainer.global_step
     steps = f"{'no limit of' if total is None else total} steps" + (f", resumed at step {first}" if first else "")
-    lines["run"] = f"{steps}; {rows} samples per step, {_devices(trainer)}, precision {trainer.precision}"
+    samples = "1 sample" if rows == 1 else f"{rows} samples"
+    lines["run"] = f"{steps}; {samples} per step, {_devices(trainer)}, precision {trainer.precision}"
     width = max(map(len, lines))
     return "\n".join(f"{heading:<{width}}  {text}" for heading, text in lines.items())
 

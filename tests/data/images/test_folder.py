@@ -50,7 +50,7 @@ def same(first, second):
 
 
 def test_pixels_are_the_center_of_each_image_with_its_class(folder):
-    data = ready(folder, val_fraction=0.0, flip=False)
+    data = ready(folder, held_out=0.0, flip=False)
     assert (data.num_classes, data.class_names, len(data.train)) == (2, CLASSES, COUNT)
     names = [data.train.place(row) for row in range(COUNT)]
     batch = data.train[list(range(COUNT))]
@@ -72,7 +72,7 @@ def test_a_flat_folder_is_one_class(folder, tmp_path):
     flat.mkdir()
     for file in folder.rglob("*.png"):
         shutil.copy(file, flat)
-    data = ready(flat, val_fraction=0.0)
+    data = ready(flat, held_out=0.0)
     assert (data.num_classes, data.class_names) == (1, ("flat",))
     assert torch.equal(data.train.labels, torch.zeros(COUNT, dtype=torch.long))
 
@@ -116,7 +116,7 @@ def test_data_sets_give_the_batches_of_the_class_folder(folder, tmp_path):
     assert plain.class_names == CLASSES
     assert same(expected, batches(plain))
     assert ready("b.parquet", image_column="pixels", label_column=None).num_classes == 1
-    assert len(ready(tmp_path / "splits", split="test", val_fraction=0.0, batch_size=1).train) == 3
+    assert len(ready(tmp_path / "splits", split="test", held_out=0.0, batch_size=1).train) == 3
 
 
 def test_errors_of_data_sets_name_columns_splits_and_rows(folder, tmp_path):
@@ -132,7 +132,7 @@ def test_errors_of_data_sets_name_columns_splits_and_rows(folder, tmp_path):
     with pytest.raises(ValueError, match=r"2 .*row 0 has no label.*row 1 has no label"):
         ready("b.parquet")
     with pytest.warns(UserWarning, match="row 1 has no label"):
-        assert len(ready("b.parquet", on_error="skip", val_fraction=0.0).train) == COUNT - 2
+        assert len(ready("b.parquet", on_error="skip", held_out=0.0).train) == COUNT - 2
     with pytest.raises(FileNotFoundError, match="nobody/nothing"):
         ready("nobody/nothing")
 
@@ -142,7 +142,7 @@ def test_one_and_two_workers_give_the_same_rows(folder):
 
 
 def test_flips_are_reproducible_and_differ_between_epochs(folder):
-    plain, flipped = ready(folder, flip=False, val_fraction=0.0), ready(folder, val_fraction=0.0)
+    plain, flipped = ready(folder, flip=False, held_out=0.0), ready(folder, held_out=0.0)
     flipped.seed = plain.seed
     numbers = []
     for epoch in (0, 1, 0):
@@ -164,34 +164,34 @@ def test_the_split_depends_on_the_content_alone(folder):
     def held(data):
         return {data.reference.place(row) for row in range(len(data.reference))}
 
-    before = held(ready(folder, val_fraction=0.3))
+    before = held(ready(folder, held_out=0.3))
     assert 2 < len(before) < 14
     extra = encoded(photos(COUNT + 1)[-1][0])
     (folder / "china/new.png").write_bytes(extra)
-    assert held(ready(folder, val_fraction=0.3)) - {"china/new.png"} == before
-    assert before < held(ready(folder, val_fraction=0.5))
+    assert held(ready(folder, held_out=0.3)) - {"china/new.png"} == before
+    assert before < held(ready(folder, held_out=0.5))
     for name in sorted(before)[:2] + sorted({f"china/{row:04d}.png" for row in range(0, COUNT, 2)} - before)[:2]:
         shutil.copy(folder / name, folder / "flower" / f"copy-{name.replace('/', '-')}")
-        copies = held(ready(folder, val_fraction=0.3))
+        copies = held(ready(folder, held_out=0.3))
         assert (f"flower/copy-{name.replace('/', '-')}" in copies) == (name in copies)
 
 
 def test_the_reference_is_a_mix_of_the_classes_and_can_be_limited(folder):
-    data = ready(folder, val_fraction=0.0, reference_size=8)
+    data = ready(folder, held_out=0.0, reference_size=8)
     (batch,) = data.val_dataloader()
     assert len(batch.x_1) == 8
     assert len(batch.condition.unique()) == 2
-    with pytest.raises(ValueError, match=r"val_fraction.*1e-09"):
-        ready(folder, val_fraction=1e-9).val_dataloader()
+    with pytest.raises(ValueError, match=r"held_out.*1e-09"):
+        ready(folder, held_out=1e-9).val_dataloader()
 
 
 def test_stored_images_are_read_once_until_a_file_changes(folder, monkeypatch):
-    first = ready(folder, val_fraction=0.0)
+    first = ready(folder, held_out=0.0)
     monkeypatch.setattr("decm_lightning.data.images.pixels.read_image", None)
-    assert same(batches(first), batches(ready(folder, val_fraction=0.0)))
+    assert same(batches(first), batches(ready(folder, held_out=0.0)))
     monkeypatch.undo()
     Image.new("RGB", (SIZE, SIZE), "red").save(folder / "china/0000.png")
-    changed = ready(folder, val_fraction=0.0)
+    changed = ready(folder, held_out=0.0)
     names = [changed.train.place(row) for row in range(COUNT)]
     red = torch.tensor([1.0, -1, -1])[:, None, None].expand(3, SIZE, SIZE)
     assert torch.equal(changed.train[[names.index("china/0000.png")]].x_1[0], red)
@@ -211,14 +211,14 @@ def test_broken_and_small_images_are_named_or_left_out(name, content, message, f
         with pytest.raises(ValueError, match=message):
             ready(folder)
     with pytest.warns(UserWarning, match=name):
-        assert len(ready(folder, val_fraction=0.0, on_error="skip").train) == COUNT
+        assert len(ready(folder, held_out=0.0, on_error="skip").train) == COUNT
 
 
 def test_gray_and_color_together_need_a_choice(folder):
     photos(1)[0][0].convert("L").save(folder / "china/gray.png")
     with pytest.raises(ValueError, match=r"china/gray\.png is gray and china/0000\.png is in color: .*channels"):
         ready(folder)
-    color, gray = ready(folder, channels=3, val_fraction=0.0), ready(folder, channels=1, val_fraction=0.0)
+    color, gray = ready(folder, channels=3, held_out=0.0), ready(folder, channels=1, held_out=0.0)
     assert (color.train.images.shape, gray.train.images.shape) == ((COUNT + 1, 3, 16, 16), (COUNT + 1, 1, 16, 16))
     names = [color.train.place(row) for row in range(COUNT + 1)]
     row = names.index("china/gray.png")
@@ -250,7 +250,7 @@ def test_damaged_stored_files_are_named(folder):
         ready(folder)
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"val_fraction": 1.0}, {"batch_size": 0}, {"reference_size": 0}])
+@pytest.mark.parametrize("options", [{"size": 0}, {"held_out": 1.0}, {"batch_size": 0}, {"reference_size": 0}])
 def test_numbers_outside_their_range_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} .*got {next(iter(options.values()))}"):
         ImageFolder("photos", **({"size": 8} | options))
@@ -258,9 +258,9 @@ def test_numbers_outside_their_range_are_refused(options):
 
 def test_latents_of_a_vae_are_encoded_once_and_decoded(folder, tmp_path, monkeypatch):
     vae = str(save_kl(tmp_path / "vae"))
-    data = ready(folder, vae=vae, val_fraction=0.0)
+    data = ready(folder, vae=vae, held_out=0.0)
     assert data.train.images.shape == (COUNT, 2, SIZE // 2, SIZE // 2)
-    pixels = ready(folder, val_fraction=0.0).train
+    pixels = ready(folder, held_out=0.0).train
     rows = list(range(5))
     for items in (rows, [row + COUNT for row in rows]):
         expected = data.coder.encode(pixels[items].x_1)
@@ -269,7 +269,7 @@ def test_latents_of_a_vae_are_encoded_once_and_decoded(folder, tmp_path, monkeyp
     assert data.decode(data.train[rows].x_1).shape == (5, 3, SIZE, SIZE)
     assert list(data.identity()) == ["VAE"]
     monkeypatch.setattr("decm_lightning.data.latents.cached._write", None)
-    assert same(batches(data), batches(ready(folder, vae=vae, val_fraction=0.0)))
+    assert same(batches(data), batches(ready(folder, vae=vae, held_out=0.0)))
 
 
 def run(folder, steps, name, resume=None):

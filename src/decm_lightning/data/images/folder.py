@@ -44,7 +44,7 @@ class ImageFolder(ResumableData):
         flip: whether to mirror a random half of the training images in each epoch. Set it to false for text and digits.
         vae: the VAE for latents: a folder, a name on the Hugging Face hub, or a file; see `load_autoencoder`. None for
             pixels.
-        val_fraction: fraction of images that are held out as the reference, in [0, 1). With 0, the training images are
+        held_out: fraction of images that are held out as the reference, in [0, 1). With 0, the training images are
             the reference.
         reference_size: maximum number of reference images; None for all.
         image_column: column of the images in a data set.
@@ -70,7 +70,7 @@ class ImageFolder(ResumableData):
         channels: Literal[1, 3] | None = None,
         flip: bool = True,
         vae: str | None = None,
-        val_fraction: float = 0.1,
+        held_out: float = 0.1,
         reference_size: int | None = None,
         image_column: str = "image",
         label_column: str | None = "label",
@@ -81,14 +81,14 @@ class ImageFolder(ResumableData):
     ) -> None:
         super().__init__(batch_size, reference_size, num_workers)
         check_at_least(1, size=size)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1): got {val_fraction}")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1): got {held_out}")
         self.folder = self.data_name = folder
         self.size = size
         self.channels = channels
         self.variants = 2 if flip else 1
         self.vae = vae
-        self.val_fraction = val_fraction
+        self.held_out = held_out
         self.image_column = image_column
         self.label_column = label_column
         self.split = split
@@ -114,9 +114,9 @@ class ImageFolder(ResumableData):
         self.check_network(f"the samples of {self.folder} are", tuple(images.shape[1:]))
         # The order of hashes is the same for a folder and for tars of the same files.
         order = sorted(range(len(stored.names)), key=stored.hashes.__getitem__)
-        held = is_held_out([stored.hashes[row] for row in order], self.val_fraction)
+        held = is_held_out([stored.hashes[row] for row in order], self.held_out)
         rows = torch.tensor(order)
-        reference = rows[held] if self.val_fraction else rows
+        reference = rows[held] if self.held_out else rows
         labels = stored.labels.tolist()
         hash = text_sha256(" ".join(f"{stored.hashes[row]} {labels[row]}" for row in order))[:16]
         self.train = LabelledImages(images, stored.labels, stored.names, rows[~held], mirrored, hash)
@@ -130,7 +130,7 @@ class ImageFolder(ResumableData):
         """
         if not len(self.reference):
             count = len(self.train)
-            raise ValueError(f"no image is held out: increase val_fraction, which is {self.val_fraction} of {count}")
+            raise ValueError(f"no image is held out: increase held_out, which is {self.held_out} of {count}")
         return super().val_dataloader()
 
     def _load(self, is_first: bool = False) -> PreparedImages:

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.study import by_steps
+from benchmarks.study_table import by_steps
 
 SPECS = ["student/mix/1", "student/mix/2", "student/consistency/2", "student/consistency/4", "student/euler/50"]
 

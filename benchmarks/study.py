@@ -13,17 +13,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
+from benchmarks.study_table import Ranked, by_steps, plot, table
 from decm_lightning.corrected_distiller import Corrector
 from decm_lightning.guidance import Guidance
 from decm_lightning.losses import Cost, Objective, cost
-
-STEPS = (1, 2, 4, 8, 50)
 
 
 class Run(NamedTuple):
@@ -193,36 +191,10 @@ def built(objective: dict[str, Any]) -> Objective:
     return found
 
 
-def by_steps(quality: dict[str, Any], model: str = "student") -> dict[int, tuple[float, str]]:
-    """Return the smallest distance and its sampler for each number of steps."""
-    best: dict[int, tuple[float, str]] = {}
-    for row in quality["rows"]:
-        if row["model"] == model and math.isfinite(row["fd"]):
-            best[row["steps"]] = min(best.get(row["steps"], (math.inf, "")), (row["fd"], row["sampler"]))
-    return best
-
-
-def table(study: Study, results: dict[str, tuple[float, int, list[dict[str, Any]]]]) -> str:
-    """Return the Markdown table: a row for each method, the mean and spread over seeds of the best sampler."""
-    lines = [f"| method | rate | steps | {' | '.join(map(str, STEPS))} |", "|---" * (len(STEPS) + 3) + "|"]
-    # Only the first run of the first method measures the teacher, which a part of the methods may not contain.
-    if teacher := by_steps(next(iter(results.values()))[2][0], "teacher"):
-        lines.append(f"| teacher, guided | | | {' | '.join(f'{teacher[n][0]:.3f}' for n in STEPS)} |")
-    for method, (rate, steps, runs) in results.items():
-        cells = []
-        for n in STEPS:
-            found = [by_steps(run).get(n, (math.nan, "")) for run in runs]
-            values = [fd for fd, _ in found]
-            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.3f}{spread} ({found[0][1]})")
-        lines.append(f"| {method} | {rate:g} | {steps} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def run_study(
     file: str, folder: str = "runs/compare", tables: str = "docs/compare", methods: list[str] | None = None
 ) -> None:
-    """Run a study and print its table.
+    """Run a study, print its table, and write table.md and table.png into the folder of its runs.
 
     Args:
         file: the study file.
@@ -233,15 +205,17 @@ def run_study(
     study = Study(Path(file), Path(folder), Path(tables))
     chosen = methods or list(study.settings["methods"])
     rates = {method: study.rate(method) for method in chosen}
-    results: dict[str, tuple[float, int, list[dict[str, Any]]]] = {}
+    results: dict[str, Ranked] = {}
     # Seed by seed, so that an interrupted study has every method with equally many seeds.
     for seed in study.settings["seeds"]:
         for method in chosen:
             run = Run(method, rates[method], seed, study.settings["passes"])
-            rate, steps, runs = results.get(method, (run.rate, study.steps(run), []))
-            results[method] = (rate, steps, [*runs, study.quality(run)])
-        text = table(study, results)
+            found = results.setdefault(method, Ranked(run.rate, study.steps(run), study.cost(run).total, []))
+            found.runs.append(study.quality(run))
+        text = table(results)
+        study.folder.mkdir(parents=True, exist_ok=True)
         (study.folder / "table.md").write_text(text)
+        plot(results, study.folder / "table.png")
         print(text, flush=True)
     print(f"compare the runs: decm compare {study.folder}/*-seed{study.settings['seeds'][0]}-* --out report.html")
 

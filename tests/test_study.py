@@ -1,5 +1,6 @@
 """Study files: every method's objective can be built, and has equal counted network evaluations."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.samplers import euler_first
-from benchmarks.study import Run, Study, built, by_steps
+from benchmarks.study import Run, Study, built
+from benchmarks.study_table import Ranked, by_steps, plot, table
 from decm_lightning.evaluation.spec import SamplingSpec
 from decm_lightning.flows import Gaussian
 from decm_lightning.guidance import Guidance
@@ -88,3 +90,34 @@ def test_euler_first_ends_with_a_step_to_data():
     assert errors[0] < 1e-6
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.2)
     assert errors[2] / errors[3] == pytest.approx(2, rel=0.2)
+
+
+def quality(offset: float) -> dict:
+    """A measured run: the student's distance is 1 / steps + offset with Mix, more with Euler; the teacher's 2."""
+    steps = (1, 2, 4, 8, 50)
+    rows = [{"model": "student", "sampler": "mix", "steps": n, "fd": 1 / n + offset} for n in steps]
+    rows += [{"model": "student", "sampler": "euler", "steps": n, "fd": 1 / n + offset + 1} for n in steps]
+    return {"rows": [*rows, *({"model": "teacher", "sampler": "euler", "steps": n, "fd": 2.0} for n in steps)]}
+
+
+def test_the_table_has_means_and_spreads_over_seeds(tmp_path):
+    results = {
+        "ours": Ranked(6e-3, 1496, 5.75, [quality(0.0), quality(0.2)]),
+        "theirs": Ranked(3e-3, 956, 9.0, [quality(1.0)]),
+    }
+    lines = table(results).splitlines()
+    assert lines[2] == "| teacher, guided | | | | 2.000 | 2.000 | 2.000 | 2.000 | 2.000 |"
+    assert lines[3].startswith("| ours | 0.006 | 5.75 | 1,496 | 1.100 ± 0.141 (mix) | 0.600 ± 0.141 (mix) | ")
+    assert lines[4].startswith("| theirs | 0.003 | 9.00 | 956 | 2.000 (mix) | 1.500 (mix) | ")
+    plot(results, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_a_study_goes_on_from_its_kept_tables(tmp_path):
+    """On a machine without the runs: nothing is trained."""
+    study = Study(Path("configs/compare/digits.yaml"), tmp_path / "runs", tmp_path / "tables")
+    run = Run("facm", 3e-3, 1, 8600)
+    (tmp_path / "tables/digits").mkdir(parents=True)
+    (tmp_path / "tables/digits/facm-0.003-seed1-8600.json").write_text(json.dumps(quality(0.0)))
+    assert study.quality(run) == quality(0.0)
+    assert not (tmp_path / "runs").exists()

@@ -7,6 +7,7 @@ rate by the sum of log distances over the numbers of sampling steps in `choice`.
 of each run is kept in docs/compare, so that a study continues on another machine.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -147,7 +148,7 @@ class Study:
             specs = self.choice.get("specs", specs)
         elif first:
             specs = [*self.settings["teacher"], *specs]
-        for callback in self.base["trainer"]["callbacks"]:
+        for callback in copy.deepcopy(self.base["trainer"]["callbacks"]):
             name = callback["class_path"].rpartition(".")[2]
             if name == "Evaluation":
                 callback["init_args"] |= {"test_specs": specs, "floors": first}

@@ -43,6 +43,17 @@ def test_methods_change_the_optimizer_and_the_model_alone(tmp_path):
     assert study.optimizer(slow)["init_args"] == {"lr": 2e-3, "weight_decay": 0.0, "betas": [0.9, 0.95]}
 
 
+def test_only_the_first_ranking_seed_is_paired(tmp_path):
+    """Also after runs that are not, and only the first method measures the teacher and the floors."""
+    study = Study(Path("configs/compare/digits.yaml"), tmp_path, tmp_path)
+    measured = []
+    for method, seed in (("facm", 0), ("de_cm", 1), ("facm", 1), ("facm", 2)):
+        callbacks = study.callbacks(Run(method, 3e-3, seed, 8600))
+        options = next(c["init_args"] for c in callbacks if c["class_path"].endswith("Evaluation"))
+        measured.append((options["paired"] is not None, options["floors"], "teacher/euler/50" in options["test_specs"]))
+    assert measured == [(False, False, False), (True, True, True), (True, False, False), (False, False, False)]
+
+
 @pytest.mark.parametrize(
     ("best", "runs"),
     [(1e-3, [3e-3, 6e-3, 1e-3, 3e-4]), (3e-3, [3e-3, 6e-3, 1e-3]), (1.2e-2, [3e-3, 6e-3, 1.2e-2, 2.4e-2])],

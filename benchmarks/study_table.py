@@ -6,6 +6,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 STEPS = (1, 2, 4, 8, 50)
 """The numbers of sampling steps in the table."""
@@ -66,6 +67,8 @@ def plot(results: dict[str, Ranked], file: Path) -> None:
         panel.set_title(method, fontsize=8)
         panel.set_xticks(STEPS, [str(n) for n in STEPS], fontsize=7)
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.tick_params(axis="y", labelsize=7)
     for panel in panels[len(results) :]:
         panel.set_axis_off()

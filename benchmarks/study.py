@@ -4,7 +4,8 @@ Every method distills the teacher of one config, for the number of steps at whic
 of forward passes per row of the batch (`losses.cost`). Runs with another seed, which do not rank, choose its learning
 rate by the sum of log distances over the numbers of sampling steps in `choice`. Runs are plain `decm fit` and
 `decm test` commands in their own folders, with their configs. The same command resumes an interrupted study. The table
-of each run is kept in docs/compare, so that a study continues on another machine.
+of each run is kept in docs/compare, so that a study continues on another machine; delete it to run its run again, for
+example after a change of the method.
 """
 
 import copy

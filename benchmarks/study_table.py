@@ -36,7 +36,10 @@ def by_steps(quality: dict[str, Any], model: str = "student") -> dict[int, tuple
 
 def table(results: dict[str, Ranked]) -> str:
     """Return the Markdown table: a row for each method, with the mean and spread over seeds of the best sampler."""
-    lines = [f"| method | rate | passes per step | steps | {' | '.join(map(str, STEPS))} |", "|---" * 9 + "|"]
+    lines = [
+        f"| method | rate | passes per step | steps | {' | '.join(map(str, STEPS))} |",
+        "|---" * (len(STEPS) + 4) + "|",
+    ]
     if teacher := _teacher(results):
         lines.append(f"| teacher, guided | | | | {' | '.join(f'{teacher[n][0]:.3f}' for n in STEPS)} |")
     for method, found in results.items():
@@ -61,7 +64,7 @@ def plot(results: dict[str, Ranked], file: Path) -> None:
         for other in results.values():
             panel.loglog(STEPS, [mean(other.distances(n)) for n in STEPS], color="#d5d5d5", linewidth=0.8)
         if teacher:
-            panel.loglog(STEPS, [teacher[n][0] for n in STEPS], "k--", linewidth=1, label="teacher")
+            panel.loglog(STEPS, [teacher[n][0] for n in STEPS], "k--", linewidth=1)
         for seed in range(len(results[method].runs)):
             panel.loglog(STEPS, [results[method].distances(n)[seed] for n in STEPS], color="#c0392b", linewidth=1.2)
         panel.set_title(method, fontsize=8)

@@ -65,7 +65,7 @@ def test_matrices_alone_and_no_matrices():
             weight.grad = torch.ones_like(weight)
         optimizer.step()
         assert all((weight < 1).all() for weight in weights)
-    with pytest.raises(ValueError, match="there are no weights to train"):
+    with pytest.raises(ValueError, match="empty parameter list"):
         Muon([])
 
 

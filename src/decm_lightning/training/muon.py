@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
         betas: decays of AdamW's moments.
 
     Raises:
-        ValueError: if there are no weights.
+        ValueError: if params is empty.
     """
 
     def __init__(
@@ -33,8 +33,6 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         weights = list(params)
-        if not weights:
-            raise ValueError("there are no weights to train")
         matrices = [weight for weight in weights if weight.ndim == 2]
         others = [weight for weight in weights if weight.ndim != 2]
         self.parts: list[torch.optim.Optimizer] = []

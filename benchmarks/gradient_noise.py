@@ -66,7 +66,9 @@ class GradientNoise(L.Callback):
             found = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
             # Second moments without Adam's correction for its zero start differ by one factor, which cancels.
             gradients = [
-                torch.zeros_like(p) if g is None else g / (state[p]["exp_avg_sq"].sqrt() + trainer.optimizers[0].defaults["eps"])
+                torch.zeros_like(p)
+                if g is None
+                else g / (state[p]["exp_avg_sq"].sqrt() + trainer.optimizers[0].defaults["eps"])
                 for g, p in zip(found, parameters, strict=True)
             ]
             if place == 0:
@@ -85,16 +87,14 @@ class GradientNoise(L.Callback):
     def write(self, trainer: L.Trainer, module: Distiller) -> None:
         """Append the window's noise, and the fractions that it asks for, to gradient_noise.json."""
         count, rows = self.window, module.objective.rows(self.batch)
-        sigmas, signals, costs = {}, {}, {}
+        sigmas, costs = {}, {}
         for name, sums in self.sums.items():
             squared_mean = sum(float(s.square().sum()) for s in sums) / count**2
             variance = (self.squares[name] / count - squared_mean) * count / (count - 1)
             sigmas[name] = (variance * len(rows[name])) ** 0.5
-            # The square of a mean of `count` gradients contains a share 1 / count of their variance.
-            signals[name] = max(squared_mean - variance / count, 0.0) ** 0.5
             alone = {name: replace(module.objective.losses[name], batch_fraction=1.0)}
             costs[name] = cost(replace(module.objective, losses=alone), module.guidance.passes).total
-        found = {"sigma": sigmas, "mean": signals, "batch_fractions": allocation(sigmas, costs)}
+        found = {"sigma": sigmas, "batch_fractions": allocation(sigmas, costs)}
         self.windows.append({"step": trainer.global_step + 1} | found)
         place = Path(trainer.log_dir or trainer.default_root_dir) / "gradient_noise.json"
         place.write_text(json.dumps(self.windows, indent=1))

@@ -1,11 +1,20 @@
 """The benchmarks run and end with the line that docs/benchmarks.md describes."""
 
+import json
+from functools import partial
+
+import lightning as L
 import pytest
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks import curve, golden, largest, loader
+from benchmarks import curve, golden, gradient_noise, largest, loader
 from benchmarks.step import main
+from decm_lightning import Distiller
+from decm_lightning.data import Digits
+from decm_lightning.losses import FlowMapLoss, Objective
+from decm_lightning.networks import DiT
+from decm_lightning.triangle import Diagonal
 
 
 def test_the_benchmark_ends_with_its_ratios(tmp_path, capsys):
@@ -64,3 +73,30 @@ def test_a_curve_tells_the_power_of_the_training_steps(tmp_path, monkeypatch, ca
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="found 0 in"):
         curve.main("config.yaml", tmp_path / "nothing", tmp_path)
+
+
+def test_equal_losses_have_equal_noise_whatever_their_rows_and_ask_for_equal_fractions(tmp_path):
+    torch.manual_seed(0)
+    fractions = {"many": 0.75, "few": 0.25}
+    same = {name: FlowMapLoss(Diagonal(), batch_fraction=fraction) for name, fraction in fractions.items()}
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.5)
+    # Constant weights, so that windows differ by their rows alone.
+    still = partial(torch.optim.AdamW, lr=0.0)
+    module = Distiller(None, network, Objective(same), optimizer=still)
+    noise = gradient_noise.GradientNoise(every_n_steps=300, window=250)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = L.Trainer(
+        accelerator="cpu",
+        max_steps=300,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        callbacks=[noise],
+        default_root_dir=tmp_path,
+        **quiet,
+    )
+    run.fit(module, Digits(batch_size=64))
+    (window,) = json.loads((tmp_path / "gradient_noise.json").read_text())
+    assert window["step"] == 300
+    assert window["sigma"]["many"] == pytest.approx(window["sigma"]["few"], rel=0.05)
+    assert sum(window["batch_fractions"].values()) == pytest.approx(1)

@@ -7,13 +7,14 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks import curve, golden, gradient_noise, largest, loader
+from benchmarks import averages, curve, golden, gradient_noise, largest, loader
 from benchmarks.step import main
 from decm_lightning import Distiller
 from decm_lightning.data import Digits
 from decm_lightning.losses import FlowMapLoss, Objective
-from decm_lightning.networks import DiT
+from decm_lightning.networks import DiT, load
 from decm_lightning.triangle import Diagonal
 
 
@@ -100,3 +101,35 @@ def test_equal_losses_have_equal_noise_whatever_their_rows_and_ask_for_equal_fra
     assert window["step"] == 300
     assert window["sigma"]["many"] == pytest.approx(window["sigma"]["few"], rel=0.05)
     assert sum(window["batch_fractions"].values()) == pytest.approx(1)
+
+
+def test_the_power_8_is_the_ramp_of_the_average_and_the_largest_power_the_last_weights(tmp_path, monkeypatch, capsys):
+    ramp, steps = 0.0, range(1, 2001)
+    for step in steps:
+        ramp += 9 / (10 + step) * (step - ramp)
+    weights = {step: {"w": torch.tensor(float(step))} for step in steps}
+    assert averages.average(weights, 8)["w"].item() == pytest.approx(ramp, rel=1e-3)
+    assert averages.average(weights, 6)["w"].item() != pytest.approx(ramp, rel=1e-2)
+
+    network = DiT(8, 1, patch_size=4, width=16, depth=1, heads=2, num_classes=10, end_time=True)
+    kept = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=-1, save_weights_only=True)
+    run = L.Trainer(accelerator="cpu", max_steps=4, limit_val_batches=0, callbacks=[kept], logger=False)
+    run.fit(Distiller(None, network, "mean_flow"), Digits(batch_size=16))
+    tested = {}
+
+    def measured(config, place, out, specs):
+        tested[place.name] = load(place).state_dict()
+        return {1: float(len(tested)), 4: 0.5}
+
+    monkeypatch.setattr(averages, "measured", measured)
+    averages.main("config.yaml", tmp_path / "kept", tmp_path / "out", powers=[2.0])
+    (path,) = (tmp_path / "kept").glob("*step=4.ckpt")
+    last = load(path, weights="model").state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in tested["power_inf"].items())
+    assert any(not torch.equal(value, last[name]) for name, value in tested["power_2"].items())
+    assert (tmp_path / "out" / "averages.md").read_text().splitlines()[2:] == [
+        "| 2 | 1.000 | 0.500 |",
+        "| inf | 2.000 | 0.500 |",
+    ]
+    with pytest.raises(SystemExit, match="no checkpoints in"):
+        averages.main("config.yaml", tmp_path / "nothing", tmp_path)

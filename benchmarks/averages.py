@@ -35,7 +35,7 @@ def main(config: str, folder: Path, out: Path, powers: list[float] = POWERS, spe
     """Average the checkpoints of one run, measure each average and the last weights, and write averages.md into `out`.
 
     Args:
-        config: the config whose data and metric are used.
+        file: the config whose data and metric are used.
         folder: the checkpoints of one run.
         out: the folder of the averages, their tables and averages.md.
         powers: powers of the training step.
@@ -52,7 +52,7 @@ def main(config: str, folder: Path, out: Path, powers: list[float] = POWERS, spe
         place = out / f"power_{power:g}"
         network.load_state_dict(average(weights, power))
         save(network, place)
-        rows[power] = measured(config, place, out / "tables", specs)
+        rows[power] = measured(file, place, out / "tables", specs)
     counts = sorted(next(iter(rows.values())))
     head = " | ".join(f"{n} step{'s' * (n > 1)}" for n in counts)
     lines = [f"| power | {head} |", "|---:" * (len(counts) + 1) + "|"]

@@ -122,12 +122,13 @@ def test_the_power_8_is_the_ramp_of_the_average_and_the_largest_power_the_last_w
         return {1: float(len(tested)), 4: 0.5}
 
     monkeypatch.setattr(averages, "measured", measured)
-    averages.main("config.yaml", tmp_path / "kept", tmp_path / "out", powers=[2.0])
+    out = tmp_path / "out"
+    auto_cli(averages.main, args=["config.yaml", str(tmp_path / "kept"), str(out), "--powers=[2]"], as_positional=True)
     (path,) = (tmp_path / "kept").glob("*step=4.ckpt")
     last = load(path, weights="model").state_dict()
     assert all(torch.equal(value, last[name]) for name, value in tested["power_inf"].items())
     assert any(not torch.equal(value, last[name]) for name, value in tested["power_2"].items())
-    assert (tmp_path / "out" / "averages.md").read_text().splitlines()[2:] == [
+    assert (out / "averages.md").read_text().splitlines()[2:] == [
         "| 2 | 1.000 | 0.500 |",
         "| inf | 2.000 | 0.500 |",
     ]

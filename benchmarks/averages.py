@@ -31,7 +31,7 @@ def average(weights: dict[int, dict[str, Tensor]], power: float) -> dict[str, Te
     return {name: sum(share / total * weights[step][name].double() for step, share in shares.items()) for name in names}  # type: ignore[misc]
 
 
-def main(config: str, folder: Path, out: Path, powers: list[float] = POWERS, specs: list[str] = SPECS) -> None:
+def main(file: str, folder: Path, out: Path, powers: list[float] = POWERS, specs: list[str] = SPECS) -> None:
     """Average the checkpoints of one run, measure each average and the last weights, and write averages.md into `out`.
 
     Args:

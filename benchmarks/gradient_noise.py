@@ -40,7 +40,7 @@ class GradientNoise(L.Callback):
     """Measures the variance of each loss's gradient over `window` steps, once every `every_n_steps` steps.
 
     Within a window the weights move, so that what the mean gradient changes counts as noise too. Writes
-    gradient_noise.json into the run's folder after each window.
+    gradient_noise.json into the run's folder after each window. It needs Adam or AdamW, and a run without `compile`.
 
     Args:
         every_n_steps: steps from one window to the next.

@@ -24,8 +24,6 @@ html_css_files = ["site.css"]
 html_theme_options = {"light_css_variables": {"code-font-size": "0.72em"}}
 html_copy_source = False
 html_show_sphinx = False
-# The pictures of the pages, and the raw values of a study.
-exclude_patterns = ["ablation"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -67,6 +67,7 @@ def test_the_search_for_the_rate_ends_between_worse_neighbors(best, runs, tmp_pa
         return {"rows": [{"model": "student", "sampler": "mix", "steps": 1, "fd": abs(math.log(run.rate / best)) + 1}]}
 
     monkeypatch.setattr(study, "quality", quality)
+    del study.settings["methods"]["alpha_flow"]["rate"]
     assert study.rate("alpha_flow") == best
     assert set(ran) == set(runs)
     study.settings["methods"]["alpha_flow"]["rate"] = 5e-4

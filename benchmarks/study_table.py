@@ -73,6 +73,9 @@ def plot(results: dict[str, Ranked], file: Path) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.tick_params(axis="y", labelsize=7)
+        if teacher:
+            # A method that fails at some numbers of steps leaves its panel, and does not flatten the others.
+            panel.set_ylim(top=1.5 * max(fd for fd, _ in teacher.values()))
     for panel in panels[len(results) :]:
         panel.set_axis_off()
     figure.supxlabel("sampling steps", fontsize=8)

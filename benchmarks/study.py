@@ -133,9 +133,12 @@ class Study:
         print(f"{command} {place.name}: {steps} steps", flush=True)
         arguments = ["--config", self.config, "--config", str(file), *options]
         with (place / "log.txt").open("a") as log:
-            subprocess.run(
-                [sys.executable, "-m", "decm_lightning", command, *arguments], check=True, stdout=log, stderr=log
+            ended = subprocess.run(
+                [sys.executable, "-m", "decm_lightning", command, *arguments], stdout=log, stderr=log
             )
+        if ended.returncode:
+            remedy = f"see {log.name}; the same command resumes the study"
+            raise SystemExit(f"{command} {place.name} ended with exit code {ended.returncode}: {remedy}")
 
     def callbacks(self, run: Run) -> list[dict[str, Any]]:
         """Return the config's callbacks that train, log gradients and test, with the study's specs."""

@@ -133,3 +133,11 @@ def test_a_study_goes_on_from_its_kept_tables(tmp_path):
     (tmp_path / "tables/digits/facm-0.003-seed1-8600.json").write_text(json.dumps(quality(0.0)))
     assert study.quality(run) == quality(0.0)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_fails_ends_the_study_with_one_line(tmp_path):
+    """The line names the run, its exit code and its log."""
+    study = Study(Path("configs/compare/paper.yaml"), tmp_path, tmp_path)
+    study.config = str(tmp_path / "missing.yaml")
+    with pytest.raises(SystemExit, match=r"^fit all_three-0\.003-seed0-7400 ended with exit code 2: see .*log\.txt; "):
+        study.quality(Run("all_three", 3e-3, 0, 7400))
